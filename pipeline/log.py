@@ -1,0 +1,90 @@
+"""The talk of the program, all of it on stderr: log lines and progress.
+
+On a terminal long work shows a bar. Into a file it writes a plain line every `LINE_INTERVAL_S`, because people follow
+SLURM logs, and never a control character. Under torchrun only rank 0 talks; the others speak up when something is wrong.
+"""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+LINE_INTERVAL_S = 10.0
+
+logger = logging.getLogger("pipeline")
+console = Console(stderr=True, highlight=False)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints through the console that draws the bar, so that a log line does not tear it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), markup=False, soft_wrap=True)
+
+
+def configure() -> None:
+    """Send the log to stderr; a rank other than 0 keeps to warnings and says who it is."""
+    rank = int(os.environ.get("RANK", "0"))
+    handler = _ConsoleHandler() if console.is_terminal else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+
+
+def also_to_file(path: Path) -> None:
+    """Append every log line to `path` as well, with the time it was written."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+
+
+class ProgressReport:
+    """Progress of one piece of long work: `with ProgressReport("encode", total=n, unit="MB") as report: report.advance(1)`.
+
+    `total` and the amounts are in `unit`; a total of None (a stream) shows amounts without a percentage.
+    """
+
+    def __init__(self, title: str, total: float | None, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0.0
+        self._started = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if console.is_terminal and logger.level <= logging.INFO:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+            self._task = self._bar.add_task(self.title, total=self.total, note="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, amount: float, note: str = "") -> None:
+        """Add `amount`; `note` is the short text shown beside the rate."""
+        self.done += amount
+        now = time.monotonic()
+        rate = self.done / max(now - self._started, 1e-9)
+        text = f"{self.done:,.0f} {self.unit}, {rate:,.1f} {self.unit}/s" + (f", {note}" if note else "")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, note=text)
+        elif now - self._last_line >= LINE_INTERVAL_S:
+            self._last_line = now
+            left = f", {(self.total - self.done) / rate:,.0f} s left" if self.total and rate else ""
+            logger.info("%s: %s%s", self.title, text, left)
