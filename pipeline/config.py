@@ -135,6 +135,12 @@ class Config:
         return Path(self.run.dir) / self.run.name
 
     @property
+    def dataset_dir(self) -> Path:
+        """A name under data.data_dir wins over a path, so that a stray folder cannot take a dataset's place."""
+        named = Path(self.data.data_dir) / self.data.dataset
+        return Path(self.data.dataset) if not named.is_dir() and Path(self.data.dataset).is_dir() else named
+
+    @property
     def decay_steps(self) -> int:
         return self.schedule.decay_steps or self.train.max_steps
 
@@ -267,7 +273,7 @@ def _section_from_dict(section: str, keys: dict[str, Any], faults: list[str]) ->
     values = {}
     for name, value in keys.items():
         if name not in types:
-            faults.append(f"unknown key {section}.{name}{_nearest(name, types)}")
+            faults.append(f"unknown key {section}.{name}{_nearest(f'{section}.{name}', [f'{section}.{key}' for key in types])}")
             continue
         try:
             values[name] = _coerce(value, types[name])
@@ -333,3 +339,12 @@ def _inconsistencies(config: Config) -> list[str]:
 
 def _is_plain_name(name: str) -> bool:
     return len(name) <= 64 and not name.startswith(".") and all(c.isalnum() or c in "._-" for c in name)
+
+
+def help_text() -> str:
+    """Every key with its default and its sentence, for `pipeline train --help`."""
+    lines = ["Keys:"]
+    for section, kind in SECTIONS.items():
+        for entry in fields(kind):
+            lines.append(f"{section}.{entry.name}={json.dumps(entry.default)}  {entry.metadata['text']}")
+    return "\n\n".join(lines)

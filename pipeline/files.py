@@ -4,10 +4,16 @@ Writing goes beside, is synced, then renamed over the target. rename(2) is atomi
 keeps the new name across a power cut.
 """
 
+import fcntl
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
+
+from pipeline.errors import UserError
 
 HASH_BLOCK_BYTES = 1 << 22
 
@@ -47,3 +53,24 @@ def hash_file(path: Path) -> str:
         while block := file.read(HASH_BLOCK_BYTES):
             state.update(block)
     return state.hexdigest()
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Hold `folder` against a second writer. Raises UserError that says who holds it.
+
+    The lock is the kernel's (flock), so it goes with its process and is never stale.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is being written by {file.read().strip()}: wait for it, or choose another name"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

@@ -48,12 +48,13 @@ def also_to_file(path: Path) -> None:
 class ProgressReport:
     """Progress of one piece of long work: `with ProgressReport("encode", total=n, unit="MB") as report: report.advance(1)`.
 
-    `total` and the amounts are in `unit`; a total of None (a stream) shows amounts without a percentage.
+    `total`, `done` (what an earlier start finished) and the amounts are in `unit`; a total of None (a stream) shows
+    amounts without a percentage.
     """
 
-    def __init__(self, title: str, total: float | None, unit: str) -> None:
+    def __init__(self, title: str, total: float | None, unit: str, done: float = 0.0) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0.0
+        self.done = self._done_before = done
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
 
@@ -66,7 +67,7 @@ class ProgressReport:
                 TextColumn("{task.fields[note]}"),
             )
             self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-            self._task = self._bar.add_task(self.title, total=self.total, note="")
+            self._task = self._bar.add_task(self.title, total=self.total, completed=int(self.done), note="")
             self._bar.start()
         return self
 
@@ -80,10 +81,10 @@ class ProgressReport:
         """Add `amount`; `note` is the short text shown beside the rate."""
         self.done += amount
         now = time.monotonic()
-        rate = self.done / max(now - self._started, 1e-9)
+        rate = (self.done - self._done_before) / max(now - self._started, 1e-9)
         text = f"{self.done:,.0f} {self.unit}, {rate:,.1f} {self.unit}/s" + (f", {note}" if note else "")
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=text)
+            self._bar.update(self._task, completed=int(self.done), note=text)
         elif now - self._last_line >= LINE_INTERVAL_S:
             self._last_line = now
             left = f", {(self.total - self.done) / rate:,.0f} s left" if self.total and rate else ""

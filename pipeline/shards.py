@@ -83,7 +83,8 @@ def load_manifest(folder: Path) -> Manifest:
             raise UserError(
                 f"{path} has format {document['format']}, this program reads {FORMAT_VERSION}: prepare it again"
             )
-        splits = {split: [Shard(**shard) for shard in document.pop("splits")[split]] for split in SPLITS}
+        shards = document.pop("splits")
+        splits = {split: [Shard(**shard) for shard in shards[split]] for split in SPLITS}
         manifest = Manifest(splits=splits, **document)
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(
@@ -108,7 +109,8 @@ def _check_shards(folder: Path, manifest: Manifest) -> None:
         if found != shard.tokens * wanted.itemsize:
             state = "is missing" if found is None else f"has {found} bytes"
             raise UserError(
-                f"{path} {state}, the manifest wants {shard.tokens * wanted.itemsize} bytes: restore it, or prepare again with --force"
+                f"{path} {state}, the manifest wants {shard.tokens * wanted.itemsize} bytes: "
+                "restore it, or prepare again with --force"
             )
 
 

@@ -1,0 +1,289 @@
+"""A checkpoint: a folder that exists only when whole, and that is a Hugging Face model folder as it stands.
+
+    runs/<name>/checkpoints/step_00001000/
+        config.json model.safetensors [tokenizer.json ...]    what Hugging Face reads
+        training_state.safetensors                            the optimizer's state
+        checkpoint.json                                       written last: the description below, and every file's hash
+    runs/<name>/checkpoints/latest, best                      one line each: a folder's name
+
+There is no random state to save: the order of the data and every dropout mask follow from the seed and the step. There is
+no pickle anywhere, so loading a checkpoint executes nothing.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import pipeline
+from pipeline import huggingface
+from pipeline.config import ModelConfig, from_dict
+from pipeline.errors import UserError
+from pipeline.files import hash_file, publish, sync, write_atomic
+from pipeline.model import GPT
+from pipeline.tokenizer import BytePairTokenizer, Tokenizer, from_spec
+
+FORMAT_VERSION = 1
+DESCRIPTION = "checkpoint.json"
+WEIGHTS = "model.safetensors"
+TRAINING_STATE = "training_state.safetensors"
+GPT2_VOCAB_SIZE = 50257
+_FOLDER_NAME = re.compile(r"step_\d{8,}")
+
+
+@dataclass(frozen=True)
+class Description:
+    """checkpoint.json. `config` is the resolved config of the run, `dataset` the manifest's fingerprint."""
+
+    step: int
+    tokens: int
+    config: dict[str, Any]
+    tokenizer: dict[str, Any]
+    dataset: str
+    val_loss: float | None = None
+    scaler: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    program: str = pipeline.__version__
+    format: int = FORMAT_VERSION
+
+
+def save(checkpoints: Path, model: GPT, optimizer: torch.optim.Optimizer, description: Description) -> Path:
+    """Write `checkpoints/step_NNNNNNNN` and point `latest` at it. Returns the folder."""
+    final = checkpoints / f"step_{description.step:08d}"
+    partial = checkpoints / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tokenizer = from_spec(description.tokenizer)
+    write_model(partial, model, tokenizer)
+    save_file(_training_tensors(model, optimizer), partial / TRAINING_STATE)
+    hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
+    for name in hashes:
+        sync(partial / name)
+    write_atomic(partial / DESCRIPTION, _dump(asdict(description) | {"files": hashes}))
+    if final.exists() and final not in (named(checkpoints, "latest"), named(checkpoints, "best")):
+        shutil.rmtree(final)  # whole, but from before a crash that kept `latest` from naming it
+    publish(partial, final)
+    point(checkpoints, "latest", final)
+    return final
+
+
+def write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """The files that Hugging Face reads: config, weights, and the tokenizer where it has a form for it."""
+    weights = huggingface.to_folder_layout(model, dict(model.named_parameters())) | huggingface.zero_biases(model)
+    save_file({name: tensor.cpu() for name, tensor in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / "config.json").write_bytes(_dump(huggingface.config_json(model, tokenizer.end_of_text)))
+    for name, content in huggingface.tokenizer_files(tokenizer).items():
+        (folder / name).write_bytes(content)
+
+
+def point(checkpoints: Path, pointer: str, folder: Path) -> None:
+    """Make `latest` or `best` name `folder`."""
+    write_atomic(checkpoints / pointer, f"{folder.name}\n".encode())
+
+
+def named(checkpoints: Path, pointer: str) -> Path | None:
+    """The folder that `latest` or `best` names; None where there is no such pointer. Raises UserError for a bad one."""
+    path = checkpoints / pointer
+    if not path.is_file():
+        return None
+    name = path.read_text(encoding="utf-8").strip()
+    if not _FOLDER_NAME.fullmatch(name):
+        raise UserError(
+            f"{path} holds {name!r}, wanted a folder's name such as step_00001000: write one of those beside it"
+        )
+    if not (checkpoints / name).is_dir():
+        raise UserError(f"{path} names {name}, which is not there: write the name of a folder beside it into the file")
+    return checkpoints / name
+
+
+def resolve(ckpt: str, run_dir: Path | None, runs: Path) -> Path:
+    """The folder a `--ckpt` means: a path, or `latest`/`best` of `run_dir`, by default of the newest run under `runs`."""
+    if ckpt not in ("latest", "best"):
+        path = Path(ckpt)
+        if not path.is_dir():
+            raise UserError(f"no checkpoint at {path}: wanted a checkpoint folder, latest or best")
+        return path
+    if run_dir is None:
+        pointers = sorted(runs.glob("*/checkpoints/latest"), key=lambda pointer: pointer.stat().st_mtime)
+        if not pointers:
+            raise UserError(f"no checkpoint under {runs}/: train first, or name a folder with --ckpt PATH")
+        run_dir = pointers[-1].parents[1]
+    folder = named(run_dir / "checkpoints", ckpt)
+    if folder is None:
+        raise UserError(f"{run_dir} has no checkpoint {ckpt}: train first, or name a folder with --ckpt PATH")
+    return folder
+
+
+def describe(folder: Path) -> Description:
+    """A checkpoint's description, every file checked against its hash. Raises UserError for the first that differs."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise UserError(f"{folder} is not a checkpoint of this program: it has no {DESCRIPTION}")
+    try:
+        document = orjson.loads(path.read_bytes())
+        if document["format"] != FORMAT_VERSION:
+            raise UserError(f"{path} has format {document['format']}, this program reads {FORMAT_VERSION}")
+        description = Description(**document)
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): use another checkpoint") from None
+    for name, recorded in description.files.items():
+        file = folder / Path(name).name
+        if not file.is_file():
+            raise UserError(f"checkpoint {folder} is damaged: {name} is missing; use another checkpoint")
+        if hash_file(file) != recorded:
+            raise UserError(f"checkpoint {folder} is damaged: {name} does not match its hash; use another checkpoint")
+    return description
+
+
+def load_model(folder: Path) -> tuple[GPT, Tokenizer]:
+    """The model, in float32 on the CPU, and its tokenizer, from our checkpoint or any Hugging Face GPT-2 folder."""
+    if (folder / DESCRIPTION).is_file():
+        description = describe(folder)
+        tokenizer = from_spec(description.tokenizer)
+        config, vocab_size = from_dict(description.config).model, tokenizer.vocab_size
+    else:
+        config, vocab_size = _foreign_config(folder)
+        tokenizer = _foreign_tokenizer(folder, vocab_size)
+    model = _uninitialised(config, vocab_size)
+    load_weights(model, folder)
+    return model, tokenizer
+
+
+def load_weights(model: GPT, folder: Path) -> None:
+    """Fill `model` from a folder's model.safetensors. Raises UserError unless names and shapes fit, before any is read."""
+    own = dict(model.named_parameters())
+
+    def restore(name: str, tensor: Tensor) -> None:
+        own[name].copy_(huggingface.from_folder_layout(model, name, tensor))
+
+    _fill(folder / WEIGHTS, huggingface.folder_shapes(model), restore, ignored=set(huggingface.zero_biases(model)))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: GPT, folder: Path) -> None:
+    """Fill the optimizer's state from a folder's training_state.safetensors."""
+    parameters = dict(model.named_parameters())
+    state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    shapes = huggingface.folder_shapes(model)
+    wanted = {f"{kind}.{name}": shape for name, shape in shapes.items() for kind in ("exp_avg", "exp_avg_sq")}
+    wanted |= {f"step.{name}": () for name in shapes}
+
+    def restore(key: str, tensor: Tensor) -> None:
+        kind, _, name = key.partition(".")
+        parameter = parameters[name]
+        if kind == "step":
+            state[name][kind] = tensor.to(parameter.device)
+        else:  # with the parameter's own strides, as the optimizer would have made it
+            state[name][kind] = torch.empty_like(parameter).copy_(huggingface.from_folder_layout(model, name, tensor))
+
+    _fill(folder / TRAINING_STATE, wanted, restore)
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = state[name]
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints, `latest` and `best`: only folders of ours, and partial ones."""
+    ours = sorted(
+        folder for folder in checkpoints.glob("step_*")
+        if _FOLDER_NAME.fullmatch(folder.name) and (folder / DESCRIPTION).is_file()
+    )  # fmt: skip
+    kept = {*ours[-keep:], named(checkpoints, "latest"), named(checkpoints, "best")}
+    for folder in (*(folder for folder in ours if folder not in kept), *checkpoints.glob(".step_*.partial")):
+        shutil.rmtree(folder)
+
+
+def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor of the optimizer's state under `kind.parameter`, moments in the layout of the weights."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state[parameter].items():
+            shaped = huggingface.to_folder_layout(model, {name: value})[name] if value.ndim else value
+            tensors[f"{kind}.{name}"] = shaped.cpu()
+    return tensors
+
+
+def _fill(
+    path: Path,
+    wanted: dict[str, tuple[int, ...]],
+    take: Callable[[str, Tensor], object],
+    ignored: Collection[str] = (),
+) -> None:
+    """Hand every tensor of a safetensors file to `take`, after names and shapes in its header were checked."""
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent} has no {path.name}: only safetensors are read, pickled weights (.bin, .pt) never"
+        )
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            found = {_full_name(name): name for name in file.keys()}  # noqa: SIM118 - no mapping, it has keys() only
+            shapes = {full: tuple(file.get_slice(name).get_shape()) for full, name in found.items()}
+            _check_names(path, wanted, {name: shape for name, shape in shapes.items() if name not in ignored})
+            for name in wanted:
+                take(name, file.get_tensor(found[name]))
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _full_name(name: str) -> str:
+    """OpenAI's own GPT-2 files leave the leading "transformer." out."""
+    return f"transformer.{name}" if re.match(r"(wte|wpe|h\.\d+|ln_f)\.", name) else name
+
+
+def _check_names(path: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    # Old files carry the causal mask, and a tied head, as tensors of their own.
+    known = {name for name in found if name.endswith((".attn.bias", ".attn.masked_bias"))}
+    if "lm_head.weight" not in wanted:
+        known.add("lm_head.weight")
+    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys() - known)
+    differing = [
+        f"{name} is {found[name]}, wanted {wanted[name]}"
+        for name in wanted
+        if found.get(name, wanted[name]) != wanted[name]
+    ]
+    faults = [
+        f"{title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        for title, names in (("missing", missing), ("unknown", unknown), ("of another shape", differing))
+        if names
+    ]
+    if faults:
+        raise UserError(f"{path} does not fit the model: {'; '.join(faults)}")
+
+
+def _foreign_config(folder: Path) -> tuple[ModelConfig, int]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no checkpoint: it has neither {DESCRIPTION} nor a Hugging Face config.json")
+    try:
+        document = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    return huggingface.model_config(document, str(folder))
+
+
+def _foreign_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    if vocab_size != GPT2_VOCAB_SIZE:
+        raise UserError(
+            f"{folder} has {vocab_size} tokens and no {DESCRIPTION}: its vocabulary is unknown; "
+            f"a foreign folder is taken for GPT-2's vocabulary at {GPT2_VOCAB_SIZE} tokens only"
+        )
+    return BytePairTokenizer("gpt2")
+
+
+def _uninitialised(config: ModelConfig, vocab_size: int) -> GPT:
+    """A model whose weights are about to be read: drawing random ones first would take seconds at 1558M."""
+    with torch.device("meta"):
+        model = GPT(config, vocab_size)
+    model.to_empty(device="cpu")
+    model.tie_and_mask()
+    return model
+
+
+def _dump(document: dict[str, Any]) -> bytes:
+    return orjson.dumps(document, option=orjson.OPT_INDENT_2)

@@ -1,0 +1,176 @@
+"""The command line: parse, import the stage, run it, and turn what the user can mend into one line."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import pipeline
+from pipeline import config as configs
+from pipeline import log
+from pipeline.errors import Diverged, UserError
+from pipeline.tokenizer import TOKENIZER_NAMES
+
+EXIT_USER, EXIT_DIVERGED = 2, 3
+DEFAULT_CONFIG = "gpt2-124m"
+
+app = typer.Typer(
+    help="Train a GPT from raw text: prepare it, train on it, sample from what was learnt.",
+    add_completion=False,
+    pretty_exceptions_enable=False,  # each of eight ranks would draw its own coloured traceback
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run one command. Exit codes: 0 done, 2 the user can mend it (one line on stderr), 3 diverged, 1 our bug."""
+    log.configure()
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        _leave(str(error), EXIT_USER)
+    except Diverged as error:
+        _leave(str(error), EXIT_DIVERGED)
+    except BrokenPipeError:
+        # The reader of our output has seen enough; without this, Python complains once more while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+    except Exception as error:
+        # The parser's own complaints, whichever copy of click this typer carries.
+        if not hasattr(error, "format_message"):
+            raise
+        _leave(f"{error.format_message()} (see pipeline --help)", EXIT_USER)
+
+
+def _leave(message: str, code: int) -> None:
+    log.logger.error("error: %s", " ".join(message.splitlines()))
+    sys.exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pipeline {pipeline.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options that stand before a command's name."""
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="openwebtext, stdlib, hf:ORG/NAME[:CONFIG][@REVISION], a .txt .md .py .jsonl .parquet file, a folder, "
+            "a glob, or - for stdin.",
+            show_default=False,
+        ),
+    ],
+    name: Annotated[str, typer.Option(help="The dataset's name; by default the source's.")] = "",
+    data_dir: Annotated[str, typer.Option(help="Where datasets live.")] = "data",
+    tokenizer: Annotated[str, typer.Option(help=", ".join(TOKENIZER_NAMES) + ".")] = "gpt2",
+    text_field: Annotated[str, typer.Option(help="The field or column that holds the text.")] = "text",
+    val_fraction: Annotated[
+        float | None, typer.Option(help="Share of the documents for val; by default by the corpus's size.")
+    ] = None,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens after which a shard is closed.")] = 100_000_000,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    limit_docs: Annotated[int | None, typer.Option(help="Take only the first N documents.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses which documents are val.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a dataset of the same name.")] = False,
+) -> None:
+    """Turn text into a dataset: shards of token ids and a manifest, in DATA_DIR/NAME."""
+    from prepare.run import PrepareOptions, run
+
+    run(
+        PrepareOptions(
+            sources, name, data_dir, tokenizer, text_field, val_fraction, shard_tokens, workers, limit_docs, seed, force
+        )
+    )
+
+
+@app.command(epilog=configs.help_text())
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [SECTION.KEY=VALUE]...",
+            help=f"A preset's name or a TOML file (by default {DEFAULT_CONFIG}), then changes to it.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[str | None, typer.Option(help="auto, must or never: the same as checkpoint.resume=...")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would run.")] = False,
+) -> None:
+    """Train a model on a prepared dataset. Under torchrun every process is a rank: torchrun -m pipeline train."""
+    first, *rest = arguments or [DEFAULT_CONFIG]
+    name, overrides = (DEFAULT_CONFIG, [first, *rest]) if "=" in first else (first, rest)
+    if resume is not None:
+        overrides.append(f"checkpoint.resume={resume}")
+    config = configs.load(name, overrides)
+    from train.run import run
+
+    run(config, dry_run)
+
+
+@app.command()
+def sample(
+    ckpt: Annotated[str, typer.Option(help="latest, best, or a checkpoint or Hugging Face GPT-2 folder.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from; may be given several times.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file whose whole text is a prompt.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Samples for each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add to a prompt.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Choose among the K likeliest tokens; 0 for all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that hold this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a sample: prompt, text, token_ids.")] = False,
+    run_dir: Annotated[Path | None, typer.Option(help="The run of latest and best; by default the newest.")] = None,
+) -> None:
+    """Write text from a checkpoint to stdout."""
+    from sample.run import SampleOptions, run
+
+    run(
+        SampleOptions(
+            ckpt, prompt or [], prompt_file, num_samples, max_new_tokens, temperature, top_k, top_p, seed, device, dtype,
+            json, run_dir,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def quickstart() -> None:
+    """See it work in a few minutes: prepare the Python library's own source, train on it, sample from it."""
+    from prepare.run import PrepareOptions
+    from prepare.run import run as run_prepare
+    from sample.run import SampleOptions
+    from sample.run import run as run_sample
+    from train.run import run as run_train
+
+    config = configs.load("quickstart", [])
+    log.logger.info("1/3 prepare: the standard library's source, one token a byte")
+    run_prepare(PrepareOptions(["stdlib"], name=config.data.dataset, tokenizer="byte"))
+    log.logger.info("2/3 train: a small GPT, a few minutes on two cores")
+    run_train(config)
+    log.logger.info("3/3 sample: what it writes after 'def '")
+    run_sample(SampleOptions("best", ["def "], max_new_tokens=400, temperature=0.8, seed=1, run_dir=config.run_dir))
+    log.logger.info(
+        "What to try next:\n"
+        "  pipeline sample --ckpt best --prompt 'class ' --num-samples 3      more text from this model\n"
+        "  pipeline train quickstart run.name=longer train.max_steps=10000    train it for longer\n"
+        "  tensorboard --logdir runs                                          its curves\n"
+        "  pipeline prepare my-texts/ --name mine --tokenizer byte            your own text ...\n"
+        "  pipeline train quickstart data.dataset=mine run.name=mine          ... and a model of it"
+    )

@@ -1,0 +1,71 @@
+"""The ranks of a run: one process, or many under torchrun. Everything here also works, as a no-op, for one."""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.device import pick_device
+from pipeline.errors import UserError
+
+# Start-up waits for the slowest node to import torch from a shared filesystem; a step that hangs longer is dead.
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among the ranks. `local_size` counts the ranks on this machine."""
+
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` summed over the ranks, in place; every rank gets the same numbers."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def check_agreement(self, what: str, value: Any) -> None:
+        """Raises UserError on every rank unless `value` is equal on all of them."""
+        if self.size == 1:
+            return
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise UserError(f"ranks disagree about {what}: rank 0 has {values[0]}, rank {rank} has {other}")
+
+
+def start(device_name: str) -> World:
+    """Join the ranks torchrun started (gloo on CPU, NCCL on GPUs), or be a world of one. Raises UserError for the device."""
+    rank, size, local_rank, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    device = pick_device(device_name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        if device.type == "mps":
+            raise UserError(f"mps runs one process, found {size} ranks: use run.device=cpu, or start without torchrun")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return World(rank, size, local_size, device)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

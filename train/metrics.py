@@ -1,0 +1,114 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard, status.json. Only rank 0 has one of these."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.files import write_atomic
+from pipeline.log import logger
+
+# Dense bfloat16 peaks in FLOP/s from the makers' data sheets, by a part of torch's device name; the longer names first.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+class Metrics:
+    """Rows of numbers by step. On resume, rows past the resumed step are dropped: one curve, no step twice."""
+
+    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool) -> None:
+        self.run_dir = run_dir
+        path = run_dir / "metrics.jsonl"
+        _drop_rows_after(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _summary_writer(run_dir / "tb", first_step) if tensorboard else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; it has a `step`, and every other number becomes a TensorBoard scalar."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(name, value, row["step"])
+
+    def status(self, state: str, step: int, reason: str = "") -> None:
+        """Replace status.json. `state` is running, done, stopped or failed."""
+        content = {"state": state, "step": step, "reason": reason}
+        write_atomic(self.run_dir / "status.json", json.dumps(content).encode() + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+class Throughput:
+    """Tokens per second of training alone, since the last `restart`: evaluations and saves do not count."""
+
+    def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> None:
+        self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
+        self.last_step_s = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self._steps, self._seconds = 0, 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Times one step. A step ends by reading its loss, so the device's work is in it."""
+        started = time.perf_counter()
+        yield
+        self.last_step_s = time.perf_counter() - started
+        self._steps += 1
+        self._seconds += self.last_step_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._steps * self.tokens_per_step / max(self._seconds, 1e-9)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation (Chowdhery et al. 2022), 0 to 1 of the peak of all ranks; None where it is unknown."""
+        return self.tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bfloat16 FLOP/s of a GPU, None where no figure is known: then there is no MFU to report."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if path.is_file():
+        rows = path.read_text(encoding="utf-8").splitlines()
+        kept = [row for row in rows if _step_of(row) <= step]
+        if len(kept) < len(rows):
+            write_atomic(path, "".join(row + "\n" for row in kept).encode())
+
+
+def _step_of(row: str) -> float:
+    """The step of a row; infinity for a line that a crash cut short, so that it is dropped."""
+    try:
+        return float(json.loads(row)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def _summary_writer(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning(
+            "tensorboard is not installed: no files in %s; pip install tensorboard, or log.tensorboard=false", folder
+        )
+        return None
+    return SummaryWriter(folder, purge_step=first_step + 1)

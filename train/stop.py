@@ -1,0 +1,45 @@
+"""When to stop before the last step: a signal, a stop-file, a deadline.
+
+Each rank only notices; the trainer makes all ranks agree at a step's end, then saves and leaves with exit code 0. Nothing
+is saved inside a signal handler, where half a step may be in flight.
+
+    PIPELINE_STOP_FILE   stop once this file exists: reaches no process by signal, so torchrun does not turn it into a kill
+    PIPELINE_DEADLINE    Unix time by which the run must be saved, such as the end of a SLURM job
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+# A save is given twice the time the last one took; before any was made, this many seconds.
+FIRST_SAVE_S = 30.0
+
+
+class StopRequest:
+    """Listens from its creation on. SIGTERM may come twice (SLURM's own and torchrun's copy); a second SIGINT stops now."""
+
+    def __init__(self) -> None:
+        self._signal = ""
+        stop_file = os.environ.get("PIPELINE_STOP_FILE")
+        self._stop_file = Path(stop_file) if stop_file else None
+        self._deadline = float(os.environ.get("PIPELINE_DEADLINE") or "inf")
+        signal.signal(signal.SIGTERM, self._notice)
+        signal.signal(signal.SIGINT, self._notice)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def reason(self, step_s: float, save_s: float | None) -> str:
+        """Why this rank wants to stop, empty for no reason. `step_s`, `save_s`: seconds the last step and save took."""
+        if self._signal:
+            return self._signal
+        if self._stop_file is not None and self._stop_file.exists():
+            return f"stop-file {self._stop_file}"
+        needed_s = step_s + 2 * (FIRST_SAVE_S if save_s is None else save_s)
+        if time.time() + needed_s > self._deadline:
+            return f"deadline: {self._deadline - time.time():.0f} s left, a step and a save need {needed_s:.0f} s"
+        return ""

@@ -1,0 +1,241 @@
+"""The training loop: one page for a step, one for what happens between steps."""
+
+import json
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import checkpoint
+from pipeline.config import Config, accumulation_steps, to_dict
+from pipeline.distributed import World
+from pipeline.errors import Diverged
+from pipeline.log import ProgressReport, logger
+from pipeline.model import GPT
+from pipeline.shards import Manifest, TokenReader
+from train import optimizer as optimizers
+from train.loader import Loader, evaluation_starts, windows_at
+from train.metrics import Metrics, Throughput, peak_flops
+from train.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss`: mean over every token of the global batch; `grad_norm`: before clipping. The same on every rank."""
+
+    loss: float
+    grad_norm: float
+    finite: bool
+
+
+class Trainer:
+    """A model on its way through `train.max_steps` optimizer steps; `step` counts the completed ones."""
+
+    def __init__(self, config: Config, world: World, model: GPT, manifest: Manifest, dtype: torch.dtype) -> None:
+        self.config, self.world, self.model, self.manifest, self.dtype = config, world, model, manifest, dtype
+        block_size, train = config.model.block_size, config.train
+        self.accumulation = accumulation_steps(config, world.size)
+        self.loader = Loader(TokenReader(config.dataset_dir, manifest, "train"), block_size, config.run.seed)
+        self.val = TokenReader(config.dataset_dir, manifest, "val")
+        val_windows = config.eval.batches * train.micro_batch_size
+        self.val_starts = evaluation_starts(self.val, block_size, val_windows) if config.eval.every_steps else []
+        self.optimizer = optimizers.build(model, config.optimizer)
+        # Disabled, it passes everything through: only float16 needs its gradients scaled to stay above underflow.
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+        self.parallel: GPT | DistributedDataParallel = model if world.size == 1 else _replicate(model, world)
+        peak = peak_flops(world.device)
+        self.throughput = Throughput(train.tokens_per_step, model.flops_per_token(), peak and peak * world.size)
+        self.checkpoints = config.run_dir / "checkpoints"
+        self.stop = StopRequest()
+        self.step = 0
+        self.bad_steps = 0
+        self.best_val_loss = float("inf")
+        self.last_save_s: float | None = None
+
+    def train_step(self) -> StepResult:
+        """One optimizer step over `tokens_per_step` tokens; a step that is not finite leaves the weights alone."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = optimizers.learning_rate(self.step, self.config)
+        losses = torch.zeros((), device=self.world.device)
+        for turn in range(self.accumulation):
+            inputs, targets = self.micro_batch(turn)
+            with self.reduce_gradients(turn == self.accumulation - 1):
+                with self.autocast():
+                    loss = self.parallel(inputs, targets)
+                self.scaler.scale(loss / self.accumulation).backward()
+            losses += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        max_norm = self.config.optimizer.grad_clip or float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        # Gradients were averaged over the ranks and the loss is here, so every rank comes to the same verdict.
+        mean_loss = self.world.sum(losses) / (self.accumulation * self.world.size)
+        loss_value, norm_value = torch.stack([mean_loss, grad_norm]).tolist()
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss_value, norm_value, finite)
+
+    def micro_batch(self, turn: int) -> tuple[Tensor, Tensor]:
+        """This rank's `turn`-th micro-batch of the step; its dropout masks depend on its place in the global batch only."""
+        size = self.config.train.micro_batch_size
+        place = turn * self.world.size + self.world.rank
+        if self.config.model.dropout:
+            torch.manual_seed(xxhash.xxh3_64_intdigest(b"dropout:%d:%d:%d" % (self.config.run.seed, self.step, place)))
+        return self._to_device(*self.loader.batch(self.first_sample + place * size, size))
+
+    def reduce_gradients(self, now: bool) -> AbstractContextManager[None]:
+        """Ranks average their gradients in the backward pass of a step's last micro-batch only."""
+        if isinstance(self.parallel, DistributedDataParallel) and not now:
+            return self.parallel.no_sync()
+        return nullcontext()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @property
+    def first_sample(self) -> int:
+        """The global sample at which the current step's batch begins."""
+        return self.step * self.config.train.tokens_per_step // self.config.model.block_size
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss over the fixed windows of the val split; the ranks share them, and all get the result."""
+        self.model.eval()
+        size = self.config.train.micro_batch_size
+        batches = [self.val_starts[at : at + size] for at in range(0, len(self.val_starts), size)]
+        total = torch.zeros((), dtype=torch.float64)
+        for starts in batches[self.world.rank :: self.world.size]:
+            inputs, targets = self._to_device(*windows_at(self.val, starts, self.config.model.block_size))
+            with self.autocast():
+                total += self.model(inputs, targets).cpu() * len(starts)
+        self.model.train()
+        total = total.to(self.world.device, torch.float32 if self.world.device.type == "mps" else None)
+        return float(self.world.sum(total)) / len(self.val_starts)
+
+    def fit(self, metrics: Metrics | None) -> str:
+        """Train to the last step, or to a reason to stop, which is returned. Raises Diverged. `metrics`: rank 0 only."""
+        config, reason = self.config, ""
+        with ProgressReport("train", config.train.max_steps, "steps", done=self.step) as progress:
+            while self.step < config.train.max_steps and not reason:
+                lr = optimizers.learning_rate(self.step, config)
+                with self.throughput.timed():
+                    result = self.train_step()
+                self.judge(result)
+                self.step += 1
+                reason = self.agreed_reason_to_stop()
+                saving = bool(reason) or self.is_due(config.checkpoint.every_steps)
+                # Every planned checkpoint is evaluated, so that `best` can compare; one made in a hurry is not.
+                evaluating = (
+                    bool(config.eval.every_steps) and not reason and (saving or self.is_due(config.eval.every_steps))
+                )
+                val_loss = self.evaluate() if evaluating else None
+                if metrics and (evaluating or reason or self.is_due(config.log.every_steps)):
+                    metrics.write(self.row(result, lr, val_loss))
+                if saving:
+                    self.save(val_loss)
+                tokens_per_s = config.train.tokens_per_step / self.throughput.last_step_s
+                progress.advance(1, f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
+        return reason
+
+    def is_due(self, every_steps: int) -> bool:
+        return self.step % every_steps == 0 or self.step == self.config.train.max_steps
+
+    def judge(self, result: StepResult) -> None:
+        """Count a step that is not finite and write down its samples. Raises Diverged after too many in a row."""
+        if result.finite:
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        samples = self.config.train.tokens_per_step // self.config.model.block_size
+        bad = {
+            "step": self.step,
+            "first_sample": self.first_sample,
+            "samples": samples,
+            "epoch_windows": self.loader.windows,
+        }
+        logger.warning("step %d skipped: loss %s, gradient norm %s", self.step, result.loss, result.grad_norm)
+        if self.world.is_first:
+            with (self.config.run_dir / "bad_steps.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(bad | {"loss": str(result.loss), "grad_norm": str(result.grad_norm)}) + "\n")
+        if self.bad_steps >= self.config.train.max_bad_steps:
+            raise Diverged(
+                f"{self.bad_steps} steps in a row, up to step {self.step}, had a loss or gradient that is not finite: "
+                f"the weights of step {self.step - self.bad_steps + 1} were kept; try a lower optimizer.lr or a longer warmup"
+            )
+
+    def agreed_reason_to_stop(self) -> str:
+        """Why to stop after this step, empty for no reason. All ranks get an answer if any has one."""
+        own = self.stop.reason(self.throughput.last_step_s, self.last_save_s)
+        wishes = self.world.sum(torch.tensor(float(bool(own)), device=self.world.device))
+        return own or ("another rank asked for it" if wishes else "")
+
+    def save(self, val_loss: float | None) -> None:
+        """Write a checkpoint on rank 0 and let `latest`, and `best` where it is, name it."""
+        best = val_loss is not None and val_loss < self.best_val_loss
+        if best:
+            self.best_val_loss = float(val_loss or 0)
+        if not self.world.is_first:
+            return
+        started = time.monotonic()
+        description = checkpoint.Description(
+            step=self.step,
+            tokens=self.step * self.config.train.tokens_per_step,
+            config=to_dict(self.config),
+            tokenizer=self.manifest.tokenizer,
+            dataset=self.manifest.fingerprint,
+            val_loss=val_loss,
+            scaler=self.scaler.state_dict(),
+        )
+        folder = checkpoint.save(self.checkpoints, self.model, self.optimizer, description)
+        if best:
+            checkpoint.point(self.checkpoints, "best", folder)
+        checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
+        self.last_save_s = time.monotonic() - started
+        logger.info("saved %s in %.1f s", folder, self.last_save_s)
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint: weights, optimizer and step; everything else follows from those."""
+        description = checkpoint.describe(folder)
+        checkpoint.load_weights(self.model, folder)
+        checkpoint.load_optimizer(self.optimizer, self.model, folder)
+        self.scaler.load_state_dict(description.scaler)
+        self.step = description.step
+        best = checkpoint.named(self.checkpoints, "best")
+        if best is not None:
+            self.best_val_loss = checkpoint.describe(best).val_loss or float("inf")
+
+    def row(self, result: StepResult, lr: float, val_loss: float | None) -> dict[str, Any]:
+        """A row of metrics.jsonl; the speeds are those since the last row."""
+        row: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.step * self.config.train.tokens_per_step,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_s": self.throughput.tokens_per_s,
+            "mfu": self.throughput.mfu,
+        }
+        self.throughput.restart()
+        if val_loss is not None:
+            row["val_loss"] = val_loss
+            logger.info("step %d: loss %.4f, val loss %.4f, lr %.2e", self.step, result.loss, val_loss, lr)
+        return row
+
+    def _to_device(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.world.device.type == "cuda":  # pinned memory lets the copy run beside the previous micro-batch
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs.to(self.world.device, non_blocking=True), targets.to(self.world.device, non_blocking=True)
+
+
+def _replicate(model: GPT, world: World) -> DistributedDataParallel:
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
