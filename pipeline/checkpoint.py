@@ -68,8 +68,8 @@ def save(checkpoints: Path, model: GPT, optimizer: torch.optim.Optimizer, descri
     for name in hashes:
         sync(partial / name)
     write_atomic(partial / DESCRIPTION, _dump(asdict(description) | {"files": hashes}))
-    if final.exists() and final not in (named(checkpoints, "latest"), named(checkpoints, "best")):
-        shutil.rmtree(final)  # whole, but from before a crash that kept `latest` from naming it
+    if final.is_dir():  # the run went back to an earlier step, and has come this far again
+        final.rename(checkpoints / f".{final.name}.replaced.partial")
     publish(partial, final)
     point(checkpoints, "latest", final)
     return final

@@ -391,7 +391,7 @@ def _parquet_file(path: str) -> Any:
 
     try:
         # Buffered and not pre-buffered: otherwise a whole column chunk, often the whole file, is held in memory.
-        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"cannot read {path} as Parquet: {_one_line(error)}; fetch or write it again") from None
 

@@ -1,0 +1,251 @@
+"""The checkpoint folder: a whole, a Hugging Face model, and refused when it is anything else."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import checkpoint
+from pipeline.checkpoint import Description
+from pipeline.config import Config, ModelConfig, to_dict
+from pipeline.errors import UserError
+from pipeline.huggingface import merges_of, tokenizer_files
+from pipeline.model import GPT
+from pipeline.tokenizer import BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from train.optimizer import build
+
+SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24)
+
+
+def trained_model(config: ModelConfig = SMALL, vocab_size: int = 257) -> tuple[GPT, torch.optim.Optimizer]:
+    """A model three optimizer steps away from its initial weights."""
+    torch.manual_seed(0)
+    model = GPT(config, vocab_size)
+    optimizer = build(model, Config().optimizer)
+    for _ in range(3):
+        ids = torch.randint(0, vocab_size, (4, 25))
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), optimizer
+
+
+def description(model: GPT, tokenizer: Tokenizer, step: int = 3, val_loss: float | None = None) -> Description:
+    config = to_dict(Config(model=model.config))
+    return Description(step=step, tokens=step * 100, config=config, tokenizer=tokenizer.spec(), dataset="d", val_loss=val_loss)
+
+
+def saved(folder: Path, config: ModelConfig = SMALL, tokenizer: Tokenizer | None = None, step: int = 3) -> tuple[Path, GPT]:
+    tokenizer = tokenizer or ByteTokenizer()
+    model, optimizer = trained_model(config, tokenizer.vocab_size)
+    return checkpoint.save(folder, model, optimizer, description(model, tokenizer, step)), model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_the_folder_opens_with_transformers_and_gives_the_same_logits(tmp_path: Path, bias: bool, tie_weights: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, bias=bias, tie_weights=tie_weights)
+    folder, model = saved(tmp_path, config)
+    twin, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ids = torch.randint(0, 257, (2, 24))
+    torch.testing.assert_close(twin.eval()(ids).logits, model.logits(ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_weights_come_back_bit_for_bit(tmp_path: Path, bias: bool, tie_weights: bool) -> None:
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, bias=bias, tie_weights=tie_weights)
+    folder, model = saved(tmp_path, config)
+    loaded, tokenizer = checkpoint.load_model(folder)
+    assert tokenizer.name == "byte" and loaded.config == config
+    for (name, found), (_, wanted) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(found, wanted), name
+    ids = torch.randint(0, 257, (1, 24))
+    assert torch.equal(loaded.eval().logits(ids), model.logits(ids))
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tie_weights
+
+
+def test_a_foreign_folder_written_by_transformers_loads(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=24)).eval()
+    twin.save_pretrained(tmp_path)
+    model, tokenizer = checkpoint.load_model(tmp_path)
+    ids = torch.randint(0, 50257, (2, 24))
+    torch.testing.assert_close(model.eval().logits(ids), twin(ids).logits, atol=1e-5, rtol=0)
+    assert tokenizer.name == "gpt2"
+
+
+def test_names_without_the_leading_transformer_load_too(tmp_path: Path) -> None:
+    folder, model = saved(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    old["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
+    save_file(old, tmp_path / "model.safetensors")
+    fresh = GPT(SMALL, 257)
+    checkpoint.load_weights(fresh, tmp_path)
+    assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
+
+
+def test_no_padding_row_is_saved(tmp_path: Path) -> None:
+    folder, model = saved(tmp_path)
+    assert model.transformer.wte.weight.shape[0] == 320
+    for file in ("model.safetensors", "training_state.safetensors"):
+        rows = [tensor.shape[0] for name, tensor in load_file(folder / file).items() if "wte" in name and tensor.ndim]
+        assert rows and set(rows) == {257}
+
+
+def test_optimizer_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    model, optimizer = trained_model()
+    folder = checkpoint.save(tmp_path, model, optimizer, description(model, ByteTokenizer()))
+    twin = GPT(SMALL, 257)
+    restored = build(twin, Config().optimizer)
+    checkpoint.load_weights(twin, folder)
+    checkpoint.load_optimizer(restored, twin, folder)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        for kind, value in optimizer.state[ours].items():
+            assert torch.equal(restored.state[theirs][kind], value), kind
+            assert restored.state[theirs][kind].stride() == value.stride()
+
+
+def test_description_holds_the_contract(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    document = json.loads((folder / "checkpoint.json").read_text())
+    assert document["format"] == 1 and document["step"] == 3 and document["tokens"] == 300 and document["dataset"] == "d"
+    assert document["config"]["model"]["n_layer"] == 2 and document["tokenizer"]["name"] == "byte"
+    assert set(document["files"]) == {"config.json", "model.safetensors", "training_state.safetensors"}
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".pth")]
+    assert asdict(checkpoint.describe(folder)) == document
+
+
+def damage_truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "training_state.safetensors"])
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, Path.unlink])
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, damage: Any) -> None:
+    folder, _ = saved(tmp_path)
+    damage(folder / file)
+    with pytest.raises(UserError, match=rf"is damaged: {file} (is missing|does not match its hash)"):
+        checkpoint.load_model(folder)
+
+
+def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, step=1)
+
+    def crash(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "write_atomic", crash)
+    with pytest.raises(OSError, match="no space"):
+        saved(tmp_path, step=2)
+    assert not (tmp_path / "step_00000002").exists()
+    latest = checkpoint.named(tmp_path, "latest")
+    assert latest is not None and latest.name == "step_00000001"
+    monkeypatch.undo()
+    saved(tmp_path, step=2)
+    checkpoint.describe(tmp_path / "step_00000002")
+
+
+def test_prune_keeps_the_newest_and_the_best_and_what_is_not_ours(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        saved(tmp_path, step=step)
+    checkpoint.point(tmp_path, "best", tmp_path / "step_00000001")
+    (tmp_path / "step_00000000").mkdir()  # no checkpoint.json: somebody else's
+    (tmp_path / ".step_00000009.partial").mkdir()
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        "step_00000000", "step_00000001", "step_00000004", "step_00000005"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ["../../elsewhere", "/etc", "step_1", "", "step_00000001/.."])
+def test_a_pointer_cannot_lead_elsewhere(tmp_path: Path, content: str) -> None:
+    (tmp_path / "latest").write_text(content)
+    with pytest.raises(UserError, match="wanted a folder's name"):
+        checkpoint.named(tmp_path, "latest")
+
+
+def test_resolve_finds_the_newest_run_and_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint under"):
+        checkpoint.resolve("latest", None, tmp_path)
+    for name, time in (("old", 100), ("new", 200)):
+        folder, _ = saved(tmp_path / name / "checkpoints")
+        pointer = tmp_path / name / "checkpoints" / "latest"
+        os.utime(pointer, (time, time))
+    assert checkpoint.resolve("latest", None, tmp_path) == tmp_path / "new" / "checkpoints" / folder.name
+    assert checkpoint.resolve("latest", tmp_path / "old", tmp_path).parts[-3] == "old"
+    with pytest.raises(UserError, match="has no checkpoint best"):
+        checkpoint.resolve("best", tmp_path / "old", tmp_path)
+    with pytest.raises(UserError, match="no checkpoint at nowhere"):
+        checkpoint.resolve("nowhere", None, tmp_path)
+
+
+def test_weights_of_another_shape_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    wider = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=24), 257)
+    before = wider.transformer.wte.weight.clone()
+    with pytest.raises(UserError, match=r"does not fit the model: of another shape: .* wanted \(257, 64\)"):
+        checkpoint.load_weights(wider, folder)
+    assert torch.equal(wider.transformer.wte.weight, before)
+    deeper = GPT(ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=24), 257)
+    with pytest.raises(UserError, match=r"missing: transformer.h.2.attn.c_attn.bias.*\.\.\."):
+        checkpoint.load_weights(deeper, folder)
+
+
+def test_foreign_folders_are_refused_for_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither checkpoint.json nor a Hugging Face config.json"):
+        checkpoint.load_model(tmp_path)
+    gpt2 = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 8, "vocab_size": 50257}
+    for change, reason in (
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"activation_function": "relu"}, "activation_function='relu'"),
+        ({"vocab_size": 1000}, "its vocabulary is unknown"),
+        ({}, "only safetensors are read"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(gpt2 | change))
+        with pytest.raises(UserError, match=reason):
+            checkpoint.load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_gpt2_tokenizer_files_encode_as_ours_does(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder, _ = saved(tmp_path, tokenizer=BytePairTokenizer("gpt2"))
+    twin = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = BytePairTokenizer("gpt2")
+    random = np.random.default_rng(0)
+    texts = ["def f(x):\n    return x  \n\n", "It's 12,345 o'clock — naïve 東京 🙂\t\r\n", "   ", "a" * 200]
+    texts += ["".join(map(chr, random.choice([*range(32, 127), 10, 233, 960, 26085, 128578], size=80))) for _ in range(200)]
+    for text in texts:
+        ids = ours.encode(text).tolist()
+        assert twin.encode(text) == ids
+        assert twin.decode(ids) == text
+    assert twin.eos_token_id == 50256 and len(twin) == 50257
+
+
+def test_merges_rebuild_the_published_order() -> None:
+    merges = merges_of(BytePairTokenizer("gpt2").ranks())
+    assert len(merges) == 50_000
+    assert merges[:3] == [(b" ", b"t"), (b" ", b"a"), (b"h", b"e")]
+
+
+def test_vocabularies_without_a_hugging_face_form_have_no_tokenizer_files() -> None:
+    assert tokenizer_files(ByteTokenizer()) == {} == tokenizer_files(CharTokenizer("abc"))

@@ -1,0 +1,288 @@
+"""Shards: what is written is what is read, documents stay whole, and a damaged dataset is refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pytest
+import xxhash
+
+from pipeline.errors import UserError
+from pipeline.shards import MANIFEST_NAME, Manifest, Shard, ShardWriter, TokenReader, load_manifest
+from pipeline.tokenizer import ByteTokenizer, TokenIds
+
+END = ByteTokenizer.end_of_text
+LENGTHS = [3, 1, 7, 25, 2, 9, 10, 1, 4]
+Document = tuple[TokenIds, int]  # ids with their end-of-text, bytes of text
+
+
+def documents(lengths: list[int] = LENGTHS, seed: int = 0) -> list[Document]:
+    """Documents of random ids; their byte counts are made up, to be told from token counts."""
+    rng = np.random.default_rng(seed)
+    return [(np.append(rng.integers(0, 256, length - 1), END).astype(np.uint16), 10 + length) for length in lengths]
+
+
+def add(writer: ShardWriter, docs: list[Document]) -> None:
+    writer.add(
+        np.concatenate([ids for ids, _ in docs]),
+        np.array([len(ids) for ids, _ in docs]),
+        np.array([text_bytes for _, text_bytes in docs]),
+    )
+
+
+def write(
+    folder: Path, docs: list[Document], shard_tokens: int = 10, split: str = "train", at_once: int = 100
+) -> list[Shard]:
+    writer = ShardWriter(folder, split, np.dtype("<u2"), shard_tokens)
+    for start in range(0, len(docs), at_once):
+        add(writer, docs[start : start + at_once])
+    return writer.finish()
+
+
+def tokens_of(docs: list[Document]) -> npt.NDArray[np.int64]:
+    return np.concatenate([ids for ids, _ in docs]).astype(np.int64)
+
+
+def dataset(folder: Path, docs: list[Document] | None = None) -> Manifest:
+    """A whole dataset in `folder`: a train split of several shards, a val split of one."""
+    manifest = Manifest(
+        tokenizer=ByteTokenizer().spec(),
+        dtype="uint16",
+        splits={
+            "train": write(folder, docs or documents()),
+            "val": write(folder, documents([5, 5]), split="val"),
+        },
+        sources=[{"path": "a.txt", "bytes": 5}],
+        options={"seed": 0},
+        val_rule={"kind": "hash"},
+        skipped={"empty": 2},
+        program="0.0.0",
+    )
+    manifest.save(folder)
+    return manifest
+
+
+# ---- writing ----
+
+
+def test_a_shard_is_closed_by_the_document_that_fills_it(tmp_path: Path) -> None:
+    shards = write(tmp_path, documents(), shard_tokens=10)
+    assert [shard.tokens for shard in shards] == [3 + 1 + 7, 25, 2 + 9, 10, 1 + 4]
+    assert [shard.documents for shard in shards] == [3, 1, 2, 1, 2]
+    assert [shard.file for shard in shards] == [f"train_{i:05d}.bin" for i in range(5)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [shard.file for shard in shards]
+
+
+def test_a_document_longer_than_a_shard_stays_whole(tmp_path: Path) -> None:
+    shards = write(tmp_path, documents([50, 2, 50]), shard_tokens=1)
+    assert [shard.tokens for shard in shards] == [50, 2, 50]
+
+
+def test_a_plain_memmap_reads_what_was_written(tmp_path: Path) -> None:
+    docs = documents()
+    maps = [np.memmap(tmp_path / shard.file, dtype=np.uint16, mode="r") for shard in write(tmp_path, docs)]
+    assert np.array_equal(np.concatenate(maps), tokens_of(docs))
+    assert all(ids[-1] == END for ids in maps)
+
+
+def test_a_shards_description_is_true(tmp_path: Path) -> None:
+    docs = documents()
+    for shard in write(tmp_path, docs, shard_tokens=12):
+        content = (tmp_path / shard.file).read_bytes()
+        took, docs = docs[: shard.documents], docs[shard.documents :]
+        assert shard.hash == xxhash.xxh3_128_hexdigest(content)
+        assert shard.tokens * 2 == len(content)
+        assert shard.documents == content.count(END.to_bytes(2, "little"))
+        assert shard.bytes == sum(text_bytes for _, text_bytes in took)
+    assert not docs
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 4, 10, 11, 1000])
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_the_files_do_not_depend_on_how_documents_arrive(tmp_path: Path, shard_tokens: int, at_once: int) -> None:
+    for folder in ("all", "few"):
+        (tmp_path / folder).mkdir()
+    together = write(tmp_path / "all", documents(), shard_tokens)
+    assert write(tmp_path / "few", documents(), shard_tokens, at_once=at_once) == together
+
+
+def test_wider_ids_are_written_little_endian(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "train", np.dtype("<u4"), 10)
+    writer.add(np.array([1, 70_000], dtype=np.uint32), np.array([2]), np.array([1]))
+    assert (tmp_path / writer.finish()[0].file).read_bytes() == b"\x01\x00\x00\x00\x70\x11\x01\x00"
+
+
+def test_a_shard_has_its_name_only_when_whole(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "train", np.dtype("<u2"), 10)
+    add(writer, documents([4]))
+    assert not (tmp_path / "train_00000.bin").exists()
+    add(writer, documents([6]))
+    assert (tmp_path / "train_00000.bin").stat().st_size == 20
+
+
+def test_a_writer_without_documents_leaves_nothing(tmp_path: Path) -> None:
+    assert ShardWriter(tmp_path, "train", np.dtype("<u2"), 10).finish() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- reading ----
+
+
+def test_reading_is_slicing_across_shard_borders(tmp_path: Path) -> None:
+    docs = documents()
+    reader, tokens = TokenReader(tmp_path, dataset(tmp_path, docs), "train"), tokens_of(docs)
+    assert len(reader) == len(tokens) == sum(LENGTHS)
+    for start in range(len(tokens)):
+        for stop in range(start + 1, len(tokens) + 1):
+            found = reader.read(start, stop)
+            assert found.dtype == np.int64
+            assert np.array_equal(found, tokens[start:stop]), (start, stop)
+
+
+@pytest.mark.parametrize(
+    ("position", "file"), [(0, "train_00000.bin"), (10, "train_00000.bin"), (11, "train_00001.bin")]
+)
+def test_an_id_outside_the_vocabulary_is_refused_with_its_file(tmp_path: Path, position: int, file: str) -> None:
+    docs = documents()
+    flat = tokens_of(docs)
+    flat[position] = 257
+    ends = np.cumsum(LENGTHS)[:-1]
+    damaged = [(ids.astype(np.uint16), 1) for ids in np.split(flat, ends)]
+    reader = TokenReader(tmp_path, dataset(tmp_path, damaged), "train")
+    assert reader.read(position + 1, len(flat)).size == len(flat) - position - 1
+    with pytest.raises(UserError, match=f"{tmp_path / file} holds id 257, but its vocabulary has 257: "):
+        reader.read(0, len(flat))
+
+
+# ---- the manifest ----
+
+
+def test_a_manifest_survives_the_disk(tmp_path: Path) -> None:
+    manifest = dataset(tmp_path)
+    assert load_manifest(tmp_path) == manifest
+    assert manifest.count("train", "tokens") == sum(LENGTHS)
+    assert manifest.count("train", "documents") == len(LENGTHS)
+    assert manifest.count("val", "bytes") == 30
+
+
+def test_the_manifest_tells_where_end_of_text_stands(tmp_path: Path) -> None:
+    dataset(tmp_path)
+    document = orjson.loads((tmp_path / MANIFEST_NAME).read_bytes())
+    assert document["format"] == 1
+    assert document["end_of_text"] == "after each document"
+    assert document["tokenizer"]["end_of_text"] == END
+
+
+def test_the_fingerprint_names_the_tokens_and_nothing_else(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    manifest = dataset(tmp_path / "a")
+    docs = documents()
+    docs[0][0][0] ^= 1
+    same = replace(manifest, sources=[], skipped={}, options={"seed": 1}, val_rule={}, program="9")
+    others = [
+        dataset(tmp_path / "b", docs),
+        replace(manifest, tokenizer=manifest.tokenizer | {"fingerprint": "other"}),
+        replace(manifest, splits={"train": manifest.splits["train"][::-1], "val": manifest.splits["val"]}),
+        replace(manifest, splits={"train": manifest.splits["val"], "val": manifest.splits["train"]}),
+    ]
+    assert same.fingerprint == manifest.fingerprint
+    assert len({manifest.fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+def test_a_missing_dataset_is_answered_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_manifest(tmp_path / "mine")
+    assert str(caught.value) == (
+        f"no dataset at {tmp_path / 'mine'}: prepare one with `pipeline prepare SOURCE --name mine`"
+    )
+
+
+def test_a_folder_without_a_manifest_is_not_a_dataset(tmp_path: Path) -> None:
+    dataset(tmp_path)
+    (tmp_path / MANIFEST_NAME).unlink()
+    with pytest.raises(UserError, match=f"{tmp_path} is not a whole dataset: it has no {MANIFEST_NAME}"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": 1', b"[]", b"null", b"\xff"])
+def test_a_damaged_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
+    dataset(tmp_path)
+    (tmp_path / MANIFEST_NAME).write_bytes(content)
+    with pytest.raises(UserError, match=f"{tmp_path / MANIFEST_NAME} is damaged"):
+        load_manifest(tmp_path)
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / MANIFEST_NAME
+    document = orjson.loads(path.read_bytes())
+    edit(document)
+    path.write_bytes(orjson.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d.pop("format"), "is damaged (KeyError: 'format'): prepare the dataset again with --force"),
+        (lambda d: d.pop("dtype"), "is damaged (TypeError: "),
+        (lambda d: d.pop("splits"), "is damaged (KeyError: 'splits')"),
+        (lambda d: d["splits"].pop("val"), "is damaged (KeyError: 'val')"),
+        (lambda d: d["splits"]["val"][0].pop("hash"), "is damaged (TypeError: "),
+        (lambda d: d["tokenizer"].pop("vocab_size"), "is damaged (KeyError: 'vocab_size')"),
+        (lambda d: d.update(surplus=1), "is damaged (TypeError: "),
+        (lambda d: d.update(format=2), "has format 2, this program reads 1: prepare it again"),
+    ],
+    ids=["format", "dtype", "splits", "a split", "a shard's hash", "vocab_size", "a surplus key", "another format"],
+)
+def test_a_manifest_of_another_form_is_refused(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    dataset(tmp_path)
+    change(tmp_path, edit)
+    with pytest.raises(UserError) as caught:
+        load_manifest(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / MANIFEST_NAME} {message}")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda d: d.update(dtype="uint32"),
+            "holds uint32 ids, but a vocabulary of 257 needs uint16: prepare it again",
+        ),
+        (
+            lambda d: d["tokenizer"].update(vocab_size=65_537),
+            "holds uint16 ids, but a vocabulary of 65537 needs uint32",
+        ),
+        (lambda d: d["splits"]["val"][0].update(file="../val_00000.bin"), "names a shard outside its folder"),
+        (lambda d: d["splits"]["val"][0].update(file="/etc/passwd"), "names a shard outside its folder"),
+        (lambda d: d["splits"]["val"][0].update(tokens=11), "val_00000.bin has 20 bytes, the manifest wants 22 bytes"),
+    ],
+    ids=["a wider dtype", "a wider vocabulary", "a path upwards", "an absolute path", "more tokens"],
+)
+def test_a_manifest_that_does_not_fit_its_shards_is_refused(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    dataset(tmp_path)
+    change(tmp_path, edit)
+    with pytest.raises(UserError) as caught:
+        load_manifest(tmp_path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["train_00001.bin", "val_00000.bin"])
+def test_a_missing_or_truncated_shard_is_named(tmp_path: Path, file: str) -> None:
+    dataset(tmp_path)
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content[:-1])
+    found = f"{tmp_path / file} has {len(content) - 1} bytes, the manifest wants {len(content)} bytes: "
+    with pytest.raises(UserError, match=found):
+        load_manifest(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(UserError, match=f"{tmp_path / file} is missing, the manifest wants {len(content)} bytes: "):
+        load_manifest(tmp_path)

@@ -1,0 +1,198 @@
+"""One training step and the loop around it, each against the same thing written out plainly."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from pipeline.config import Config
+from pipeline.distributed import World
+from pipeline.errors import Diverged
+from pipeline.huggingface import config_json, to_folder_layout
+from pipeline.shards import TokenReader, load_manifest
+from train.loader import Loader, evaluation_starts, windows_at
+from train.optimizer import learning_rate
+from train.run import assemble
+from train.trainer import Trainer
+
+# A key's bias moves all scores of a query alike, so its true gradient is 0 and Adam turns pure rounding into full steps.
+NOISE = "attn.c_attn.bias"
+ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
+
+
+def trainer_of(config: Config) -> Trainer:
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    return assemble(config, ALONE)[0]
+
+
+def trained(config: Config, steps: int) -> tuple[Trainer, list[float]]:
+    trainer, losses = trainer_of(config), []
+    for _ in range(steps):
+        losses.append(trainer.train_step().loss)
+        trainer.step += 1
+    return trainer, losses
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def assert_same_weights(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        if not name.endswith(NOISE):
+            torch.testing.assert_close(found[name], wanted[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_accumulating_four_micro_batches_equals_one_big_batch(tiny: Path) -> None:
+    accumulated, losses = trained(tiny_config(tiny, train={"micro_batch_size": 2}), steps=5)
+    at_once, big_losses = trained(tiny_config(tiny, train={"micro_batch_size": 8}), steps=5)
+    assert (accumulated.accumulation, at_once.accumulation) == (4, 1)
+    assert losses == pytest.approx(big_losses, rel=1e-5)
+    assert_same_weights(weights(accumulated), weights(at_once))
+
+
+def test_logged_loss_is_the_mean_over_the_whole_global_batch(tiny: Path) -> None:
+    trainer = trainer_of(tiny_config(tiny))
+    reader = TokenReader(tiny / "data/tiny", trainer.manifest, "train")
+    inputs, targets = Loader(reader, block_size=16, seed=1337).batch(0, 8)
+    with torch.no_grad():
+        expected = trainer.model(inputs, targets).item()
+    assert trainer.train_step().loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_twenty_steps_equal_an_independent_trainer(tiny: Path) -> None:
+    """transformers' GPT-2, torch's plain AdamW, clipping and schedule written out, on the same batches."""
+    transformers = pytest.importorskip("transformers")
+    config = tiny_config(tiny, train={"max_steps": 20}, optimizer={"grad_clip": 0.5})
+    ours = trainer_of(config)
+    twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config_json(ours.model, 0)))
+    twin.load_state_dict(to_folder_layout(ours.model, weights(ours)), strict=False)
+    twin.tie_weights()
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in twin.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in twin.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(20):
+        inputs, targets = ours.loader.batch(step * 8, 8)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        logits = twin(inputs).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in twin.parameters()))
+        for parameter in twin.parameters():
+            parameter.grad *= min(1.0, 0.5 / (norm.item() + 1e-6))
+        optimizer.step()
+        optimizer.zero_grad()
+        result = ours.train_step()
+        ours.step += 1
+        assert result.loss == pytest.approx(loss.item(), rel=1e-4), step
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-3), step
+
+
+def test_bfloat16_follows_the_float32_loss_curve(tiny: Path) -> None:
+    exact = trained(tiny_config(tiny), steps=20)[1]
+    rounded = trained(tiny_config(tiny, run={"dtype": "bfloat16"}), steps=20)[1]
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert exact[-1] < exact[0] - 1, "the comparison is only worth something while the loss falls"
+
+
+def test_weights_stay_float32_under_bfloat16(tiny: Path) -> None:
+    trainer, _ = trained(tiny_config(tiny, run={"dtype": "bfloat16"}), steps=1)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_dropout_depends_on_the_place_in_the_global_batch_and_not_on_history(tiny: Path) -> None:
+    config = tiny_config(tiny, model={"dropout": 0.3})
+    losses = trained(config, steps=3)[1]
+    torch.manual_seed(999)
+    assert trained(config, steps=3)[1] == losses
+    again = trainer_of(config)
+    torch.rand(100)
+    assert again.train_step().loss == losses[0]
+    other = trained(replace(config, run=replace(config.run, seed=1)), steps=1)[1]
+    assert other != losses[:1]
+
+
+def test_evaluation_is_the_mean_over_its_windows_and_leaves_training_alone(tiny: Path) -> None:
+    config = tiny_config(tiny, eval={"batches": 5}, train={"micro_batch_size": 4, "tokens_per_step": 128})
+    trainer = trainer_of(config)
+    reader = TokenReader(tiny / "data/tiny", load_manifest(tiny / "data/tiny"), "val")
+    inputs, targets = windows_at(reader, evaluation_starts(reader, 16, 20), 16)
+    with torch.no_grad():
+        expected = trainer.model(inputs, targets).item()
+    assert trainer.evaluate() == pytest.approx(expected, rel=1e-5)
+    assert trainer.evaluate() == trainer.evaluate()
+    assert trainer.model.training
+    undisturbed = trained(tiny_config(tiny, model={"dropout": 0.2}), steps=3)[1]
+    disturbed = trainer_of(tiny_config(tiny, model={"dropout": 0.2}))
+    losses = []
+    for _ in range(3):
+        disturbed.evaluate()
+        losses.append(disturbed.train_step().loss)
+        disturbed.step += 1
+    assert losses == undisturbed
+
+
+def test_evaluation_weighs_a_short_last_batch_by_its_windows(tiny: Path) -> None:
+    whole = trainer_of(tiny_config(tiny, eval={"batches": 0}, train={"micro_batch_size": 8}))
+    assert len(whole.val_starts) % 8 != 0
+    single = trainer_of(tiny_config(tiny, eval={"batches": 0}, train={"micro_batch_size": 1}))
+    assert whole.evaluate() == pytest.approx(single.evaluate(), rel=1e-5)
+
+
+def poisoned(trainer: Trainer, steps: set[int], value: float) -> Trainer:
+    """The trainer with a model whose loss is `value` times itself at the given steps."""
+
+    def spoil(module: torch.nn.Module, inputs: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss * value if trainer.step in steps and module.training else loss
+
+    trainer.model.register_forward_hook(spoil)
+    return trainer
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny: Path, value: float) -> None:
+    trainer = poisoned(trainer_of(tiny_config(tiny)), {1}, value)
+    trainer.train_step()
+    trainer.step += 1
+    before = weights(trainer)
+    moments = {id(p): state["exp_avg"].clone() for p, state in trainer.optimizer.state.items()}
+    result = trainer.train_step()
+    assert not result.finite
+    for name, tensor in weights(trainer).items():
+        assert torch.equal(tensor, before[name]), name
+    for parameter, state in trainer.optimizer.state.items():
+        assert torch.equal(state["exp_avg"], moments[id(parameter)])
+    trainer.step += 1
+    assert trainer.train_step().finite
+
+
+def test_bad_steps_are_written_down_with_their_samples_and_training_goes_on(tiny: Path) -> None:
+    config = tiny_config(tiny, train={"max_bad_steps": 2})
+    trainer = poisoned(trainer_of(config), {3, 6}, math.nan)
+    assert trainer.fit(None) == ""
+    rows = [json.loads(line) for line in (config.run_dir / "bad_steps.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["first_sample"], row["samples"]) for row in rows] == [(3, 24, 8), (6, 48, 8)]
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_too_many_bad_steps_in_a_row_are_a_divergence(tiny: Path) -> None:
+    trainer = poisoned(trainer_of(tiny_config(tiny, train={"max_bad_steps": 3})), {4, 5, 6, 7}, math.nan)
+    with pytest.raises(Diverged, match=r"3 steps in a row, up to step 6.*weights of step 4 were kept"):
+        trainer.fit(None)
+
+
+@pytest.mark.slow
+def test_the_compiled_model_follows_the_eager_one(tiny: Path) -> None:
+    eager = trained(tiny_config(tiny, run={"compile": "off"}), steps=5)[1]
+    compiled = trained(tiny_config(tiny, run={"compile": "on"}), steps=5)[1]
+    assert compiled == pytest.approx(eager, rel=1e-4)
