@@ -8,6 +8,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -38,11 +40,17 @@ def configure() -> None:
     logger.propagate = False
 
 
-def also_to_file(path: Path) -> None:
+@contextmanager
+def also_to_file(path: Path) -> Iterator[None]:
     """Append every log line to `path` as well, with the time it was written."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 class ProgressReport:

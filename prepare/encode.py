@@ -27,8 +27,9 @@ from pipeline.tokenizer import TokenIds, Tokenizer, from_spec, token_dtype
 from prepare.corpus import Unit
 
 HASH_RANGE = 1 << 64
-# One unit being encoded and one waiting, for each worker: enough to keep them busy, little enough to keep memory flat.
-UNITS_IN_FLIGHT = 2
+# For each worker one unit being encoded and three waiting: it stays busy while a slow unit holds up the order, and
+# memory stays flat.
+UNITS_IN_FLIGHT = 4
 
 
 @dataclass(frozen=True)

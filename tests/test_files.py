@@ -57,22 +57,24 @@ def test_an_interrupted_write_leaves_the_old_content(tmp_path: Path, monkeypatch
 
 def test_content_and_folder_are_synced_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order is the durability: what a name points to is on the disk before the name is."""
+    partial, final = tmp_path / "a.partial", tmp_path / "a"
+    partial.write_bytes(b"content")
+    names = {partial.stat().st_ino: "content", tmp_path.stat().st_ino: "folder"}
     events: list[str] = []
     fsync, rename = os.fsync, Path.rename
 
     def record_fsync(descriptor: int) -> None:
-        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        events.append(f"sync {names[os.fstat(descriptor).st_ino]}")
         fsync(descriptor)
 
     def record_rename(self: Path, target: Path) -> Path:
-        events.append(f"rename to {target.name}")
+        events.append("rename")
         return rename(self, target)
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(Path, "rename", record_rename)
-    (tmp_path / "a.partial").write_bytes(b"content")
-    publish(tmp_path / "a.partial", tmp_path / "a")
-    assert events == ["sync a.partial", "rename to a", f"sync {tmp_path.name}"]
+    publish(partial, final)
+    assert events == ["sync content", "rename", "sync folder"]
 
 
 @pytest.mark.parametrize("size", [0, 1, HASH_BLOCK_BYTES, HASH_BLOCK_BYTES + 1])

@@ -1,11 +1,11 @@
 """The talk: a bar on a terminal, plain lines anywhere else, and rank 0 alone unless something is wrong."""
 
-import logging
 import os
 import pty
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def _restored_logger() -> Iterator[None]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time the log sees; a test moves it by hand."""
     now = [1000.0]
-    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
@@ -102,13 +102,16 @@ def test_progress_of_a_stream_tells_amounts_and_no_end(clock: list[float], capsy
 
 
 def test_on_a_terminal_progress_is_a_bar_that_log_lines_do_not_tear() -> None:
-    terminal, stdout = on_a_terminal(REPORT)
+    terminal, _ = on_a_terminal(REPORT)
     assert "\x1b[" in terminal
     lines = [line.strip() for line in re.split(r"[\r\n]+", without_control_sequences(terminal))]
     assert any(re.match(r"encode .*━.* 30% .*7 documents", line) for line in lines), terminal
     assert "an [info] line" in lines  # square brackets are not markup
     assert "a warning" in lines
-    assert stdout == "the result\n"
+
+
+def test_what_is_printed_under_a_bar_stays_on_stdout() -> None:
+    assert on_a_terminal(REPORT)[1] == "the result\n"
 
 
 @pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}])
@@ -145,11 +148,9 @@ def test_a_log_file_gets_every_line_with_its_time_after_those_of_an_earlier_star
     path = tmp_path / "log.txt"
     path.write_text("earlier\n", encoding="utf-8")
     log.configure()
-    log.also_to_file(path)
-    log.logger.info("said %s", "é")
-    log.logger.warning("beware")
-    earlier, *lines = path.read_text(encoding="utf-8").splitlines()
-    assert earlier == "earlier"
-    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
-    assert [bool(re.fullmatch(f"{time} {rest}", line)) for line, rest in zip(lines, ("INFO said é", "WARNING beware"))]
-    logging.getLogger("pipeline").handlers[-1].close()
+    with log.also_to_file(path):
+        log.logger.info("said %s", "é")
+        log.logger.warning("beware")
+    log.logger.info("said to the terminal alone")
+    moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
+    assert re.fullmatch(f"earlier\n{moment} INFO said é\n{moment} WARNING beware\n", path.read_text(encoding="utf-8"))

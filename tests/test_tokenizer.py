@@ -32,7 +32,7 @@ ORIGINAL_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N
 TEXTS = [
     "",
     "Hello, world!",
-    "I'll say they've gone; it's 'the' dog's we'd've'T 'S ''re",
+    "I'll say they've gone, you're, I'm; it's 'the' dog's we'd've'T 'S ''re",
     "runs   of    spaces     and\ttabs\t\t end   ",
     "\n\nlines\n \n  indented\r\n\r\nlast\n",
     "def f(x: int) -> dict[str, int]:\n    return {'a': x ** 2}  # \\n\n",

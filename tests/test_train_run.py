@@ -56,7 +56,8 @@ def renamed(config: Config, name: str) -> Config:
 
 def test_a_run_leaves_what_the_contract_says(tiny: Path) -> None:
     config = tiny_config(tiny, log={"tensorboard": True, "every_steps": 2})
-    run(config)
+    result = run_program("train", "quickstart", *overrides(config), cwd=tiny)
+    assert result.returncode == 0, result.stderr
     written = rows(config)
     assert [row["step"] for row in written] == [2, 4, 5, 6, 8, 10]
     assert [row["tokens"] for row in written] == [256, 512, 640, 768, 1024, 1280]

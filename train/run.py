@@ -34,7 +34,7 @@ def run(config: Config, dry_run: bool = False) -> None:
         with ExitStack() as stack:
             if world.is_first and not dry_run:
                 stack.enter_context(one_writer(config.run_dir))
-                also_to_file(config.run_dir / "log.txt")
+                stack.enter_context(also_to_file(config.run_dir / "log.txt"))
             logger.info("%s", introduction)
             if dry_run:
                 logger.info("dry run: would %s; nothing was written", f"resume {start}" if start else "start at step 0")
