@@ -13,7 +13,7 @@ from pipeline import log
 from pipeline.errors import Diverged, UserError
 from pipeline.tokenizer import TOKENIZER_NAMES
 
-EXIT_USER, EXIT_DIVERGED = 2, 3
+EXIT_USER, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
 DEFAULT_CONFIG = "gpt2-124m"
 
 app = typer.Typer(
@@ -28,7 +28,8 @@ def main() -> None:
     """Run one command. Exit codes: 0 done, 2 the user can mend it (one line on stderr), 3 diverged, 1 our bug."""
     log.configure()
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == EXIT_INTERRUPTED:  # how the parser reports Ctrl-C
+            _leave("interrupted", EXIT_INTERRUPTED)
     except UserError as error:
         _leave(str(error), EXIT_USER)
     except Diverged as error:
@@ -36,8 +37,6 @@ def main() -> None:
     except BrokenPipeError:
         # The reader of our output has seen enough; without this, Python complains once more while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
     except Exception as error:
         # The parser's own complaints, whichever copy of click this typer carries.
         if not hasattr(error, "format_message"):

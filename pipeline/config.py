@@ -11,7 +11,7 @@ micro-batches follows from `train.tokens_per_step` and the number of ranks.
 import difflib
 import json
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -168,13 +168,15 @@ def load(name_or_path: str, overrides: list[str]) -> Config:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     faults: list[str] = []
     for override in overrides:
         _apply_override(document, override, faults)
-    config = from_dict(document, faults)
-    if not config.run.name:
-        config = replace(config, run=replace(config.run, name=path.stem))
-    return config
+    run = document.setdefault("run", {})
+    if isinstance(run, dict) and not run.get("name"):
+        run["name"] = path.stem
+    return from_dict(document, faults)
 
 
 def from_dict(document: dict[str, Any], faults: list[str] | None = None) -> Config:
@@ -203,10 +205,14 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_toml(config: Config) -> str:
     """The resolved config as TOML text, every key present. JSON's scalars and arrays are TOML's as well."""
+
+    def assign(name: str, value: Any) -> str:
+        # Of what JSON leaves as it is, only the delete character is refused by TOML.
+        return f"{name} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
+
     sections = to_dict(config).items()
     return "\n".join(
-        f"[{section}]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in keys.items())
-        for section, keys in sections
+        f"[{section}]\n" + "".join(assign(name, value) for name, value in keys.items()) for section, keys in sections
     )
 
 
@@ -273,7 +279,9 @@ def _section_from_dict(section: str, keys: dict[str, Any], faults: list[str]) ->
     values = {}
     for name, value in keys.items():
         if name not in types:
-            faults.append(f"unknown key {section}.{name}{_nearest(f'{section}.{name}', [f'{section}.{key}' for key in types])}")
+            faults.append(
+                f"unknown key {section}.{name}{_nearest(f'{section}.{name}', [f'{section}.{key}' for key in types])}"
+            )
             continue
         try:
             values[name] = _coerce(value, types[name])
@@ -317,6 +325,8 @@ def _inconsistencies(config: Config) -> list[str]:
                 faults.append(f"{name}={value!r} is not one of {', '.join(choices)}")
             if name in _AT_LEAST and not value >= _AT_LEAST[name]:
                 faults.append(f"{name}={value} is below {_AT_LEAST[name]}")
+            elif name in _AT_LEAST and value == float("inf"):
+                faults.append(f"{name}=inf is not finite")
     model, optimizer = config.model, config.optimizer
     if model.n_head > 0 and model.n_embd % model.n_head:
         faults.append(f"model.n_embd={model.n_embd} is not a multiple of model.n_head={model.n_head}")

@@ -61,15 +61,18 @@ def one_writer(folder: Path) -> Iterator[None]:
 
     The lock is the kernel's (flock), so it goes with its process and is never stale.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another place") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
-            raise UserError(
-                f"{folder} is being written by {file.read().strip()}: wait for it, or choose another name"
-            ) from None
+            holder = file.read().strip()
+            raise UserError(f"{folder} is being written by {holder}: wait for it, or choose another name") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -33,7 +33,7 @@ class _ConsoleHandler(logging.Handler):
 def configure() -> None:
     """Send the log to stderr; a rank other than 0 keeps to warnings and says who it is."""
     rank = int(os.environ.get("RANK", "0"))
-    handler = _ConsoleHandler() if console.is_terminal else logging.StreamHandler(sys.stderr)
+    handler = _ConsoleHandler() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -67,14 +67,16 @@ class ProgressReport:
         self._bar: Progress | None = None
 
     def __enter__(self) -> Self:
-        if console.is_terminal and logger.level <= logging.INFO:
+        if sys.stderr.isatty() and logger.level <= logging.INFO:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TaskProgressColumn(),
                 TextColumn("{task.fields[note]}"),
             )
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+            self._bar = Progress(
+                *columns, TimeRemainingColumn(), console=console, transient=True, redirect_stdout=False
+            )
             self._task = self._bar.add_task(self.title, total=self.total, completed=int(self.done), note="")
             self._bar.start()
         return self

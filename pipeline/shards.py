@@ -86,11 +86,11 @@ def load_manifest(folder: Path) -> Manifest:
         shards = document.pop("splits")
         splits = {split: [Shard(**shard) for shard in shards[split]] for split in SPLITS}
         manifest = Manifest(splits=splits, **document)
+        _check_shards(folder, manifest)
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): prepare the dataset again with --force"
         ) from None
-    _check_shards(folder, manifest)
     return manifest
 
 
@@ -129,19 +129,23 @@ class TokenReader:
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Ids [start, stop) of the split, across shard borders. Raises UserError for an id outside the vocabulary."""
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        parts = []
-        while start < stop:
-            end = min(stop, int(self._starts[first + 1]))
-            parts.append(self._maps[first][start - self._starts[first] : end - self._starts[first]])
-            start, first = end, first + 1
+        parts, at = [], start
+        while at < stop:
+            shard = self._shard_of(at)
+            end = min(stop, int(self._starts[shard + 1]))
+            parts.append(self._maps[shard][at - self._starts[shard] : end - self._starts[shard]])
+            at = end
         ids = np.concatenate(parts).astype(np.int64)
         if ids.size and ids.max() >= self.vocab_size:
+            file = self._maps[self._shard_of(start + int(ids.argmax()))].filename
             raise UserError(
-                f"{self._maps[first - 1].filename} holds id {ids.max()}, but its vocabulary has {self.vocab_size}: "
+                f"{file} holds id {ids.max()}, but its vocabulary has {self.vocab_size}: "
                 "the file is damaged; prepare the dataset again with --force"
             )
         return ids
+
+    def _shard_of(self, position: int) -> int:
+        return int(np.searchsorted(self._starts, position, side="right")) - 1
 
 
 class ShardWriter:

@@ -6,6 +6,8 @@ Literal "<|endoftext|>" in a text is ordinary text; only `prepare` writes the en
 """
 
 import base64
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +63,8 @@ class BytePairTokenizer:
         self.end_of_text = self.encoding.eot_token
 
     def encode(self, text: str) -> TokenIds:
-        ids: TokenIds = self.encoding.encode_to_numpy(text, disallowed_special=())
+        with _lone_surrogates_refused():
+            ids: TokenIds = self.encoding.encode_to_numpy(text, disallowed_special=())
         return ids.astype(token_dtype(self.vocab_size))
 
     def decode_bytes(self, ids: list[int]) -> bytes:
@@ -94,7 +97,8 @@ class CharTokenizer:
         self._id_of[_code_points(self.characters)] = np.arange(self.end_of_text)
 
     def encode(self, text: str) -> TokenIds:
-        ids = self._id_of[_code_points(text)]
+        with _lone_surrogates_refused():
+            ids = self._id_of[_code_points(text)]
         unknown = np.flatnonzero(ids == self.vocab_size)
         if unknown.size:
             at = int(unknown[0])
@@ -119,7 +123,8 @@ class ByteTokenizer:
     end_of_text = 256
 
     def encode(self, text: str) -> TokenIds:
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(token_dtype(self.vocab_size))
+        with _lone_surrogates_refused():
+            return np.frombuffer(text.encode(), dtype=np.uint8).astype(token_dtype(self.vocab_size))
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else bytes([i]) for i in ids)
@@ -151,6 +156,15 @@ def from_spec(spec: dict[str, Any]) -> Tokenizer:
 def _spec(tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
     fixed = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
     return {**fixed, **more}
+
+
+@contextmanager
+def _lone_surrogates_refused() -> Iterator[None]:
+    """Python holds bytes that are not UTF-8, such as a mistyped argument's, as lone surrogates; no vocabulary has those."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is not valid Unicode at position {error.start}: wanted UTF-8") from None
 
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:

@@ -32,7 +32,14 @@ def write_dataset(folder: Path, train_tokens: int = 20_000, val_tokens: int = 2_
         writer.add(ids.astype("<u2"), np.array([count]), np.array([count - 1]))
         splits[split] = writer.finish()
     manifest = Manifest(
-        tokenizer=tokenizer.spec(), dtype="uint16", splits=splits, sources=[], options={}, val_rule={}, skipped={}, program="test"
+        tokenizer=tokenizer.spec(),
+        dtype="uint16",
+        splits=splits,
+        sources=[],
+        options={},
+        val_rule={},
+        skipped={},
+        program="test",
     )
     manifest.save(folder)
     return folder
@@ -70,7 +77,13 @@ def run_program(*arguments: str, cwd: Path, ranks: int = 1, **environment: str) 
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(
-        [*launcher, "pipeline", *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False
+        [*launcher, "pipeline", *arguments],
+        cwd=cwd,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -83,4 +96,6 @@ def overrides(config: Config) -> list[str]:
     def text(value: Any) -> str:
         return value if isinstance(value, str) else json.dumps(value)
 
-    return [f"{section}.{key}={text(value)}" for section, keys in to_dict(config).items() for key, value in keys.items()]
+    return [
+        f"{section}.{key}={text(value)}" for section, keys in to_dict(config).items() for key, value in keys.items()
+    ]

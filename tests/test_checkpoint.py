@@ -38,10 +38,14 @@ def trained_model(config: ModelConfig = SMALL, vocab_size: int = 257) -> tuple[G
 
 def description(model: GPT, tokenizer: Tokenizer, step: int = 3, val_loss: float | None = None) -> Description:
     config = to_dict(Config(model=model.config))
-    return Description(step=step, tokens=step * 100, config=config, tokenizer=tokenizer.spec(), dataset="d", val_loss=val_loss)
+    return Description(
+        step=step, tokens=step * 100, config=config, tokenizer=tokenizer.spec(), dataset="d", val_loss=val_loss
+    )
 
 
-def saved(folder: Path, config: ModelConfig = SMALL, tokenizer: Tokenizer | None = None, step: int = 3) -> tuple[Path, GPT]:
+def saved(
+    folder: Path, config: ModelConfig = SMALL, tokenizer: Tokenizer | None = None, step: int = 3
+) -> tuple[Path, GPT]:
     tokenizer = tokenizer or ByteTokenizer()
     model, optimizer = trained_model(config, tokenizer.vocab_size)
     return checkpoint.save(folder, model, optimizer, description(model, tokenizer, step)), model
@@ -49,7 +53,9 @@ def saved(folder: Path, config: ModelConfig = SMALL, tokenizer: Tokenizer | None
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tie_weights", [True, False])
-def test_the_folder_opens_with_transformers_and_gives_the_same_logits(tmp_path: Path, bias: bool, tie_weights: bool) -> None:
+def test_the_folder_opens_with_transformers_and_gives_the_same_logits(
+    tmp_path: Path, bias: bool, tie_weights: bool
+) -> None:
     transformers = pytest.importorskip("transformers")
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, bias=bias, tie_weights=tie_weights)
     folder, model = saved(tmp_path, config)
@@ -119,7 +125,9 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 def test_description_holds_the_contract(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path)
     document = json.loads((folder / "checkpoint.json").read_text())
-    assert document["format"] == 1 and document["step"] == 3 and document["tokens"] == 300 and document["dataset"] == "d"
+    assert (
+        document["format"] == 1 and document["step"] == 3 and document["tokens"] == 300 and document["dataset"] == "d"
+    )
     assert document["config"]["model"]["n_layer"] == 2 and document["tokenizer"]["name"] == "byte"
     assert set(document["files"]) == {"config.json", "model.safetensors", "training_state.safetensors"}
     assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".pth")]
@@ -233,7 +241,9 @@ def test_gpt2_tokenizer_files_encode_as_ours_does(tmp_path: Path) -> None:
     ours = BytePairTokenizer("gpt2")
     random = np.random.default_rng(0)
     texts = ["def f(x):\n    return x  \n\n", "It's 12,345 o'clock — naïve 東京 🙂\t\r\n", "   ", "a" * 200]
-    texts += ["".join(map(chr, random.choice([*range(32, 127), 10, 233, 960, 26085, 128578], size=80))) for _ in range(200)]
+    texts += [
+        "".join(map(chr, random.choice([*range(32, 127), 10, 233, 960, 26085, 128578], size=80))) for _ in range(200)
+    ]
     for text in texts:
         ids = ours.encode(text).tolist()
         assert twin.encode(text) == ids

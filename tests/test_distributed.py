@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 NOISE = "attn.c_attn.bias"  # see test_trainer.py: its gradient is rounding alone, and Adam blows that up
 
 
-def trained(config: Config, folder: Path, ranks: int, **environment: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+def trained(
+    config: Config, folder: Path, ranks: int, **environment: str
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """Rows and final weights of a run on `ranks` real processes."""
     result = run_program("train", "quickstart", *overrides(config), cwd=folder, ranks=ranks, **environment)
     assert result.returncode == 0, result.stderr
@@ -36,7 +38,9 @@ def assert_same_training(found: Any, wanted: Any) -> None:
     (rows, weights), (wanted_rows, wanted_weights) = found, wanted
     for key in ("step", "tokens", "loss", "grad_norm", "lr"):
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in wanted_rows], rel=2e-4), key
-    val_losses, wanted_val_losses = ([row["val_loss"] for row in each if "val_loss" in row] for each in (rows, wanted_rows))
+    val_losses, wanted_val_losses = (
+        [row["val_loss"] for row in each if "val_loss" in row] for each in (rows, wanted_rows)
+    )
     assert val_losses == pytest.approx(wanted_val_losses, rel=2e-4)
     for name, tensor in wanted_weights.items():
         if not name.endswith(NOISE):
@@ -57,7 +61,9 @@ def test_two_ranks_stopped_and_resumed_equal_straight_through_bit_for_bit(tiny: 
     (tiny / "stop").touch()
     chopped = named(config, "chopped")
     for _ in range(2):
-        run_program("train", "quickstart", *overrides(chopped), cwd=tiny, ranks=2, PIPELINE_STOP_FILE=str(tiny / "stop"))
+        run_program(
+            "train", "quickstart", *overrides(chopped), cwd=tiny, ranks=2, PIPELINE_STOP_FILE=str(tiny / "stop")
+        )
     assert json.loads((chopped.run_dir / "status.json").read_text())["step"] == 2
     weights = trained(chopped, tiny, ranks=2)[1]
     for name, tensor in straight[1].items():

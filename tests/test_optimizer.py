@@ -11,7 +11,9 @@ from pipeline.model import GPT
 from train.optimizer import build, learning_rate
 
 CONFIG = Config(
-    optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4), schedule=ScheduleConfig(warmup_steps=10), train=TrainConfig(max_steps=110)
+    optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4),
+    schedule=ScheduleConfig(warmup_steps=10),
+    train=TrainConfig(max_steps=110),
 )
 
 

@@ -74,6 +74,8 @@ def test_the_directives_that_saving_and_requeueing_rest_on_are_there() -> None:
 FAKE_SRUN = """#!/bin/bash
 env >srun.env
 printf '%s\\n' "$@" >srun.args
+# What the second node would run: srun's own options up to "bash", then the command.
+(until [[ $1 == bash ]]; do shift; done; PYTHON=echo SLURM_NODEID=1 SLURMD_NODENAME=n2 "$@") >srun.agent
 if [[ ${SRUN_WAITS:-} ]]; then
     touch srun.waits
     until [[ -e $PIPELINE_STOP_FILE ]]; do sleep 0.05; done
@@ -155,6 +157,21 @@ def test_each_start_has_its_own_rendezvous_and_the_ranks_know_when_to_stop(prete
     assert first["PIPELINE_STOP_FILE"] == str(tmp_path / "runs" / "tiny" / ".stop-70-0")
     assert int(first["PIPELINE_DEADLINE"]) == 1893456000 - 60  # 2030-01-01 UTC, less the minute to leave in
     assert first["SRUN_CPUS_PER_TASK"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("variables", "ranks"),
+    [({}, 1), ({"SLURM_GPUS_ON_NODE": "8"}, 8), ({"SLURM_GPUS_ON_NODE": "8", "RANKS_PER_NODE": "2"}, 2)],
+    ids=["cpu", "gpus", "told"],
+)
+def test_a_node_starts_a_rank_for_each_of_its_gpus(
+    pretend: Pretend, tmp_path: Path, variables: dict[str, str], ranks: int
+) -> None:
+    assert ended(pretend("tiny.toml", "optimizer.lr=1e-3", **variables))[0] == 0
+    agent = (tmp_path / "srun.agent").read_text()
+    assert f"--nnodes=2 --nproc-per-node={ranks} " in agent
+    assert "is_host=0," in agent and "--local-addr=n2 " in agent
+    assert agent.endswith("-m pipeline train tiny.toml optimizer.lr=1e-3\n")
 
 
 def test_an_array_element_has_a_run_of_its_own_and_requeues_only_itself(pretend: Pretend, tmp_path: Path) -> None:
@@ -277,7 +294,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("slurm")
     unpacked = unpack_packages(folder / "packages")
     plugins = next(unpacked.glob("usr/lib/*/slurm-wlm"))
-    environment = os.environ | {
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
+    environment = inherited | {
         "SLURM_CONF": str(folder / "slurm.conf"),
         "LD_LIBRARY_PATH": f"{plugins}:{plugins.parent}",
         "PATH": f"{unpacked}/usr/bin:{unpacked}/usr/sbin:{os.environ['PATH']}",

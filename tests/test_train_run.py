@@ -80,7 +80,9 @@ def test_tensorboard_holds_the_same_curve(tiny: Path) -> None:
     run(config)
     events = EventAccumulator(str(config.run_dir / "tb"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in rows(config)]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (r["step"], pytest.approx(r["loss"])) for r in rows(config)
+    ]
     assert [e.step for e in events.Scalars("val_loss")] == [5, 10]
 
 
@@ -151,7 +153,9 @@ def test_resume_must_and_never(tiny: Path) -> None:
         ({"train": {"tokens_per_step": 64}}, "train.tokens_per_step 128 -> 64"),
     ],
 )
-def test_what_fixes_data_order_or_shapes_cannot_change_on_resume(tiny: Path, change: dict[str, Any], named: str) -> None:
+def test_what_fixes_data_order_or_shapes_cannot_change_on_resume(
+    tiny: Path, change: dict[str, Any], named: str
+) -> None:
     run(tiny_config(tiny))
     with pytest.raises(UserError, match=f"cannot go on with {named}"):
         run(tiny_config(tiny, **change))
@@ -176,7 +180,9 @@ def test_a_damaged_checkpoint_is_never_a_fresh_start(tiny: Path) -> None:
 def test_best_is_the_lowest_val_loss_also_across_a_resume(tiny: Path) -> None:
     config = tiny_config(tiny)
     run(config)
-    worse = replace(config, train=replace(config.train, max_steps=15), optimizer=replace(config.optimizer, lr=3.0, min_lr=3.0))
+    worse = replace(
+        config, train=replace(config.train, max_steps=15), optimizer=replace(config.optimizer, lr=3.0, min_lr=3.0)
+    )
     run(worse)
     assert rows(config)[-1]["val_loss"] > rows(config)[9]["val_loss"]
     best = checkpoint.named(config.run_dir / "checkpoints", "best")
@@ -243,7 +249,9 @@ def test_sigkill_costs_only_the_steps_since_the_last_checkpoint(tiny: Path) -> N
 
 @pytest.mark.slow
 def test_a_second_writer_is_refused(tiny: Path) -> None:
-    config = tiny_config(tiny, train={"max_steps": 100_000}, eval={"every_steps": 0}, checkpoint={"every_steps": 100_000})
+    config = tiny_config(
+        tiny, train={"max_steps": 100_000}, eval={"every_steps": 0}, checkpoint={"every_steps": 100_000}
+    )
     process = start(config, tiny)
     wait_for_rows(config, process, 1)
     try:
@@ -255,7 +263,9 @@ def test_a_second_writer_is_refused(tiny: Path) -> None:
 
 
 def test_divergence_is_exit_code_3_and_keeps_the_last_checkpoint(tiny: Path) -> None:
-    config = tiny_config(tiny, train={"max_steps": 50, "max_bad_steps": 2}, optimizer={"lr": 1e30, "min_lr": 1e30, "grad_clip": 0.0})
+    config = tiny_config(
+        tiny, train={"max_steps": 50, "max_bad_steps": 2}, optimizer={"lr": 1e30, "min_lr": 1e30, "grad_clip": 0.0}
+    )
     result = run_program("train", "quickstart", *overrides(config), cwd=tiny)
     assert result.returncode == 3, result.stderr
     assert "error: 2 steps in a row" in result.stderr and "Traceback" not in result.stderr
