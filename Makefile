@@ -1,0 +1,38 @@
+# `make quickstart` and `make test` are all a fresh machine needs; the rest is for those who change the code.
+# VENV may point elsewhere; everything runs from it.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: setup quickstart test test-fast check bench
+
+setup: $(VENV)/.installed
+
+# Rerun when a pin or a dependency changes. PIP_FLAGS passes options to pip, such as an index with CPU builds of torch.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11 setup"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev,fast]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/pipeline quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m 'not slow'
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# SHAKESPEARE and NANOGPT name local copies of the text and of the peer; without them their row is left out.
+bench: setup
+	$(BIN)/python benchmarks/cli_startup.py
+	$(BIN)/python benchmarks/prepare_throughput.py
+	$(BIN)/python benchmarks/train_throughput.py
+	$(BIN)/python benchmarks/shakespeare_char.py $(if $(SHAKESPEARE),--text $(SHAKESPEARE)) $(if $(NANOGPT),--nanogpt $(NANOGPT))
