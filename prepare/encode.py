@@ -24,7 +24,7 @@ import xxhash
 from pipeline.errors import UserError
 from pipeline.shards import SPLITS
 from pipeline.tokenizer import TokenIds, Tokenizer, from_spec, token_dtype
-from prepare.corpus import Unit
+from prepare.readers import Unit
 
 HASH_RANGE = 1 << 64
 # For each worker one unit being encoded and three waiting: it stays busy while a slow unit holds up the order, and

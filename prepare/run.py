@@ -4,7 +4,6 @@ The manifest is written last, so a folder that has one is whole. A preparation t
 same bytes.
 """
 
-import fcntl
 import os
 import re
 import time
@@ -18,16 +17,16 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.errors import UserError
-from pipeline.files import hash_file, sync
+from pipeline.files import hash_file, one_writer, sync
 from pipeline.log import ProgressReport, logger
 from pipeline.shards import MANIFEST_NAME, SPLITS, Manifest, Shard, ShardWriter, load_manifest
 from pipeline.tokenizer import TOKENIZER_NAMES, BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, token_dtype
-from prepare.corpus import STDIN_SPOOL, Corpus, default_name, open_corpus
+from prepare.corpus import Corpus, default_name, open_corpus
 from prepare.encode import SplitRule, encode_corpus, survey, texts
+from prepare.readers import STDIN_SPOOL
 
 # Hashing lets go of the interpreter's lock; two threads keep up with a disk and leave the processors to the workers.
 HASH_THREADS = 2
-LOCK_NAME = ".lock"
 # What a preparation that was cut off leaves behind; nothing else in the folder is ever removed.
 _LEFTOVER = re.compile(r"(train|val)_\d{5,}\.bin(\.partial)?|stdin\.partial|\.manifest\.json\.\d+\.partial")
 
@@ -53,7 +52,7 @@ def run(options: PrepareOptions) -> Path:
     name = options.name or default_name((options.sources or [""])[0])
     folder = Path(options.data_dir) / name
     corpus = open_corpus(options.sources, options.text_field, folder)
-    with _locked(folder), _file_hashes() as hash_files:
+    with one_writer(folder), _file_hashes() as hash_files:
         try:
             _prepare(options, corpus, folder, hash_files)
         finally:
@@ -81,24 +80,6 @@ def _check(options: PrepareOptions) -> None:
         faults.append(f"--seed {options.seed} is not in 0 .. 2**64 - 1")
     if faults:
         raise UserError("; ".join(faults))
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the dataset's folder against a second preparation. The kernel lets go when the process ends in any way."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_NAME).open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another place with --data-dir") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another `pipeline prepare` is at work on {folder}: wait for it to end, or choose another --name"
-            ) from None
-        yield
 
 
 @contextmanager

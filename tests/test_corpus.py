@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from prepare import corpus
+from prepare import readers
 from prepare.corpus import Corpus, default_name, open_corpus
 
 
@@ -30,7 +30,7 @@ def write_jsonl(path: Path, texts: list[str | None], end: bytes = b"\n") -> Path
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 64)
+    monkeypatch.setattr(readers, "UNIT_BYTES", 64)
 
 
 def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_any_cut_of_a_jsonl_file_gives_the_same_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text":"one"}\n\n{"text":"two"}\r\n  \n{"text":null}\n{"text":"\\n"}')
-    monkeypatch.setattr(corpus, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(readers, "UNIT_BYTES", unit_bytes)
     assert documents(tmp_path, tmp_path / "a.jsonl") == ["one", "two", None, "\n"]
 
 

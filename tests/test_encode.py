@@ -11,8 +11,8 @@ import xxhash
 
 from pipeline.errors import UserError
 from pipeline.tokenizer import BytePairTokenizer, ByteTokenizer
-from prepare.corpus import Texts
 from prepare.encode import Encoded, SplitRule, encode_corpus, encode_unit, survey, texts
+from prepare.readers import Texts
 
 EVERYTHING_TRAIN = SplitRule("hash", 0.1, 0, 0)
 

@@ -12,8 +12,9 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.shards import load_manifest
-from prepare import corpus
-from prepare.corpus import HubParquet, open_corpus
+from prepare import hub as hub_reader
+from prepare.corpus import open_corpus
+from prepare.hub import HubParquet
 from prepare.run import PrepareOptions, run
 
 TWO_CONFIGS = "---\nconfigs:\n- config_name: one\n  data_files: one/*\n- config_name: two\n  data_files: two/*\n---\n"
@@ -155,7 +156,7 @@ def test_remote_parquet_is_downloaded_and_recorded_by_its_place_and_commit(
 
     asked = []
     monkeypatch.delenv("PIPELINE_HUB_DIR", raising=False)
-    datasets = corpus._datasets()
+    datasets = hub_reader._datasets()
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, **rest: asked.append((path, rest)) or Builder)
     monkeypatch.setattr(
         datasets.DownloadManager, "download", lambda self, found: {url: str(tmp_path / "cache" / "5f")}[found]

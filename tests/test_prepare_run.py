@@ -24,7 +24,7 @@ from pipeline import tokenizer as tokenizers
 from pipeline.errors import UserError
 from pipeline.shards import MANIFEST_NAME, load_manifest
 from pipeline.tokenizer import from_spec
-from prepare import corpus
+from prepare import readers
 from prepare.run import PrepareOptions, run
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +155,7 @@ def _as_folder(folder: Path, texts: list[str]) -> Path:
 def test_the_bytes_are_the_same_for_any_number_of_workers_and_any_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, documents: list[str]
 ) -> None:
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 4096)
+    monkeypatch.setattr(readers, "UNIT_BYTES", 4096)
     source = write(tmp_path, documents)
     made = {
         workers: contents(prepare(tmp_path, source, name=f"w{workers}", workers=workers, shard_tokens=3000))
@@ -209,7 +209,7 @@ def test_no_workable_split_leaves_no_manifest(tmp_path: Path) -> None:
 def test_limit_docs_takes_the_first_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jsonl: Path, documents: list[str], limit: int
 ) -> None:
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 2048)
+    monkeypatch.setattr(readers, "UNIT_BYTES", 2048)
     made = [contents(prepare(tmp_path, jsonl, name=f"w{n}", workers=n, limit_docs=limit)) for n in (1, 2)]
     alone = _as_jsonl(tmp_path, documents[:limit])
     assert made[0] == made[1] == contents(prepare(tmp_path, alone, name="alone"))
@@ -354,7 +354,7 @@ def test_a_second_prepare_of_the_same_dataset_is_refused(tmp_path: Path, jsonl: 
     folder.mkdir(parents=True)
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another `pipeline prepare` is at work"):
+        with pytest.raises(UserError, match=r"is being written by .*wait for it"):
             prepare(tmp_path, jsonl)
     prepare(tmp_path, jsonl)
 
@@ -373,9 +373,9 @@ def test_killed_midway_then_run_again_gives_the_same_dataset(tmp_path: Path) -> 
     source = _as_jsonl(tmp_path, [f"{i} {text}" for i, text in enumerate(texts)])
     options = {"data_dir": str(tmp_path / "data"), "shard_tokens": 100_000, "workers": 2}
     script = (
-        "import prepare.run, prepare.corpus\n"
+        "import prepare.run, prepare.readers\n"
         "if __name__ == '__main__':\n"
-        "    prepare.corpus.UNIT_BYTES = 1 << 18\n"
+        "    prepare.readers.UNIT_BYTES = 1 << 18\n"
         f"    prepare.run.run(prepare.run.PrepareOptions([{str(source)!r}], name='killed', **{options!r}))\n"
     )
     victim = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, start_new_session=True)
@@ -438,7 +438,7 @@ def test_a_missing_source_makes_no_folder(tmp_path: Path) -> None:
 
 def test_a_data_dir_that_is_a_file_is_one_line(tmp_path: Path, jsonl: Path) -> None:
     (tmp_path / "data").write_text("")
-    with pytest.raises(UserError, match=r"cannot write to .*--data-dir"):
+    with pytest.raises(UserError, match=r"cannot write to .*choose another place"):
         prepare(tmp_path, jsonl)
 
 

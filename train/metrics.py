@@ -1,6 +1,7 @@
 """What a run writes about itself: metrics.jsonl, TensorBoard, status.json. Only rank 0 has one of these."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pipeline.log import logger
 
 # Dense bfloat16 peaks in FLOP/s from the makers' data sheets, by a part of torch's device name; the longer names first.
 PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12,
+    "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12,
     "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
@@ -30,7 +31,8 @@ class Metrics:
         self._tensorboard = _summary_writer(run_dir / "tb", first_step) if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; it has a `step`, and every other number becomes a TensorBoard scalar."""
+        """Append one row; it has a `step`, and every other number becomes a TensorBoard scalar. NaN and inf become null."""
+        row = {name: value if math.isfinite(value or 0) else None for name, value in row.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._tensorboard is not None:

@@ -138,7 +138,7 @@ class Trainer:
                     bool(config.eval.every_steps) and not reason and (saving or self.is_due(config.eval.every_steps))
                 )
                 val_loss = self.evaluate() if evaluating else None
-                if metrics and (evaluating or reason or self.is_due(config.log.every_steps)):
+                if metrics and (evaluating or self.is_due(config.log.every_steps)):
                     metrics.write(self.row(result, lr, val_loss))
                 if saving:
                     self.save(val_loss)
@@ -156,12 +156,7 @@ class Trainer:
             return
         self.bad_steps += 1
         samples = self.config.train.tokens_per_step // self.config.model.block_size
-        bad = {
-            "step": self.step,
-            "first_sample": self.first_sample,
-            "samples": samples,
-            "epoch_windows": self.loader.windows,
-        }
+        bad = {"step": self.step, "first_sample": self.first_sample, "samples": samples}
         logger.warning("step %d skipped: loss %s, gradient norm %s", self.step, result.loss, result.grad_norm)
         if self.world.is_first:
             with (self.config.run_dir / "bad_steps.jsonl").open("a", encoding="utf-8") as file:
@@ -180,9 +175,9 @@ class Trainer:
 
     def save(self, val_loss: float | None) -> None:
         """Write a checkpoint on rank 0 and let `latest`, and `best` where it is, name it."""
-        best = val_loss is not None and val_loss < self.best_val_loss
-        if best:
-            self.best_val_loss = float(val_loss or 0)
+        measured = float("inf") if val_loss is None else val_loss
+        best = measured < self.best_val_loss
+        self.best_val_loss = min(measured, self.best_val_loss)
         if not self.world.is_first:
             return
         started = time.monotonic()

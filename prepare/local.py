@@ -1,0 +1,154 @@
+"""Sources on this machine: files, folders and globs of them, the standard library, and stdin."""
+
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field
+from functools import cached_property
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from pipeline.errors import UserError
+from pipeline.files import hash_bytes
+from prepare import readers
+from prepare.parquet import plan_parquet
+from prepare.readers import Lines, TextFiles, Unit, plan_lines
+
+# Folders with more files are recorded in the manifest as one entry.
+MOST_FILES_LISTED = 1000
+
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+# Not in the embedded corpus: installed packages, tests, and folders that are tables or differ between Python versions.
+STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Local files of known suffixes, below `root` where they are a folder's. `about` marks a corpus recorded as one."""
+
+    paths: list[Path]
+    text_field: str
+    root: Path | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def units(self) -> list[Unit]:
+        return list(_plan(self.paths, self.text_field))
+
+    def files(self) -> list[Path]:
+        return self.paths
+
+    def file_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+    def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
+        if self.root is None or (not self.about and len(self.paths) <= MOST_FILES_LISTED):
+            return [{"path": str(path), "bytes": path.stat().st_size, "hash": hash_of(path)} for path in self.paths]
+        listing = "".join(f"{path.relative_to(self.root).as_posix()}\t{hash_of(path)}\n" for path in self.paths)
+        total = {"files": len(self.paths), "bytes": self.file_bytes(), "hash": hash_bytes(listing.encode())}
+        return [{"path": str(self.root), **self.about, **total}]
+
+
+class Stdin:
+    """Standard input, kept in a file so that it can be read more than once, and by several processes.
+
+    Where its first line that is not blank is a JSON object it is JSONL, else every line is a document.
+    """
+
+    def __init__(self, text_field: str, spool: Path) -> None:
+        self.text_field, self.spool = text_field, spool
+
+    def units(self) -> list[Lines]:
+        with self._spooled.open("rb") as file:
+            first = next((line for line in file if line.strip()), b"")
+        return list(plan_lines(self._spooled, self.text_field if _is_json_object(first) else None))
+
+    def files(self) -> list[Path]:
+        return [self._spooled]
+
+    def file_bytes(self) -> int:
+        return self._spooled.stat().st_size
+
+    def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
+        return [{"path": "-", "bytes": self.file_bytes(), "hash": hash_of(self._spooled)}]
+
+    @cached_property
+    def _spooled(self) -> Path:
+        with self.spool.open("wb") as file:
+            while block := sys.stdin.buffer.read(readers.UNIT_BYTES):
+                file.write(block)
+        return self.spool
+
+
+def open_files(source: str, text_field: str) -> Files | None:
+    """The files that a path or a glob names; None where it is neither."""
+    path = Path(source)
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{source} has the unknown suffix {path.suffix!r}: wanted one of {' '.join(SUFFIXES)}")
+        return Files([path], text_field)
+    if path.is_dir():
+        return Files(_readable(_walk(path), f"the folder {source}"), text_field, root=path)
+    if is_glob(source):
+        # Path.glob takes no absolute pattern.
+        found = sorted(Path(match) for match in glob(source, recursive=True))  # noqa: PTH207
+        return Files(_readable(found, f"the glob {source}"), text_field)
+    return None
+
+
+def open_stdlib(text_field: str) -> Files:
+    root = Path(sysconfig.get_path("stdlib"))
+    wanted = [path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py"]
+    python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    return Files(wanted, text_field, root=root, about={"path": "stdlib", "python": python})
+
+
+def is_glob(text: str) -> bool:
+    return any(character in text for character in "*?[")
+
+
+def _walk(folder: Path, without: Set[str] = frozenset()) -> list[Path]:
+    """Every file below `folder` by its path; folders `without`, and hidden ones (.git, .cache), are not entered."""
+    paths = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
+        paths += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _readable(paths: list[Path], what: str) -> list[Path]:
+    known = [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if not known:
+        found = sorted({path.suffix or path.name for path in paths if path.is_file()})
+        listing = f"only {' '.join(found[:8])}" if found else "no files"
+        raise UserError(f"{what} holds nothing readable, found {listing}: wanted files of {' '.join(SUFFIXES)}")
+    return known
+
+
+def _plan(paths: list[Path], text_field: str) -> Iterator[Unit]:
+    batch: list[str] = []
+    batch_size = 0
+    for path in paths:
+        if path.suffix.lower() in (".jsonl", ".parquet"):
+            if batch:
+                yield TextFiles(tuple(batch), batch_size)
+                batch, batch_size = [], 0
+            yield from (plan_lines if path.suffix.lower() == ".jsonl" else plan_parquet)(path, text_field)
+            continue
+        batch.append(str(path))
+        batch_size += path.stat().st_size
+        if batch_size >= readers.UNIT_BYTES:
+            yield TextFiles(tuple(batch), batch_size)
+            batch, batch_size = [], 0
+    if batch:
+        yield TextFiles(tuple(batch), batch_size)
+
+
+def _is_json_object(line: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(line), dict)
+    except orjson.JSONDecodeError:
+        return False
