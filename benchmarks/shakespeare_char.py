@@ -22,7 +22,11 @@ from pipeline.shards import TokenReader, load_manifest
 from train.loader import evaluation_starts, windows_at
 
 BLOCK_SIZE = 64
-NANOGPT_FLAGS = ["--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0", "--always_save_checkpoint=True"]
+NANOGPT_FLAGS = [
+    *("--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100", "--block_size=64", "--batch_size=12"),
+    *("--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
+    "--always_save_checkpoint=True",
+]
 
 
 def run(command: list[str], folder: Path) -> float:

@@ -89,7 +89,9 @@ def main() -> None:
         print(f"\n| training, {torch.get_num_threads()} threads | tokens/s, median |\n|---|---|")
         print(f"| plain float32 loop | {tokens / statistics.median(plain_s):,.0f} |")
         print(f"| pipeline train, {dtype} | {tokens / statistics.median(ours_s):,.0f} |")
-        print(f"\nratio, median of {len(ratios)} turns: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"\nratio, median of {len(ratios)} turns: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
         print(f"largest difference of the losses over {len(gaps)} steps: {max(gaps):.2%}")
 
 

@@ -164,7 +164,7 @@ def quickstart() -> None:
     log.logger.info("2/3 train: a small GPT, a few minutes on two cores")
     run_train(config)
     log.logger.info("3/3 sample: what it writes after 'def '")
-    run_sample(SampleOptions("best", ["def "], max_new_tokens=400, temperature=0.8, seed=1, run_dir=config.run_dir))
+    run_sample(SampleOptions("best", ["def "], max_new_tokens=400, temperature=0.7, seed=1, run_dir=config.run_dir))
     log.logger.info(
         "What to try next:\n"
         "  pipeline sample --ckpt best --prompt 'class ' --num-samples 3      more text from this model\n"
