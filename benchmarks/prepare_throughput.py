@@ -1,9 +1,9 @@
-"""How fast `prepare` is, against one process that calls tiktoken over the same texts in memory.
+"""How fast `prepare` is, with and without gigatoken, against one process that calls tiktoken over the same texts.
 
-    python benchmarks/prepare_throughput.py [--megabytes 100] [--pairs 5] [--workers 2] [--json]
+    python benchmarks/prepare_throughput.py [--megabytes 100] [--rounds 5] [--workers 2] [--json]
 
 The text is this machine's own: the standard library's and the installed packages' sources and documents, in pieces of
-about 4 kB. A and B run in turn, so that a change of the machine's speed falls on both; the ratio is taken pair by pair.
+about 4 kB. The three run in turn, so that a change of the machine's speed falls on all; ratios are taken round by round.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ PREPARE = """
 import sys
 from prepare.run import PrepareOptions, run
 if __name__ == "__main__":
+    if "hide" in sys.argv:
+        sys.modules["gigatoken"] = None  # as if it were not installed
     run(PrepareOptions([sys.argv[1]], name="bench", data_dir=sys.argv[2], workers=int(sys.argv[3]), force=True))
 """
 
@@ -50,7 +53,7 @@ if __name__ == "__main__":
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--megabytes", type=int, default=100)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--row-group-size", type=int, default=None, help="rows; pq.write_table's 1 M when left out")
     parser.add_argument("--json", action="store_true")
@@ -58,11 +61,19 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="prepare_throughput_"))
     try:
         source, text_bytes = write_corpus(folder, arguments.megabytes * 1_000_000, arguments.row_group_size)
-        pairs = [(run_baseline(source), run_prepare(source, folder, arguments.workers)) for _ in range(arguments.pairs)]
+        rounds = [measure(source, folder, arguments.workers) for _ in range(arguments.rounds)]
     finally:
         shutil.rmtree(folder)
-    result = summarise(pairs, text_bytes / 1e6, arguments.workers)
+    result = summarise(rounds, text_bytes / 1e6, arguments.workers)
     print(json.dumps(result) if arguments.json else table(result))
+
+
+def measure(source: Path, folder: Path, workers: int) -> dict[str, tuple[float, int]]:
+    """Seconds and peak bytes of each contestant, once."""
+    found = {"tiktoken": (run_baseline(source), 0), "prepare": run_prepare(source, folder, workers, "hide")}
+    if find_spec("gigatoken"):
+        found["prepare_gigatoken"] = run_prepare(source, folder, workers)
+    return found
 
 
 def write_corpus(folder: Path, wanted_bytes: int, row_group_size: int | None) -> tuple[Path, int]:
@@ -90,9 +101,9 @@ def run_baseline(source: Path) -> float:
     return float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
 
 
-def run_prepare(source: Path, folder: Path, workers: int) -> tuple[float, int]:
+def run_prepare(source: Path, folder: Path, workers: int, *flags: str) -> tuple[float, int]:
     """Wall seconds of the whole command, from starting Python to its end, and the peak memory of all its processes."""
-    command = [sys.executable, "-c", PREPARE, str(source), str(folder / "data"), str(workers)]
+    command = [sys.executable, "-c", PREPARE, str(source), str(folder / "data"), str(workers), *flags]
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT)
     peak = 0
@@ -131,35 +142,42 @@ def memory_of_tree(root: int) -> int:
     return sum(resident.get(pid, 0) for pid in tree)
 
 
-def summarise(pairs: list[tuple[float, tuple[float, int]]], megabytes: float, workers: int) -> dict[str, Any]:
-    ratios = [baseline / seconds for baseline, (seconds, _) in pairs]
+def summarise(rounds: list[dict[str, tuple[float, int]]], megabytes: float, workers: int) -> dict[str, Any]:
     return {
         "megabytes": round(megabytes, 1),
         "workers": workers,
         "cores": len(os.sched_getaffinity(0)),
-        "pairs": len(pairs),
-        "tiktoken_mb_per_s": round(statistics.median(megabytes / baseline for baseline, _ in pairs), 1),
-        "prepare_mb_per_s": round(statistics.median(megabytes / seconds for _, (seconds, _) in pairs), 1),
+        "rounds": len(rounds),
+        "rows": {name: summarise_one(name, rounds, megabytes) for name in rounds[0]},
+    }
+
+
+def summarise_one(name: str, rounds: list[dict[str, tuple[float, int]]], megabytes: float) -> dict[str, Any]:
+    ratios = [each["tiktoken"][0] / each[name][0] for each in rounds]
+    return {
+        "mb_per_s": round(statistics.median(megabytes / each[name][0] for each in rounds), 1),
         "ratio": round(statistics.median(ratios), 2),
         "ratios": [round(ratio, 2) for ratio in ratios],
-        "peak_mb": round(max(peak for _, (_, peak) in pairs) / 1e6),
+        "peak_mb": round(max(each[name][1] for each in rounds) / 1e6),
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    return "\n".join(
-        (
-            f"{result['megabytes']} MB of text, {result['cores']} cores, medians of {result['pairs']} pairs:",
-            "",
-            "| | MB/s |",
-            "|---|---|",
-            f"| tiktoken, one process, texts in memory | {result['tiktoken_mb_per_s']} |",
-            f"| prepare, {result['workers']} workers, Parquet to shards | {result['prepare_mb_per_s']} |",
-            "",
-            f"Ratio pair by pair: {result['ratio']} ({', '.join(map(str, result['ratios']))}); "
-            f"peak memory of all processes: {result['peak_mb']} MB",
-        )
-    )
+    titles = {
+        "tiktoken": "tiktoken, one process, texts in memory",
+        "prepare": f"prepare, {result['workers']} workers, Parquet to shards",
+        "prepare_gigatoken": f"prepare, {result['workers']} workers, with gigatoken",
+    }
+    lines = [
+        f"{result['megabytes']} MB of text, {result['cores']} cores, medians of {result['rounds']} rounds:",
+        "",
+        "| | MB/s | ratio | round by round | peak MB, all processes |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        ratios = ", ".join(map(str, row["ratios"]))
+        lines.append(f"| {titles[name]} | {row['mb_per_s']} | {row['ratio']} | {ratios} | {row['peak_mb'] or '-'} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ UNICODE_CODE_POINTS = 0x110000
 
 # GPT-2's pre-tokenizer (Radford et al. 2019) with possessive quantifiers: the same pieces, found faster; as in tiktoken.
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-_GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken"
+GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken"
 
 TokenIds = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -94,11 +94,11 @@ class CharTokenizer:
         self.vocab_size = self.end_of_text + 1
         # One row per code point makes encoding a single numpy look-up; unknown characters hold vocab_size.
         self._id_of = np.full(UNICODE_CODE_POINTS, self.vocab_size, dtype=np.uint32)
-        self._id_of[_code_points(self.characters)] = np.arange(self.end_of_text)
+        self._id_of[code_points(self.characters)] = np.arange(self.end_of_text)
 
     def encode(self, text: str) -> TokenIds:
         with _lone_surrogates_refused():
-            ids = self._id_of[_code_points(text)]
+            ids = self._id_of[code_points(text)]
         unknown = np.flatnonzero(ids == self.vocab_size)
         if unknown.size:
             at = int(unknown[0])
@@ -167,7 +167,8 @@ def _lone_surrogates_refused() -> Iterator[None]:
         raise UserError(f"the text is not valid Unicode at position {error.start}: wanted UTF-8") from None
 
 
-def _code_points(text: str) -> npt.NDArray[np.uint32]:
+def code_points(text: str) -> npt.NDArray[np.uint32]:
+    """The characters of a text as numbers, in one step."""
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
 
@@ -175,7 +176,7 @@ def _code_points(text: str) -> npt.NDArray[np.uint32]:
 def _gpt2_encoding() -> Any:
     import tiktoken
 
-    lines = (line.split() for line in _GPT2_RANKS.read_bytes().splitlines())
+    lines = (line.split() for line in GPT2_RANKS.read_bytes().splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     end_of_text = {END_OF_TEXT: len(ranks)}
     return tiktoken.Encoding("gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=end_of_text)

@@ -24,6 +24,7 @@ import xxhash
 from pipeline.errors import UserError
 from pipeline.shards import SPLITS
 from pipeline.tokenizer import TokenIds, Tokenizer, from_spec, token_dtype
+from prepare.engine import EngineFault, Gigatoken
 from prepare.readers import Unit
 
 HASH_RANGE = 1 << 64
@@ -145,6 +146,8 @@ class _Collector:
 
 def encode_unit(unit: Unit, tokenizer: Tokenizer, rule: SplitRule, limit: int | None) -> Encoded:
     """Encode at most `limit` documents of a unit, each ended by end-of-text."""
+    if isinstance(tokenizer, Gigatoken):
+        tokenizer.begin_unit()
     splits = {split: _Collector(tokenizer) for split in SPLITS}
     skipped: Counter[str] = Counter()
     count = 0
@@ -197,7 +200,8 @@ def _in_parent(units: Iterable[Unit], tokenizer: Tokenizer, rule: SplitRule, lim
 def _in_pool(units: Iterable[Unit], tokenizer: Tokenizer, rule: SplitRule, workers: int, limit: int | None) -> _Results:
     # spawn: a forked child would inherit the threads of pyarrow and datasets in whatever state they are.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.spec(), rule, limit))
+    fast = isinstance(tokenizer, Gigatoken)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.spec(), fast, rule, limit))
     pending: deque[tuple[Unit, Future[Encoded]]] = deque()
     try:
         for unit in units:
@@ -209,6 +213,8 @@ def _in_pool(units: Iterable[Unit], tokenizer: Tokenizer, rule: SplitRule, worke
             oldest, future = pending.popleft()
             yield oldest, future.result()
     except BrokenProcessPool:
+        if fast:
+            raise EngineFault("may have killed a worker") from None
         raise UserError(
             f"one of the {workers} workers was killed, usually because memory ran out: run again with fewer --workers"
         ) from None
@@ -219,11 +225,11 @@ def _in_pool(units: Iterable[Unit], tokenizer: Tokenizer, rule: SplitRule, worke
 _worker: tuple[Tokenizer, SplitRule, int | None]
 
 
-def _start_worker(spec: dict[str, Any], rule: SplitRule, limit: int | None) -> None:
+def _start_worker(spec: dict[str, Any], fast: bool, rule: SplitRule, limit: int | None) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker = (from_spec(spec), rule, limit)
+    _worker = (Gigatoken() if fast else from_spec(spec), rule, limit)
 
 
 def _die_with_parent() -> None:

@@ -23,6 +23,7 @@ from pipeline.shards import MANIFEST_NAME, SPLITS, Manifest, Shard, ShardWriter,
 from pipeline.tokenizer import TOKENIZER_NAMES, BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, token_dtype
 from prepare.corpus import Corpus, default_name, open_corpus
 from prepare.encode import SplitRule, encode_corpus, survey, texts
+from prepare.engine import EngineFault, Gigatoken, can_be_faster
 from prepare.readers import STDIN_SPOOL
 
 # Hashing lets go of the interpreter's lock; two threads keep up with a disk and leave the processors to the workers.
@@ -114,7 +115,7 @@ def _prepare(
     found = survey(texts(corpus.units(), options.limit_docs), fraction, options.seed, options.tokenizer == "char")
     tokenizer = _tokenizer(options.tokenizer, found.characters)
     started = time.monotonic()
-    splits, skipped = _write_shards(options, corpus, folder, tokenizer, found.rule)
+    splits, skipped = _write_fast(options, corpus, folder, tokenizer, found.rule)
     manifest = Manifest(
         tokenizer=tokenizer.spec(),
         dtype=token_dtype(tokenizer.vocab_size).name,
@@ -186,6 +187,19 @@ def _tokenizer(name: str, characters: str) -> Tokenizer:
     if name == "char":
         return CharTokenizer(characters)
     return ByteTokenizer() if name == "byte" else BytePairTokenizer(name)
+
+
+def _write_fast(
+    options: PrepareOptions, corpus: Corpus, folder: Path, tokenizer: Tokenizer, rule: SplitRule
+) -> tuple[dict[str, list[Shard]], dict[str, int]]:
+    """The shards as `tokenizer` makes them, sooner where gigatoken is installed and does the same."""
+    if can_be_faster(tokenizer):
+        try:
+            return _write_shards(options, corpus, folder, Gigatoken(), rule)
+        except EngineFault as fault:
+            logger.warning("gigatoken %s: starting over with tiktoken alone", fault)
+            _clear(folder)
+    return _write_shards(options, corpus, folder, tokenizer, rule)
 
 
 def _write_shards(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,13 +117,15 @@ def pretend(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
         process = subprocess.Popen(
             ["bash", str(TRAIN), *(arguments or ("tiny.toml",))],
             cwd=tmp_path, env=inherited | fixed | variables, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
         )  # fmt: skip
         started.append(process)
         return process
 
     yield start
     for process in started:
-        process.kill()
+        with suppress(ProcessLookupError):  # a stand-in of srun may have outlived its script
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -278,6 +281,11 @@ class Cluster:
         """What `scontrol show job` says, such as JobState and Restarts."""
         return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "show", "job", job)))
 
+    def node_states(self) -> list[str]:
+        """Of both nodes, such as idle; empty while nothing answers."""
+        command = ["sinfo", "--noheader", "--Node", "--format=%T"]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout.split()
+
     def wait(self, job: str) -> dict[str, str]:
         """The job's end; a job that waits to be started again is still at it."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -386,11 +394,7 @@ def start_daemons(folder: Path, cluster: Cluster, stepd: str, daemons: list["sub
         if any(daemon.poll() is not None for daemon in daemons):
             logs = {path.name: path.read_text(errors="replace")[-300:] for path in folder.glob("*.log")}
             pytest.skip(f"SLURM does not start here: {logs}")
-        asked = subprocess.run(
-            ["sinfo", "--noheader", "--Node", "--format=%T"], env=cluster.environment, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        return asked.stdout.split() == ["idle", "idle"]
+        return cluster.node_states() == ["idle", "idle"]
 
     wait_until("both nodes are idle", is_up)
 
@@ -446,12 +450,9 @@ def test_the_warning_signal_saves_requeues_and_leaves_the_curve_as_it_was(cluste
     wait_until("the job is queued again", lambda: cluster.job(job)["JobState"] == "PENDING")
     assert status_of(config.run_dir) == ("stopped", 1)
 
-    def start_now() -> bool:
-        # SLURM holds a requeued job back for two minutes; it may refuse the update until the old start is cleared away.
-        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=cluster.environment, check=False)
-        return cluster.job(job)["JobState"] != "PENDING"
-
-    wait_until("the job starts again", start_now)
+    # SLURM holds a requeued job back for two minutes. Nodes refuse a start in the very second in which they ended the last.
+    wait_until("the nodes are cleared", lambda: cluster.node_states() == ["idle", "idle"])
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+2")
     end = cluster.wait(job)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
     assert status_of(config.run_dir) == ("done", 30)
