@@ -14,7 +14,6 @@ from pipeline.errors import Diverged, UserError
 from pipeline.tokenizer import TOKENIZER_NAMES
 
 EXIT_USER, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
-DEFAULT_CONFIG = "gpt2-124m"
 
 app = typer.Typer(
     help="Train a GPT from raw text: prepare it, train on it, sample from what was learnt.",
@@ -104,7 +103,7 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG] [SECTION.KEY=VALUE]...",
-            help=f"A preset's name or a TOML file (by default {DEFAULT_CONFIG}), then changes to it.",
+            help=f"A preset's name or a TOML file (by default {configs.DEFAULT_CONFIG}), then changes to it.",
             show_default=False,
         ),
     ] = None,
@@ -112,11 +111,8 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would run.")] = False,
 ) -> None:
     """Train a model on a prepared dataset. Under torchrun every process is a rank: torchrun -m pipeline train."""
-    first, *rest = arguments or [DEFAULT_CONFIG]
-    name, overrides = (DEFAULT_CONFIG, [first, *rest]) if "=" in first else (first, rest)
-    if resume is not None:
-        overrides.append(f"checkpoint.resume={resume}")
-    config = configs.load(name, overrides)
+    resuming = [] if resume is None else [f"checkpoint.resume={resume}"]
+    config = configs.from_arguments([*(arguments or []), *resuming])
     from train.run import run
 
     run(config, dry_run)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pipeline.errors import UserError
 
+DEFAULT_CONFIG = "gpt2-124m"
 T = TypeVar("T")
 
 
@@ -156,6 +157,14 @@ _AT_LEAST = {
     "eval.every_steps": 0, "eval.batches": 0, "checkpoint.every_steps": 1, "checkpoint.keep": 1, "log.every_steps": 1,
     "run.seed": 0,
 }  # fmt: skip
+
+
+def from_arguments(arguments: list[str]) -> Config:
+    """The config of `[CONFIG] [section.key=value]...`, as every command that trains takes it."""
+    name, overrides = DEFAULT_CONFIG, arguments
+    if arguments and "=" not in arguments[0]:
+        name, *overrides = arguments
+    return load(name, overrides)
 
 
 def load(name_or_path: str, overrides: list[str]) -> Config:

@@ -1,7 +1,11 @@
 """The ranks of a run: one process, or many under torchrun. Everything here also works, as a no-op, for one."""
 
 import datetime
+import gc
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +43,34 @@ class World:
         if self.size > 1:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, on every rank."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
     def check_agreement(self, what: str, value: Any) -> None:
         """Raises UserError on every rank unless `value` is equal on all of them."""
-        if self.size == 1:
-            return
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise UserError(f"ranks disagree about {what}: rank 0 has {values[0]}, rank {rank} has {other}")
+
+    @contextmanager
+    def fail_together(self) -> Iterator[None]:
+        """A UserError of any rank ends all of them: the first one to have it tells the user, the others stay silent."""
+        error = None
+        try:
+            yield
+        except UserError as raised:
+            error = raised
+        failed = [rank for rank, text in enumerate(self.gather(error and str(error))) if text is not None]
+        if failed and error is not None and failed[0] == self.rank:
+            raise error
+        if failed:
+            sys.exit(2)
 
 
 def start(device_name: str) -> World:
@@ -67,5 +90,7 @@ def start(device_name: str) -> World:
 
 
 def stop() -> None:
+    """Leave the ranks. What still refers to the process group goes first: its threads outlived Python, and aborted it."""
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()

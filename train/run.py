@@ -29,27 +29,34 @@ def run(config: Config, dry_run: bool = False) -> None:
     """Train, or with `dry_run` say what would be trained and write nothing. Raises UserError, Diverged."""
     world = distributed.start(config.run.device)
     try:
+        run_on(world, config, dry_run)
+    finally:
+        distributed.stop()
+
+
+def run_on(world: World, config: Config, dry_run: bool) -> None:
+    """`run`, on ranks that have found each other."""
+    with world.fail_together():
         trainer, introduction = assemble(config, world)
         start = start_point(config)
-        with ExitStack() as stack:
+    world.check_agreement("the dataset", trainer.manifest.fingerprint)
+    world.check_agreement("the config", to_dict(config))
+    with ExitStack() as stack:
+        with world.fail_together():
             if world.is_first and not dry_run:
                 stack.enter_context(one_writer(config.run_dir))
                 stack.enter_context(also_to_file(config.run_dir / "log.txt"))
-            logger.info("%s", introduction)
-            if dry_run:
-                logger.info("dry run: would %s; nothing was written", f"resume {start}" if start else "start at step 0")
-            else:
-                train(trainer, start)
-    finally:
-        distributed.stop()
+        logger.info("%s", introduction)
+        if dry_run:
+            logger.info("dry run: would %s; nothing was written", f"resume {start}" if start else "start at step 0")
+        else:
+            train(trainer, start)
 
 
 def assemble(config: Config, world: World) -> tuple[Trainer, str]:
     """The trainer of a run, and the first lines of its log: what it is and what it will do."""
     threads = share_threads(world.local_size)
     manifest = load_manifest(config.dataset_dir)
-    world.check_agreement("the dataset", manifest.fingerprint)
-    world.check_agreement("the config", to_dict(config))
     dtype, why_dtype = pick_dtype(config.run.dtype, world.device, config.model.n_embd)
     compiled, why_compiled = should_compile(config.run.compile, world.device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU; no effect on a CPU
@@ -99,13 +106,8 @@ def start_point(config: Config) -> Path | None:
 def train(trainer: Trainer, start: Path | None) -> None:
     """From a checkpoint or from step 0 to the last step, and status.json tells how it ended."""
     config, world = trainer.config, trainer.world
-    if start is not None:
-        check_resumable(checkpoint.describe(start), config, trainer.manifest)
-        trainer.restore(start)
-        logger.info("resumed %s: step %d of %d", start, trainer.step, config.train.max_steps)
-    elif config.model.init_from:
-        checkpoint.load_weights(trainer.model, Path(config.model.init_from))
-        logger.info("initial weights: %s", config.model.init_from)
+    with world.fail_together():
+        begin(trainer, start)
     world.check_agreement("the step", trainer.step)
     metrics = Metrics(config.run_dir, trainer.step, config.log.tensorboard) if world.is_first else None
     if metrics:
@@ -124,6 +126,18 @@ def train(trainer: Trainer, start: Path | None) -> None:
             metrics.close()
     world.barrier()
     logger.info("%s at step %d%s", state, trainer.step, f": {reason}" if reason else "")
+
+
+def begin(trainer: Trainer, start: Path | None) -> None:
+    """Put the weights in: those of a checkpoint, those the config names, or the random ones that are there."""
+    config = trainer.config
+    if start is not None:
+        check_resumable(checkpoint.describe(start), config, trainer.manifest)
+        trainer.restore(start)
+        logger.info("resumed %s: step %d of %d", start, trainer.step, config.train.max_steps)
+    elif config.model.init_from:
+        checkpoint.load_weights(trainer.model, Path(config.model.init_from))
+        logger.info("initial weights: %s", config.model.init_from)
 
 
 def check_resumable(saved: checkpoint.Description, config: Config, manifest: Manifest) -> None:

@@ -233,4 +233,4 @@ class Trainer:
 
 def _replicate(model: GPT, world: World) -> DistributedDataParallel:
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
