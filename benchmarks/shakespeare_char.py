@@ -44,8 +44,8 @@ def whole_split_loss(model: GPT, dataset: Path) -> float:
     total = 0.0
     with torch.no_grad():
         for at in range(0, len(starts), 128):
-            batch = starts[at : at + 128]
-            total += float(model.eval()(*windows_at(reader, batch, BLOCK_SIZE))) * len(batch)
+            windows = windows_at(reader, starts[at : at + 128], BLOCK_SIZE)
+            total += float(model.eval()(windows[:, :-1], windows[:, 1:])) * len(windows)
     return total / len(starts)
 
 
@@ -82,12 +82,12 @@ def train_nanogpt(folder: Path, checkout: Path, text: Path, dataset: Path) -> tu
 def nanogpt_loss(home: Path, state: dict[str, torch.Tensor], dataset: Path) -> float:
     """Evaluated by its own model code in a process of its own, on the windows we evaluate on."""
     reader = TokenReader(dataset, load_manifest(dataset), "val")
-    inputs, targets = windows_at(reader, evaluation_starts(reader, BLOCK_SIZE, 0), BLOCK_SIZE)
-    torch.save({"state": state, "inputs": inputs, "targets": targets}, home / "evaluate.pt")
+    windows = windows_at(reader, evaluation_starts(reader, BLOCK_SIZE, 0), BLOCK_SIZE)
+    torch.save({"state": state, "windows": windows}, home / "evaluate.pt")
     program = (
         "import torch; from model import GPT, GPTConfig; d = torch.load('evaluate.pt', weights_only=True); "
         "m = GPT(GPTConfig(64, 65, 4, 4, 128, 0.0, False)); m.load_state_dict(d['state']); m.eval(); "
-        "x, y = d['inputs'], d['targets']; keep = (y < 65).all(1) & (x < 65).all(1); x, y = x[keep], y[keep]; "
+        "w = d['windows']; w = w[(w < 65).all(1)]; x, y = w[:, :-1].contiguous(), w[:, 1:].contiguous(); "
         "print('LOSS', sum(float(m(a, b)[1].detach()) * len(a) for a, b in zip(x.split(128), y.split(128))) / len(x))"
     )
     output = subprocess.run(

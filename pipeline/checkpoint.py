@@ -28,6 +28,7 @@ from pipeline import huggingface
 from pipeline.config import ModelConfig, from_dict
 from pipeline.errors import UserError
 from pipeline.files import hash_file, publish, sync, write_atomic
+from pipeline.log import logger
 from pipeline.model import GPT
 from pipeline.tokenizer import BytePairTokenizer, Tokenizer, from_spec
 
@@ -77,8 +78,8 @@ def save(checkpoints: Path, model: GPT, optimizer: torch.optim.Optimizer, descri
 
 def write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """The files that Hugging Face reads: config, weights, and the tokenizer where it has a form for it."""
-    weights = huggingface.to_folder_layout(model, dict(model.named_parameters())) | huggingface.zero_biases(model)
-    save_file({name: tensor.cpu() for name, tensor in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    parameters = {name: _stored(model, name, parameter) for name, parameter in model.named_parameters()}
+    save_file(parameters | huggingface.zero_biases(model), folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_bytes(_dump(huggingface.config_json(model, tokenizer.end_of_text)))
     for name, content in huggingface.tokenizer_files(tokenizer).items():
         (folder / name).write_bytes(content)
@@ -104,6 +105,28 @@ def named(checkpoints: Path, pointer: str) -> Path | None:
     return checkpoints / name
 
 
+def best(checkpoints: Path) -> Path | None:
+    """The folder that `best` names, None with a warning where it is gone: no reason to end a healthy run."""
+    try:
+        return named(checkpoints, "best")
+    except UserError as error:
+        logger.warning("%s; taken for absent", error)
+        return None
+
+
+def set_aside_after(checkpoints: Path, step: int) -> None:
+    """A run that goes on from `step` leaves later checkpoints behind: they keep their content under another name."""
+    for folder in sorted(checkpoints.glob("step_*")):
+        if _FOLDER_NAME.fullmatch(folder.name) and int(folder.name[5:]) > step:
+            aside = folder.with_name(f"left_behind_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            logger.warning("%s is past step %d, where this run goes on: now %s", folder, step, aside.name)
+            pointer = checkpoints / "best"
+            if pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == folder.name:
+                pointer.unlink()
+
+
 def resolve(ckpt: str, run_dir: Path | None, runs: Path) -> Path:
     """The folder a `--ckpt` means: a path, or `latest`/`best` of `run_dir`, by default of the newest run under `runs`."""
     if ckpt not in ("latest", "best"):
@@ -122,8 +145,8 @@ def resolve(ckpt: str, run_dir: Path | None, runs: Path) -> Path:
     return folder
 
 
-def describe(folder: Path) -> Description:
-    """A checkpoint's description, every file checked against its hash. Raises UserError for the first that differs."""
+def read_description(folder: Path) -> Description:
+    """checkpoint.json, without a look at the files it speaks of. Raises UserError for one that is missing or damaged."""
     path = folder / DESCRIPTION
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint of this program: it has no {DESCRIPTION}")
@@ -131,30 +154,56 @@ def describe(folder: Path) -> Description:
         document = orjson.loads(path.read_bytes())
         if document["format"] != FORMAT_VERSION:
             raise UserError(f"{path} has format {document['format']}, this program reads {FORMAT_VERSION}")
-        description = Description(**document)
+        return Description(**document)
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): use another checkpoint") from None
+
+
+def verify(folder: Path, description: Description, without: Collection[str] = ()) -> None:
+    """Check a checkpoint's files, but for those `without`, against their hashes. Raises UserError for the first that differs."""
     for name, recorded in description.files.items():
         file = folder / Path(name).name
+        if name in without:
+            continue
         if not file.is_file():
             raise UserError(f"checkpoint {folder} is damaged: {name} is missing; use another checkpoint")
         if hash_file(file) != recorded:
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its hash; use another checkpoint")
-    return description
+
+
+def identify(folder: Path) -> tuple[ModelConfig, Tokenizer]:
+    """The shape and the vocabulary of our checkpoint or of a Hugging Face GPT-2 folder, its weights verified if ours."""
+    if (folder / DESCRIPTION).is_file():
+        description = read_description(folder)
+        verify(folder, description, without=(TRAINING_STATE,))
+        return from_dict(description.config).model, from_spec(description.tokenizer)
+    config, vocab_size = _foreign_config(folder)
+    return config, _foreign_tokenizer(folder, vocab_size)
 
 
 def load_model(folder: Path) -> tuple[GPT, Tokenizer]:
     """The model, in float32 on the CPU, and its tokenizer, from our checkpoint or any Hugging Face GPT-2 folder."""
-    if (folder / DESCRIPTION).is_file():
-        description = describe(folder)
-        tokenizer = from_spec(description.tokenizer)
-        config, vocab_size = from_dict(description.config).model, tokenizer.vocab_size
-    else:
-        config, vocab_size = _foreign_config(folder)
-        tokenizer = _foreign_tokenizer(folder, vocab_size)
-    model = _uninitialised(config, vocab_size)
+    config, tokenizer = identify(folder)
+    model = _uninitialised(config, tokenizer.vocab_size)
     load_weights(model, folder)
     return model, tokenizer
+
+
+def load_initial_weights(model: GPT, tokenizer_spec: dict[str, Any], folder: Path) -> None:
+    """Start a new run from a folder's weights. Raises UserError unless they mean the same in `model` as where they are from."""
+    config, tokenizer = identify(folder)
+    if tokenizer.spec() != tokenizer_spec:
+        raise UserError(
+            f"{folder} has the vocabulary {tokenizer.name} of {tokenizer.vocab_size} tokens, the dataset has another one "
+            f"({tokenizer_spec['name']}, {tokenizer_spec['vocab_size']}): prepare the data with the same tokenizer"
+        )
+    for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "tie_weights"):
+        theirs, ours = getattr(config, key), getattr(model.config, key)
+        if theirs != ours:
+            raise UserError(
+                f"{folder} has {key}={theirs}, the config says {ours}: set model.{key}={str(theirs).lower()}"
+            )
+    load_weights(model, folder)
 
 
 def load_weights(model: GPT, folder: Path) -> None:
@@ -168,7 +217,9 @@ def load_weights(model: GPT, folder: Path) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: GPT, folder: Path) -> None:
-    """Fill the optimizer's state from a folder's training_state.safetensors."""
+    """Fill the optimizer's state from a folder's training_state.safetensors, which is empty before the first good step."""
+    if not _has_tensors(folder / TRAINING_STATE):
+        return
     parameters = dict(model.named_parameters())
     state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     shapes = huggingface.folder_shapes(model)
@@ -194,7 +245,7 @@ def prune(checkpoints: Path, keep: int) -> None:
         folder for folder in checkpoints.glob("step_*")
         if _FOLDER_NAME.fullmatch(folder.name) and (folder / DESCRIPTION).is_file()
     )  # fmt: skip
-    kept = {*ours[-keep:], named(checkpoints, "latest"), named(checkpoints, "best")}
+    kept = {*ours[-keep:], named(checkpoints, "latest"), best(checkpoints)}
     for folder in (*(folder for folder in ours if folder not in kept), *checkpoints.glob(".step_*.partial")):
         shutil.rmtree(folder)
 
@@ -204,9 +255,13 @@ def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
     tensors = {}
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state[parameter].items():
-            shaped = huggingface.to_folder_layout(model, {name: value})[name] if value.ndim else value
-            tensors[f"{kind}.{name}"] = shaped.cpu()
+            tensors[f"{kind}.{name}"] = _stored(model, name, value) if value.ndim else value.cpu()
     return tensors
+
+
+def _stored(model: GPT, name: str, tensor: Tensor) -> Tensor:
+    """One tensor as the folder holds it, on the CPU: a GPU never holds the transposed copies of all."""
+    return huggingface.to_folder_layout(model, {name: tensor})[name].cpu()
 
 
 def _fill(
@@ -216,6 +271,8 @@ def _fill(
     ignored: Collection[str] = (),
 ) -> None:
     """Hand every tensor of a safetensors file to `take`, after names and shapes in its header were checked."""
+    if path.with_name(f"{path.name}.index.json").is_file():
+        raise UserError(f"{path.parent} holds its weights in several files: save it again as one, {path.name}")
     if not path.is_file():
         raise UserError(
             f"{path.parent} has no {path.name}: only safetensors are read, pickled weights (.bin, .pt) never"
@@ -229,6 +286,11 @@ def _fill(
                 take(name, file.get_tensor(found[name]))
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _has_tensors(path: Path) -> bool:
+    with safe_open(path, framework="pt") as file:
+        return bool(list(file.keys()))
 
 
 def _full_name(name: str) -> str:
@@ -264,6 +326,8 @@ def _foreign_config(folder: Path) -> tuple[ModelConfig, int]:
         document = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is not a JSON object: it does not describe a GPT-2 model")
     return huggingface.model_config(document, str(folder))
 
 

@@ -1,6 +1,6 @@
 """The command line: parse, import the stage, run it, and turn what the user can mend into one line."""
 
-import os
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +10,12 @@ import typer
 import pipeline
 from pipeline import config as configs
 from pipeline import log
-from pipeline.errors import Diverged, UserError
+from pipeline.errors import EXIT_DIVERGED, EXIT_USER, Diverged, UserError
 from pipeline.tokenizer import TOKENIZER_NAMES
 
-EXIT_USER, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_INTERRUPTED = 130
+# A full disk, a quota, missing permission: no bug of ours.
+THE_MACHINES_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 app = typer.Typer(
     help="Train a GPT from raw text: prepare it, train on it, sample from what was learnt.",
@@ -32,10 +34,16 @@ def main() -> None:
     except UserError as error:
         _leave(str(error), EXIT_USER)
     except Diverged as error:
-        _leave(str(error), EXIT_DIVERGED)
-    except BrokenPipeError:
-        # The reader of our output has seen enough; without this, Python complains once more while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not log.rank():  # every rank comes to the same verdict
+            _leave(str(error), EXIT_DIVERGED)
+        sys.exit(EXIT_DIVERGED)
+    except OSError as error:
+        if error.errno not in THE_MACHINES_FAULTS:
+            raise
+        _leave(
+            f"{error.strerror}: {error.filename or 'while writing'}; make room or choose another place, then go on",
+            EXIT_USER,
+        )
     except Exception as error:
         # The parser's own complaints, whichever copy of click this typer carries.
         if not hasattr(error, "format_message"):
@@ -112,7 +120,12 @@ def train(
 ) -> None:
     """Train a model on a prepared dataset. Under torchrun every process is a rank: torchrun -m pipeline train."""
     resuming = [] if resume is None else [f"checkpoint.resume={resume}"]
-    config = configs.from_arguments([*(arguments or []), *resuming])
+    try:
+        config = configs.from_arguments([*(arguments or []), *resuming])
+    except UserError:
+        if log.rank():  # rank 0 reads the same arguments and says it
+            sys.exit(EXIT_USER)
+        raise
     from train.run import run
 
     run(config, dry_run)
@@ -158,7 +171,8 @@ def quickstart() -> None:
     log.logger.info("1/3 prepare: the standard library's source, one token a byte")
     run_prepare(PrepareOptions(["stdlib"], name=config.data.dataset, tokenizer="byte"))
     log.logger.info("2/3 train: a small GPT, a few minutes on two cores")
-    run_train(config)
+    if run_train(config):
+        return  # stopped on request; the same command goes on
     log.logger.info("3/3 sample: what it writes after 'def '")
     run_sample(SampleOptions("best", ["def "], max_new_tokens=400, temperature=0.7, seed=1, run_dir=config.run_dir))
     log.logger.info(

@@ -351,6 +351,8 @@ def _inconsistencies(config: Config) -> list[str]:
         faults.append(
             f"schedule.warmup_steps={config.schedule.warmup_steps} is above schedule.decay_steps={config.schedule.decay_steps}"
         )
+    if config.run.seed >= 1 << 63:
+        faults.append(f"run.seed={config.run.seed} is above 2**63 - 1")
     if config.run.name and not _is_plain_name(config.run.name):
         faults.append(f"run.name={config.run.name!r} is not a folder's name: use letters, digits, '.', '_' and '-'")
     return faults

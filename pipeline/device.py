@@ -71,7 +71,12 @@ def should_compile(name: str, device: torch.device) -> tuple[bool, str]:
 
 
 def share_threads(ranks_here: int) -> int:
-    """Give each rank on this machine its share of the cores the process may use; torchrun would leave it with one."""
+    """Give each rank on this machine its share of the cores the process may use; torchrun would leave it with one.
+
+    A process alone keeps what torch took, which follows its core affinity and OMP_NUM_THREADS.
+    """
+    if ranks_here == 1:
+        return torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // ranks_here)
     torch.set_num_threads(threads)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.device import pick_device
-from pipeline.errors import UserError
+from pipeline.errors import EXIT_USER, UserError
 
 # Start-up waits for the slowest node to import torch from a shared filesystem; a step that hangs longer is dead.
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -52,15 +52,20 @@ class World:
         return values
 
     def check_agreement(self, what: str, value: Any) -> None:
-        """Raises UserError on every rank unless `value` is equal on all of them."""
+        """Ends every rank unless `value` is equal on all of them; rank 0 raises the UserError that says so."""
         values = self.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise UserError(f"ranks disagree about {what}: rank 0 has {values[0]}, rank {rank} has {other}")
+        odd = next((rank for rank, other in enumerate(values) if other != values[0]), None)
+        if odd is not None and not self.is_first:
+            sys.exit(EXIT_USER)
+        if odd is not None:
+            raise UserError(f"ranks disagree about {what}: rank 0 has {values[0]}, rank {odd} has {values[odd]}")
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """A UserError of any rank ends all of them: the first one to have it tells the user, the others stay silent."""
+        """A UserError of any rank ends all of them: the first one to have it tells the user, the others stay silent.
+
+        Nothing inside may wait for other ranks: one that failed before it would never come.
+        """
         error = None
         try:
             yield
@@ -70,7 +75,7 @@ class World:
         if failed and error is not None and failed[0] == self.rank:
             raise error
         if failed:
-            sys.exit(2)
+            sys.exit(EXIT_USER)
 
 
 def start(device_name: str) -> World:
@@ -79,6 +84,10 @@ def start(device_name: str) -> World:
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
+    if ":" in device_name and local_size > 1:
+        raise UserError(
+            f"run.device={device_name} is one GPU for {local_size} ranks: use run.device=cuda, and each takes its own"
+        )
     device = pick_device(device_name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,5 +1,7 @@
 """The two ways a command ends badly that are not a bug of ours."""
 
+EXIT_USER, EXIT_DIVERGED = 2, 3
+
 
 class UserError(Exception):
     """The user can mend this. The text is one line: what is wrong, what was found, what was wanted, how to mend it.

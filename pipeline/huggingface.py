@@ -56,12 +56,13 @@ def model_config(document: dict[str, Any], folder: str) -> tuple[ModelConfig, in
         "layer_norm_epsilon": (LAYER_NORM_EPSILON,),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
-        "n_inner": (None, 4 * int(document.get("n_embd", 0))),
     }
     for name, values in wanted.items():
         if document.get(name, values[0]) not in values:
             raise UserError(f"{folder}/config.json has {name}={document[name]!r}, this program has {values[0]!r} only")
     try:
+        if document.get("n_inner") not in (None, 4 * int(document["n_embd"])):
+            raise UserError(f"{folder}/config.json has n_inner={document['n_inner']}, this program has 4 n_embd only")
         config = ModelConfig(
             n_layer=int(document["n_layer"]),
             n_head=int(document["n_head"]),
@@ -72,6 +73,8 @@ def model_config(document: dict[str, Any], folder: str) -> tuple[ModelConfig, in
         return config, int(document["vocab_size"])
     except KeyError as error:
         raise UserError(f"{folder}/config.json has no {error}: it does not describe a GPT-2 model") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}/config.json does not describe a GPT-2 model: {error}") from None
 
 
 def to_folder_layout(model: GPT, named: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,13 +30,17 @@ class _ConsoleHandler(logging.Handler):
         console.print(self.format(record), markup=False, soft_wrap=True)
 
 
+def rank() -> int:
+    """This process's number among those torchrun started; 0 where it started none."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def configure() -> None:
     """Send the log to stderr; a rank other than 0 keeps to warnings and says who it is."""
-    rank = int(os.environ.get("RANK", "0"))
     handler = _ConsoleHandler() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    handler.setFormatter(logging.Formatter("%(message)s" if rank() == 0 else f"[rank {rank()}] %(message)s"))
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     logger.propagate = False
 
 

@@ -26,6 +26,7 @@ _RANGES = {
     "--temperature": "wanted 0 (the likeliest token) or a positive number",
     "--top-k": "wanted 0 (off) or more",
     "--top-p": "wanted more than 0 and at most 1 (off)",
+    "--seed": "wanted 0 to 2**63 - 1",
 }
 
 
@@ -50,19 +51,28 @@ class SampleOptions:
 
 def run(options: SampleOptions) -> None:
     """Write every sample of every prompt to stdout. Raises UserError."""
+    try:
+        write_samples(options)
+    except BrokenPipeError:
+        # The reader has seen enough; without this, Python complains once more while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write_samples(options: SampleOptions) -> None:
+    """`run`, for as long as somebody reads."""
     _check(options)
     prompts = _prompts(options)
     folder = checkpoint.resolve(options.ckpt, options.run_dir, RUNS)
     device = pick_device(options.device)
     model, tokenizer = checkpoint.load_model(folder)
+    encoded = [_encode(prompt, tokenizer) for prompt in prompts]
     dtype, _ = pick_dtype(options.dtype, device, model.config.n_embd)
     model = model.to(device, dtype).eval()
     seed = int.from_bytes(os.urandom(4)) if options.seed is None else options.seed
     logger.info("%s on %s in %s, seed %d", folder, device, str(dtype).removeprefix("torch."), seed)
     generator = torch.Generator(device).manual_seed(seed)
     choice = Choice(options.temperature, options.top_k, options.top_p)
-    for index, prompt in enumerate(prompts):
-        ids = _encode(prompt, tokenizer)
+    for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         steps = generate(model, ids, options.num_samples, options.max_new_tokens, choice, generator)
         # One sample is written as it grows; of several, which grow side by side, one is written after the other.
         alone = options.num_samples == 1
@@ -82,6 +92,7 @@ def _check(options: SampleOptions) -> None:
         "--temperature": 0 <= options.temperature < float("inf"),
         "--top-k": options.top_k >= 0,
         "--top-p": 0 < options.top_p <= 1,
+        "--seed": 0 <= (options.seed or 0) < 1 << 63,
     }
     for name, fits in limits.items():
         if not fits:
@@ -96,7 +107,7 @@ def _prompts(options: SampleOptions) -> list[str | None]:
     prompts: list[str | None] = list(options.prompts)
     if options.prompt_file is not None:
         try:
-            prompts.append(options.prompt_file.read_text(encoding="utf-8"))
+            prompts.append(options.prompt_file.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt-file {options.prompt_file} cannot be read as UTF-8 text: {error}") from None
     return prompts or [None]

@@ -1,8 +1,9 @@
 """The checkpoint folder: a whole, a Hugging Face model, and refused when it is anything else."""
 
+import contextlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_description_holds_the_contract(tmp_path: Path) -> None:
     assert document["config"]["model"]["n_layer"] == 2 and document["tokenizer"]["name"] == "byte"
     assert set(document["files"]) == {"config.json", "model.safetensors", "training_state.safetensors"}
     assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".pth")]
-    assert asdict(checkpoint.describe(folder)) == document
+    assert asdict(checkpoint.read_description(folder)) == document
 
 
 def damage_truncate(path: Path) -> None:
@@ -149,8 +150,11 @@ def damage_flip(path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path, file: str, damage: Any) -> None:
     folder, _ = saved(tmp_path)
     damage(folder / file)
-    with pytest.raises(UserError, match=rf"is damaged: {file} (is missing|does not match its hash)"):
-        checkpoint.load_model(folder)
+    refused = pytest.raises(UserError, match=rf"is damaged: {file} (is missing|does not match its hash)")
+    with refused:
+        checkpoint.verify(folder, checkpoint.read_description(folder))
+    with contextlib.nullcontext() if file == "training_state.safetensors" else refused:
+        checkpoint.load_model(folder)  # which has no use for the optimizer's state
 
 
 def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +171,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
     assert latest is not None and latest.name == "step_00000001"
     monkeypatch.undo()
     saved(tmp_path, step=2)
-    checkpoint.describe(tmp_path / "step_00000002")
+    checkpoint.verify(tmp_path / "step_00000002", checkpoint.read_description(tmp_path / "step_00000002"))
 
 
 def test_prune_keeps_the_newest_and_the_best_and_what_is_not_ours(tmp_path: Path) -> None:
@@ -224,11 +228,21 @@ def test_foreign_folders_are_refused_for_a_reason(tmp_path: Path) -> None:
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"activation_function": "relu"}, "activation_function='relu'"),
         ({"vocab_size": 1000}, "its vocabulary is unknown"),
+        ({"n_embd": "x"}, "does not describe a GPT-2 model"),
+        ({"n_inner": 7}, "n_inner=7"),
         ({}, "only safetensors are read"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(gpt2 | change))
         with pytest.raises(UserError, match=reason):
             checkpoint.load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="is not a JSON object"):
+        checkpoint.load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(gpt2))
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="its weights in several files"):
+        checkpoint.load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(UserError, match="not a whole safetensors file"):
         checkpoint.load_model(tmp_path)
@@ -259,3 +273,44 @@ def test_merges_rebuild_the_published_order() -> None:
 
 def test_vocabularies_without_a_hugging_face_form_have_no_tokenizer_files() -> None:
     assert tokenizer_files(ByteTokenizer()) == {} == tokenizer_files(CharTokenizer("abc"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("n_head", 4), ("block_size", 12), ("bias", False), ("tie_weights", False)])
+def test_initial_weights_must_mean_the_same(tmp_path: Path, key: str, value: Any) -> None:
+    folder, model = saved(tmp_path)
+    fresh = GPT(SMALL, 257)
+    checkpoint.load_initial_weights(fresh, ByteTokenizer().spec(), folder)
+    assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
+    with pytest.raises(UserError, match=f"has {key}=.*set model.{key}="):
+        checkpoint.load_initial_weights(GPT(replace(SMALL, **{key: value}), 257), ByteTokenizer().spec(), folder)
+    with pytest.raises(UserError, match="has the vocabulary byte of 257 tokens, the dataset has another one"):
+        checkpoint.load_initial_weights(fresh, CharTokenizer("abc").spec(), folder)
+
+
+def test_a_missing_best_is_a_warning(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    (tmp_path / "best").write_text("step_00000001\n")
+    assert checkpoint.best(tmp_path) is None
+    checkpoint.prune(tmp_path, keep=1)
+    assert folder.is_dir()
+
+
+def test_going_back_leaves_later_checkpoints_behind_whole(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        saved(tmp_path, step=step)
+    checkpoint.point(tmp_path, "best", tmp_path / "step_00000003")
+    checkpoint.point(tmp_path, "latest", tmp_path / "step_00000001")
+    checkpoint.set_aside_after(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest", "left_behind_step_00000002", "left_behind_step_00000003", "step_00000001"
+    ]  # fmt: skip
+    checkpoint.prune(tmp_path, keep=1)
+    assert (tmp_path / "left_behind_step_00000003").is_dir()
+
+
+def test_an_optimizer_that_never_stepped_comes_back(tmp_path: Path) -> None:
+    model = GPT(SMALL, 257)
+    optimizer = build(model, Config().optimizer)
+    folder = checkpoint.save(tmp_path, model, optimizer, description(model, ByteTokenizer()))
+    checkpoint.load_optimizer(optimizer, model, folder)
+    assert not any(optimizer.state.values())

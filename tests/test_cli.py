@@ -139,6 +139,11 @@ def test_train_without_its_dataset_says_how_to_get_it(tmp_path: Path) -> None:
         ("errors.UserError('first\\nsecond')", 2, "error: first second\n"),
         ("errors.Diverged('loss is nan')", 3, "error: loss is nan\n"),
         ("KeyboardInterrupt", 130, "error: interrupted\n"),
+        (
+            "OSError(28, 'No space left on device', 'runs/x')",
+            2,
+            "error: No space left on device: runs/x; make room or choose another place, then go on\n",
+        ),
     ],
 )
 def test_an_end_that_is_no_bug_has_its_exit_code_and_no_traceback(error: str, code: int, stderr: str) -> None:
@@ -146,7 +151,7 @@ def test_an_end_that_is_no_bug_has_its_exit_code_and_no_traceback(error: str, co
     assert (done.returncode, done.stderr) == (code, stderr)
 
 
-@pytest.mark.parametrize("error", ["ZeroDivisionError('ours')", "OSError(28, 'ours')"])
+@pytest.mark.parametrize("error", ["ZeroDivisionError('ours')", "OSError(5, 'ours')"])
 def test_a_bug_of_ours_is_a_traceback_and_exit_code_1(error: str) -> None:
     done = python("-c", FAILING.format(error=error), "train")
     assert done.returncode == 1
@@ -154,8 +159,15 @@ def test_a_bug_of_ours_is_a_traceback_and_exit_code_1(error: str) -> None:
     assert "ours" in done.stderr.splitlines()[-1]
 
 
-def test_an_error_on_another_rank_says_which() -> None:
-    assert python("-m", "pipeline", "train", "gpt3", RANK="5").stderr.startswith("[rank 5] error: no config 'gpt3'")
+def test_what_every_rank_finds_out_only_the_first_one_says() -> None:
+    for end, code in (("Diverged", 3), ("UserError", 2)):
+        done = python("-c", FAILING.format(error=f"errors.{end}('all of us')"), "train", RANK="5")
+        assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_an_error_of_one_other_rank_says_which() -> None:
+    done = python("-m", "pipeline", "sample", "--ckpt", "nowhere", RANK="5")
+    assert done.stderr.startswith("[rank 5] error: no checkpoint at nowhere")
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])

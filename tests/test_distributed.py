@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import overrides, run_program, tiny_config
+from conftest import ROOT, overrides, run_program, tiny_config
 from safetensors.torch import load_file
 
 from pipeline import checkpoint
@@ -83,6 +83,33 @@ def test_a_run_moves_from_one_rank_to_two_and_back(tiny: Path) -> None:
     straight_rows = [row for row in straight[0] if row["step"] != 3 and row["step"] != 6]
     for key in ("step", "loss", "grad_norm"):
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in straight_rows], rel=2e-4), key
+
+
+def test_gradients_travel_once_a_step_and_not_once_a_micro_batch(tiny: Path) -> None:
+    """Four micro-batches on two ranks: two for each, and the first of them inside no_sync."""
+    (tiny / "sitecustomize.py").write_text(
+        "import contextlib, pathlib, os\n"
+        "from torch.nn.parallel import DistributedDataParallel as DDP\n"
+        "real = DDP.no_sync\n"
+        "def counted(self):\n"
+        "    with pathlib.Path('no_sync.' + os.environ['RANK']).open('a') as file: file.write('x')\n"
+        "    return real(self)\n"
+        "DDP.no_sync = counted\n"
+    )
+    config = tiny_config(tiny)
+    trained(config, tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}")
+    assert [(tiny / f"no_sync.{rank}").read_text() for rank in (0, 1)] == ["x" * 10] * 2
+
+
+def test_a_fault_of_one_rank_ends_both_with_one_line(tiny: Path) -> None:
+    (tiny / "sitecustomize.py").write_text("import os, sys\nif os.environ.get('RANK') == '1': os.chdir('/')\n")
+    config = tiny_config(tiny)
+    config = replace(config, data=replace(config.data, data_dir="data"), run=replace(config.run, dir="runs"))
+    result = run_program("train", "quickstart", *overrides(config), cwd=tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}")
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if "error: " in line and "ChildFailed" not in line]
+    assert [line for line in lines if "no dataset at data/tiny" in line] == [lines[0]], result.stderr
+    assert "[rank 1] error:" in lines[0]
 
 
 def test_ranks_that_do_not_divide_the_batch_are_told_what_does(tiny: Path) -> None:

@@ -47,22 +47,21 @@ def test_permute_needs_no_table_at_a_trillion() -> None:
     assert len(set(images.tolist())) == 1000 and images.max() < size
 
 
-def test_targets_are_the_inputs_one_token_on(tmp_path: Path) -> None:
-    inputs, targets = Loader(counting_reader(tmp_path, 1000), block_size=16, seed=1).batch(0, 8)
-    assert inputs.shape == targets.shape == (8, 16)
-    assert (targets == inputs + 1).all()
-    assert (inputs[:, 1:] == inputs[:, :-1] + 1).all()
+def test_a_window_is_a_block_and_the_token_after_it(tmp_path: Path) -> None:
+    windows = Loader(counting_reader(tmp_path, 1000), block_size=16, seed=1).batch(0, 8)
+    assert windows.shape == (8, 17)
+    assert (windows[:, 1:] == windows[:, :-1] + 1).all()
 
 
 def test_windows_cross_shard_borders_unharmed(tmp_path: Path) -> None:
     whole = Loader(counting_reader(tmp_path / "whole", 1000), 16, seed=1)
     cut = Loader(counting_reader(tmp_path / "cut", 1000, shard_tokens=70), 16, seed=1)
-    assert (whole.batch(0, 60)[0] == cut.batch(0, 60)[0]).all()
+    assert (whole.batch(0, 60) == cut.batch(0, 60)).all()
 
 
 def test_an_epoch_takes_every_window_once_and_the_next_one_in_another_order(tmp_path: Path) -> None:
     loader = Loader(counting_reader(tmp_path, 1000), block_size=16, seed=1)
-    epochs = [loader.batch(epoch * loader.windows, loader.windows)[0][:, 0].tolist() for epoch in range(3)]
+    epochs = [loader.batch(epoch * loader.windows, loader.windows)[:, 0].tolist() for epoch in range(3)]
     for starts in epochs:
         gaps = np.diff(sorted(starts))
         assert len(starts) == loader.windows == 61 and (gaps == 16).all()
@@ -72,19 +71,18 @@ def test_an_epoch_takes_every_window_once_and_the_next_one_in_another_order(tmp_
 
 def test_a_sample_is_the_same_however_it_is_asked_for(tmp_path: Path) -> None:
     loader = Loader(counting_reader(tmp_path, 500), block_size=8, seed=3)
-    together = loader.batch(0, 200)[0]
+    together = loader.batch(0, 200)
     for first, count in ((0, 1), (13, 7), (60, 65), (199, 1)):  # 61 windows: these cross epochs
-        assert (loader.batch(first, count)[0] == together[first : first + count]).all()
+        assert (loader.batch(first, count) == together[first : first + count]).all()
 
 
 def test_another_seed_is_another_order(tmp_path: Path) -> None:
     reader = counting_reader(tmp_path, 1000)
-    assert (Loader(reader, 16, seed=1).batch(0, 32)[0] != Loader(reader, 16, seed=2).batch(0, 32)[0]).any()
+    assert (Loader(reader, 16, seed=1).batch(0, 32) != Loader(reader, 16, seed=2).batch(0, 32)).any()
 
 
 def test_the_smallest_dataset_is_one_block_and_a_target(tmp_path: Path) -> None:
-    inputs, targets = Loader(counting_reader(tmp_path / "fits", 17), 16, seed=0).batch(5, 1)
-    assert inputs[0].tolist() == list(range(16)) and targets[0].tolist() == list(range(1, 17))
+    assert Loader(counting_reader(tmp_path / "fits", 17), 16, seed=0).batch(5, 1).tolist() == [list(range(17))]
     with pytest.raises(UserError, match=r"has 16 tokens, fewer than one block of 16.*lower model.block_size"):
         Loader(counting_reader(tmp_path / "short", 16), 16, seed=0)
 
@@ -94,8 +92,7 @@ def test_evaluation_windows_are_fixed_and_spread_over_the_split(tmp_path: Path) 
     assert evaluation_starts(reader, 16, windows=0) == list(range(0, 992, 16))
     some = evaluation_starts(reader, 16, windows=10)
     assert len(some) == 10 and some[0] == 0 and some[-1] > 850 and np.diff(some).min() > 80
-    inputs, targets = windows_at(reader, some, 16)
-    assert inputs[:, 0].tolist() == some and (targets == inputs + 1).all()
+    assert windows_at(reader, some, 16).tolist() == [list(range(start, start + 17)) for start in some]
     assert len(evaluation_starts(reader, 16, windows=10_000)) == 62
 
 

@@ -208,6 +208,43 @@ def test_dry_run_says_the_arithmetic_and_writes_nothing(tiny: Path) -> None:
     assert not (tiny / "runs").exists()
 
 
+def test_dry_run_refuses_what_the_run_would_refuse(tiny: Path) -> None:
+    config = tiny_config(tiny)
+    with pytest.raises(UserError, match="no checkpoint"):
+        run(replace(config, model=replace(config.model, init_from=str(tiny / "nowhere"))), dry_run=True)
+    run(config)
+    with pytest.raises(UserError, match="cannot go on with run.seed"):
+        run(replace(config, run=replace(config.run, seed=1)), dry_run=True)
+
+
+def test_a_lost_pointer_is_never_a_fresh_start(tiny: Path) -> None:
+    config = tiny_config(tiny)
+    run(config)
+    (config.run_dir / "checkpoints" / "latest").unlink()
+    with pytest.raises(UserError, match="has step_00000010 but no file `latest`"):
+        run(config)
+    assert len(rows(config)) == 10
+
+
+def test_signals_are_the_callers_again_after_training(tiny: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    run(tiny_config(tiny))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_full_disk_is_one_line(tiny: Path) -> None:
+    """/dev/full takes no byte; a run folder under it cannot be made."""
+    result = run_program("train", "quickstart", *overrides(tiny_config(tiny, run={"dir": "/dev/full"})), cwd=tiny)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr and "error: " in result.stderr.splitlines()[-1]
+
+
+def test_deadline_that_is_no_time_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_DEADLINE", "tomorrow")
+    with pytest.raises(UserError, match="PIPELINE_DEADLINE='tomorrow' is no time"):
+        run(tiny_config(tiny))
+
+
 def test_deadline_stops_before_it_and_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_DEADLINE", "1")  # 1970
     config = tiny_config(tiny)
@@ -291,4 +328,4 @@ def wait_for_rows(config: Config, process: subprocess.Popen[bytes], step: int) -
 def test_config_in_the_checkpoint_is_the_resolved_one(tiny: Path) -> None:
     config = tiny_config(tiny)
     run(config)
-    assert checkpoint.describe(config.run_dir / "checkpoints" / "step_00000010").config == to_dict(config)
+    assert checkpoint.read_description(config.run_dir / "checkpoints" / "step_00000010").config == to_dict(config)

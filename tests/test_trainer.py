@@ -18,6 +18,7 @@ from pipeline.shards import TokenReader, load_manifest
 from train.loader import Loader, evaluation_starts, windows_at
 from train.optimizer import learning_rate
 from train.run import assemble
+from train.stop import StopRequest
 from train.trainer import Trainer
 
 # A key's bias moves all scores of a query alike, so its true gradient is 0 and Adam turns pure rounding into full steps.
@@ -27,7 +28,7 @@ ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 def trainer_of(config: Config) -> Trainer:
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    return assemble(config, ALONE)[0]
+    return assemble(config, ALONE, load_manifest(config.dataset_dir))[0]
 
 
 def trained(config: Config, steps: int) -> tuple[Trainer, list[float]]:
@@ -60,9 +61,9 @@ def test_accumulating_four_micro_batches_equals_one_big_batch(tiny: Path) -> Non
 def test_logged_loss_is_the_mean_over_the_whole_global_batch(tiny: Path) -> None:
     trainer = trainer_of(tiny_config(tiny))
     reader = TokenReader(tiny / "data/tiny", trainer.manifest, "train")
-    inputs, targets = Loader(reader, block_size=16, seed=1337).batch(0, 8)
+    windows = Loader(reader, block_size=16, seed=1337).batch(0, 8)
     with torch.no_grad():
-        expected = trainer.model(inputs, targets).item()
+        expected = trainer.model(windows[:, :-1], windows[:, 1:]).item()
     assert trainer.train_step().loss == pytest.approx(expected, rel=1e-6)
 
 
@@ -80,11 +81,11 @@ def test_twenty_steps_equal_an_independent_trainer(tiny: Path) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     for step in range(20):
-        inputs, targets = ours.loader.batch(step * 8, 8)
+        windows = ours.loader.batch(step * 8, 8)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        logits = twin(inputs).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        logits = twin(windows[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         loss.backward()
         norm = torch.sqrt(sum((p.grad**2).sum() for p in twin.parameters()))
         for parameter in twin.parameters():
@@ -126,9 +127,9 @@ def test_evaluation_is_the_mean_over_its_windows_and_leaves_training_alone(tiny:
     config = tiny_config(tiny, eval={"batches": 5}, train={"micro_batch_size": 4, "tokens_per_step": 128})
     trainer = trainer_of(config)
     reader = TokenReader(tiny / "data/tiny", load_manifest(tiny / "data/tiny"), "val")
-    inputs, targets = windows_at(reader, evaluation_starts(reader, 16, 20), 16)
+    windows = windows_at(reader, evaluation_starts(reader, 16, 20), 16)
     with torch.no_grad():
-        expected = trainer.model(inputs, targets).item()
+        expected = trainer.model(windows[:, :-1], windows[:, 1:]).item()
     assert trainer.evaluate() == pytest.approx(expected, rel=1e-5)
     assert trainer.evaluate() == trainer.evaluate()
     assert trainer.model.training
@@ -179,7 +180,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny: Path, value: 
 def test_bad_steps_are_written_down_with_their_samples_and_training_goes_on(tiny: Path) -> None:
     config = tiny_config(tiny, train={"max_bad_steps": 2})
     trainer = poisoned(trainer_of(config), {3, 6}, math.nan)
-    assert trainer.fit(None) == ""
+    assert trainer.fit(None, StopRequest()) == ""
     rows = [json.loads(line) for line in (config.run_dir / "bad_steps.jsonl").read_text().splitlines()]
     assert [(row["step"], row["first_sample"], row["samples"]) for row in rows] == [(3, 24, 8), (6, 48, 8)]
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
@@ -188,11 +189,27 @@ def test_bad_steps_are_written_down_with_their_samples_and_training_goes_on(tiny
 def test_too_many_bad_steps_in_a_row_are_a_divergence(tiny: Path) -> None:
     trainer = poisoned(trainer_of(tiny_config(tiny, train={"max_bad_steps": 3})), {4, 5, 6, 7}, math.nan)
     with pytest.raises(Diverged, match=r"3 steps in a row, up to step 6.*weights of step 4 were kept"):
-        trainer.fit(None)
+        trainer.fit(None, StopRequest())
 
 
 @pytest.mark.slow
 def test_the_compiled_model_follows_the_eager_one(tiny: Path) -> None:
     eager = trained(tiny_config(tiny, run={"compile": "off"}), steps=5)[1]
-    compiled = trained(tiny_config(tiny, run={"compile": "on"}), steps=5)[1]
+    trainer, compiled = trained(tiny_config(tiny, run={"compile": "on"}), steps=5)
+    assert trainer.model._compiled_call_impl is not None
     assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+def test_float16_scales_its_loss_and_halves_the_scale_at_an_overflow(tiny: Path) -> None:
+    """On a GPU only; the scaler itself also runs on a CPU, so that its part of the step can be seen here."""
+    config = tiny_config(tiny)
+    exact = trained(config, steps=3)[1]
+    trainer = Trainer(config, ALONE, trainer_of(config).model, load_manifest(config.dataset_dir), torch.float16)
+    torch.manual_seed(0)
+    assert trainer.train_step().loss == pytest.approx(exact[0], rel=1e-2)
+    assert trainer.scaler.get_scale() == 65536
+    trainer.scaler.update(2.0**60)
+    before = weights(trainer)
+    assert not trainer.train_step().finite
+    assert trainer.scaler.get_scale() == 2.0**59
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())

@@ -22,7 +22,7 @@ FEISTEL_ROUNDS = 6
 
 
 class Loader:
-    """Batches of `block_size` inputs and the targets one token further on."""
+    """Batches of windows: `block_size` inputs and the target after the last of them."""
 
     def __init__(self, reader: TokenReader, block_size: int, seed: int) -> None:
         self.reader, self.block_size, self.seed = reader, block_size, seed
@@ -35,8 +35,8 @@ class Loader:
                 "prepare more text, or lower model.block_size"
             )
 
-    def batch(self, first_sample: int, samples: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (samples, block_size), int64, of the global samples from `first_sample` on."""
+    def batch(self, first_sample: int, samples: int) -> Tensor:
+        """Windows (samples, block_size + 1), int64, of the global samples from `first_sample` on."""
         starts = self.starts(np.arange(first_sample, first_sample + samples))
         return windows_at(self.reader, starts, self.block_size)
 
@@ -93,7 +93,6 @@ def evaluation_starts(reader: TokenReader, block_size: int, windows: int) -> lis
     return [index * there // taken * block_size for index in range(taken)]
 
 
-def windows_at(reader: TokenReader, starts: list[int], block_size: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (len(starts), block_size), int64: the targets are the inputs one token further on."""
-    windows = torch.from_numpy(np.stack([reader.read(start, start + block_size + 1) for start in starts]))
-    return windows[:, :-1], windows[:, 1:]
+def windows_at(reader: TokenReader, starts: list[int], block_size: int) -> Tensor:
+    """Windows (len(starts), block_size + 1), int64: a block of inputs and the target after the last of them."""
+    return torch.from_numpy(np.stack([reader.read(start, start + block_size + 1) for start in starts]))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,14 +87,14 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
     if path.is_file():
-        rows = path.read_text(encoding="utf-8").splitlines()
-        kept = [row for row in rows if _step_of(row) <= step]
-        if len(kept) < len(rows):
+        text = path.read_text(encoding="utf-8")
+        kept = [row for row in text.splitlines() if _step_of(row) <= step]
+        if "".join(row + "\n" for row in kept) != text:
             write_atomic(path, "".join(row + "\n" for row in kept).encode())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pipeline import checkpoint, distributed
-from pipeline.config import Config, to_dict, to_toml
+from pipeline.config import Config, accumulation_steps, to_dict, to_toml
 from pipeline.device import pick_dtype, share_threads, should_compile
 from pipeline.distributed import World
 from pipeline.errors import UserError
@@ -16,6 +16,7 @@ from pipeline.log import also_to_file, logger
 from pipeline.model import GPT
 from pipeline.shards import Manifest, load_manifest
 from train.metrics import Metrics
+from train.stop import StopRequest
 from train.trainer import Trainer
 
 # What the position in the data and the shape of the weights follow from: it cannot change between two starts of a run.
@@ -25,41 +26,48 @@ FIXED_KEYS = (
 )  # fmt: skip
 
 
-def run(config: Config, dry_run: bool = False) -> None:
-    """Train, or with `dry_run` say what would be trained and write nothing. Raises UserError, Diverged."""
+def run(config: Config, dry_run: bool = False) -> str:
+    """Train, or with `dry_run` check everything and write nothing. Returns why the run stopped before its last step,
+    empty where it is done. Raises UserError, Diverged.
+    """
     world = distributed.start(config.run.device)
     try:
-        run_on(world, config, dry_run)
+        return run_on(world, config, dry_run)
     finally:
         distributed.stop()
 
 
-def run_on(world: World, config: Config, dry_run: bool) -> None:
+def run_on(world: World, config: Config, dry_run: bool) -> str:
     """`run`, on ranks that have found each other."""
     with world.fail_together():
-        trainer, introduction = assemble(config, world)
-        start = start_point(config)
-    world.check_agreement("the dataset", trainer.manifest.fingerprint)
+        manifest = load_manifest(config.dataset_dir)
+        start = start_point(config, manifest)
+        accumulation_steps(config, world.size)
+        pick_dtype(config.run.dtype, world.device, config.model.n_embd)
+    world.check_agreement("the dataset", manifest.fingerprint)
     world.check_agreement("the config", to_dict(config))
+    trainer, introduction = assemble(config, world, manifest)
     with ExitStack() as stack:
         with world.fail_together():
             if world.is_first and not dry_run:
                 stack.enter_context(one_writer(config.run_dir))
                 stack.enter_context(also_to_file(config.run_dir / "log.txt"))
-        logger.info("%s", introduction)
+            logger.info("%s", introduction)
+            put_weights_in(trainer, start)
+        world.check_agreement("the step", trainer.step)
         if dry_run:
-            logger.info("dry run: would %s; nothing was written", f"resume {start}" if start else "start at step 0")
-        else:
-            train(trainer, start)
+            logger.info("dry run: everything fits, nothing was written")
+            return ""
+        return train(trainer)
 
 
-def assemble(config: Config, world: World) -> tuple[Trainer, str]:
+def assemble(config: Config, world: World, manifest: Manifest) -> tuple[Trainer, str]:
     """The trainer of a run, and the first lines of its log: what it is and what it will do."""
     threads = share_threads(world.local_size)
-    manifest = load_manifest(config.dataset_dir)
     dtype, why_dtype = pick_dtype(config.run.dtype, world.device, config.model.n_embd)
     compiled, why_compiled = should_compile(config.run.compile, world.device)
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU; no effect on a CPU
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(config.run.seed)
     model = GPT(config.model, manifest.tokenizer["vocab_size"]).to(world.device)
     if compiled:
@@ -79,18 +87,30 @@ def arithmetic(trainer: Trainer) -> list[str]:
     config, train = trainer.config, trainer.config.train
     tokens = config.train.max_steps * train.tokens_per_step
     there = trainer.manifest.count("train", "tokens")
-    return [
+    lines = [
         f"tokens_per_step {train.tokens_per_step:,} = micro_batch_size {train.micro_batch_size} x block_size "
         f"{config.model.block_size} x accumulation {trainer.accumulation} x {trainer.world.size} rank(s)",
         f"data {config.dataset_dir}: {there:,} train tokens; {train.max_steps:,} steps take {tokens:,} tokens, "
         f"{tokens / there:.2f} epoch(s)",
     ]
+    if config.schedule.warmup_steps >= config.decay_steps:
+        lines.append(
+            f"note: schedule.warmup_steps={config.schedule.warmup_steps:,} leaves no room before step {config.decay_steps:,}, "
+            "where the learning rate should have come down: the run ends while it still rises"
+        )
+    return lines
 
 
-def start_point(config: Config) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start. Raises UserError where checkpoint.resume forbids it."""
+def start_point(config: Config, manifest: Manifest) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start. Raises UserError where that would not be the same run, or
+    where checkpoint.resume forbids it.
+    """
     checkpoints = config.run_dir / "checkpoints"
     found = checkpoint.named(checkpoints, "latest")
+    if found is None and (there := sorted(folder.name for folder in checkpoints.glob("step_*"))):
+        raise UserError(
+            f"{checkpoints} has {there[-1]} but no file `latest`: write that name into it, or choose another run.name"
+        )
     if found is None and config.checkpoint.resume == "must":
         raise UserError(
             f"nothing to resume: {checkpoints} has no checkpoint, and checkpoint.resume=must forbids a fresh start"
@@ -100,22 +120,35 @@ def start_point(config: Config) -> Path | None:
             f"{config.run_dir} has checkpoints up to {found.name}, and checkpoint.resume=never forbids going on: "
             "choose another run.name, or move the folder away"
         )
+    if found is not None:
+        check_resumable(checkpoint.read_description(found), config, manifest)
     return found
 
 
-def train(trainer: Trainer, start: Path | None) -> None:
-    """From a checkpoint or from step 0 to the last step, and status.json tells how it ended."""
+def put_weights_in(trainer: Trainer, start: Path | None) -> None:
+    """Those of a checkpoint, those the config names, or the random ones that are there."""
+    config = trainer.config
+    if start is not None:
+        trainer.restore(start)
+        logger.info("from %s: step %d of %d", start, trainer.step, config.train.max_steps)
+    elif config.model.init_from:
+        checkpoint.load_initial_weights(trainer.model, trainer.manifest.tokenizer, Path(config.model.init_from))
+        logger.info("initial weights: %s", config.model.init_from)
+
+
+def train(trainer: Trainer) -> str:
+    """To the last step, or to a reason to stop, which is returned; status.json tells how it ended."""
     config, world = trainer.config, trainer.world
-    with world.fail_together():
-        begin(trainer, start)
-    world.check_agreement("the step", trainer.step)
-    metrics = Metrics(config.run_dir, trainer.step, config.log.tensorboard) if world.is_first else None
-    if metrics:
+    metrics = None
+    if world.is_first:
+        checkpoint.set_aside_after(trainer.checkpoints, trainer.step)
+        metrics = Metrics(config.run_dir, trainer.step, config.log.tensorboard)
         write_atomic(config.run_dir / "config.toml", to_toml(config).encode())
         metrics.status("running", trainer.step)
     state, reason = "failed", ""
     try:
-        reason = trainer.fit(metrics)
+        with StopRequest() as stop:
+            reason = trainer.fit(metrics, stop)
         state = "stopped" if reason else "done"
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
@@ -126,18 +159,7 @@ def train(trainer: Trainer, start: Path | None) -> None:
             metrics.close()
     world.barrier()
     logger.info("%s at step %d%s", state, trainer.step, f": {reason}" if reason else "")
-
-
-def begin(trainer: Trainer, start: Path | None) -> None:
-    """Put the weights in: those of a checkpoint, those the config names, or the random ones that are there."""
-    config = trainer.config
-    if start is not None:
-        check_resumable(checkpoint.describe(start), config, trainer.manifest)
-        trainer.restore(start)
-        logger.info("resumed %s: step %d of %d", start, trainer.step, config.train.max_steps)
-    elif config.model.init_from:
-        checkpoint.load_weights(trainer.model, Path(config.model.init_from))
-        logger.info("initial weights: %s", config.model.init_from)
+    return reason
 
 
 def check_resumable(saved: checkpoint.Description, config: Config, manifest: Manifest) -> None:

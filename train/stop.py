@@ -12,21 +12,36 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Self
+
+from pipeline.errors import UserError
 
 # A save is given twice the time the last one took; before any was made, this many seconds.
 FIRST_SAVE_S = 30.0
 
 
 class StopRequest:
-    """Listens from its creation on. SIGTERM may come twice (SLURM's own and torchrun's copy); a second SIGINT stops now."""
+    """Listens inside its `with`. SIGTERM may come twice (SLURM's own and torchrun's copy); a second SIGINT stops now."""
 
     def __init__(self) -> None:
         self._signal = ""
         stop_file = os.environ.get("PIPELINE_STOP_FILE")
         self._stop_file = Path(stop_file) if stop_file else None
-        self._deadline = float(os.environ.get("PIPELINE_DEADLINE") or "inf")
-        signal.signal(signal.SIGTERM, self._notice)
-        signal.signal(signal.SIGINT, self._notice)
+        deadline = os.environ.get("PIPELINE_DEADLINE") or "inf"
+        try:
+            self._deadline = float(deadline)
+        except ValueError:
+            raise UserError(
+                f"PIPELINE_DEADLINE={deadline!r} is no time: wanted seconds since 1970, as `date +%s` prints"
+            ) from None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
@@ -34,7 +49,9 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def reason(self, step_s: float, save_s: float | None) -> str:
-        """Why this rank wants to stop, empty for no reason. `step_s`, `save_s`: seconds the last step and save took."""
+        """Why this rank wants to stop, empty for no reason. `step_s`: seconds one more step and its evaluation would take;
+        `save_s`: what the last save took.
+        """
         if self._signal:
             return self._signal
         if self._stop_file is not None and self._stop_file.exists():

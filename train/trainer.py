@@ -53,10 +53,10 @@ class Trainer:
         peak = peak_flops(world.device)
         self.throughput = Throughput(train.tokens_per_step, model.flops_per_token(), peak and peak * world.size)
         self.checkpoints = config.run_dir / "checkpoints"
-        self.stop = StopRequest()
         self.step = 0
         self.bad_steps = 0
         self.best_val_loss = float("inf")
+        self.last_evaluation_s = 0.0
         self.last_save_s: float | None = None
 
     def train_step(self) -> StepResult:
@@ -90,7 +90,7 @@ class Trainer:
         place = turn * self.world.size + self.world.rank
         if self.config.model.dropout:
             torch.manual_seed(xxhash.xxh3_64_intdigest(b"dropout:%d:%d:%d" % (self.config.run.seed, self.step, place)))
-        return self._to_device(*self.loader.batch(self.first_sample + place * size, size))
+        return self._to_device(self.loader.batch(self.first_sample + place * size, size))
 
     def reduce_gradients(self, now: bool) -> AbstractContextManager[None]:
         """Ranks average their gradients in the backward pass of a step's last micro-batch only."""
@@ -109,19 +109,22 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss over the fixed windows of the val split; the ranks share them, and all get the result."""
+        started = time.monotonic()
         self.model.eval()
         size = self.config.train.micro_batch_size
         batches = [self.val_starts[at : at + size] for at in range(0, len(self.val_starts), size)]
         total = torch.zeros((), dtype=torch.float64)
         for starts in batches[self.world.rank :: self.world.size]:
-            inputs, targets = self._to_device(*windows_at(self.val, starts, self.config.model.block_size))
+            inputs, targets = self._to_device(windows_at(self.val, starts, self.config.model.block_size))
             with self.autocast():
                 total += self.model(inputs, targets).cpu() * len(starts)
         self.model.train()
         total = total.to(self.world.device, torch.float32 if self.world.device.type == "mps" else None)
-        return float(self.world.sum(total)) / len(self.val_starts)
+        loss = float(self.world.sum(total)) / len(self.val_starts)
+        self.last_evaluation_s = time.monotonic() - started
+        return loss
 
-    def fit(self, metrics: Metrics | None) -> str:
+    def fit(self, metrics: Metrics | None, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged. `metrics`: rank 0 only."""
         config, reason = self.config, ""
         with ProgressReport("train", config.train.max_steps, "steps", done=self.step) as progress:
@@ -131,7 +134,7 @@ class Trainer:
                     result = self.train_step()
                 self.judge(result)
                 self.step += 1
-                reason = self.agreed_reason_to_stop()
+                reason = self.agreed_reason_to_stop(stop)
                 saving = bool(reason) or self.is_due(config.checkpoint.every_steps)
                 # Every planned checkpoint is evaluated, so that `best` can compare; one made in a hurry is not.
                 evaluating = (
@@ -157,8 +160,8 @@ class Trainer:
         self.bad_steps += 1
         samples = self.config.train.tokens_per_step // self.config.model.block_size
         bad = {"step": self.step, "first_sample": self.first_sample, "samples": samples}
-        logger.warning("step %d skipped: loss %s, gradient norm %s", self.step, result.loss, result.grad_norm)
         if self.world.is_first:
+            logger.warning("step %d skipped: loss %s, gradient norm %s", self.step, result.loss, result.grad_norm)
             with (self.config.run_dir / "bad_steps.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(bad | {"loss": str(result.loss), "grad_norm": str(result.grad_norm)}) + "\n")
         if self.bad_steps >= self.config.train.max_bad_steps:
@@ -167,9 +170,9 @@ class Trainer:
                 f"the weights of step {self.step - self.bad_steps + 1} were kept; try a lower optimizer.lr or a longer warmup"
             )
 
-    def agreed_reason_to_stop(self) -> str:
+    def agreed_reason_to_stop(self, stop: StopRequest) -> str:
         """Why to stop after this step, empty for no reason. All ranks get an answer if any has one."""
-        own = self.stop.reason(self.throughput.last_step_s, self.last_save_s)
+        own = stop.reason(self.throughput.last_step_s + self.last_evaluation_s, self.last_save_s)
         wishes = self.world.sum(torch.tensor(float(bool(own)), device=self.world.device))
         return own or ("another rank asked for it" if wishes else "")
 
@@ -199,14 +202,16 @@ class Trainer:
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint: weights, optimizer and step; everything else follows from those."""
-        description = checkpoint.describe(folder)
+        description = checkpoint.read_description(folder)
+        checkpoint.verify(folder, description)
         checkpoint.load_weights(self.model, folder)
         checkpoint.load_optimizer(self.optimizer, self.model, folder)
-        self.scaler.load_state_dict(description.scaler)
+        if description.scaler:  # empty where the run was not in float16
+            self.scaler.load_state_dict(description.scaler)
         self.step = description.step
-        best = checkpoint.named(self.checkpoints, "best")
+        best = checkpoint.best(self.checkpoints)
         if best is not None:
-            self.best_val_loss = checkpoint.describe(best).val_loss or float("inf")
+            self.best_val_loss = checkpoint.read_description(best).val_loss or float("inf")
 
     def row(self, result: StepResult, lr: float, val_loss: float | None) -> dict[str, Any]:
         """A row of metrics.jsonl; the speeds are those since the last row."""
@@ -225,10 +230,12 @@ class Trainer:
             logger.info("step %d: loss %.4f, val loss %.4f, lr %.2e", self.step, result.loss, val_loss, lr)
         return row
 
-    def _to_device(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if self.world.device.type == "cuda":  # pinned memory lets the copy run beside the previous micro-batch
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return inputs.to(self.world.device, non_blocking=True), targets.to(self.world.device, non_blocking=True)
+    def _to_device(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T) of windows (B, T + 1): the targets are the inputs one token further on."""
+        if self.world.device.type == "cuda":  # from pinned memory the copy does not wait for the device
+            windows = windows.pin_memory()
+        windows = windows.to(self.world.device, non_blocking=True)
+        return windows[:, :-1], windows[:, 1:]
 
 
 def _replicate(model: GPT, world: World) -> DistributedDataParallel:
