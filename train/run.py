@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pipeline import checkpoint, distributed
-from pipeline.config import Config, accumulation_steps, to_dict, to_toml
+from pipeline.config import Config, to_dict, to_toml
 from pipeline.device import pick_dtype, share_threads, should_compile
 from pipeline.distributed import World
 from pipeline.errors import UserError
@@ -42,13 +42,11 @@ def run_on(world: World, config: Config, dry_run: bool) -> str:
     with world.fail_together():
         manifest = load_manifest(config.dataset_dir)
         start = start_point(config, manifest)
-        accumulation_steps(config, world.size)
-        pick_dtype(config.run.dtype, world.device, config.model.n_embd)
     world.check_agreement("the dataset", manifest.fingerprint)
     world.check_agreement("the config", to_dict(config))
-    trainer, introduction = assemble(config, world, manifest)
     with ExitStack() as stack:
         with world.fail_together():
+            trainer, introduction = assemble(config, world, manifest)
             if world.is_first and not dry_run:
                 stack.enter_context(one_writer(config.run_dir))
                 stack.enter_context(also_to_file(config.run_dir / "log.txt"))
@@ -58,6 +56,7 @@ def run_on(world: World, config: Config, dry_run: bool) -> str:
         if dry_run:
             logger.info("dry run: everything fits, nothing was written")
             return ""
+        trainer.replicate()
         return train(trainer)
 
 

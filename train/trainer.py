@@ -49,7 +49,7 @@ class Trainer:
         self.optimizer = optimizers.build(model, config.optimizer)
         # Disabled, it passes everything through: only float16 needs its gradients scaled to stay above underflow.
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-        self.parallel: GPT | DistributedDataParallel = model if world.size == 1 else _replicate(model, world)
+        self.parallel: GPT | DistributedDataParallel = model
         peak = peak_flops(world.device)
         self.throughput = Throughput(train.tokens_per_step, model.flops_per_token(), peak and peak * world.size)
         self.checkpoints = config.run_dir / "checkpoints"
@@ -58,6 +58,12 @@ class Trainer:
         self.best_val_loss = float("inf")
         self.last_evaluation_s = 0.0
         self.last_save_s: float | None = None
+
+    def replicate(self) -> None:
+        """From here on the ranks train one model together: each has its copy, and gradients are averaged."""
+        if self.world.size > 1:
+            device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     def train_step(self) -> StepResult:
         """One optimizer step over `tokens_per_step` tokens; a step that is not finite leaves the weights alone."""
@@ -236,8 +242,3 @@ class Trainer:
             windows = windows.pin_memory()
         windows = windows.to(self.world.device, non_blocking=True)
         return windows[:, :-1], windows[:, 1:]
-
-
-def _replicate(model: GPT, world: World) -> DistributedDataParallel:
-    device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
