@@ -16,7 +16,6 @@ from prepare.local import SUFFIXES, Stdin, is_glob, open_files, open_stdlib
 from prepare.readers import STDIN_SPOOL, Unit
 
 OPENWEBTEXT = "hf:Skylion007/openwebtext@b4325f019c648b1641a1784748667e8b74e5e064"
-OPENWEBTEXT_VAL_FRACTION = 0.0005  # nanoGPT's share: about 4.4 M of 9 G tokens
 SOURCE_KINDS = (
     f"a file ({' '.join(SUFFIXES)}), a folder or a glob of those, stdlib, openwebtext, "
     "hf:ORG/NAME[:CONFIG][@REVISION], or - for stdin"
@@ -44,7 +43,6 @@ class Corpus:
     """All sources of one dataset, in the order given."""
 
     sources: list[Source]
-    val_fraction: float | None = None
 
     def units(self) -> Iterable[Unit]:
         planned = [source.units() for source in self.sources]
@@ -71,8 +69,7 @@ def open_corpus(sources: list[str], text_field: str, folder: Path) -> Corpus:
         raise UserError(f"no source given: wanted {SOURCE_KINDS}")
     if sources.count("-") > 1:
         raise UserError("stdin (-) is named twice as a source: it can be read only once")
-    own_fraction = OPENWEBTEXT_VAL_FRACTION if sources == ["openwebtext"] else None
-    return Corpus([_open_source(source, text_field, folder) for source in sources], own_fraction)
+    return Corpus([_open_source(source, text_field, folder) for source in sources])
 
 
 def default_name(source: str) -> str:

@@ -105,7 +105,7 @@ def _prepare(
     hash_files: Callable[[list[Path]], Callable[[Path], str]],
 ) -> None:
     hash_of = hash_files(corpus.files())
-    fraction = options.val_fraction or corpus.val_fraction or _default_fraction(corpus.file_bytes())
+    fraction = options.val_fraction or _default_fraction(corpus.file_bytes())
     chosen = _choices(options, fraction)
     if (folder / MANIFEST_NAME).exists() and not options.force:
         _check_same(folder, chosen, corpus.record(hash_of))
@@ -143,7 +143,10 @@ def _choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
 
 
 def _default_fraction(file_bytes: int | None) -> float:
-    """A few thousand validation documents are enough for a steady loss; small corpora need a larger share for that."""
+    """A few thousand validation documents are enough for a steady loss; small corpora need a larger share for that.
+
+    OpenWebText's 24 GB of Parquet get nanoGPT's share, about 4.4 M of 9 G tokens; a small stand-in of it gets enough.
+    """
     if file_bytes is None:
         return 0.01
     return 0.1 if file_bytes < 100e6 else 0.01 if file_bytes < 10e9 else 0.0005
