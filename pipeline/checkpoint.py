@@ -78,7 +78,10 @@ def save(checkpoints: Path, model: GPT, optimizer: torch.optim.Optimizer, descri
 
 def write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """The files that Hugging Face reads: config, weights, and the tokenizer where it has a form for it."""
-    parameters = {name: _stored(model, name, parameter) for name, parameter in model.named_parameters()}
+    parameters = {
+        name: huggingface.to_folder_layout(model, name, parameter).cpu()  # one by one: no GPU holds all the copies
+        for name, parameter in model.named_parameters()
+    }
     save_file(parameters | huggingface.zero_biases(model), folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_bytes(_dump(huggingface.config_json(model, tokenizer.end_of_text)))
     for name, content in huggingface.tokenizer_files(tokenizer).items():
@@ -255,13 +258,9 @@ def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
     tensors = {}
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state[parameter].items():
-            tensors[f"{kind}.{name}"] = _stored(model, name, value) if value.ndim else value.cpu()
+            stored = huggingface.to_folder_layout(model, name, value) if value.ndim else value
+            tensors[f"{kind}.{name}"] = stored.cpu()
     return tensors
-
-
-def _stored(model: GPT, name: str, tensor: Tensor) -> Tensor:
-    """One tensor as the folder holds it, on the CPU: a GPU never holds the transposed copies of all."""
-    return huggingface.to_folder_layout(model, {name: tensor})[name].cpu()
 
 
 def _fill(

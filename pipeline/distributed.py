@@ -99,7 +99,7 @@ def start(device_name: str) -> World:
 
 
 def stop() -> None:
-    """Leave the ranks. What still refers to the process group goes first: its threads outlived Python, and aborted it."""
+    """Leave the ranks. What still refers to the process group goes first: a finished rank was seen, rarely, to abort at exit."""
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()

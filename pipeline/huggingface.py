@@ -77,20 +77,17 @@ def model_config(document: dict[str, Any], folder: str) -> tuple[ModelConfig, in
         raise UserError(f"{folder}/config.json does not describe a GPT-2 model: {error}") from None
 
 
-def to_folder_layout(model: GPT, named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters, or tensors of their shapes such as Adam's moments, as the folder stores them."""
-    stored = {}
-    for name, tensor in named.items():
-        if name in _VOCABULARY_ROWS:
-            tensor = tensor[: model.vocab_size]
-        elif name.endswith(_TRANSPOSED):
-            tensor = tensor.t()
-        stored[name] = tensor.detach().contiguous()
-    return stored
+def to_folder_layout(model: GPT, name: str, tensor: Tensor) -> Tensor:
+    """A parameter, or a tensor of its shape such as one of Adam's moments, as the folder stores it."""
+    if name in _VOCABULARY_ROWS:
+        tensor = tensor[: model.vocab_size]
+    elif name.endswith(_TRANSPOSED):
+        tensor = tensor.t()
+    return tensor.detach().contiguous()
 
 
 def from_folder_layout(model: GPT, name: str, stored: Tensor) -> Tensor:
-    """One tensor of `to_folder_layout`, back in the model's own layout, padding rows zero."""
+    """What `to_folder_layout` gave, back in the model's own layout, padding rows zero."""
     if name.endswith(_TRANSPOSED):
         return stored.t()
     if name in _VOCABULARY_ROWS:

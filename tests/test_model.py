@@ -29,7 +29,7 @@ def small_model(config: ModelConfig = SMALL, vocab_size: int = VOCAB_SIZE) -> GP
 def transformers_twin(model: GPT) -> Any:
     transformers = pytest.importorskip("transformers")
     twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config_json(model, 0), attn_implementation="eager"))
-    weights = to_folder_layout(model, dict(model.named_parameters()))
+    weights = {name: to_folder_layout(model, name, parameter) for name, parameter in model.named_parameters()}
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     twin.tie_weights()
@@ -49,7 +49,8 @@ def test_logits_loss_and_gradients_equal_transformers(tie_weights: bool) -> None
     twin_loss.backward()
     twin_gradients = {name: parameter.grad for name, parameter in twin.named_parameters()}
     for name, parameter in model.named_parameters():
-        gradient = to_folder_layout(model, {name: parameter.grad})[name]
+        assert parameter.grad is not None
+        gradient = to_folder_layout(model, name, parameter.grad)
         torch.testing.assert_close(gradient, twin_gradients[name], atol=1e-5, rtol=0, msg=name)
 
 
@@ -144,5 +145,5 @@ def test_without_bias_no_bias_parameter_is_left() -> None:
 def test_folder_layout_is_its_own_inverse() -> None:
     model = small_model()
     for name, parameter in model.named_parameters():
-        stored = to_folder_layout(model, {name: parameter})[name]
+        stored = to_folder_layout(model, name, parameter)
         assert torch.equal(from_folder_layout(model, name, stored), parameter), name

@@ -224,6 +224,15 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     path.write_bytes(orjson.dumps(document))
 
 
+def refusal(folder: Path, edit: Callable[[dict[str, Any]], object]) -> str:
+    """What `load_manifest` says of a dataset whose manifest was edited."""
+    dataset(folder)
+    change(folder, edit)
+    with pytest.raises(UserError) as caught:
+        load_manifest(folder)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -241,11 +250,7 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 def test_a_manifest_of_another_form_is_refused(
     tmp_path: Path, edit: Callable[[dict[str, Any]], object], message: str
 ) -> None:
-    dataset(tmp_path)
-    change(tmp_path, edit)
-    with pytest.raises(UserError) as caught:
-        load_manifest(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / MANIFEST_NAME} {message}")
+    assert refusal(tmp_path, edit).startswith(f"{tmp_path / MANIFEST_NAME} {message}")
 
 
 @pytest.mark.parametrize(
@@ -268,11 +273,7 @@ def test_a_manifest_of_another_form_is_refused(
 def test_a_manifest_that_does_not_fit_its_shards_is_refused(
     tmp_path: Path, edit: Callable[[dict[str, Any]], object], message: str
 ) -> None:
-    dataset(tmp_path)
-    change(tmp_path, edit)
-    with pytest.raises(UserError) as caught:
-        load_manifest(tmp_path)
-    assert message in str(caught.value)
+    assert message in refusal(tmp_path, edit)
 
 
 @pytest.mark.parametrize("file", ["train_00001.bin", "val_00000.bin"])

@@ -135,7 +135,6 @@ class Trainer:
         config, reason = self.config, ""
         with ProgressReport("train", config.train.max_steps, "steps", done=self.step) as progress:
             while self.step < config.train.max_steps and not reason:
-                lr = optimizers.learning_rate(self.step, config)
                 with self.throughput.timed():
                     result = self.train_step()
                 self.judge(result)
@@ -148,7 +147,7 @@ class Trainer:
                 )
                 val_loss = self.evaluate() if evaluating else None
                 if metrics and (evaluating or self.is_due(config.log.every_steps)):
-                    metrics.write(self.row(result, lr, val_loss))
+                    metrics.write(self.row(result, val_loss))
                 if saving:
                     self.save(val_loss)
                 tokens_per_s = config.train.tokens_per_step / self.throughput.last_step_s
@@ -219,8 +218,9 @@ class Trainer:
         if best is not None:
             self.best_val_loss = checkpoint.read_description(best).val_loss or float("inf")
 
-    def row(self, result: StepResult, lr: float, val_loss: float | None) -> dict[str, Any]:
+    def row(self, result: StepResult, val_loss: float | None) -> dict[str, Any]:
         """A row of metrics.jsonl; the speeds are those since the last row."""
+        lr = self.optimizer.param_groups[0]["lr"]
         row: dict[str, Any] = {
             "step": self.step,
             "tokens": self.step * self.config.train.tokens_per_step,
