@@ -4,16 +4,15 @@ The parent only plans: planning order is the corpus's order, and units read them
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import UserError
 from prepare.hub import open_hub
 from prepare.local import SUFFIXES, Stdin, is_glob, open_files, open_stdlib
-from prepare.readers import STDIN_SPOOL, Unit
+from prepare.readers import STDIN_SPOOL, Item, unit_bytes
 
 OPENWEBTEXT = "hf:Skylion007/openwebtext@b4325f019c648b1641a1784748667e8b74e5e064"
 SOURCE_KINDS = (
@@ -23,8 +22,8 @@ SOURCE_KINDS = (
 
 
 class Source(Protocol):
-    def units(self) -> Iterable[Unit]:
-        """The same units in the same order every time; a list where they are known before any text is read."""
+    def items(self, unit_bytes: int) -> list[Item]:
+        """The source in pieces, in its order; a unit of them holds about so much text."""
         ...
 
     def files(self) -> list[Path]:
@@ -32,6 +31,10 @@ class Source(Protocol):
         ...
 
     def file_bytes(self) -> int | None: ...
+
+    def stamps(self) -> dict[str, Any]:
+        """By file, what changes when it does and is known without reading it, such as its size and its time."""
+        ...
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         """What the manifest says of this source."""
@@ -44,11 +47,9 @@ class Corpus:
 
     sources: list[Source]
 
-    def units(self) -> Iterable[Unit]:
-        planned = [source.units() for source in self.sources]
-        if all(isinstance(units, list) for units in planned):
-            return list(chain.from_iterable(planned))
-        return chain.from_iterable(planned)
+    def items(self) -> list[Item]:
+        size = unit_bytes(self.file_bytes() or 0)
+        return [item for source in self.sources for item in source.items(size)]
 
     def files(self) -> list[Path]:
         return [path for source in self.sources for path in source.files()]
@@ -58,6 +59,9 @@ class Corpus:
         sizes = [source.file_bytes() for source in self.sources]
         known = [size for size in sizes if size is not None]
         return sum(known) if len(known) == len(sizes) else None
+
+    def stamps(self) -> dict[str, Any]:
+        return {name: stamp for source in self.sources for name, stamp in source.stamps().items()}
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         return [entry for source in self.sources for entry in source.record(hash_of)]

@@ -14,9 +14,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport, logger
-from prepare import readers
-from prepare.parquet import ParquetRows, plan_parquet
-from prepare.readers import UNIT_ROWS, Texts, no_field, no_text, one_line
+from prepare.parquet import MOST_ROWS, plan_parquet
+from prepare.readers import NULL, SMALLEST_UNIT_BYTES, Document, Item, Refused, Texts, no_field, no_text, one_line
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,20 @@ class HubParquet:
     text_field: str
     about: dict[str, Any]
 
-    def units(self) -> list[ParquetRows]:
-        return [unit for path in self.paths for unit in plan_parquet(path, self.text_field)]
+    def items(self, unit_bytes: int) -> list[Item]:
+        return [unit for path in self.paths for unit in plan_parquet(path, self.text_field, unit_bytes)]
 
     def files(self) -> list[Path]:
         return self.paths
 
     def file_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.paths)
+
+    def stamps(self) -> dict[str, Any]:
+        return {
+            name: [self.about["revision"], path.stat().st_size]
+            for name, path in zip(self.names, self.paths, strict=True)
+        }
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         return [
@@ -52,23 +57,32 @@ class Stream:
     text_field: str
     about: dict[str, Any]
 
+    size = 0
+
+    def items(self, unit_bytes: int) -> list[Item]:
+        return [self]
+
     def units(self) -> Iterator[Texts]:
-        batch: list[str | None] = []
-        size = 0
+        batch: list[Document] = []
+        size = first = 0
         for text in self._texts():
-            batch.append(text)
+            batch.append(Refused(NULL) if text is None else text.encode())
             size += len(text or "")
-            if size >= readers.UNIT_BYTES or len(batch) >= UNIT_ROWS:
-                yield Texts(tuple(batch), size)
+            if size >= SMALLEST_UNIT_BYTES or len(batch) >= MOST_ROWS:
+                yield Texts(tuple(batch), size, self.about["repository"], first)
+                first += len(batch)
                 batch, size = [], 0
         if batch:
-            yield Texts(tuple(batch), size)
+            yield Texts(tuple(batch), size, self.about["repository"], first)
 
     def files(self) -> list[Path]:
         return []
 
     def file_bytes(self) -> int | None:
         return None
+
+    def stamps(self) -> dict[str, Any]:
+        return {self.about["repository"]: self.about["revision"]}
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         return [self.about]

@@ -13,10 +13,9 @@ from typing import Any
 import orjson
 
 from pipeline.errors import UserError
-from pipeline.files import hash_bytes
-from prepare import readers
+from pipeline.files import hash_bytes, hash_file
 from prepare.parquet import plan_parquet
-from prepare.readers import Lines, TextFiles, Unit, plan_lines
+from prepare.readers import BLOCK_BYTES, Item, TextFiles, plan_lines
 
 # Folders with more files are recorded in the manifest as one entry.
 MOST_FILES_LISTED = 1000
@@ -35,14 +34,17 @@ class Files:
     root: Path | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
-    def units(self) -> list[Unit]:
-        return list(_plan(self.paths, self.text_field))
+    def items(self, unit_bytes: int) -> list[Item]:
+        return list(_plan(self.paths, self.text_field, unit_bytes))
 
     def files(self) -> list[Path]:
         return self.paths
 
     def file_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.paths)
+
+    def stamps(self) -> dict[str, Any]:
+        return {str(path): stamp(path) for path in self.paths}
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         if self.root is None or (not self.about and len(self.paths) <= MOST_FILES_LISTED):
@@ -61,10 +63,10 @@ class Stdin:
     def __init__(self, text_field: str, spool: Path) -> None:
         self.text_field, self.spool = text_field, spool
 
-    def units(self) -> list[Lines]:
+    def items(self, unit_bytes: int) -> list[Item]:
         with self._spooled.open("rb") as file:
             first = next((line for line in file if line.strip()), b"")
-        return list(plan_lines(self._spooled, self.text_field if _is_json_object(first) else None))
+        return list(plan_lines(self._spooled, self.text_field if _is_json_object(first) else None, unit_bytes))
 
     def files(self) -> list[Path]:
         return [self._spooled]
@@ -72,13 +74,16 @@ class Stdin:
     def file_bytes(self) -> int:
         return self._spooled.stat().st_size
 
+    def stamps(self) -> dict[str, Any]:
+        return {"stdin": hash_file(self._spooled)}
+
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         return [{"path": "-", "bytes": self.file_bytes(), "hash": hash_of(self._spooled)}]
 
     @cached_property
     def _spooled(self) -> Path:
         with self.spool.open("wb") as file:
-            while block := sys.stdin.buffer.read(readers.UNIT_BYTES):
+            while block := sys.stdin.buffer.read(BLOCK_BYTES):
                 file.write(block)
         return self.spool
 
@@ -128,7 +133,13 @@ def _readable(paths: list[Path], what: str) -> list[Path]:
     return known
 
 
-def _plan(paths: list[Path], text_field: str) -> Iterator[Unit]:
+def stamp(path: Path) -> list[int]:
+    """A file's size and time of change."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _plan(paths: list[Path], text_field: str, unit_bytes: int) -> Iterator[Item]:
     batch: list[str] = []
     batch_size = 0
     for path in paths:
@@ -136,11 +147,11 @@ def _plan(paths: list[Path], text_field: str) -> Iterator[Unit]:
             if batch:
                 yield TextFiles(tuple(batch), batch_size)
                 batch, batch_size = [], 0
-            yield from (plan_lines if path.suffix.lower() == ".jsonl" else plan_parquet)(path, text_field)
+            yield from (plan_lines if path.suffix.lower() == ".jsonl" else plan_parquet)(path, text_field, unit_bytes)
             continue
         batch.append(str(path))
         batch_size += path.stat().st_size
-        if batch_size >= readers.UNIT_BYTES:
+        if batch_size >= unit_bytes:
             yield TextFiles(tuple(batch), batch_size)
             batch, batch_size = [], 0
     if batch:

@@ -1,7 +1,7 @@
-"""Reading text in small units of work: a unit knows its place in a file and yields the documents there.
+"""Reading text in units of work: a unit knows its place in a corpus and yields the documents there.
 
-A unit is about 1 MB of text and can be pickled, so worker processes read what they encode and the parent only plans.
-A document is a str; None stands for a table's null.
+Units can be pickled, so worker processes read what they encode and the parent only plans. Text stays UTF-8 bytes: a str
+of mostly ASCII with one emoji takes four times the room.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,12 +13,36 @@ import orjson
 
 from pipeline.errors import UserError
 
-# Large enough that the cost of handing a unit to a process (about 1 ms) is lost in encoding it (about 70 ms), small
-# enough that the workers come to the end together: 100 MB by two workers took 2 % longer with 4 MB.
-UNIT_BYTES = 1 << 20
-# A column of equal rows shrinks to nothing in Parquet's dictionary; this bounds what one unit can unfold to.
-UNIT_ROWS = 8192
+# About what one unit holds in text, between these: small enough that a kill loses seconds and the workers come to the
+# end together, large enough that handing over a unit and syncing what it gave (some 20 ms) do not count.
+SMALLEST_UNIT_BYTES = 1 << 20
+LARGEST_UNIT_BYTES = 16 << 20
+UNITS_IN_A_CORPUS = 64
+# Longer documents are read block by block, so that memory does not follow the longest one.
+LONG_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20
 STDIN_SPOOL = "stdin.partial"
+# Why a document is left out.
+NOT_UTF8 = "not UTF-8"
+NULL = "null"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A document that is left out, counted and reported, such as one that is not UTF-8."""
+
+    reason: str
+
+
+class LongDocument(Protocol):
+    """A document above `LONG_BYTES`."""
+
+    def blocks(self) -> Iterator[bytes]:
+        """Its UTF-8 text from the beginning, each time it is asked, in blocks cut anywhere."""
+        ...
+
+
+Document = bytes | LongDocument | Refused
 
 
 class Unit(Protocol):
@@ -27,34 +51,73 @@ class Unit(Protocol):
         """Bytes of text, as near as they are known before reading."""
         ...
 
-    def documents(self) -> Iterator[str | None]: ...
+    def documents(self) -> Iterator[tuple[int, Document]]:
+        """Each document and its position, of which `place` makes words. Bytes are valid UTF-8, and may be empty."""
+        ...
+
+    def place(self, position: int) -> str:
+        """Where a document lies, for people: a file and what leads to the place in it."""
+        ...
+
+
+class Item(Protocol):
+    """A piece of a corpus that is planned before any text is read: one unit, or a stream that has to be read in order."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of text, as near as they are known before reading: for progress, and to share the work."""
+        ...
+
+    def units(self) -> Iterator[Unit]:
+        """The same units in the same order every time."""
+        ...
+
+
+def unit_bytes(corpus_bytes: int) -> int:
+    """How much text a unit of this corpus holds: the same for any number of workers."""
+    return min(max(corpus_bytes // UNITS_IN_A_CORPUS, SMALLEST_UNIT_BYTES), LARGEST_UNIT_BYTES)
+
+
+class OneUnit:
+    """An item that is its only unit."""
+
+    def units(self: Any) -> Iterator[Any]:
+        yield self
 
 
 @dataclass(frozen=True)
-class TextFiles:
+class TextFiles(OneUnit):
     """Whole files, each one document."""
 
     paths: tuple[str, ...]
     size: int
 
-    def documents(self) -> Iterator[str]:
-        for path in self.paths:
-            yield _decode(_read_bytes(path), path)
+    def documents(self) -> Iterator[tuple[int, Document]]:
+        for number, path in enumerate(self.paths):
+            yield number, utf8(_read_bytes(path))
+
+    def place(self, position: int) -> str:
+        return self.paths[position]
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Documents that were already read."""
+class Texts(OneUnit):
+    """Documents that were already read, from `first` on of what `what` names."""
 
-    texts: tuple[str | None, ...]
+    texts: tuple[Document, ...]
     size: int
+    what: str
+    first: int
 
-    def documents(self) -> Iterator[str | None]:
-        yield from self.texts
+    def documents(self) -> Iterator[tuple[int, Document]]:
+        yield from enumerate(self.texts, start=self.first)
+
+    def place(self, position: int) -> str:
+        return f"{self.what} row {position}"
 
 
 @dataclass(frozen=True)
-class Lines:
+class Lines(OneUnit):
     """The lines of a file that begin in bytes [start, stop), so that neighbours share no line and leave none out.
 
     With a text field a line is a JSON object (JSONL; blank lines are no documents), without one it is the document.
@@ -69,12 +132,15 @@ class Lines:
     def size(self) -> int:
         return self.stop - self.start
 
-    def documents(self) -> Iterator[str | None]:
+    def documents(self) -> Iterator[tuple[int, Document]]:
         for begin, line in self._lines():
             if self.text_field is None:
-                yield _decode(line.removesuffix(b"\r"), self.shown, begin)
+                yield begin, utf8(line.removesuffix(b"\r"))
             elif line.strip():
-                yield self._from_json(begin, line)
+                yield begin, self._from_json(begin, line)
+
+    def place(self, position: int) -> str:
+        return f"{self.shown} at byte {position}"
 
     @property
     def shown(self) -> str:
@@ -97,11 +163,12 @@ class Lines:
             yield begin, line
             begin += len(line) + 1
 
-    def _from_json(self, begin: int, line: bytes) -> str | None:
+    def _from_json(self, begin: int, line: bytes) -> Document:
         try:
             row = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            _decode(line, f"{self.shown} line {self._number(begin)}", begin)
+            if isinstance(utf8(line), Refused):
+                return Refused(NOT_UTF8)
             raise UserError(
                 f"{self._place(begin)} is not JSON ({error}): wanted one object a line, "
                 f'such as {{"{self.text_field}": "..."}}'
@@ -113,7 +180,7 @@ class Lines:
         text = row[self.text_field]
         if text is not None and not isinstance(text, str):
             raise UserError(no_text(self._place(begin), str(self.text_field), text))
-        return text
+        return Refused(NULL) if text is None else text.encode()
 
     def _place(self, begin: int) -> str:
         return f"{self.shown} line {self._number(begin)}"
@@ -121,14 +188,14 @@ class Lines:
     def _number(self, begin: int) -> int:
         """Counted only when an error needs it: units know bytes, people know lines."""
         with Path(self.path).open("rb") as file:
-            blocks = (file.read(min(UNIT_BYTES, begin - at)) for at in range(0, begin, UNIT_BYTES))
+            blocks = (file.read(min(BLOCK_BYTES, begin - at)) for at in range(0, begin, BLOCK_BYTES))
             return 1 + sum(block.count(b"\n") for block in blocks)
 
 
-def plan_lines(path: Path, text_field: str | None) -> Iterator[Lines]:
+def plan_lines(path: Path, text_field: str | None, unit_bytes: int) -> Iterator[Lines]:
     end = path.stat().st_size
-    for start in range(0, end, UNIT_BYTES):
-        yield Lines(str(path), start, min(start + UNIT_BYTES, end), text_field)
+    for start in range(0, end, unit_bytes):
+        yield Lines(str(path), start, min(start + unit_bytes, end), text_field)
 
 
 def _read_bytes(path: str) -> bytes:
@@ -138,14 +205,12 @@ def _read_bytes(path: str) -> bytes:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _decode(content: bytes, path: str, offset: int = 0) -> str:
+def utf8(content: bytes) -> Document:
     try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8: byte 0x{content[error.start]:02x} at byte offset {offset + error.start} "
-            f"({error.reason}); convert it to UTF-8, for example with iconv"
-        ) from None
+        content.decode()
+    except UnicodeDecodeError:
+        return Refused(NOT_UTF8)
+    return content
 
 
 def _shorten(content: bytes) -> str:
