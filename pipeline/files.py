@@ -55,24 +55,34 @@ def hash_file(path: Path) -> str:
     return state.hexdigest()
 
 
-@contextmanager
-def one_writer(folder: Path) -> Iterator[None]:
-    """Hold `folder` against a second writer. Raises UserError that says who holds it.
+class Held(UserError):
+    """Another process holds what was asked for."""
 
-    The lock is the kernel's (flock), so it goes with its process and is never stale.
+
+@contextmanager
+def one_writer(folder: Path, name: str = ".lock", shared: bool = False) -> Iterator[None]:
+    """Hold `folder` against a second writer; shared, against one that holds it alone.
+
+    The lock is the kernel's (flock), so it goes with its process and is never stale. Raises Held, which
+    says who holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+", encoding="utf-8")
+        file = (folder / name).open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another place") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip()
-            raise UserError(f"{folder} is being written by {holder}: wait for it, or choose another name") from None
+            raise Held(f"{folder} is being written by {holder}: wait for it, or choose another name") from None
+        except OSError as error:
+            raise UserError(
+                f"{folder} lies on a file system that cannot lock files ({error.strerror}): choose another place, "
+                "or mount it with locks (Lustre: -o flock)"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

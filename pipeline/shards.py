@@ -10,18 +10,17 @@ that fills it, so every shard ends with end-of-text.
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
-import xxhash
 
 from pipeline.errors import UserError
-from pipeline.files import hash_bytes, publish, write_atomic
-from pipeline.tokenizer import TokenIds, token_dtype
+from pipeline.files import hash_bytes, write_atomic
+from pipeline.tokenizer import token_dtype
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val")
 
@@ -47,7 +46,9 @@ class Manifest:
     sources: list[dict[str, Any]]
     options: dict[str, Any]
     val_rule: dict[str, Any]
-    skipped: dict[str, int]
+    skipped: dict[str, dict[str, Any]]
+    unusual: dict[str, dict[str, Any]]
+    statistics: dict[str, Any]
     program: str
     format: int = FORMAT_VERSION
     end_of_text: str = field(default="after each document")
@@ -146,58 +147,3 @@ class TokenReader:
 
     def _shard_of(self, position: int) -> int:
         return int(np.searchsorted(self._starts, position, side="right")) - 1
-
-
-class ShardWriter:
-    """Writes one split: documents in, shards of at least `shard_tokens` tokens out (the last one may hold fewer)."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
-        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
-        self.shards: list[Shard] = []
-        self._file: BinaryIO | None = None
-
-    def add(self, tokens: TokenIds, lengths: npt.NDArray[np.int64], text_bytes: npt.NDArray[np.int64]) -> None:
-        """Append documents: their `tokens` on end, and for each its number of tokens and of UTF-8 bytes."""
-        ends = np.cumsum(lengths)
-        at = document = 0
-        while document < len(lengths):
-            if self._file is None:
-                self._open()
-            room = self.shard_tokens - self._tokens
-            # The shard takes every document up to and with the one that fills it.
-            upto = min(int(np.searchsorted(ends, at + room)) + 1, len(lengths))
-            end = int(ends[upto - 1])
-            self._write(tokens[at:end], upto - document, int(text_bytes[document:upto].sum()))
-            at, document = end, upto
-            if self._tokens >= self.shard_tokens:
-                self._close()
-
-    def finish(self) -> list[Shard]:
-        """Close the last shard; returns what the manifest says of all of them."""
-        if self._file is not None:
-            self._close()
-        return self.shards
-
-    def _open(self) -> None:
-        self._name = f"{self.split}_{len(self.shards):05d}.bin"
-        self._partial = self.folder / f"{self._name}.partial"
-        self._file = self._partial.open("wb")
-        self._tokens = self._documents = self._bytes = 0
-        self._hash = xxhash.xxh3_128()
-
-    def _write(self, tokens: TokenIds, documents: int, text_bytes: int) -> None:
-        assert self._file is not None
-        content = np.ascontiguousarray(tokens, dtype=self.dtype).data
-        self._file.write(content)
-        self._hash.update(content)
-        self._tokens += len(tokens)
-        self._documents += documents
-        self._bytes += text_bytes
-
-    def _close(self) -> None:
-        assert self._file is not None
-        self._file.flush()
-        self._file.close()
-        self._file = None
-        publish(self._partial, self.folder / self._name)
-        self.shards.append(Shard(self._name, self._tokens, self._documents, self._bytes, self._hash.hexdigest()))

@@ -133,7 +133,7 @@ class ByteTokenizer:
         return _spec(self, fingerprint=hash_bytes(b"byte"))
 
 
-def from_spec(spec: dict[str, Any]) -> Tokenizer:
+def from_spec(spec: dict[str, Any], folder: Path | None = None) -> Tokenizer:
     """The tokenizer a spec describes. Raises UserError where this program's vocabulary of that name is another one."""
     name = spec.get("name")
     tokenizer: Tokenizer

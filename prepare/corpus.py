@@ -51,6 +51,10 @@ class Corpus:
         size = unit_bytes(self.file_bytes() or 0)
         return [item for source in self.sources for item in source.items(size)]
 
+    def text_bytes(self) -> int:
+        """Bytes of text, as near as they are known before reading."""
+        return sum(item.size for item in self.items())
+
     def files(self) -> list[Path]:
         return [path for source in self.sources for path in source.files()]
 

@@ -1,244 +1,191 @@
-"""Units of text -> token arrays, in many processes, in order; and the rule that says which document is validation text.
+"""Units of text -> parts on disk, in many processes.
 
-What comes out depends on the corpus, the tokenizer and the seed alone: units are cut before the number of workers is
-looked at, and results are taken in the order of the units.
+A part depends on its unit and the tokenizer alone: units are cut before the number of workers is looked at, and it does
+not matter which worker takes which, or when.
 """
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import islice
-from multiprocessing.connection import wait
-from typing import Any
+from multiprocessing.connection import wait as wait_for_process
+from pathlib import Path
+from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from pipeline.errors import UserError
-from pipeline.shards import SPLITS
-from pipeline.tokenizer import TokenIds, Tokenizer, from_spec, token_dtype
-from prepare.engine import EngineFault, Gigatoken
-from prepare.readers import Unit
+from pipeline.tokenizer import Tokenizer, from_spec, token_dtype
+from prepare.engine import Engine, Gigatoken, Plain
+from prepare.parts import PartWriter, Summary, part_name, report
+from prepare.pieces import PIECE_CHARACTERS, pieces
+from prepare.readers import NOT_UTF8, Document, Refused, Unit
 
-HASH_RANGE = 1 << 64
-# For each worker one unit being encoded and three waiting: it stays busy while a slow unit holds up the order, and
-# memory stays flat.
-UNITS_IN_FLIGHT = 4
+EMPTY = "empty"
+REFUSED = "refused by the tokenizer"
+# A piece of a long document that holds no place where a word surely ends.
+CUT = "cut inside a word"
+# Every character is a token of its own there, so a cut falls between two in any case.
+CUT_ANYWHERE = ("char", "byte")
 
 
 @dataclass(frozen=True)
-class SplitRule:
-    """Which split a text belongs to.
+class Task:
+    """One unit to encode: its place in the plan, and whether it is its item's last."""
 
-    hash: val holds the documents whose XXH3-64 is below `threshold`. It looks at content only, so exact duplicates stay
-    together and added documents move no others. position: a lone document is cut, its tail is val.
-    """
+    item: int
+    unit: int
+    last: bool
+    work: Unit
+    limit: int | None
 
-    kind: str
-    fraction: float
-    threshold: int
+    @property
+    def name(self) -> str:
+        return part_name(self.item, self.unit)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """All that a worker needs beside the unit. `folder` is where parts go; `vocabulary` holds the tokenizer's files."""
+
+    spec: dict[str, Any]
+    folder: Path
+    vocabulary: Path
     seed: int
+    fast: bool
 
-    def assign(self, text: str, content: bytes) -> list[tuple[str, str, int]]:
-        """The (split, text, UTF-8 bytes) a document adds."""
-        if self.kind == "hash":
-            return [("val" if document_hash(content, self.seed) < self.threshold else "train", text, len(content))]
-        # One character at least for each side, whatever the fraction.
-        cut = min(max(int(len(text) * (1 - self.fraction)), 1), len(text) - 1)
-        head = len(text[:cut].encode())
-        return [("train", text[:cut], head), ("val", text[cut:], len(content) - head)]
-
-    def record(self) -> dict[str, Any]:
-        threshold = {"threshold": self.threshold, "hash": "xxh3_64"} if self.kind == "hash" else {}
-        return {"kind": self.kind, "fraction": self.fraction, **threshold}
+    def tokenizer(self) -> Tokenizer:
+        return from_spec(self.spec, self.vocabulary)
 
 
-def document_hash(content: bytes, seed: int) -> int:
-    return xxhash.xxh3_64_intdigest(content, seed)
+class UnitEncoder:
+    """Encodes unit after unit in one process."""
 
+    def __init__(self, encoder: Encoder) -> None:
+        self._folder, self._seed = encoder.folder, encoder.seed
+        self._tokenizer = encoder.tokenizer()
+        self._engine: Engine = Gigatoken() if encoder.fast else Plain(self._tokenizer)
 
-@dataclass
-class Survey:
-    """What a first look at the documents tells: the split rule, and the characters where a vocabulary needs them."""
-
-    rule: SplitRule
-    characters: str
-
-
-def survey(documents: Iterator[str], fraction: float, seed: int, collect_characters: bool) -> Survey:
-    """Read until both splits are sure to get a document: a few megabytes of a big corpus, the whole of a small one.
-
-    A small corpus may have no document on one side of the threshold; it then moves to the nearest hash.
-    """
-    threshold = int(fraction * HASH_RANGE)
-    lowest, highest, count, last = HASH_RANGE, -1, 0, ""
-    characters: set[str] = set()
-    for last in documents:
-        count += 1
-        digest = document_hash(last.encode(), seed)
-        lowest, highest = min(lowest, digest), max(highest, digest)
-        if collect_characters:
-            characters.update(last)
-        elif lowest < threshold <= highest:
-            break
-    if count == 0:
-        raise UserError("the corpus is empty: no source holds a document with text in it")
-    if count == 1 and len(last) < 2:
-        raise UserError("the corpus is a single character: wanted enough text for a train and a val split")
-    if count > 1 and lowest == highest:
-        raise UserError(f"all {count} documents of the corpus are identical: wanted different ones for train and val")
-    kind = "position" if count == 1 else "hash"
-    threshold = min(max(threshold, lowest + 1), highest)
-    return Survey(SplitRule(kind, fraction, threshold, seed), "".join(sorted(characters)))
-
-
-def texts(units: Iterable[Unit], limit: int | None) -> Iterator[str]:
-    """The first `limit` documents that are not empty."""
-    return islice((text for unit in units for text in unit.documents() if text), limit)
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Encoded documents of one split: their tokens on end, and for each its number of tokens and of UTF-8 bytes."""
-
-    tokens: TokenIds
-    lengths: npt.NDArray[np.int64]
-    text_bytes: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One unit, encoded. Arrays only: they cross to the parent as they lie in memory, lists would cost it its time."""
-
-    size: int
-    documents: int
-    splits: dict[str, Documents]
-    skipped: dict[str, int]
-
-
-class _Collector:
-    """Gathers one split of a unit. One growing buffer: thousands of small arrays kept alive cost 8 % of encoding."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.dtype = token_dtype(tokenizer.vocab_size)
-        self.end = np.array([tokenizer.end_of_text], dtype=self.dtype).tobytes()
-        self.tokens = bytearray()
-        self.lengths: list[int] = []
-        self.text_bytes: list[int] = []
-
-    def add(self, ids: TokenIds, text_bytes: int) -> None:
-        self.tokens += ids.data
-        self.tokens += self.end
-        self.lengths.append(len(ids) + 1)
-        self.text_bytes.append(text_bytes)
-
-    def documents(self) -> Documents:
-        lengths, text_bytes = (np.array(counts, dtype=np.int64) for counts in (self.lengths, self.text_bytes))
-        return Documents(np.frombuffer(self.tokens, dtype=self.dtype), lengths, text_bytes)
-
-
-def encode_unit(unit: Unit, tokenizer: Tokenizer, rule: SplitRule, limit: int | None) -> Encoded:
-    """Encode at most `limit` documents of a unit, each ended by end-of-text."""
-    if isinstance(tokenizer, Gigatoken):
-        tokenizer.begin_unit()
-    splits = {split: _Collector(tokenizer) for split in SPLITS}
-    skipped: Counter[str] = Counter()
-    count = 0
-    for text in unit.documents():
-        if not text:
-            skipped["null" if text is None else "empty"] += 1
-            continue
-        parts = rule.assign(text, text.encode())
+    def encode(self, task: Task) -> Summary:
+        """Write the part of a unit. With a limit, only that many documents of it are taken."""
+        self._engine.begin_unit()
+        summary = Summary(task.item, task.unit, task.last, self._engine.name, task.work.size)
+        path = self._folder / task.name
+        writer = PartWriter(path, token_dtype(self._tokenizer.vocab_size), self._tokenizer.end_of_text)
         try:
-            encoded = [tokenizer.encode(part) for _, part, _ in parts]
-        except ValueError:  # tiktoken's regular expressions give up on a million spaces before a word
-            skipped["refused by the tokenizer"] += 1
-            continue
-        for (split, _, size), ids in zip(parts, encoded, strict=True):
-            splits[split].add(ids, size)
-        count += 1
-        if count == limit:
-            break
-    return Encoded(unit.size, count, {split: found.documents() for split, found in splits.items()}, dict(skipped))
+            taken = 0
+            for position, document in task.work.documents():
+                problem = self._encode_document(document, writer)
+                if problem == CUT:
+                    report(summary.unusual, CUT, task.work.place(position))
+                elif problem:
+                    report(summary.skipped, problem, task.work.place(position))
+                    continue
+                taken += 1
+                if taken == task.limit:
+                    break
+            return writer.close(summary)
+        except BaseException:
+            writer.discard()
+            raise
+
+    def _encode_document(self, document: Document, writer: PartWriter) -> str | None:
+        """Write a document; returns why it was left out, or `CUT`, or None."""
+        if isinstance(document, Refused):
+            return document.reason
+        if isinstance(document, bytes):
+            if not document:
+                return EMPTY
+            if len(document) > PIECE_CHARACTERS:
+                return self._encode_pieces([document], writer)
+            try:
+                writer.add(self._engine.encode(document))
+            except ValueError:
+                return REFUSED
+            writer.end_document(len(document), xxhash.xxh3_128_digest(document, self._seed))
+            return None
+        return self._encode_pieces(document.blocks(), writer)
+
+    def _encode_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> str | None:
+        digest = xxhash.xxh3_128(seed=self._seed)
+        size = 0
+
+        def passing() -> Iterator[bytes]:
+            nonlocal size
+            for block in blocks:
+                digest.update(block)
+                size += len(block)
+                yield block
+
+        cut = False
+        try:
+            for piece, safe in pieces(passing()):
+                writer.add(self._engine.encode(piece.encode()))
+                cut = cut or not safe
+        except ValueError as error:  # UnicodeDecodeError is one too
+            writer.abandon_document()
+            return NOT_UTF8 if isinstance(error, UnicodeDecodeError) else REFUSED
+        if size == 0:
+            return EMPTY
+        writer.end_document(size, digest.digest())
+        return CUT if cut and self._tokenizer.name not in CUT_ANYWHERE else None
 
 
-def encode_corpus(
-    units: Iterable[Unit], tokenizer: Tokenizer, rule: SplitRule, workers: int, limit: int | None
-) -> Iterator[Encoded]:
-    """Every unit encoded, in order; with a `limit`, exactly that many documents in all."""
-    if isinstance(units, list):
-        workers = min(workers, len(units))
-    results = (
-        _in_parent(units, tokenizer, rule, limit) if workers <= 1 else _in_pool(units, tokenizer, rule, workers, limit)
-    )
-    left = limit
-    for unit, encoded in results:
-        if left is not None:
-            if encoded.documents >= left:  # again, up to the last wanted document and no further
-                encoded = encode_unit(unit, tokenizer, rule, left)
-            left -= encoded.documents
-        yield encoded
-        if left == 0:
+class Workers:
+    """Calls functions in `count` processes, or in this one where one is enough, with a bounded number under way."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        # spawn: a forked child would inherit the threads of pyarrow and datasets in whatever state they are.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(count, context, _start_worker) if count > 1 else None
+
+    def map(self, call: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
+        """The results as they come. Raises BrokenProcessPool where a worker was killed."""
+        if self._pool is None:
+            yield from map(call, arguments)
             return
-
-
-_Results = Iterator[tuple[Unit, Encoded]]
-
-
-def _in_parent(units: Iterable[Unit], tokenizer: Tokenizer, rule: SplitRule, limit: int | None) -> _Results:
-    for unit in units:
-        yield unit, encode_unit(unit, tokenizer, rule, limit)
-
-
-def _in_pool(units: Iterable[Unit], tokenizer: Tokenizer, rule: SplitRule, workers: int, limit: int | None) -> _Results:
-    # spawn: a forked child would inherit the threads of pyarrow and datasets in whatever state they are.
-    context = multiprocessing.get_context("spawn")
-    fast = isinstance(tokenizer, Gigatoken)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.spec(), fast, rule, limit))
-    pending: deque[tuple[Unit, Future[Encoded]]] = deque()
-    try:
-        for unit in units:
-            pending.append((unit, pool.submit(_encode_in_worker, unit)))
-            if len(pending) >= UNITS_IN_FLIGHT * workers:
-                oldest, future = pending.popleft()
-                yield oldest, future.result()
+        pending: set[Future[Any]] = set()
+        for argument in arguments:
+            pending.add(self._pool.submit(call, argument))
+            # A stream's text lies in the arguments, so no more of them wait than keep the workers busy.
+            if len(pending) >= self.count + 2:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
         while pending:
-            oldest, future = pending.popleft()
-            yield oldest, future.result()
-    except BrokenProcessPool:
-        if fast:
-            raise EngineFault("may have killed a worker") from None
-        raise UserError(
-            f"one of the {workers} workers was killed, usually because memory ran out: run again with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Tokenizer, SplitRule, int | None]
+def encode(job: tuple[Encoder, Task]) -> Summary:
+    """Encode one unit, in whatever process this is; the tokenizer is kept from one call to the next."""
+    global _encoder
+    encoder, task = job
+    if _encoder is None or _encoder[0] != encoder:
+        _encoder = (encoder, UnitEncoder(encoder))
+    return _encoder[1].encode(task)
 
 
-def _start_worker(spec: dict[str, Any], fast: bool, rule: SplitRule, limit: int | None) -> None:
-    global _worker
+_encoder: tuple[Encoder, UnitEncoder] | None = None
+
+
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker = (Gigatoken() if fast else from_spec(spec), rule, limit)
 
 
 def _die_with_parent() -> None:
     """A worker waits on a pipe whose writing end it holds too: after kill -9 of the parent it would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([parent.sentinel])
+    wait_for_process([parent.sentinel])
     os._exit(1)
-
-
-def _encode_in_worker(unit: Unit) -> Encoded:
-    return encode_unit(unit, *_worker)

@@ -1,14 +1,15 @@
-"""A faster encoder for GPT-2's vocabulary, gigatoken, that is never trusted: tiktoken says what is right.
+"""Who encodes: the tokenizer itself, or for GPT-2's vocabulary gigatoken, which is never trusted.
 
-gigatoken is about ten times as fast, and young. What is known to differ goes to tiktoken: text so long that tiktoken may
-refuse it, and characters that only one of the two knows. Of the rest tiktoken encodes a slice too, and the byte count
-of every document has to come out. The first fault ends its use for the whole dataset, so what is written depends on
-tiktoken alone, and nothing written names the engine.
+gigatoken is about ten times as fast as tiktoken, and young; tiktoken says what is right. Characters that the two class
+differently go to tiktoken. Of the rest tiktoken encodes a slice too, and the byte count of every text has to come out.
+The first fault ends gigatoken's use for the whole dataset, so what is written depends on tiktoken alone.
 """
 
+import os
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,55 +25,92 @@ from pipeline.tokenizer import (
     token_dtype,
 )
 
-# tiktoken refuses whitespace from about 1 M characters on; gigatoken refuses nothing.
-MOST_CHARACTERS = 500_000
-# Beside each unit's first document, one in so many, by its hash, is encoded by both: about a fifth of the time.
-CHECK_ONE_IN = 64
-# gigatoken keeps every piece it ever saw: 1 to 5 MB for each MB of new words. Building it anew takes 45 ms.
-REBUILD_BYTES = 32 << 20
-# Letters are added to Unicode year by year, in these planes; the engines need not know the same year's.
-PLANES_WITH_LETTERS = 0x40000
+# Beside each unit's first documents, one in so many, by its hash, is encoded by both: about a tenth of the time.
+CHECK_ONE_IN = 96
+CHECK_FIRST = 2
+# gigatoken remembers every piece it ever saw: 1 MB for each MB of ordinary text, up to 9 for text of random letters. It
+# is built anew, in 20 to 50 ms, when it has grown by so much; where its size is not told, after so much text.
+MOST_GROWTH_BYTES = 100 << 20
+MOST_TEXT_BYTES = 16 << 20
 BLOCK = 512
+ASCII = bytes(range(128))
+_STATM = Path("/proc/self/statm")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class EngineFault(Exception):
     """gigatoken did something else than tiktoken; the text says what. Raised in a worker, it reaches the parent."""
 
 
+class Engine(Protocol):
+    name: str
+
+    def begin_unit(self) -> None: ...
+
+    def encode(self, content: bytes) -> TokenIds:
+        """Ids of a text given as UTF-8. Raises ValueError where the tokenizer refuses it."""
+        ...
+
+
 def can_be_faster(tokenizer: Tokenizer) -> bool:
     return tokenizer.name == "gpt2" and find_spec("gigatoken") is not None
 
 
-class Gigatoken(BytePairTokenizer):
-    """GPT-2's vocabulary as its parent encodes it, faster. Raises EngineFault where that cannot be kept."""
+class Plain:
+    """The tokenizer itself."""
+
+    name = "plain"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def begin_unit(self) -> None: ...
+
+    def encode(self, content: bytes) -> TokenIds:
+        try:
+            return self._tokenizer.encode(content.decode())
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # of Rust, and no Exception
+                raise ValueError(str(error)) from None
+            raise
+
+
+class Gigatoken:
+    """GPT-2's vocabulary as tiktoken encodes it, faster. Raises EngineFault where that cannot be kept."""
+
+    name = "gigatoken"
 
     def __init__(self) -> None:
-        super().__init__("gpt2")
-        self._fast: Any = None
-        self._encoded_bytes = 0
-        self._check_next = True
+        tokenizer = BytePairTokenizer("gpt2")
+        self._reference = Plain(tokenizer)
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        # The length of each token; nothing for end-of-text, which no text gives.
+        self._byte_counts = np.array([*map(len, tokenizer.ranks()), 0])
+        self._build()
+        self._to_check = CHECK_FIRST
 
     def begin_unit(self) -> None:
-        """Check the next document; forget what gigatoken remembers, from time to time."""
-        self._check_next = True
-        if self._encoded_bytes >= REBUILD_BYTES:
-            self._fast, self._encoded_bytes = None, 0
+        """Check the next documents; forget what gigatoken remembers, from time to time."""
+        self._to_check = CHECK_FIRST
+        if _STATM.exists() and self._encoded_bytes:
+            if _resident_bytes() - self._built_at > MOST_GROWTH_BYTES:
+                self._build()
+        elif self._encoded_bytes > MOST_TEXT_BYTES:
+            self._build()
 
-    def encode(self, text: str) -> TokenIds:
-        if len(text) > MOST_CHARACTERS or (not text.isascii() and self._disputed[code_points(text)].any()):
-            return super().encode(text)
-        content = text.encode()
+    def encode(self, content: bytes) -> TokenIds:
+        if self._is_disputed(content):
+            return self._reference.encode(content)
         ids = self._encode_fast(content)
-        if self._check_next or xxhash.xxh3_64_intdigest(content) % CHECK_ONE_IN == 0:
-            self._check_next = False
-            if not np.array_equal(ids, super().encode(text)):
+        if self._to_check or xxhash.xxh3_64_intdigest(content) % CHECK_ONE_IN == 0:
+            self._to_check = max(self._to_check - 1, 0)
+            if not np.array_equal(ids, self._reference.encode(content)):
                 raise EngineFault("differs from tiktoken")
         return ids
 
     def _encode_fast(self, content: bytes) -> TokenIds:
         self._encoded_bytes += len(content)
         try:
-            self._fast = self._fast or _build()
             ids = self._fast.encode(content)
             whole = int(self._byte_counts[ids].sum()) == len(content)
         except (KeyboardInterrupt, SystemExit):
@@ -81,31 +119,53 @@ class Gigatoken(BytePairTokenizer):
             raise EngineFault(f"raised {type(error).__name__} ({error})") from None
         if not whole:
             raise EngineFault("lost or added text")
-        narrow: TokenIds = ids.astype(token_dtype(self.vocab_size))
+        narrow: TokenIds = ids.astype(self._dtype)
         return narrow
 
+    def _build(self) -> None:
+        self._fast: Any = None  # before the next one is there, so that they never stand side by side
+        self._fast = _new_gigatoken()
+        self._encoded_bytes = 0
+        self._built_at = _resident_bytes() if _STATM.exists() else 0
+
+    def _is_disputed(self, content: bytes) -> bool:
+        others = content.translate(None, ASCII)
+        if not others:
+            return False
+        points = code_points(others.decode())
+        if not self._probed[points // BLOCK].all():
+            for block in np.unique(points[~self._probed[points // BLOCK]] // BLOCK).tolist():
+                self._probe(block)
+        return bool(self._disputed[points].any())
+
     @cached_property
-    def _byte_counts(self) -> npt.NDArray[np.int64]:
-        """The length of each token; nothing for end-of-text, which no text gives."""
-        return np.array([*map(len, self.ranks()), 0])
+    def _probed(self) -> npt.NDArray[np.bool_]:
+        """The blocks of code points of which `_disputed` knows; the surrogates are in no text."""
+        return np.zeros(UNICODE_CODE_POINTS // BLOCK, dtype=np.bool_)
 
     @cached_property
     def _disputed(self) -> npt.NDArray[np.bool_]:
         """By code point, the characters that the engines class differently: gigatoken 0.10 knows a later Unicode."""
-        characters = "".join(map(chr, [*range(0xD800), *range(0xE000, PLANES_WITH_LETTERS)]))
-        blocks = (characters[at : at + BLOCK] for at in range(0, len(characters), BLOCK))
-        found = "".join(c for block in blocks if self._differ(block) for c in block if self._differ(c))
-        table = np.zeros(UNICODE_CODE_POINTS, dtype=np.bool_)
-        table[code_points(found)] = True
-        return table
+        return np.zeros(UNICODE_CODE_POINTS, dtype=np.bool_)
+
+    def _probe(self, block: int) -> None:
+        characters = [chr(point) for point in range(block * BLOCK, (block + 1) * BLOCK)]
+        characters = [character for character in characters if not "\ud800" <= character <= "\udfff"]
+        if self._differ("".join(characters)):
+            self._disputed[[ord(character) for character in characters if self._differ(character)]] = True
+        self._probed[block] = True
 
     def _differ(self, characters: str) -> bool:
         """A letter or digit leaves the 's behind it whole; any other character takes the quote with it."""
-        probe = "".join(f"{character}'s" for character in characters)
-        return not np.array_equal(self._encode_fast(probe.encode()), super().encode(probe))
+        probe = "".join(f"{character}'s" for character in characters).encode()
+        return not np.array_equal(self._encode_fast(probe), self._reference.encode(probe))
 
 
-def _build() -> Any:
+def _resident_bytes() -> int:
+    return int(_STATM.read_text().split()[1]) * _PAGE_BYTES
+
+
+def _new_gigatoken() -> Any:
     import gigatoken
 
     # Without special tokens: a literal <|endoftext|> is ordinary text.

@@ -1,35 +1,40 @@
-"""Raw text in, a prepared dataset out: sources -> survey -> encoded units -> shards -> manifest.
+"""Raw text in, a prepared dataset out: sources -> plan -> parts -> shards -> manifest.
 
-The manifest is written last, so a folder that has one is whole. A preparation that was killed starts over and gives the
-same bytes.
+All work goes on in `<dataset>/unfinished/`, and a step that is done is a file there, so the same command goes on where a
+killed one was. The dataset itself appears, or takes an earlier one's place, when everything is whole.
 """
 
 import os
 import re
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__
+import xxhash
+
 from pipeline.errors import UserError
-from pipeline.files import hash_file, one_writer, sync
-from pipeline.log import ProgressReport, logger
-from pipeline.shards import MANIFEST_NAME, SPLITS, Manifest, Shard, ShardWriter, load_manifest
-from pipeline.tokenizer import TOKENIZER_NAMES, BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, token_dtype
+from pipeline.files import Held, hash_file, one_writer
+from pipeline.log import logger
+from pipeline.shards import MANIFEST_NAME, load_manifest
+from pipeline.tokenizer import Tokenizer, from_spec
 from prepare.corpus import Corpus, default_name, open_corpus
-from prepare.encode import SplitRule, encode_corpus, survey, texts
-from prepare.engine import EngineFault, Gigatoken, can_be_faster
-from prepare.readers import STDIN_SPOOL
+from prepare.finish import finish
+from prepare.journal import Journal, Plan, Share, tasks_of
+from prepare.pieces import pieces
+from prepare.readers import STDIN_SPOOL, Refused
+from prepare.vocabulary import check_name, learn_vocabulary, learns_from_corpus, open_vocabulary
+from prepare.work import encode_share
 
 # Hashing lets go of the interpreter's lock; two threads keep up with a disk and leave the processors to the workers.
 HASH_THREADS = 2
-# What a preparation that was cut off leaves behind; nothing else in the folder is ever removed.
-_LEFTOVER = re.compile(r"(train|val)_\d{5,}\.bin(\.partial)?|stdin\.partial|\.manifest\.json\.\d+\.partial")
+# A vocabulary is learnt from so much text, spread over the corpus: ten times as much changes few of its words.
+LEARN_BYTES = 200_000_000
+# For the estimate of what is written: with GPT-2's vocabulary English has about 4.4 bytes of text a token, code about 3.
+BYTES_PER_TOKEN = 3.0
 
 
 @dataclass(frozen=True)
@@ -44,28 +49,56 @@ class PrepareOptions:
     workers: int | None = None
     limit_docs: int | None = None
     seed: int = 0
+    dedup: bool = False
+    task_id: int | None = None
+    tasks: int | None = None
     force: bool = False
 
 
 def run(options: PrepareOptions) -> Path:
-    """Prepare the dataset unless it is there already; returns its folder."""
-    _check(options)
-    name = options.name or default_name((options.sources or [""])[0])
-    folder = Path(options.data_dir) / name
-    corpus = open_corpus(options.sources, options.text_field, folder)
-    with one_writer(folder), _file_hashes() as hash_files:
-        try:
-            _prepare(options, corpus, folder, hash_files)
-        finally:
-            (folder / STDIN_SPOOL).unlink(missing_ok=True)
-    return folder
+    """Prepare the dataset, or go on with it, unless it is there already; returns its folder."""
+    share = check(options)
+    dataset = Path(options.data_dir) / (options.name or default_name((options.sources or [""])[0]))
+    workers = options.workers or available_cores()
+    if share.tasks == 1:
+        with one_writer(dataset), _corpus(options, dataset) as corpus:
+            if plan := _begin(options, share, corpus, dataset):
+                _encode(plan, share, corpus, dataset, workers)
+                finish(Journal(dataset), plan, corpus, workers)
+        return dataset
+    with ExitStack() as stack:
+        stack.enter_context(one_writer(dataset, shared=True))
+        stack.enter_context(one_writer(dataset, f".lock_{share.task:04d}"))
+        corpus = stack.enter_context(_corpus(options, dataset))
+        plan = _begin(options, share, corpus, dataset)
+        if plan:
+            _encode(plan, share, corpus, dataset, workers)
+    if plan:
+        _finish_if_last(plan, share, corpus, dataset, workers)
+    return dataset
 
 
-def _check(options: PrepareOptions) -> None:
-    """Raises UserError that lists every fault of the options."""
+def merge(dataset: Path, workers: int | None = None) -> None:
+    """Make the dataset of what all tasks have done."""
+    journal = Journal(dataset)
+    plan = journal.plan()
+    if plan is None:
+        load_manifest(dataset)
+        logger.info("%s is already whole", dataset)
+        return
+    with one_writer(dataset), chdir(plan.working_folder):
+        corpus = open_corpus(plan.sources, plan.options["text_field"], dataset)
+        _check_complete(journal, plan)
+        finish(Journal(dataset.absolute()), plan, corpus, workers or available_cores())
+
+
+def check(options: PrepareOptions) -> Share:
+    """Raises UserError that lists every fault of the options; returns which part of the work is this program's."""
     faults = []
-    if options.tokenizer not in TOKENIZER_NAMES:
-        faults.append(f"unknown tokenizer {options.tokenizer!r}: there are {', '.join(TOKENIZER_NAMES)}")
+    try:
+        check_name(options.tokenizer)
+    except UserError as error:
+        faults.append(str(error))
     if options.val_fraction is not None and not 0 < options.val_fraction < 1:
         faults.append(f"--val-fraction {options.val_fraction} is not between 0 and 1, such as 0.01")
     if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):
@@ -79,55 +112,67 @@ def _check(options: PrepareOptions) -> None:
             faults.append(f"{flag} {value} is below 1")
     if not 0 <= options.seed < 1 << 64:
         faults.append(f"--seed {options.seed} is not in 0 .. 2**64 - 1")
+    task, tasks = options.task_id or 0, options.tasks or 1
+    if (options.task_id is None) != (options.tasks is None) or not 0 <= task < tasks:
+        faults.append(
+            f"--task-id {options.task_id} --tasks {options.tasks}: wanted both, the first in 0 .. tasks - 1 "
+            "(an array of jobs numbered from 0: sbatch --array=0-7)"
+        )
+    if tasks > 1:
+        faults += [
+            f"{flag} does not go with --tasks: {why}"
+            for flag, given, why in (
+                ("--limit-docs", options.limit_docs, "no task knows which documents are the first; limit the sources"),
+                ("--force", options.force, "a late task would undo the others' work; remove the dataset first"),
+                ("stdin", "-" in options.sources, "it can be read by one task only; put it in a file"),
+            )
+            if given
+        ]
     if faults:
         raise UserError("; ".join(faults))
+    return Share(task, tasks)
 
 
 @contextmanager
-def _file_hashes() -> Iterator[Callable[[list[Path]], Callable[[Path], str]]]:
-    """A function that starts hashing files in the background and returns the look-up of their hashes."""
-    pool = ThreadPoolExecutor(HASH_THREADS)
-
-    def start(paths: list[Path]) -> Callable[[Path], str]:
-        hashes = {path: pool.submit(hash_file, path) for path in paths}
-        return lambda path: hashes[path].result()
-
+def _corpus(options: PrepareOptions, dataset: Path) -> Iterator[Corpus]:
     try:
-        yield start
+        yield open_corpus(options.sources, options.text_field, dataset)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        (dataset / STDIN_SPOOL).unlink(missing_ok=True)
 
 
-def _prepare(
-    options: PrepareOptions,
-    corpus: Corpus,
-    folder: Path,
-    hash_files: Callable[[list[Path]], Callable[[Path], str]],
-) -> None:
-    hash_of = hash_files(corpus.files())
+def _begin(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path) -> Plan | None:
+    """The plan to follow, an earlier start's where there is one; None where the dataset is whole already."""
+    journal = Journal(dataset)
+    if journal.is_publishing():
+        journal.finish_publishing()
     fraction = options.val_fraction or _default_fraction(corpus.file_bytes())
     chosen = _choices(options, fraction)
-    if (folder / MANIFEST_NAME).exists() and not options.force:
-        _check_same(folder, chosen, corpus.record(hash_of))
-        logger.info("%s is already prepared", folder)
-        return
-    _clear(folder)
-    found = survey(texts(corpus.units(), options.limit_docs), fraction, options.seed, options.tokenizer == "char")
-    tokenizer = _tokenizer(options.tokenizer, found.characters)
-    started = time.monotonic()
-    splits, skipped = _write_fast(options, corpus, folder, tokenizer, found.rule)
-    manifest = Manifest(
-        tokenizer=tokenizer.spec(),
-        dtype=token_dtype(tokenizer.vocab_size).name,
-        splits=splits,
-        sources=corpus.record(hash_of),
-        options=chosen,
-        val_rule=found.rule.record(),
-        skipped=skipped,
-        program=__version__,
-    )
-    manifest.save(folder)
-    _summarise(folder, manifest, time.monotonic() - started)
+    if (dataset / MANIFEST_NAME).exists() and not options.force:
+        _check_same(dataset, chosen, corpus)
+        logger.info("%s is already prepared", dataset)
+        journal.clear()
+        return None
+    before = journal.plan()
+    if before and (changes := _changes(before, chosen, corpus, journal)):
+        if (journal.finished_units() or share.tasks > 1) and not options.force:
+            raise UserError(
+                f"{dataset} is half prepared, and since then {'; '.join(changes)}. Restore that to go on, "
+                "prepare under another --name, or start over with --force"
+            )
+        before = None
+    if before is None:
+        if share.tasks == 1:
+            journal.clear()
+        _check_space(dataset, chosen, corpus)
+        tokenizer = _vocabulary(chosen["tokenizer"], corpus)
+        sizes = [item.size for item in corpus.items()]
+        names = [str(source) for source in options.sources]
+        plan = Plan(names, str(Path.cwd()), chosen, corpus.stamps(), tokenizer.spec(), sizes, share.tasks)
+        journal.begin(plan, getattr(tokenizer, "files", dict)())
+        return journal.plan()
+    logger.info("going on with %s", dataset)
+    return before
 
 
 def _choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
@@ -139,6 +184,7 @@ def _choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
         "shard_tokens": options.shard_tokens,
         "limit_docs": options.limit_docs,
         "seed": options.seed,
+        "dedup": options.dedup,
     }
 
 
@@ -152,98 +198,133 @@ def _default_fraction(file_bytes: int | None) -> float:
     return 0.1 if file_bytes < 100e6 else 0.01 if file_bytes < 10e9 else 0.0005
 
 
-def _check_same(folder: Path, chosen: dict[str, Any], sources: list[dict[str, Any]]) -> None:
-    manifest = load_manifest(folder)
-    differences = [
-        f"{name} is {manifest.options.get(name)!r} there and {value!r} here"
+def _differences(before: dict[str, Any], chosen: dict[str, Any], tokenizer: dict[str, Any]) -> list[str]:
+    """In which options, or in what vocabulary, two preparations differ."""
+    found = [
+        f"{name} is {before.get(name)!r} there and {value!r} here"
         for name, value in chosen.items()
-        if manifest.options.get(name) != value
+        if before.get(name) != value
     ]
+    # What is learnt follows from the sources; the other vocabularies are files or the program's, and may have changed.
+    name = chosen["tokenizer"]
+    if not found and not learns_from_corpus(name) and open_vocabulary(name).spec() != tokenizer:
+        found.append(f"the {name} vocabulary has another fingerprint")
+    return found
+
+
+def _check_same(dataset: Path, chosen: dict[str, Any], corpus: Corpus) -> None:
+    manifest = load_manifest(dataset)
+    differences = _differences(manifest.options, chosen, manifest.tokenizer)
+    sources = corpus.record(hash_file)
     if manifest.sources != sources:
         changed = [entry for entry in sources if entry not in manifest.sources] or manifest.sources
         names = [str(entry.get("path", entry.get("repository"))) for entry in changed]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        differences.append(f"the sources differ ({', '.join(names[:3])}{more})")
-    # A char vocabulary follows from the sources; the others are the program's, which may have changed since.
-    name = chosen["tokenizer"]
-    if not differences and name != "char" and _tokenizer(name, "").spec() != manifest.tokenizer:
-        differences.append(f"the {name} vocabulary has another fingerprint")
+        differences.append(f"the sources differ ({_some(names)})")
     if differences:
         raise UserError(
-            f"{folder} was prepared otherwise: {'; '.join(differences)}. "
+            f"{dataset} was prepared otherwise: {'; '.join(differences)}. "
             "Prepare under another --name, or replace it with --force"
         )
 
 
-def _clear(folder: Path) -> None:
-    """Remove an earlier preparation: the manifest first, so that no crash leaves one that promises lost shards."""
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    sync(folder)
-    for path in sorted(folder.iterdir()):
-        if _LEFTOVER.fullmatch(path.name) and path.name != STDIN_SPOOL:
-            if not path.is_file():
-                raise UserError(f"{path} is in the way of a shard of that name: move it, or choose another --name")
-            path.unlink()
+def _changes(before: Plan, chosen: dict[str, Any], corpus: Corpus, journal: Journal) -> list[str]:
+    """What is not as it was when the preparation began. A file that was only touched counts as the same."""
+    stamps = corpus.stamps()
+    known = journal.known_hashes()
+    changed = [
+        name
+        for name in sorted({*stamps, *before.stamps})
+        if stamps.get(name) != before.stamps.get(name)
+        and not (name in stamps and name in known and Path(name).is_file() and hash_file(Path(name)) == known[name])
+    ]
+    differences = _differences(before.options, chosen, before.tokenizer)
+    return differences + ([f"the sources changed ({_some(changed)})"] if changed else [])
 
 
-def _tokenizer(name: str, characters: str) -> Tokenizer:
-    if name == "char":
-        return CharTokenizer(characters)
-    return ByteTokenizer() if name == "byte" else BytePairTokenizer(name)
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _write_fast(
-    options: PrepareOptions, corpus: Corpus, folder: Path, tokenizer: Tokenizer, rule: SplitRule
-) -> tuple[dict[str, list[Shard]], dict[str, int]]:
-    """The shards as `tokenizer` makes them, sooner where gigatoken is installed and does the same."""
-    if can_be_faster(tokenizer):
+def _check_space(dataset: Path, chosen: dict[str, Any], corpus: Corpus) -> None:
+    """Parts and shards lie side by side at the end, so the ids need twice their room. Raises UserError where it lacks."""
+    if chosen["limit_docs"] or not (text_bytes := corpus.text_bytes()):
+        return
+    one_each = chosen["tokenizer"] in ("char", "byte")
+    needed = 2 * 2 * text_bytes / (1.0 if one_each else BYTES_PER_TOKEN)
+    free = shutil.disk_usage(dataset).free
+    logger.info(
+        "%s MB of text; needs about %s MB of disk while it runs and half of it after, %s MB are free",
+        *(f"{amount / 1e6:,.0f}" for amount in (text_bytes, needed, free)),
+    )
+    if free < needed:
+        raise UserError(
+            f"{dataset} has {free / 1e6:,.0f} MB free, and about {needed / 1e6:,.0f} MB are needed: make room, "
+            "or choose another place with --data-dir"
+        )
+
+
+def _vocabulary(name: str, corpus: Corpus) -> Tokenizer:
+    if not learns_from_corpus(name):
+        return open_vocabulary(name)
+    logger.info("learning the vocabulary %s from the corpus", name)
+    return learn_vocabulary(name, _texts(corpus, everything=name == "char"))
+
+
+def _texts(corpus: Corpus, everything: bool) -> Iterator[str]:
+    """The corpus's text piece by piece; unless `everything`, documents chosen by their hash, about `LEARN_BYTES`."""
+    one_in = 1 if everything else -(-corpus.text_bytes() // LEARN_BYTES) or 1
+    for item in corpus.items():
+        for unit in item.units():
+            for _, document in unit.documents():
+                if isinstance(document, Refused):
+                    continue
+                blocks = [document] if isinstance(document, bytes) else document.blocks()
+                if one_in == 1 or xxhash.xxh3_64_intdigest(next(iter(blocks), b"")) % one_in == 0:
+                    yield from (piece for piece, _ in pieces(blocks))
+
+
+def _encode(plan: Plan, share: Share, corpus: Corpus, dataset: Path, workers: int) -> None:
+    """Encode this task's units; its share of the sources' files is hashed meanwhile."""
+    journal = Journal(dataset)
+    tokenizer = from_spec(plan.tokenizer, journal.staged)
+    known = journal.known_hashes()
+    paths = [path for path in corpus.files()[share.task :: share.tasks] if str(path) not in known]
+    with ThreadPoolExecutor(HASH_THREADS) as hashing, ThreadPoolExecutor(1) as noting:
+        noted = noting.submit(journal.hash_files, paths, share.task, hashing.map(hash_file, paths))
         try:
-            return _write_shards(options, corpus, folder, Gigatoken(), rule)
-        except EngineFault as fault:
-            logger.warning("gigatoken %s: starting over with tiktoken alone", fault)
-            _clear(folder)
-    return _write_shards(options, corpus, folder, tokenizer, rule)
+            encode_share(journal, plan, tokenizer, corpus.items(), share, workers)
+            noted.result()
+        finally:
+            hashing.shutdown(cancel_futures=True)
 
 
-def _write_shards(
-    options: PrepareOptions, corpus: Corpus, folder: Path, tokenizer: Tokenizer, rule: SplitRule
-) -> tuple[dict[str, list[Shard]], dict[str, int]]:
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers = {split: ShardWriter(folder, split, dtype, options.shard_tokens) for split in SPLITS}
-    skipped: Counter[str] = Counter()
-    documents = 0
-    units = corpus.units()
-    total = sum(unit.size for unit in units) / 1e6 if isinstance(units, list) and not options.limit_docs else None
-    workers = options.workers or _available_cores()
-    with ProgressReport("encode", total=total, unit="MB") as report:
-        for encoded in encode_corpus(units, tokenizer, rule, workers, options.limit_docs):
-            for split, part in encoded.splits.items():
-                writers[split].add(part.tokens, part.lengths, part.text_bytes)
-            skipped.update(encoded.skipped)
-            documents += encoded.documents
-            report.advance(encoded.size / 1e6, f"{documents:,} documents")
-    shards = {split: writer.finish() for split, writer in writers.items()}
-    for split in SPLITS:
-        if not shards[split]:
-            raise UserError(
-                f"no document was left for {split}; skipped: {dict(skipped)}; give the corpus more documents"
-            )
-    return shards, dict(sorted(skipped.items()))
+def _finish_if_last(plan: Plan, share: Share, corpus: Corpus, dataset: Path, workers: int) -> None:
+    """The task that can hold the dataset alone, because no other is at work, sees whether everything is there."""
+    journal = Journal(dataset)
+    try:
+        with one_writer(dataset):
+            if journal.plan() is None:  # another task has made the dataset
+                return
+            if not journal.incomplete_items(plan):
+                finish(journal, plan, corpus, workers)
+                return
+    except Held:
+        pass
+    logger.info("task %d of %d is done; the last one makes the dataset, or `pipeline merge %s`", *share, dataset)
 
 
-def _available_cores() -> int:
+def _check_complete(journal: Journal, plan: Plan) -> None:
+    missing = journal.incomplete_items(plan)
+    if missing:
+        tasks = sorted({tasks_of(plan.sizes, plan.tasks)[item] for item in missing})
+        raise UserError(
+            f"{journal.dataset} is not complete: {len(missing)} of {len(plan.sizes)} pieces of the corpus are missing; "
+            f"run the same command again for --task-id {_some([str(task) for task in tasks])} of --tasks {plan.tasks}"
+        )
+
+
+def available_cores() -> int:
     """The cores this process may use, which under SLURM are fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _summarise(folder: Path, manifest: Manifest, seconds: float) -> None:
-    megabytes = sum(manifest.count(split, "bytes") for split in SPLITS) / 1e6
-    for split in SPLITS:
-        tokens, documents = manifest.count(split, "tokens"), manifest.count(split, "documents")
-        logger.info("%s: %s tokens in %s documents", split, f"{tokens:,}", f"{documents:,}")
-    if manifest.skipped:
-        logger.info("skipped: %s", ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items()))
-    logger.info("%s MB of text in %s s, %s MB/s", f"{megabytes:,.1f}", f"{seconds:,.1f}", f"{megabytes / seconds:,.1f}")
-    logger.info("prepared %s", folder)
