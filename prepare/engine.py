@@ -6,6 +6,8 @@ The first fault ends gigatoken's use for the whole dataset, so what is written d
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,13 +112,9 @@ class Gigatoken:
 
     def _encode_fast(self, content: bytes) -> TokenIds:
         self._encoded_bytes += len(content)
-        try:
+        with _faults_told():
             ids = self._fast.encode(content)
             whole = int(self._byte_counts[ids].sum()) == len(content)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a Rust panic is no Exception
-            raise EngineFault(f"raised {type(error).__name__} ({error})") from None
         if not whole:
             raise EngineFault("lost or added text")
         narrow: TokenIds = ids.astype(self._dtype)
@@ -124,7 +122,8 @@ class Gigatoken:
 
     def _build(self) -> None:
         self._fast: Any = None  # before the next one is there, so that they never stand side by side
-        self._fast = _new_gigatoken()
+        with _faults_told():
+            self._fast = _new_gigatoken()
         self._encoded_bytes = 0
         self._built_at = _resident_bytes() if _STATM.exists() else 0
 
@@ -159,6 +158,17 @@ class Gigatoken:
         """A letter or digit leaves the 's behind it whole; any other character takes the quote with it."""
         probe = "".join(f"{character}'s" for character in characters).encode()
         return not np.array_equal(self._encode_fast(probe), self._reference.encode(probe))
+
+
+@contextmanager
+def _faults_told() -> Iterator[None]:
+    """Whatever gigatoken raises becomes an EngineFault; a Rust panic is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise EngineFault(f"raised {type(error).__name__} ({error})") from None
 
 
 def _resident_bytes() -> int:

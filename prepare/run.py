@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, chdir, contextmanager
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from prepare.work import encode_share
 HASH_THREADS = 2
 # A vocabulary is learnt from so much text, spread over the corpus: ten times as much changes few of its words.
 LEARN_BYTES = 200_000_000
-# For the estimate of what is written: with GPT-2's vocabulary English has about 4.4 bytes of text a token, code about 3.
-BYTES_PER_TOKEN = 3.0
+# For the estimate of what is written: with GPT-2's vocabulary English has about 4.4 bytes of text a token, code 2 to 3.
+BYTES_PER_TOKEN = 2.5
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,18 @@ def run(options: PrepareOptions) -> Path:
     share = check(options)
     dataset = Path(options.data_dir) / (options.name or default_name((options.sources or [""])[0]))
     workers = options.workers or available_cores()
+    corpus = open_corpus(options.sources, options.text_field, dataset)
     if share.tasks == 1:
-        with one_writer(dataset), _corpus(options, dataset) as corpus:
-            if plan := _begin(options, share, corpus, dataset):
-                _encode(plan, share, corpus, dataset, workers)
-                finish(Journal(dataset), plan, corpus, workers)
+        with one_writer(dataset):
+            try:
+                if plan := _begin(options, share, corpus, dataset):
+                    _encode(plan, share, corpus, dataset, workers)
+                    finish(Journal(dataset), plan, corpus, workers)
+            finally:
+                (dataset / STDIN_SPOOL).unlink(missing_ok=True)
         return dataset
-    with ExitStack() as stack:
-        stack.enter_context(one_writer(dataset, shared=True))
-        stack.enter_context(one_writer(dataset, f".lock_{share.task:04d}"))
-        corpus = stack.enter_context(_corpus(options, dataset))
-        plan = _begin(options, share, corpus, dataset)
-        if plan:
+    with one_writer(dataset, shared=True), one_writer(dataset, f".lock_{share.task:04d}"):
+        if plan := _begin(options, share, corpus, dataset):
             _encode(plan, share, corpus, dataset, workers)
     if plan:
         _finish_if_last(plan, share, corpus, dataset, workers)
@@ -131,14 +131,6 @@ def check(options: PrepareOptions) -> Share:
     if faults:
         raise UserError("; ".join(faults))
     return Share(task, tasks)
-
-
-@contextmanager
-def _corpus(options: PrepareOptions, dataset: Path) -> Iterator[Corpus]:
-    try:
-        yield open_corpus(options.sources, options.text_field, dataset)
-    finally:
-        (dataset / STDIN_SPOOL).unlink(missing_ok=True)
 
 
 def _begin(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path) -> Plan | None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.config import Config, from_dict
-from pipeline.shards import Manifest, ShardWriter
+from pipeline.files import hash_bytes
+from pipeline.shards import Manifest, Shard
 from pipeline.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -28,9 +29,9 @@ def write_dataset(folder: Path, train_tokens: int = 20_000, val_tokens: int = 2_
     for split, count in (("train", train_tokens), ("val", val_tokens)):
         ids = np.cumsum(random.integers(1, 4, size=count)) % 50 + 65
         ids[-1] = tokenizer.end_of_text
-        writer = ShardWriter(folder, split, np.dtype("<u2"), shard_tokens=10**9)
-        writer.add(ids.astype("<u2"), np.array([count]), np.array([count - 1]))
-        splits[split] = writer.finish()
+        content = ids.astype("<u2").tobytes()
+        (folder / f"{split}_00000.bin").write_bytes(content)
+        splits[split] = [Shard(f"{split}_00000.bin", count, 1, count - 1, hash_bytes(content))]
     manifest = Manifest(
         tokenizer=tokenizer.spec(),
         dtype="uint16",
@@ -39,6 +40,8 @@ def write_dataset(folder: Path, train_tokens: int = 20_000, val_tokens: int = 2_
         options={},
         val_rule={},
         skipped={},
+        unusual={},
+        statistics={},
         program="test",
     )
     manifest.save(folder)

@@ -14,13 +14,10 @@ import xxhash
 
 from pipeline.tokenizer import BytePairTokenizer, ByteTokenizer
 from prepare import engine, readers
-from prepare.encode import SplitRule, encode_unit
 from prepare.engine import EngineFault, Gigatoken, can_be_faster
-from prepare.readers import Texts
 from prepare.run import PrepareOptions, run
 
 REFERENCE = BytePairTokenizer("gpt2")
-RULE = SplitRule("hash", 0.1, 0, 0)
 # Letters of Unicode 17, which gigatoken 0.10 knows and tiktoken 0.13 does not.
 NEW_LETTERS = "\u088f\u0c5c\ua7ce\U00010940\U000323b0"
 
@@ -62,7 +59,7 @@ def make_texts(count: int = 300) -> list[str]:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(readers, "UNIT_BYTES", 8192)
+    monkeypatch.setattr(readers, "SMALLEST_UNIT_BYTES", 8192)
     path = tmp_path / "varied.jsonl"
     path.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in make_texts()))
     return path
@@ -78,7 +75,7 @@ def prepared(source: Path, name: str, workers: int) -> dict[str, bytes]:
 
 def by_tiktoken(source: Path) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prepare.run.can_be_faster", lambda tokenizer: False)
+        patch.setattr("prepare.work.can_be_faster", lambda tokenizer: False)
         return prepared(source, "by_tiktoken", 1)
 
 
@@ -138,7 +135,7 @@ def test_each_text_is_encoded_as_tiktoken_does(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(engine, "CHECK_ONE_IN", 1 << 64)  # its own work, not mended by a check
     tokenizer = Gigatoken()
     for text in make_texts(2000):
-        np.testing.assert_array_equal(tokenizer.encode(text), REFERENCE.encode(text))
+        np.testing.assert_array_equal(tokenizer.encode(text.encode()), REFERENCE.encode(text))
 
 
 def test_characters_that_only_one_of_the_two_knows_go_to_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,52 +143,51 @@ def test_characters_that_only_one_of_the_two_knows_go_to_tiktoken(monkeypatch: p
         def encode(self, content: bytes) -> npt.NDArray[np.uint32]:
             return super().encode(content.replace("\ua7ce".encode(), "\ua7cd".encode()))
 
-    monkeypatch.setattr(engine, "_build", KnowsMore)
+    monkeypatch.setattr(engine, "_new_gigatoken", KnowsMore)
     monkeypatch.setattr(engine, "CHECK_ONE_IN", 1)
     tokenizer = Gigatoken()
     for text in ("\ua7ce's", "a \ua7ce", "é", "a"):
-        np.testing.assert_array_equal(tokenizer.encode(text), REFERENCE.encode(text))
-
-
-@pytest.mark.parametrize("build", [Honest, None])
-def test_what_tiktoken_refuses_is_refused(build: type | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if build is None:
-        pytest.importorskip("gigatoken")
-    else:
-        monkeypatch.setattr(engine, "_build", build)
-    texts = ("a", " " * 2_000_000 + "x", "b")
-    encoded = encode_unit(Texts(texts, 1), Gigatoken(), RULE, None)
-    assert encoded.skipped == {"refused by the tokenizer": 1}
-    assert encoded.documents == 2
+        np.testing.assert_array_equal(tokenizer.encode(text.encode()), REFERENCE.encode(text))
 
 
 def test_a_slice_is_checked_that_follows_from_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [f"document {i}" for i in range(3000)]
-    checked: list[str] = []
-    encode = BytePairTokenizer.encode
+    texts = [f"document {i}".encode() for i in range(4000)]
+    checked: list[bytes] = []
+    encode = engine.Plain.encode
 
-    def note(tokenizer: BytePairTokenizer, text: str) -> npt.NDArray[Any]:
-        if isinstance(tokenizer, Gigatoken):
-            checked.append(text)
-        return encode(tokenizer, text)
+    def note(plain: engine.Plain, content: bytes) -> npt.NDArray[Any]:
+        checked.append(content)
+        return encode(plain, content)
 
-    monkeypatch.setattr(engine, "_build", Honest)
-    monkeypatch.setattr(BytePairTokenizer, "encode", note)
-    tokenizer = Gigatoken()
+    monkeypatch.setattr(engine, "_new_gigatoken", Honest)
+    monkeypatch.setattr(engine.Plain, "encode", note)
+    gigatoken = Gigatoken()
     for unit in (texts[:1000], texts[1000:]):
-        encode_unit(Texts(tuple(unit), 1), tokenizer, RULE, None)
-    first = {texts[0], texts[1000]}
-    assert checked == [text for text in texts if text in first or xxhash.xxh3_64_intdigest(text.encode()) % 64 == 0]
+        gigatoken.begin_unit()
+        for text in unit:
+            gigatoken.encode(text)
+    first = {*texts[:2], *texts[1000:1002]}
+    assert checked == [text for text in texts if text in first or xxhash.xxh3_64_intdigest(text) % 96 == 0]
     assert 20 < len(checked) < 90
 
 
-def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tells_its_size", [True, False])
+def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch, tells_its_size: bool, tmp_path: Path) -> None:
+    """It is built anew when it has grown by a limit, or where that is not told after so much text."""
     built: list[Honest] = []
-    monkeypatch.setattr(engine, "_build", lambda: built.append(Honest()) or built[-1])
-    monkeypatch.setattr(engine, "REBUILD_BYTES", 100)
-    tokenizer = Gigatoken()
+    monkeypatch.setattr(engine, "_new_gigatoken", lambda: built.append(Honest()) or built[-1])
+    monkeypatch.setattr(engine, "MOST_TEXT_BYTES", 99)
+    statm = tmp_path / "statm"
+    monkeypatch.setattr(engine, "_STATM", statm)
+    resident = iter(range(0, 10_000, 60))
+    monkeypatch.setattr(engine, "_resident_bytes", lambda: next(resident))
+    monkeypatch.setattr(engine, "MOST_GROWTH_BYTES", 100)
+    if tells_its_size:
+        statm.write_text("")
+    gigatoken = Gigatoken()
     for _ in range(10):
-        encode_unit(Texts(("x" * 50,), 50), tokenizer, RULE, None)
+        gigatoken.begin_unit()
+        gigatoken.encode(b"x" * 50)
     assert len(built) == 5
 
 
@@ -215,8 +211,8 @@ def test_one_fault_starts_over_with_tiktoken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("pipeline.log.logger.propagate", True)
-    monkeypatch.setattr(engine, "_build", build)
-    monkeypatch.setattr("prepare.run.can_be_faster", lambda tokenizer: True)
+    monkeypatch.setattr(engine, "_new_gigatoken", build)
+    monkeypatch.setattr("prepare.work.can_be_faster", lambda tokenizer: True)
     assert prepared(source, "faulty", 1) == by_tiktoken(source)
     (line,) = (
         record.getMessage() for record in caplog.records if "starting over with tiktoken alone" in record.getMessage()
@@ -259,16 +255,16 @@ def test_a_fault_in_a_worker_starts_over_with_tiktoken(
 
 
 def test_a_fault_is_told_and_an_interrupt_is_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_build", Panicker)
+    monkeypatch.setattr(engine, "_new_gigatoken", Panicker)
     with pytest.raises(EngineFault, match="PanicException"):
-        Gigatoken().encode("a")
+        Gigatoken().encode(b"a")
 
     def interrupted() -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_build", interrupted)
+    monkeypatch.setattr(engine, "_new_gigatoken", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Gigatoken().encode("a")
+        Gigatoken().encode(b"a")
 
 
 # ---- where it is not used --------------------------------------------------------------------------------------------
