@@ -39,9 +39,9 @@ def pieces(blocks: Iterable[bytes]) -> Iterator[tuple[str, bool]]:
 
 def _end_of_piece(text: str, begin: int) -> tuple[int, bool]:
     latest = begin + PIECE_CHARACTERS
-    for earliest in (latest - NEAR_CHARACTERS, begin):
-        # One character more, since a cut before it has to know it.
+    # From the piece's second character, so that nothing before the piece counts; and with the one behind it.
+    for earliest in (max(latest - NEAR_CHARACTERS, begin + 1), begin + 1):
         ends = [found.end() for found in _SAFE.finditer(text, earliest, latest + 1)]
-        if ends and begin < ends[-1] <= latest:
+        if ends:
             return ends[-1], True
     return latest, False

@@ -1,169 +1,183 @@
-"""Encoding: the split rule, the survey before it, exact limits, and results that no number of workers changes."""
+"""Units -> parts: what is in a part, what is left out and why, and workers that fail."""
 
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
 
 from pipeline.errors import UserError
-from pipeline.tokenizer import BytePairTokenizer, ByteTokenizer
-from prepare.encode import Encoded, SplitRule, encode_corpus, encode_unit, survey, texts
-from prepare.readers import Texts
-
-EVERYTHING_TRAIN = SplitRule("hash", 0.1, 0, 0)
-
-
-def units_of(documents: list[str | None], at_once: int = 3) -> list[Texts]:
-    return [Texts(tuple(documents[i : i + at_once]), 1) for i in range(0, len(documents), at_once)]
-
-
-def decoded(results: list[Encoded], split: str = "train") -> list[str]:
-    """The documents of a split, read back by their lengths."""
-    found = []
-    for encoded in results:
-        part = encoded.splits[split]
-        for ids in np.split(part.tokens, np.cumsum(part.lengths)[:-1]) if len(part.lengths) else []:
-            assert ids[-1] == 256
-            found.append(bytes(ids[:-1].astype(np.uint8)).decode())
-    return found
-
-
-def test_a_document_is_val_by_the_hash_of_its_text_alone() -> None:
-    documents = [f"document {i % 50}" for i in range(100)]  # each one twice
-    rule = SplitRule("hash", 0.3, int(0.3 * 2**64), 5)
-    encoded = encode_unit(Texts(tuple(documents), 1), ByteTokenizer(), rule, None)
-    val = {text for text in documents if xxhash.xxh3_64_intdigest(text.encode(), 5) / 2**64 < 0.3}
-    assert 5 < len(val) < 25
-    assert decoded([encoded], "val") == [text for text in documents if text in val]
-    assert decoded([encoded], "train") == [text for text in documents if text not in val]
-
-
-def test_the_seed_moves_documents() -> None:
-    documents = iter(f"document {i}" for i in range(100))
-    hashes = {seed: xxhash.xxh3_64_intdigest(b"document 1", seed) for seed in (0, 1)}
-    assert hashes[0] != hashes[1]
-    assert survey(documents, 0.5, 1, False).rule.seed == 1
-
-
-def test_a_position_rule_cuts_by_characters_and_counts_bytes() -> None:
-    encoded = encode_unit(Texts(("é" * 10,), 1), ByteTokenizer(), SplitRule("position", 0.3, 0, 0), None)
-    assert decoded([encoded], "train") == ["é" * 7]
-    assert decoded([encoded], "val") == ["é" * 3]
-    assert [int(encoded.splits[split].text_bytes[0]) for split in ("train", "val")] == [14, 6]
-
-
-@pytest.mark.parametrize("fraction", [1e-18, 0.5, 0.999999])
-def test_a_document_of_two_characters_still_gives_both_splits(fraction: float) -> None:
-    parts = SplitRule("position", fraction, 0, 0).assign("ab", b"ab")
-    assert parts == [("train", "a", 1), ("val", "b", 1)]
-
-
-@pytest.mark.parametrize("fraction", [1e-9, 0.999999])
-@pytest.mark.parametrize("count", [2, 3, 20])
-def test_a_small_corpus_has_both_splits_and_only_the_nearest_document_moves(fraction: float, count: int) -> None:
-    documents = [f"document {i}" for i in range(count)]
-    rule = survey(iter(documents), fraction, 0, False).rule
-    by_split = {"train": [], "val": []}  # type: dict[str, list[str]]
-    for text in documents:
-        by_split[rule.assign(text, text.encode())[0][0]].append(text)
-    ranked = sorted(documents, key=lambda text: xxhash.xxh3_64_intdigest(text.encode(), 0))
-    assert by_split["val" if fraction < 0.5 else "train"] == ([ranked[0]] if fraction < 0.5 else [ranked[-1]])
-    assert rule.record()["fraction"] == fraction
-
-
-def test_the_survey_of_a_big_corpus_stops_early_and_keeps_the_threshold() -> None:
-    read = 0
-
-    def documents() -> Iterator[str]:
-        nonlocal read
-        for i in range(100_000):
-            read += 1
-            yield f"document {i}"
-
-    assert survey(documents(), 0.01, 0, False).rule.threshold == int(0.01 * 2**64)
-    assert 2 <= read < 2000
-
-
-def test_the_survey_for_characters_reads_everything() -> None:
-    found = survey(iter(["ba", "ab"] * 500 + ["é"]), 0.5, 0, True)
-    assert found.characters == "abé"
-
-
-@pytest.mark.parametrize(
-    ("documents", "words"), [([], "empty"), (["same"] * 3, "all 3 documents"), (["x"], "single character")]
-)
-def test_a_corpus_that_cannot_be_split_is_refused(documents: list[str], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        survey(iter(documents), 0.1, 0, False)
-
-
-@pytest.mark.parametrize("limit", [1, 2, 3, 4, 6, 7, 100])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_limit_takes_exactly_the_first_documents(limit: int, workers: int) -> None:
-    documents = ["a", "", "b", "c", None, "d", "e", "f", "", "g", "h"]
-    wanted = [text for text in documents if text][:limit]
-    units = units_of(documents)
-    results = list(encode_corpus(units, ByteTokenizer(), EVERYTHING_TRAIN, workers, limit))
-    assert decoded(results) == wanted == list(texts(units, limit))
-    upto = documents.index(wanted[-1]) if limit < 8 else len(documents)
-    skipped = sum(sum(encoded.skipped.values()) for encoded in results)
-    assert skipped == sum(1 for text in documents[:upto] if not text)
-
-
-def test_empty_documents_are_counted_by_reason() -> None:
-    encoded = encode_unit(Texts(("", None, " ", ""), 1), ByteTokenizer(), EVERYTHING_TRAIN, None)
-    assert encoded.skipped == {"empty": 2, "null": 1}
-    assert decoded([encoded]) == [" "]
-
-
-def test_a_document_tiktoken_gives_up_on_is_skipped_and_counted() -> None:
-    hostile = " " * 2_000_000 + "x"
-    with pytest.raises(ValueError, match="stack"):
-        BytePairTokenizer("gpt2").encode(hostile)
-    encoded = encode_unit(Texts(("a", hostile, "b"), 1), BytePairTokenizer("gpt2"), EVERYTHING_TRAIN, None)
-    assert encoded.skipped == {"refused by the tokenizer": 1}
-    assert encoded.documents == len(encoded.splits["train"].lengths) == 2
+from pipeline.tokenizer import BytePairTokenizer, ByteTokenizer, Tokenizer
+from prepare import encode as module
+from prepare.encode import Encoder, Task, UnitEncoder, Workers, encode
+from prepare.parts import Part, PartWriter, Summary
+from prepare.readers import NULL, Document, OneUnit, Refused, Texts
 
 
 @dataclass(frozen=True)
-class FailingUnit:
+class Blocks:
+    """A long document, given block by block."""
+
+    content: tuple[bytes, ...]
+
+    def blocks(self) -> Iterator[bytes]:
+        yield from self.content
+
+
+def encoded(
+    tmp_path: Path, documents: list[Document], tokenizer: Tokenizer | None = None, limit: int | None = None
+) -> tuple[Summary, list[list[int]], Part]:
+    """A part's summary, its documents' ids without end-of-text, and the part."""
+    tokenizer = tokenizer or ByteTokenizer()
+    encoder = Encoder(tokenizer.spec(), tmp_path, tmp_path, 5, False)
+    task = Task(3, 7, True, Texts(tuple(documents), 1, "corpus", 10), limit)
+    summary = UnitEncoder(encoder).encode(task)
+    (path,) = tmp_path.glob("*.part")
+    assert path.name == "000003_000007.part"
+    part = Part(path, np.dtype("<u2"))
+    assert part.summary == summary
+    ids = np.split(part.tokens, np.cumsum(part.lengths)[:-1]) if len(part.lengths) else []
+    assert all(each[-1] == tokenizer.end_of_text for each in ids)
+    return summary, [each[:-1].tolist() for each in ids], part
+
+
+def test_a_part_holds_ids_lengths_bytes_and_hashes(tmp_path: Path) -> None:
+    texts = [b"one", "zwölf".encode(), b"<|endoftext|>"]
+    summary, ids, part = encoded(tmp_path, [*texts])
+    assert [bytes(each) for each in ids] == texts
+    assert part.text_bytes.tolist() == [3, 6, 13]
+    digests = [xxhash.xxh3_128_intdigest(text, 5) for text in texts]
+    assert part.hashes.tolist() == [[digest >> 64, digest & (2**64 - 1)] for digest in digests]
+    assert (summary.documents, summary.bytes, summary.tokens, summary.last) == (3, 22, 25, True)
+    assert (summary.skipped, summary.unusual) == ({}, {})
+
+
+def test_what_is_left_out_is_counted_with_the_first_place(tmp_path: Path) -> None:
+    documents: list[Document] = [b"", b"a", Refused(NULL), b"", b" ", Refused(NULL), Blocks((b"", b""))]
+    summary, ids, _ = encoded(tmp_path, [*documents, Blocks((b"cut \xc3", b"("))])
+    assert [bytes(each) for each in ids] == [b"a", b" "]
+    assert summary.skipped == {
+        "empty": {"count": 3, "example": "corpus row 10"},
+        "null": {"count": 2, "example": "corpus row 12"},
+        "not UTF-8": {"count": 1, "example": "corpus row 17"},
+    }
+
+
+def test_a_long_document_is_encoded_as_a_short_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = b"The quick brown fox, it's said, jumps.\nOver 12 lazy dogs." * 50
+    gpt2 = BytePairTokenizer("gpt2")
+    monkeypatch.setattr("prepare.pieces.PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 100)
+    _, ids, part = encoded(tmp_path, [text, Blocks((text[:77], text[77:2000], text[2000:]))], gpt2)
+    assert ids[0] == ids[1] == gpt2.encode(text.decode()).tolist()
+    assert part.text_bytes.tolist() == [len(text)] * 2
+    assert part.hashes[0].tolist() == part.hashes[1].tolist()
+
+
+def test_a_cut_inside_a_word_is_told_unless_every_character_is_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prepare.pieces.PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
+    summary, ids, _ = encoded(tmp_path, [b"x" * 25], BytePairTokenizer("gpt2"))
+    assert summary.unusual == {"cut inside a word": {"count": 1, "example": "corpus row 10"}}
+    assert BytePairTokenizer("gpt2").decode_bytes(ids[0]) == b"x" * 25
+    summary, _, _ = encoded(tmp_path, [b"x" * 25])
+    assert summary.unusual == {}
+
+
+class PanicException(BaseException):
+    """As Rust's panics arrive: no Exception."""
+
+
+@pytest.mark.parametrize("error", [ValueError("stack overflow"), PanicException("index out of bounds")])
+def test_a_document_the_tokenizer_gives_up_on_leaves_nothing_behind(
+    tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ByteTokenizer.encode
+
+    def refuse(tokenizer: ByteTokenizer, text: str) -> Any:
+        if "bad" in text:
+            raise error
+        return plain(tokenizer, text)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", refuse)
+    monkeypatch.setattr("prepare.pieces.PIECE_CHARACTERS", 4)
+    documents: list[Document] = [b"good", b"bad", Blocks((b"much text and then bad",)), b"end"]
+    summary, ids, _ = encoded(tmp_path, documents)
+    assert [bytes(each) for each in ids] == [b"good", b"end"]
+    assert summary.skipped == {"refused by the tokenizer": {"count": 2, "example": "corpus row 11"}}
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 9])
+def test_a_limit_counts_what_is_kept(tmp_path: Path, limit: int) -> None:
+    documents: list[Document] = [b"a", b"", b"b", Refused(NULL), b"c", b""]
+    summary, ids, _ = encoded(tmp_path, documents, limit=limit)
+    assert [bytes(each) for each in ids] == [b"a", b"b", b"c"][:limit]
+    assert sum(entry["count"] for entry in summary.skipped.values()) == {1: 0, 2: 1, 3: 2, 9: 3}[limit]
+
+
+def test_a_part_without_documents_can_be_read(tmp_path: Path) -> None:
+    summary, ids, part = encoded(tmp_path, [b""])
+    assert (ids, summary.documents, part.hashes.shape) == ([], 0, (0, 2))
+
+
+def test_a_part_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
+    writer = PartWriter(tmp_path / "x.part", np.dtype("<u2"), 256)
+    writer.add(np.arange(5, dtype="<u2"))
+    assert not (tmp_path / "x.part").exists()
+    writer.discard()
+    assert not list(tmp_path.iterdir())
+
+
+@dataclass(frozen=True)
+class FailingUnit(OneUnit):
     size: int = 1
     kill: bool = False
 
-    def documents(self) -> Iterator[str | None]:
-        yield "before"
+    def documents(self) -> Iterator[tuple[int, Document]]:
+        yield 0, b"before"
         if self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
         raise UserError("file.jsonl line 7 is not JSON")
 
-
-def test_a_worker_that_is_killed_is_one_line() -> None:
-    units = [*units_of(["a", "b", "c"], 1), FailingUnit(kill=True)]
-    with pytest.raises(UserError, match=r"killed.*memory.*fewer --workers"):
-        list(encode_corpus(units, ByteTokenizer(), EVERYTHING_TRAIN, 2, None))
+    def place(self, position: int) -> str:
+        return "here"
 
 
-def test_a_fault_in_a_worker_arrives_as_the_same_error_after_what_came_before_it() -> None:
-    units = [*units_of(["a", "b", "c"], 1), FailingUnit(), *units_of(["d"] * 9, 1)]
-    results = encode_corpus(units, ByteTokenizer(), EVERYTHING_TRAIN, 2, None)
-    assert decoded([next(results) for _ in range(3)]) == ["a", "b", "c"]
-    with pytest.raises(UserError, match=r"^file\.jsonl line 7 is not JSON$"):
-        next(results)
+def tasks(tmp_path: Path, *units: Any) -> list[tuple[Encoder, Task]]:
+    encoder = Encoder(ByteTokenizer().spec(), tmp_path, tmp_path, 0, False)
+    return [(encoder, Task(i, 0, True, unit, None)) for i, unit in enumerate(units)]
 
 
-def test_few_units_are_in_flight() -> None:
+def test_a_worker_that_is_killed_is_noticed(tmp_path: Path) -> None:
+    with Workers(2) as workers, pytest.raises(BrokenProcessPool):
+        list(workers.map(encode, tasks(tmp_path, Texts((b"a",), 1, "", 0), FailingUnit(kill=True))))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_fault_in_a_worker_arrives_as_the_same_error_and_leaves_no_part(tmp_path: Path, count: int) -> None:
+    with Workers(count) as workers, pytest.raises(UserError, match=r"^file\.jsonl line 7 is not JSON$"):
+        list(workers.map(encode, tasks(tmp_path, FailingUnit())))
+    assert not list(tmp_path.iterdir())
+
+
+def test_few_units_are_under_way(tmp_path: Path) -> None:
     started = 0
 
-    def units() -> Iterator[Texts]:
+    def units() -> Iterator[Any]:
         nonlocal started
-        for i in range(100):
+        for task in tasks(tmp_path, *(Texts((f"document {i}".encode(),), 1, "", 0) for i in range(60))):
             started += 1
-            yield Texts((f"document {i}",), 1)
+            yield task
 
-    for finished, _ in enumerate(encode_corpus(units(), ByteTokenizer(), EVERYTHING_TRAIN, 2, None)):
-        assert started - finished <= 8
-    assert started == 100
+    with Workers(2) as workers:
+        for finished, _ in enumerate(workers.map(encode, units())):
+            assert started - finished <= 5
+    assert started == 60
