@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-fast check bench
+.PHONY: setup quickstart test test-fast test-campaign check bench
 
 setup: $(VENV)/.installed
 
@@ -23,7 +23,11 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not campaign'
+
+# Some ten minutes of kills and of large inputs.
+test-campaign: setup
+	$(BIN)/python -m pytest -m campaign
 
 check: setup
 	$(BIN)/ruff check .

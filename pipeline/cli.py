@@ -1,6 +1,7 @@
 """The command line: parse, import the stage, run it, and turn what the user can mend into one line."""
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -93,16 +94,47 @@ def prepare(
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
     limit_docs: Annotated[int | None, typer.Option(help="Take only the first N documents.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses which documents are val.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a dataset of the same name.")] = False,
+    dedup: Annotated[bool, typer.Option("--dedup", help="Leave out exact duplicates of earlier documents.")] = False,
+    task_id: Annotated[
+        int | None, typer.Option(help="This job's number, from 0, among --tasks; by default SLURM's array index.")
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(help="How many jobs share the dataset; by default the size of SLURM's array.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a dataset of the same name, or what was begun of it.")
+    ] = False,
 ) -> None:
-    """Turn text into a dataset: shards of token ids and a manifest, in DATA_DIR/NAME."""
+    """Turn text into a dataset: shards of token ids and a manifest, in DATA_DIR/NAME. Killed, it goes on where it was."""
     from prepare.run import PrepareOptions, run
 
+    if task_id is None and tasks is None:
+        task_id, tasks = _slurm_array()
     run(
         PrepareOptions(
-            sources, name, data_dir, tokenizer, text_field, val_fraction, shard_tokens, workers, limit_docs, seed, force
+            sources, name, data_dir, tokenizer, text_field, val_fraction, shard_tokens, workers, limit_docs, seed, dedup,
+            task_id, tasks, force,
         )
-    )
+    )  # fmt: skip
+
+
+def _slurm_array() -> tuple[int | None, int | None]:
+    """This job's number in its SLURM array, from 0, and the array's size; nothing outside one."""
+    index, size = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_ARRAY_TASK_COUNT")
+    if index is None or size is None:
+        return None, None
+    return int(index) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")), int(size)
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The dataset's folder, such as data/openwebtext.")],
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+) -> None:
+    """Make the dataset of what the jobs of `prepare --tasks` have done, where the last of them did not."""
+    from prepare.run import merge as merge_tasks
+
+    merge_tasks(folder, workers)
 
 
 @app.command(epilog=configs.help_text())

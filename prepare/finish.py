@@ -48,16 +48,16 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: int) -> None:
     assembly = Assembly(journal.folder, journal.staged, tokenizer.vocab_size, tokenizer.end_of_text, rule, duplicates)
     plans = plan_shards(parts, assembly, plan.options["shard_tokens"])
     shards = _write_shards(assembly, plans, workers)
-    if corpus.stamps() != plan.stamps:
+    if changed := changed_sources(plan, corpus, journal):
         raise UserError(
-            f"a source of {journal.dataset} changed while it was prepared: start over with --force once it stays as it is"
+            f"{changed[0]} changed while {journal.dataset} was prepared from it: start over with --force once it stays as it is"
         )
     known = journal.known_hashes()
     manifest = Manifest(
         tokenizer=plan.tokenizer,
         dtype=dtype.name,
         splits={split: [shards[each.name] for each in plans if each.split == split] for split in SPLITS},
-        sources=corpus.record(lambda path: known.get(str(path)) or hash_file(path)),
+        sources=corpus.record(lambda path: known[str(path)][1] if str(path) in known else hash_file(path)),
         options=plan.options,
         val_rule=rule.record(),
         skipped=skipped,
@@ -67,6 +67,19 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: int) -> None:
     )
     journal.publish(manifest)
     _summarise(journal.dataset, manifest)
+
+
+def changed_sources(plan: Plan, corpus: Corpus, journal: Journal) -> list[str]:
+    """The sources that are not as they were when the plan was made; a file that was only touched is the same."""
+    known = journal.known_hashes()
+    stamps = corpus.stamps()
+
+    def only_touched(name: str) -> bool:
+        stamp, digest = known.get(name, (None, ""))
+        return name in stamps and stamp == plan.stamps.get(name) and hash_file(Path(name)) == digest
+
+    names = sorted({*stamps, *plan.stamps})
+    return [name for name in names if stamps.get(name) != plan.stamps.get(name) and not only_touched(name)]
 
 
 def _reports(parts: list[Path]) -> tuple[Reports, Reports, int]:

@@ -2,7 +2,7 @@
 
     plan.json          what is prepared, from what, and how; written first, by whichever task comes first
     000012_000000.part a finished unit
-    hashes_0000.txt    the sources' files that were hashed, by task
+    hashes_0000.jsonl  the sources' files that were hashed, by task
     tiktoken_only      there when gigatoken was caught at a fault, with the fault
     dataset/           shards and vocabulary as they will lie in the dataset; its manifest is written last
 
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -137,17 +138,21 @@ class Journal:
 
     # ---- hashes of the sources' files
 
-    def known_hashes(self) -> dict[str, str]:
-        """By path, of every task; a line that a kill cut is left out."""
-        lines = (line for path in self.folder.glob("hashes_*.txt") for line in path.read_text().splitlines())
-        pairs = (line.split("\t") for line in lines)
-        return {pair[2]: pair[0] for pair in pairs if len(pair) == 3 and pair[1] == str(len(pair[2]))}
+    def known_hashes(self) -> dict[str, tuple[Any, str]]:
+        """By path, of every task: the stamp the file had and its hash. A line that a kill cut is left out."""
+        found = {}
+        for path in self.folder.glob("hashes_*.jsonl"):
+            for line in path.read_bytes().splitlines():
+                with suppress(orjson.JSONDecodeError):
+                    name, stamp, digest = orjson.loads(line)
+                    found[name] = (stamp, digest)
+        return found
 
-    def hash_files(self, paths: list[Path], task: int, digests: Iterator[str]) -> None:
-        """Note each path's digest as it comes."""
-        with (self.folder / f"hashes_{task:04d}.txt").open("a", encoding="utf-8") as file:
-            for path, digest in zip(paths, digests, strict=True):
-                file.write(f"{digest}\t{len(str(path))}\t{path}\n")
+    def note_hashes(self, paths: list[Path], task: int, hashes: Iterator[tuple[Any, str]]) -> None:
+        """Keep each path's stamp and hash as they come."""
+        with (self.folder / f"hashes_{task:04d}.jsonl").open("ab") as file:
+            for path, (stamp, digest) in zip(paths, hashes, strict=True):
+                file.write(orjson.dumps([str(path), stamp, digest]) + b"\n")
                 file.flush()
 
     # ---- the end
@@ -169,7 +174,7 @@ class Journal:
             if SHARD_NAME.fullmatch(old.name) and old.name not in wanted:
                 old.unlink()
         for path in sorted(self.staged.iterdir()):
-            if path.name != MANIFEST_NAME:
+            if path.name != MANIFEST_NAME and not path.name.endswith(".partial"):
                 path.rename(self.dataset / path.name)
         sync(self.dataset)
         (self.staged / MANIFEST_NAME).rename(self.dataset / MANIFEST_NAME)

@@ -139,6 +139,12 @@ def stamp(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
+def stamped_hash(path: Path) -> tuple[list[int], str]:
+    """The stamp is the one before the file was read, so that it never vouches for later content."""
+    before = stamp(path)
+    return before, hash_file(path)
+
+
 def _plan(paths: list[Path], text_field: str, unit_bytes: int) -> Iterator[Item]:
     batch: list[str] = []
     batch_size = 0

@@ -22,8 +22,9 @@ from pipeline.log import logger
 from pipeline.shards import MANIFEST_NAME, load_manifest
 from pipeline.tokenizer import Tokenizer, from_spec
 from prepare.corpus import Corpus, default_name, open_corpus
-from prepare.finish import finish
+from prepare.finish import changed_sources, finish
 from prepare.journal import Journal, Plan, Share, tasks_of
+from prepare.local import stamped_hash
 from prepare.pieces import pieces
 from prepare.readers import STDIN_SPOOL, Refused
 from prepare.vocabulary import check_name, learn_vocabulary, learns_from_corpus, open_vocabulary
@@ -80,6 +81,7 @@ def run(options: PrepareOptions) -> Path:
 
 def merge(dataset: Path, workers: int | None = None) -> None:
     """Make the dataset of what all tasks have done."""
+    dataset = dataset.absolute()
     journal = Journal(dataset)
     plan = journal.plan()
     if plan is None:
@@ -89,7 +91,7 @@ def merge(dataset: Path, workers: int | None = None) -> None:
     with one_writer(dataset), chdir(plan.working_folder):
         corpus = open_corpus(plan.sources, plan.options["text_field"], dataset)
         _check_complete(journal, plan)
-        finish(Journal(dataset.absolute()), plan, corpus, workers or available_cores())
+        finish(journal, plan, corpus, workers or available_cores())
 
 
 def check(options: PrepareOptions) -> Share:
@@ -220,15 +222,8 @@ def _check_same(dataset: Path, chosen: dict[str, Any], corpus: Corpus) -> None:
 
 
 def _changes(before: Plan, chosen: dict[str, Any], corpus: Corpus, journal: Journal) -> list[str]:
-    """What is not as it was when the preparation began. A file that was only touched counts as the same."""
-    stamps = corpus.stamps()
-    known = journal.known_hashes()
-    changed = [
-        name
-        for name in sorted({*stamps, *before.stamps})
-        if stamps.get(name) != before.stamps.get(name)
-        and not (name in stamps and name in known and Path(name).is_file() and hash_file(Path(name)) == known[name])
-    ]
+    """What is not as it was when the preparation began."""
+    changed = changed_sources(before, corpus, journal)
     differences = _differences(before.options, chosen, before.tokenizer)
     return differences + ([f"the sources changed ({_some(changed)})"] if changed else [])
 
@@ -282,7 +277,7 @@ def _encode(plan: Plan, share: Share, corpus: Corpus, dataset: Path, workers: in
     known = journal.known_hashes()
     paths = [path for path in corpus.files()[share.task :: share.tasks] if str(path) not in known]
     with ThreadPoolExecutor(HASH_THREADS) as hashing, ThreadPoolExecutor(1) as noting:
-        noted = noting.submit(journal.hash_files, paths, share.task, hashing.map(hash_file, paths))
+        noted = noting.submit(journal.note_hashes, paths, share.task, hashing.map(stamped_hash, paths))
         try:
             encode_share(journal, plan, tokenizer, corpus.items(), share, workers)
             noted.result()
