@@ -114,7 +114,7 @@ class Gigatoken:
         self._encoded_bytes += len(content)
         with _faults_told():
             ids = self._fast.encode(content)
-            whole = int(self._byte_counts[ids].sum()) == len(content)
+            whole = int(self._byte_counts.take(ids).sum()) == len(content)
         if not whole:
             raise EngineFault("lost or added text")
         narrow: TokenIds = ids.astype(self._dtype)

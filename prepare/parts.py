@@ -67,7 +67,8 @@ class PartWriter:
     def __init__(self, path: Path, dtype: np.dtype[Any], end_of_text: int) -> None:
         self.path = path
         self._partial = path.with_name(f"{path.name}.partial")
-        self._file = self._partial.open("wb")
+        # Documents are mostly larger than the usual 8 KB, and would be written one by one.
+        self._file = self._partial.open("wb", buffering=1 << 20)
         self._end = np.array([end_of_text], dtype=dtype).tobytes()
         self._itemsize = dtype.itemsize
         self._lengths: list[int] = []
