@@ -159,6 +159,27 @@ def sample(
 
 
 @app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A dataset, a shard, or a checkpoint or Hugging Face GPT-2 folder.")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what is in a dataset, shard or checkpoint: counts, lengths, frequent tokens, decoded beginnings."""
+    from pipeline.inspect import run
+
+    run(path, json)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A dataset, a shard or a checkpoint.")],
+) -> None:
+    """Read every byte of it again and check every promise its manifest makes; exit code 2 if one is broken."""
+    from pipeline.verify import run
+
+    run(path)
+
+
+@app.command()
 def quickstart() -> None:
     """See it work in a few minutes: prepare the Python library's own source, train on it, sample from it."""
     from prepare.run import PrepareOptions

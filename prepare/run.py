@@ -123,7 +123,7 @@ def _prepare(
         sources=corpus.record(hash_of),
         options=chosen,
         val_rule=found.rule.record(),
-        skipped=skipped,
+        skipped={reason: {"count": count, "example": ""} for reason, count in skipped.items()},
         program=__version__,
     )
     manifest.save(folder)
@@ -244,6 +244,8 @@ def _summarise(folder: Path, manifest: Manifest, seconds: float) -> None:
         tokens, documents = manifest.count(split, "tokens"), manifest.count(split, "documents")
         logger.info("%s: %s tokens in %s documents", split, f"{tokens:,}", f"{documents:,}")
     if manifest.skipped:
-        logger.info("skipped: %s", ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items()))
+        logger.info(
+            "skipped: %s", ", ".join(f"{entry['count']:,} {reason}" for reason, entry in manifest.skipped.items())
+        )
     logger.info("%s MB of text in %s s, %s MB/s", f"{megabytes:,.1f}", f"{seconds:,.1f}", f"{megabytes / seconds:,.1f}")
     logger.info("prepared %s", folder)

@@ -59,7 +59,7 @@ def dataset(folder: Path, docs: list[Document] | None = None) -> Manifest:
         sources=[{"path": "a.txt", "bytes": 5}],
         options={"seed": 0},
         val_rule={"kind": "hash"},
-        skipped={"empty": 2},
+        skipped={"empty": {"count": 2, "example": "a.txt line 3"}},
         program="0.0.0",
     )
     manifest.save(folder)
@@ -172,7 +172,7 @@ def test_a_manifest_survives_the_disk(tmp_path: Path) -> None:
 def test_the_manifest_tells_where_end_of_text_stands(tmp_path: Path) -> None:
     dataset(tmp_path)
     document = orjson.loads((tmp_path / MANIFEST_NAME).read_bytes())
-    assert document["format"] == 1
+    assert document["format"] == 2
     assert document["end_of_text"] == "after each document"
     assert document["tokenizer"]["end_of_text"] == END
 
@@ -209,7 +209,7 @@ def test_a_folder_without_a_manifest_is_not_a_dataset(tmp_path: Path) -> None:
         load_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"format": 1', b"[]", b"null", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b'{"format": 2', b"[]", b"null", b"\xff"])
 def test_a_damaged_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     dataset(tmp_path)
     (tmp_path / MANIFEST_NAME).write_bytes(content)
@@ -243,7 +243,7 @@ def refusal(folder: Path, edit: Callable[[dict[str, Any]], object]) -> str:
         (lambda d: d["splits"]["val"][0].pop("hash"), "is damaged (TypeError: "),
         (lambda d: d["tokenizer"].pop("vocab_size"), "is damaged (KeyError: 'vocab_size')"),
         (lambda d: d.update(surplus=1), "is damaged (TypeError: "),
-        (lambda d: d.update(format=2), "has format 2, this program reads 1: prepare it again"),
+        (lambda d: d.update(format=1), "has format 1, this program reads 2: prepare it again"),
     ],
     ids=["format", "dtype", "splits", "a split", "a shard's hash", "vocab_size", "a surplus key", "another format"],
 )
