@@ -199,5 +199,5 @@ class DatasetCheck:
             )
             (self.faults if ours else self.remarks).append(line)
         if tally.twins:
-            more = f"; so are {tally.twins - 1:,} more of this shard" if tally.twins > 1 else ""
+            more = f"; and {tally.twins - 1:,} more of this shard" if tally.twins > 1 else ""
             self.faults.append(f"{path} is in both splits: the document {tally.first_twin}{more}")
