@@ -78,7 +78,8 @@ class DatasetCheck:
         self.documents = 0
         self.vocab_size: int = manifest.tokenizer["vocab_size"]
         self.end_of_text: int = manifest.tokenizer["end_of_text"]
-        self.file_of_hash = {shard.hash: shard.file for shards in manifest.splits.values() for shard in shards}
+        self.shards = [shard for shards in manifest.splits.values() for shard in shards]
+        self.file_of_hash = {shard.hash: shard.file for shard in self.shards}
         self.bytes_of_ids: npt.NDArray[np.uint16] | None = None
         # A lone document is cut in two: its halves may well be equal, and no document is in both splits.
         compared = set(SPLITS) <= manifest.splits.keys() and manifest.val_rule.get("kind") != "position"
@@ -87,9 +88,9 @@ class DatasetCheck:
     def run(self) -> None:
         """Look at everything once; fills `faults` and `remarks`."""
         self._check_surroundings()
-        size = sum(shard.tokens for shards in self.manifest.splits.values() for shard in shards)
+        size = sum(shard.tokens for shard in self.shards) * np.dtype(self.manifest.dtype).itemsize
         tallies: dict[str, list[Tally]] = {}
-        with ProgressReport("verify", size * np.dtype(self.manifest.dtype).itemsize / 1e6, "MB") as report:
+        with ProgressReport("verify", size / 1e6, "MB") as report:
             for split in sorted(self.manifest.splits, key=lambda split: split != "val"):
                 tallies[split] = list(each_shard(self.manifest.splits[split], report, partial(self._tally, split)))
                 if split == "val" and self.val_documents:
@@ -101,16 +102,13 @@ class DatasetCheck:
 
     def verdict(self) -> str:
         """What was looked at and found true."""
-        shards = [shard for shards in self.manifest.splits.values() for shard in shards]
         found = [f"every id is below {self.vocab_size:,}"]
         if not self.manifest.is_foreign:
             found += ["sizes, hashes and counts are the manifest's", "every shard ends with end-of-text"]
         if self.val_documents:
             found.append("no document is in both splits")
-        return (
-            f"{sum(shard.tokens for shard in shards):,} tokens, {self.documents:,} documents in {len(shards)} shard(s); "
-            + ", ".join(found)
-        )
+        tokens = sum(shard.tokens for shard in self.shards)
+        return f"{tokens:,} tokens, {self.documents:,} documents in {len(self.shards)} shard(s); {', '.join(found)}"
 
     def _check_surroundings(self) -> None:
         """The vocabulary, and files that the manifest does not name."""
@@ -123,7 +121,7 @@ class DatasetCheck:
             self.bytes_of_ids = bytes_of_ids(from_spec(self.manifest.tokenizer))
         except UserError as error:
             self.faults.append(str(error))
-        known = {MANIFEST_NAME, *self.file_of_hash.values()}
+        known = {MANIFEST_NAME, *(shard.file for shard in self.shards)}
         strays = sorted(path.name for path in self.folder.iterdir() if path.name not in known and path.name[0] != ".")
         if strays and set(SPLITS) <= self.manifest.splits.keys():
             more = f" and {len(strays) - _LISTED_FILES} more" if len(strays) > _LISTED_FILES else ""
@@ -139,11 +137,10 @@ class DatasetCheck:
             return Tally(unreadable=f"{path} cannot be read: {error.strerror}")
 
     def _scan(self, split: str, shard: Shard, advance: Advance) -> Tally:
-        ids: TokenIds = np.asarray(map_shard(self.folder, self.manifest, shard))
         tally, hash_, finder = Tally(), xxhash.xxh3_128(), DocumentFinder(self.manifest)
         for block in blocks(self.folder / shard.file, self.manifest.header_bytes):
             hash_.update(block)
-            part: TokenIds = np.frombuffer(block, ids.dtype)
+            part: TokenIds = np.frombuffer(block, self.manifest.dtype)
             if part.max() >= self.vocab_size:
                 outside = np.flatnonzero(part >= self.vocab_size)
                 if not tally.outside:
@@ -151,18 +148,19 @@ class DatasetCheck:
                 tally.outside += len(outside)
             if self.bytes_of_ids is not None:
                 tally.text_bytes += int(self.bytes_of_ids.take(part, mode="clip").sum(dtype=np.int64))
-            self._compare(split, shard, ids, finder.feed(part), tally)
+            self._compare(split, shard, finder.feed(part), tally)
+            tally.last_id = int(part[-1])
             advance(len(block))
-        tally.hash, tally.documents, tally.last_id = hash_.hexdigest(), finder.count, int(ids[-1])
+        tally.hash, tally.documents = hash_.hexdigest(), finder.count
         return tally
 
-    def _compare(
-        self, split: str, shard: Shard, ids: TokenIds, documents: tuple[Positions, Positions], tally: Tally
-    ) -> None:
+    def _compare(self, split: str, shard: Shard, documents: tuple[Positions, Positions], tally: Tally) -> None:
         """Keep val's documents, look for train's among them; a document that a shard's border cuts is left out."""
         starts, lengths = (positions[documents[1] > 0] for positions in documents)
         if self.val_documents is None or not len(starts):
             return
+        # Mapped anew for each block: one mapping of a large shard would hold all of its pages in memory in the end.
+        ids: TokenIds = np.asarray(map_shard(self.folder, self.manifest, shard))
         if split == "val":
             self.val_documents.add(shard.file, ids, starts, lengths)
             return
