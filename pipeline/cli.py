@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _leave(message: str, code: int) -> None:
-    log.logger.error("error: %s", " ".join(message.splitlines()))
+    log.logger.error("error: %s", log.printable(" ".join(message.splitlines())))
     sys.exit(code)
 
 

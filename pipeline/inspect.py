@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import UserError
-from pipeline.log import ProgressReport
+from pipeline.log import ProgressReport, printable
 from pipeline.scan import Advance, DocumentFinder, blocks, bytes_of_ids, each_shard, text_of
 from pipeline.shards import Manifest, Shard, check_sizes, map_shard, read_path
 from pipeline.tokenizer import TokenIds, Tokenizer, from_spec
@@ -77,10 +77,11 @@ def describe_dataset(path: Path) -> dict[str, Any]:
         splits[split]["beginnings"] = [
             describe_beginning(folder, manifest, document, tokenizer) for document in counts.first
         ]
-    told = ("program", "fingerprint", "dtype", "end_of_text", "sources", "options", "val_rule", "skipped", "statistics")
+    told = ("program", "dtype", "end_of_text", "sources", "options", "val_rule", "skipped", "statistics")
+    identity = {"kind": "shard"} if path.is_file() else {"kind": "dataset", "fingerprint": manifest.fingerprint}
     return {
         "path": str(path),
-        "kind": "shard" if path.is_file() else "dataset",
+        **identity,
         "note": note,
         "tokenizer": vocabulary(manifest.tokenizer),
         **{name: getattr(manifest, name) for name in told},
@@ -147,7 +148,7 @@ def describe_counts(counts: Counts, tokenizer: Tokenizer | None) -> dict[str, An
         text_bytes = int(inside @ bytes_of_ids(tokenizer).astype(np.int64))
         described |= {"bytes": text_bytes, "bytes_per_token": text_bytes / tokens}
     described["frequent_tokens"] = [
-        {"id": i, "text": decode(tokenizer, [i]), "share": float(inside[i] / tokens)}
+        {"id": i, "text": decode(tokenizer, [i], whole=True), "share": float(inside[i] / tokens)}
         for i in np.argsort(-inside, kind="stable")[: min(FREQUENT, len(there))].tolist()
     ]
     return described
@@ -175,10 +176,10 @@ def describe_beginning(
     return {"file": shard.file, "position": start, "tokens": length, "ids": ids[:FREQUENT], "text": shown}
 
 
-def decode(tokenizer: Tokenizer | None, ids: list[int]) -> str | None:
-    """The text of `ids`, without a character they cut at the end; None where they have none."""
+def decode(tokenizer: Tokenizer | None, ids: list[int], whole: bool = False) -> str | None:
+    """The text of `ids`; of one that goes on, without a character cut at the end. None where the ids have no text."""
     content = text_of(tokenizer, ids) if tokenizer else None
-    return None if content is None else codecs.getincrementaldecoder("utf-8")("replace").decode(content)
+    return None if content is None else codecs.getincrementaldecoder("utf-8")("replace").decode(content, whole)
 
 
 # ---- checkpoints ----
@@ -220,7 +221,7 @@ def show(description: dict[str, Any]) -> None:
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in {**description, **config}.items():
         if name not in ("splits", "config") and value not in ({}, [], "", None):
-            facts.add_row(printable(name), printable(value))
+            facts.add_row(cell(name), cell(value))
     console.print(facts)
     if splits:
         show_splits(console, splits)
@@ -229,36 +230,38 @@ def show(description: dict[str, Any]) -> None:
 def show_splits(console: Console, splits: dict[str, dict[str, Any]]) -> None:
     """Their figures side by side, then what is in them."""
     figures = Table("", *splits, box=None, pad_edge=False)
-    names = dict.fromkeys(name for split in splits.values() for name in split)
-    for name in names:
-        if name not in ("frequent_tokens", "beginnings"):
-            figures.add_row(name, *(printable(split.get(name)) for split in splits.values()))
+    columns = [
+        {name: value for name, value in split.items() if not isinstance(value, dict | list)}
+        | {f"document length, {name}": value for name, value in split["document_lengths"].items()}
+        for split in splits.values()
+    ]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        figures.add_row(name, *(cell(column.get(name, "")) for column in columns))
     console.print("", figures, sep="\n")
     for name, split in splits.items():
-        frequent = ", ".join(
+        tokens = (
             f"{token['id'] if token['text'] is None else repr(token['text'])} {token['share']:.1%}"
             for token in split["frequent_tokens"]
         )
-        console.print(Text(f"\n{name}, frequent tokens: {frequent}"))
+        console.print(Text(f"\n{name}, frequent tokens: {', '.join(tokens)}"))
         for number, beginning in enumerate(split["beginnings"], start=1):
             text = beginning["ids"] if beginning["text"] is None else beginning["text"]
-            console.print(
-                Text(f"\n{name}, document {number} of {beginning['tokens']:,} tokens: "), printable(text), sep=""
-            )
+            console.print(Text(f"\n{name}, document {number} of {beginning['tokens']:,} tokens: "), cell(text), sep="")
 
 
-def printable(value: Any) -> Text:
-    """A value in words, control characters escaped: what comes out of a file may be written to take over a terminal."""
-    return Text(repr(_in_words(value))[1:-1])
+def cell(value: Any) -> Text:
+    """A value as a cell of a table, never as markup."""
+    return Text(printable(in_words(value)))
 
 
-def _in_words(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A value on one line."""
     match value:
         case dict():
-            return ", ".join(f"{name} {_in_words(entry)}" for name, entry in value.items())
+            return ", ".join(f"{name} {in_words(entry)}" for name, entry in value.items())
         case list():
             more = f" and {len(value) - LISTED:,} more" if len(value) > LISTED else ""
-            return "; ".join(_in_words(entry) for entry in value[:LISTED]) + more
+            return "; ".join(in_words(entry) for entry in value[:LISTED]) + more
         case bool() | None:
             return str(value).lower()
         case float():

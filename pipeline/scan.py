@@ -22,7 +22,7 @@ Advance = Callable[[int], None]
 Result = TypeVar("Result")
 
 BLOCK_BYTES = 1 << 20  # with its intermediate arrays it stays in a core's cache
-# numpy and xxhash let go of the interpreter's lock: one thread does about 1 GB/s, and no disk feeds more than eight.
+# numpy and xxhash let go of the interpreter's lock: one thread does about 1 GB/s, and few disks feed more than eight.
 THREADS = 8
 
 

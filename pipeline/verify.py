@@ -18,7 +18,7 @@ import xxhash
 from pipeline.duplicates import DocumentIndex
 from pipeline.errors import UserError
 from pipeline.files import hash_file
-from pipeline.log import ProgressReport
+from pipeline.log import ProgressReport, printable
 from pipeline.scan import Advance, DocumentFinder, Positions, blocks, bytes_of_ids, each_shard
 from pipeline.shards import MANIFEST_NAME, SPLITS, Manifest, Shard, map_shard, read_path, size_fault
 from pipeline.tokenizer import TokenIds, from_spec
@@ -36,7 +36,7 @@ def run(path: Path) -> None:
     check.run()
     for kind, lines in (("remark", check.remarks), ("fault", check.faults)):
         for line in lines:
-            sys.stdout.write(f"{kind}: {line}\n")
+            sys.stdout.write(f"{kind}: {printable(line)}\n")
     sys.stdout.flush()
     if check.faults:
         raise UserError(f"{path} has {len(check.faults)} fault(s), listed above: {manifest.remedy}")
@@ -105,7 +105,7 @@ class DatasetCheck:
         found = [f"every id is below {self.vocab_size:,}"]
         if not self.manifest.is_foreign:
             found += ["sizes, hashes and counts are the manifest's", "every shard ends with end-of-text"]
-        if self.val_documents:
+        if self.val_documents and self.documents:
             found.append("no document is in both splits")
         tokens = sum(shard.tokens for shard in self.shards)
         return f"{tokens:,} tokens, {self.documents:,} documents in {len(self.shards)} shard(s); {', '.join(found)}"

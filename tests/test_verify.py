@@ -166,6 +166,12 @@ def test_other_files_in_the_folder_are_a_remark(dataset: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.startswith("remark: not named by the manifest: train_00002.bin.partial\nverified: ")
 
 
+def test_a_files_name_cannot_command_the_terminal(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (dataset / "a\x1b[2Jb").touch()
+    run(dataset)
+    assert "remark: not named by the manifest: a\\x1b[2Jb\n" in capsys.readouterr().out
+
+
 def test_a_single_shard_is_held_against_its_line_of_the_manifest(
     dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
