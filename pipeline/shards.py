@@ -176,6 +176,8 @@ def _foreign_manifest(program: str, files: dict[str, list[Path]]) -> Manifest:
 
 
 def _check_form(folder: Path, manifest: Manifest) -> None:
+    if missing := {"vocab_size", "end_of_text"} - manifest.tokenizer.keys():
+        raise KeyError(max(missing))
     vocab_size = manifest.tokenizer["vocab_size"]
     wanted = token_dtype(vocab_size)
     if manifest.dtype != wanted.name:

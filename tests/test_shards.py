@@ -242,10 +242,21 @@ def refusal(folder: Path, edit: Callable[[dict[str, Any]], object]) -> str:
         (lambda d: d["splits"].pop("val"), "is damaged (KeyError: 'val')"),
         (lambda d: d["splits"]["val"][0].pop("hash"), "is damaged (TypeError: "),
         (lambda d: d["tokenizer"].pop("vocab_size"), "is damaged (KeyError: 'vocab_size')"),
+        (lambda d: d["tokenizer"].pop("end_of_text"), "is damaged (KeyError: 'end_of_text')"),
         (lambda d: d.update(surplus=1), "is damaged (TypeError: "),
         (lambda d: d.update(format=1), "has format 1, this program reads 2: prepare it again"),
     ],
-    ids=["format", "dtype", "splits", "a split", "a shard's hash", "vocab_size", "a surplus key", "another format"],
+    ids=[
+        "format",
+        "dtype",
+        "splits",
+        "a split",
+        "a shard's hash",
+        "vocab_size",
+        "end_of_text",
+        "a surplus key",
+        "another format",
+    ],
 )
 def test_a_manifest_of_another_form_is_refused(
     tmp_path: Path, edit: Callable[[dict[str, Any]], object], message: str
