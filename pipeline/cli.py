@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _leave(message: str, code: int) -> None:
-    log.logger.error("error: %s", " ".join(message.splitlines()))
+    log.logger.error("error: %s", log.printable(" ".join(message.splitlines())))
     sys.exit(code)
 
 
@@ -188,6 +188,27 @@ def sample(
             json, run_dir,
         )
     )  # fmt: skip
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A dataset, a shard, or a checkpoint or Hugging Face GPT-2 folder.")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what is in a dataset, shard or checkpoint: counts, lengths, frequent tokens, decoded beginnings."""
+    from pipeline.inspect import run
+
+    run(path, json)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A dataset, a shard or a checkpoint.")],
+) -> None:
+    """Read every byte of it again and check every promise its manifest makes; exit code 2 if one is broken."""
+    from pipeline.verify import run
+
+    run(path)
 
 
 @app.command()

@@ -57,6 +57,11 @@ def also_to_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
+def printable(text: str) -> str:
+    """`text` with its control characters escaped: what comes out of a file may be written to command the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class ProgressReport:
     """Progress of one piece of long work: `with ProgressReport("encode", total=n, unit="MB") as report: report.advance(1)`.
 

@@ -267,7 +267,7 @@ def statistics(assembly: Assembly, plans: Sequence[ShardPlan], shards: Sequence[
         if plan.split == "train":
             counts.load(assembly.parts / f"{plan.name}.counts")
     found: dict[str, Any] = {
-        "bytes_per_token": round(sum(shard.bytes for shard in shards) / sum(shard.tokens for shard in shards), 4),
+        "bytes_per_token": round(sum(shard.bytes or 0 for shard in shards) / sum(shard.tokens for shard in shards), 4),
         "unigram_entropy_nats": round(_entropy(counts.unigrams), 4),
     }
     if len(counts.bigrams):

@@ -1,6 +1,7 @@
 """What several test files need: small datasets on disk, a tiny config, and a way to run the program for real."""
 
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from pipeline.config import Config, from_dict
-from pipeline.files import hash_bytes
+from pipeline.files import hash_file
 from pipeline.shards import Manifest, Shard
 from pipeline.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parents[1]
 WriteDataset = Callable[..., Path]
+GPT2_END = 50256
 MakeConfig = Callable[..., Config]
 
 
@@ -29,9 +32,7 @@ def write_dataset(folder: Path, train_tokens: int = 20_000, val_tokens: int = 2_
     for split, count in (("train", train_tokens), ("val", val_tokens)):
         ids = np.cumsum(random.integers(1, 4, size=count)) % 50 + 65
         ids[-1] = tokenizer.end_of_text
-        content = ids.astype("<u2").tobytes()
-        (folder / f"{split}_00000.bin").write_bytes(content)
-        splits[split] = [Shard(f"{split}_00000.bin", count, 1, count - 1, hash_bytes(content))]
+        splits[split] = [write_shard(folder, split, 0, ids)]
     manifest = Manifest(
         tokenizer=tokenizer.spec(),
         dtype="uint16",
@@ -40,11 +41,71 @@ def write_dataset(folder: Path, train_tokens: int = 20_000, val_tokens: int = 2_
         options={},
         val_rule={},
         skipped={},
-        unusual={},
-        statistics={},
         program="test",
     )
     manifest.save(folder)
+    return folder
+
+
+def write_shard(folder: Path, split: str, number: int, ids: npt.ArrayLike, documents: int = 1) -> Shard:
+    """A shard of 16-bit ids; its bytes of text are made up, to be told from its tokens."""
+    path = folder / f"{split}_{number:05d}.bin"
+    content = np.asarray(ids).astype("<u2")
+    content.tofile(path)
+    return Shard(path.name, len(content), documents, len(content) - 1, hash_file(path))
+
+
+def write_documents(folder: Path, splits: dict[str, list[list[str]]]) -> Path:
+    """A byte-vocabulary dataset of known texts: for each split its shards, for each shard its documents."""
+    tokenizer = ByteTokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
+    described: dict[str, list[Shard]] = {}
+    for split, shards in splits.items():
+        described[split] = []
+        for number, texts in enumerate(shards):
+            path = folder / f"{split}_{number:05d}.bin"
+            ids = [part for text in texts for part in (tokenizer.encode(text), [tokenizer.end_of_text])]
+            np.concatenate(ids).astype("<u2").tofile(path)
+            text_bytes = sum(len(text.encode()) for text in texts)
+            described[split].append(Shard(path.name, path.stat().st_size // 2, len(texts), text_bytes, hash_file(path)))
+    Manifest(
+        tokenizer=tokenizer.spec(),
+        dtype="uint16",
+        splits=described,
+        sources=[{"path": "texts/a.jsonl", "bytes": 100}],
+        options={"seed": 0},
+        val_rule={"kind": "hash"},
+        skipped={"empty": {"count": 2, "example": "texts/a.jsonl line 7"}},
+        program="test",
+        statistics={"bigram_entropy_nats": 1.25},
+    ).save(folder)
+    return folder
+
+
+def ids_of(documents: int, length: int = 40, seed: int = 0, before: bool = False) -> npt.NDArray[np.uint16]:
+    """Documents of GPT-2 ids in which each follows from the one before, end-of-text after or before each."""
+    steps = np.random.default_rng(seed).integers(1, 4, size=(documents, length))
+    ids = np.cumsum(steps, axis=1) % 1000
+    ids[:, 0 if before else -1] = GPT2_END
+    return ids.astype("<u2").ravel()
+
+
+def llm_c(ids: npt.NDArray[np.uint16], magic: int = 20240520, version: int = 1, count: int | None = None) -> bytes:
+    header = struct.pack("<3i", magic, version, len(ids) if count is None else count)
+    return header.ljust(1024, b"\0") + ids.tobytes()
+
+
+def write_nanogpt(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    ids_of(50, seed=1).tofile(folder / "train.bin")
+    ids_of(5, seed=2).tofile(folder / "val.bin")
+    return folder
+
+
+def write_llm_c(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, documents, seed in (("train_000001", 30, 1), ("train_000002", 20, 2), ("val_000000", 5, 3)):
+        (folder / f"fineweb_{name}.bin").write_bytes(llm_c(ids_of(documents, seed=seed, before=True)))
     return folder
 
 

@@ -4,23 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_shard
 
 from pipeline.errors import UserError
-from pipeline.shards import Manifest, ShardWriter, TokenReader
+from pipeline.shards import Manifest, TokenReader
 from train.loader import Loader, evaluation_starts, permute, windows_at
 
 
 def counting_reader(folder: Path, tokens: int, shard_tokens: int = 10**9) -> TokenReader:
     """A split whose i-th token is i, so a window shows where it was read."""
     folder.mkdir(exist_ok=True)
-    ids = np.arange(tokens, dtype="<u2")
-    lengths = np.full(-(-tokens // 10), 10)
-    lengths[-1] -= lengths.sum() - tokens
-    splits = {}
-    for split in ("train", "val"):
-        writer = ShardWriter(folder, split, np.dtype("<u2"), shard_tokens)
-        writer.add(ids, lengths, lengths)
-        splits[split] = writer.finish()
+    shard_tokens = min(shard_tokens, tokens)
+    shards = [
+        write_shard(folder, "train", number, np.arange(start, min(start + shard_tokens, tokens)))
+        for number, start in enumerate(range(0, tokens, shard_tokens))
+    ]
+    splits = {"train": shards, "val": shards}
     tokenizer = {"name": "byte", "vocab_size": 65_536}
     return TokenReader(folder, Manifest(tokenizer, "uint16", splits, [], {}, {}, {}, "test"), "train")
 

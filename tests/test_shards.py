@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 import pytest
-import xxhash
+from conftest import write_shard
 
 from pipeline.errors import UserError
-from pipeline.shards import MANIFEST_NAME, Manifest, Shard, ShardWriter, TokenReader, load_manifest
+from pipeline.shards import MANIFEST_NAME, Manifest, Shard, TokenReader, load_manifest
 from pipeline.tokenizer import ByteTokenizer, TokenIds
 
 END = ByteTokenizer.end_of_text
@@ -26,21 +26,14 @@ def documents(lengths: list[int] = LENGTHS, seed: int = 0) -> list[Document]:
     return [(np.append(rng.integers(0, 256, length - 1), END).astype(np.uint16), 10 + length) for length in lengths]
 
 
-def add(writer: ShardWriter, docs: list[Document]) -> None:
-    writer.add(
-        np.concatenate([ids for ids, _ in docs]),
-        np.array([len(ids) for ids, _ in docs]),
-        np.array([text_bytes for _, text_bytes in docs]),
-    )
-
-
-def write(
-    folder: Path, docs: list[Document], shard_tokens: int = 10, split: str = "train", at_once: int = 100
-) -> list[Shard]:
-    writer = ShardWriter(folder, split, np.dtype("<u2"), shard_tokens)
-    for start in range(0, len(docs), at_once):
-        add(writer, docs[start : start + at_once])
-    return writer.finish()
+def write(folder: Path, docs: list[Document], split: str = "train", shard_tokens: int = 10) -> list[Shard]:
+    """Shards that each hold documents up to the one that fills them."""
+    shards: list[list[Document]] = [[]]
+    for document in docs:
+        if sum(len(ids) for ids, _ in shards[-1]) >= shard_tokens:
+            shards.append([])
+        shards[-1].append(document)
+    return [write_shard(folder, split, i, tokens_of(each), len(each)) for i, each in enumerate(shards)]
 
 
 def tokens_of(docs: list[Document]) -> npt.NDArray[np.int64]:
@@ -59,74 +52,11 @@ def dataset(folder: Path, docs: list[Document] | None = None) -> Manifest:
         sources=[{"path": "a.txt", "bytes": 5}],
         options={"seed": 0},
         val_rule={"kind": "hash"},
-        skipped={"empty": 2},
+        skipped={"empty": {"count": 2, "example": "a.txt line 3"}},
         program="0.0.0",
     )
     manifest.save(folder)
     return manifest
-
-
-# ---- writing ----
-
-
-def test_a_shard_is_closed_by_the_document_that_fills_it(tmp_path: Path) -> None:
-    shards = write(tmp_path, documents(), shard_tokens=10)
-    assert [shard.tokens for shard in shards] == [3 + 1 + 7, 25, 2 + 9, 10, 1 + 4]
-    assert [shard.documents for shard in shards] == [3, 1, 2, 1, 2]
-    assert [shard.file for shard in shards] == [f"train_{i:05d}.bin" for i in range(5)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [shard.file for shard in shards]
-
-
-def test_a_document_longer_than_a_shard_stays_whole(tmp_path: Path) -> None:
-    shards = write(tmp_path, documents([50, 2, 50]), shard_tokens=1)
-    assert [shard.tokens for shard in shards] == [50, 2, 50]
-
-
-def test_a_plain_memmap_reads_what_was_written(tmp_path: Path) -> None:
-    docs = documents()
-    maps = [np.memmap(tmp_path / shard.file, dtype=np.uint16, mode="r") for shard in write(tmp_path, docs)]
-    assert np.array_equal(np.concatenate(maps), tokens_of(docs))
-    assert all(ids[-1] == END for ids in maps)
-
-
-def test_a_shards_description_is_true(tmp_path: Path) -> None:
-    docs = documents()
-    for shard in write(tmp_path, docs, shard_tokens=12):
-        content = (tmp_path / shard.file).read_bytes()
-        took, docs = docs[: shard.documents], docs[shard.documents :]
-        assert shard.hash == xxhash.xxh3_128_hexdigest(content)
-        assert shard.tokens * 2 == len(content)
-        assert shard.documents == np.count_nonzero(np.frombuffer(content, "<u2") == END)
-        assert shard.bytes == sum(text_bytes for _, text_bytes in took)
-    assert not docs
-
-
-@pytest.mark.parametrize("shard_tokens", [1, 4, 10, 11, 1000])
-@pytest.mark.parametrize("at_once", [1, 2, 4])
-def test_the_files_do_not_depend_on_how_documents_arrive(tmp_path: Path, shard_tokens: int, at_once: int) -> None:
-    for folder in ("all", "few"):
-        (tmp_path / folder).mkdir()
-    together = write(tmp_path / "all", documents(), shard_tokens)
-    assert write(tmp_path / "few", documents(), shard_tokens, at_once=at_once) == together
-
-
-def test_wider_ids_are_written_little_endian(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "train", np.dtype("<u4"), 10)
-    writer.add(np.array([1, 70_000], dtype=np.uint32), np.array([2]), np.array([1]))
-    assert (tmp_path / writer.finish()[0].file).read_bytes() == b"\x01\x00\x00\x00\x70\x11\x01\x00"
-
-
-def test_a_shard_has_its_name_only_when_whole(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "train", np.dtype("<u2"), 10)
-    add(writer, documents([4]))
-    assert not (tmp_path / "train_00000.bin").exists()
-    add(writer, documents([6]))
-    assert (tmp_path / "train_00000.bin").stat().st_size == 20
-
-
-def test_a_writer_without_documents_leaves_nothing(tmp_path: Path) -> None:
-    assert ShardWriter(tmp_path, "train", np.dtype("<u2"), 10).finish() == []
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- reading ----
@@ -166,13 +96,13 @@ def test_a_manifest_survives_the_disk(tmp_path: Path) -> None:
     assert load_manifest(tmp_path) == manifest
     assert manifest.count("train", "tokens") == sum(LENGTHS)
     assert manifest.count("train", "documents") == len(LENGTHS)
-    assert manifest.count("val", "bytes") == 30
+    assert manifest.count("val", "bytes") == 9
 
 
 def test_the_manifest_tells_where_end_of_text_stands(tmp_path: Path) -> None:
     dataset(tmp_path)
     document = orjson.loads((tmp_path / MANIFEST_NAME).read_bytes())
-    assert document["format"] == 1
+    assert document["format"] == 2
     assert document["end_of_text"] == "after each document"
     assert document["tokenizer"]["end_of_text"] == END
 
@@ -209,7 +139,7 @@ def test_a_folder_without_a_manifest_is_not_a_dataset(tmp_path: Path) -> None:
         load_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"format": 1', b"[]", b"null", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b'{"format": 2', b"[]", b"null", b"\xff"])
 def test_a_damaged_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     dataset(tmp_path)
     (tmp_path / MANIFEST_NAME).write_bytes(content)
@@ -242,10 +172,21 @@ def refusal(folder: Path, edit: Callable[[dict[str, Any]], object]) -> str:
         (lambda d: d["splits"].pop("val"), "is damaged (KeyError: 'val')"),
         (lambda d: d["splits"]["val"][0].pop("hash"), "is damaged (TypeError: "),
         (lambda d: d["tokenizer"].pop("vocab_size"), "is damaged (KeyError: 'vocab_size')"),
+        (lambda d: d["tokenizer"].pop("end_of_text"), "is damaged (KeyError: 'end_of_text')"),
         (lambda d: d.update(surplus=1), "is damaged (TypeError: "),
-        (lambda d: d.update(format=2), "has format 2, this program reads 1: prepare it again"),
+        (lambda d: d.update(format=1), "has format 1, this program reads 2: prepare it again"),
     ],
-    ids=["format", "dtype", "splits", "a split", "a shard's hash", "vocab_size", "a surplus key", "another format"],
+    ids=[
+        "format",
+        "dtype",
+        "splits",
+        "a split",
+        "a shard's hash",
+        "vocab_size",
+        "end_of_text",
+        "a surplus key",
+        "another format",
+    ],
 )
 def test_a_manifest_of_another_form_is_refused(
     tmp_path: Path, edit: Callable[[dict[str, Any]], object], message: str

@@ -92,6 +92,10 @@ def arithmetic(trainer: Trainer) -> list[str]:
         f"data {config.dataset_dir}: {there:,} train tokens; {train.max_steps:,} steps take {tokens:,} tokens, "
         f"{tokens / there:.2f} epoch(s)",
     ]
+    if trainer.manifest.is_foreign:
+        lines.append(
+            f"note: {config.dataset_dir} has no manifest: taken for {trainer.manifest.program}'s shards of GPT-2's vocabulary"
+        )
     if config.schedule.warmup_steps >= config.decay_steps:
         lines.append(
             f"note: schedule.warmup_steps={config.schedule.warmup_steps:,} leaves no room before step {config.decay_steps:,}, "
