@@ -23,7 +23,7 @@ import xxhash
 
 from pipeline.errors import UserError
 from pipeline.shards import SPLITS
-from pipeline.tokenizer import TokenIds, Tokenizer, from_spec, token_dtype
+from pipeline.tokenizer import TokenIds, Tokenizer, rebuild, token_dtype
 from prepare.engine import EngineFault, Gigatoken
 from prepare.readers import Unit
 
@@ -64,29 +64,18 @@ def document_hash(content: bytes, seed: int) -> int:
     return xxhash.xxh3_64_intdigest(content, seed)
 
 
-@dataclass
-class Survey:
-    """What a first look at the documents tells: the split rule, and the characters where a vocabulary needs them."""
-
-    rule: SplitRule
-    characters: str
-
-
-def survey(documents: Iterator[str], fraction: float, seed: int, collect_characters: bool) -> Survey:
+def survey(documents: Iterator[str], fraction: float, seed: int) -> SplitRule:
     """Read until both splits are sure to get a document: a few megabytes of a big corpus, the whole of a small one.
 
     A small corpus may have no document on one side of the threshold; it then moves to the nearest hash.
     """
     threshold = int(fraction * HASH_RANGE)
     lowest, highest, count, last = HASH_RANGE, -1, 0, ""
-    characters: set[str] = set()
     for last in documents:
         count += 1
         digest = document_hash(last.encode(), seed)
         lowest, highest = min(lowest, digest), max(highest, digest)
-        if collect_characters:
-            characters.update(last)
-        elif lowest < threshold <= highest:
+        if lowest < threshold <= highest:
             break
     if count == 0:
         raise UserError("the corpus is empty: no source holds a document with text in it")
@@ -96,7 +85,7 @@ def survey(documents: Iterator[str], fraction: float, seed: int, collect_charact
         raise UserError(f"all {count} documents of the corpus are identical: wanted different ones for train and val")
     kind = "position" if count == 1 else "hash"
     threshold = min(max(threshold, lowest + 1), highest)
-    return Survey(SplitRule(kind, fraction, threshold, seed), "".join(sorted(characters)))
+    return SplitRule(kind, fraction, threshold, seed)
 
 
 def texts(units: Iterable[Unit], limit: int | None) -> Iterator[str]:
@@ -201,7 +190,9 @@ def _in_pool(units: Iterable[Unit], tokenizer: Tokenizer, rule: SplitRule, worke
     # spawn: a forked child would inherit the threads of pyarrow and datasets in whatever state they are.
     context = multiprocessing.get_context("spawn")
     fast = isinstance(tokenizer, Gigatoken)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.spec(), fast, rule, limit))
+    pool = ProcessPoolExecutor(
+        workers, context, _start_worker, (tokenizer.spec(), tokenizer.files(), fast, rule, limit)
+    )
     pending: deque[tuple[Unit, Future[Encoded]]] = deque()
     try:
         for unit in units:
@@ -225,11 +216,13 @@ def _in_pool(units: Iterable[Unit], tokenizer: Tokenizer, rule: SplitRule, worke
 _worker: tuple[Tokenizer, SplitRule, int | None]
 
 
-def _start_worker(spec: dict[str, Any], fast: bool, rule: SplitRule, limit: int | None) -> None:
+def _start_worker(
+    spec: dict[str, Any], files: dict[str, bytes], fast: bool, rule: SplitRule, limit: int | None
+) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker = (Gigatoken() if fast else from_spec(spec), rule, limit)
+    _worker = (Gigatoken() if fast else rebuild(spec, files), rule, limit)
 
 
 def _die_with_parent() -> None:

@@ -17,14 +17,15 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.errors import UserError
-from pipeline.files import hash_file, one_writer, sync
+from pipeline.files import hash_file, one_writer, sync, write_atomic
 from pipeline.log import ProgressReport, logger
 from pipeline.shards import MANIFEST_NAME, SPLITS, Manifest, Shard, ShardWriter, load_manifest
-from pipeline.tokenizer import TOKENIZER_NAMES, BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, token_dtype
+from pipeline.tokenizer import Tokenizer, token_dtype
 from prepare.corpus import Corpus, default_name, open_corpus
 from prepare.encode import SplitRule, encode_corpus, survey, texts
 from prepare.engine import EngineFault, Gigatoken, can_be_faster
 from prepare.readers import STDIN_SPOOL
+from prepare.vocabulary import check_name, learn_vocabulary, learns_from_corpus, open_vocabulary
 
 # Hashing lets go of the interpreter's lock; two threads keep up with a disk and leave the processors to the workers.
 HASH_THREADS = 2
@@ -64,8 +65,10 @@ def run(options: PrepareOptions) -> Path:
 def _check(options: PrepareOptions) -> None:
     """Raises UserError that lists every fault of the options."""
     faults = []
-    if options.tokenizer not in TOKENIZER_NAMES:
-        faults.append(f"unknown tokenizer {options.tokenizer!r}: there are {', '.join(TOKENIZER_NAMES)}")
+    try:
+        check_name(options.tokenizer)
+    except UserError as error:
+        faults.append(str(error))
     if options.val_fraction is not None and not 0 < options.val_fraction < 1:
         faults.append(f"--val-fraction {options.val_fraction} is not between 0 and 1, such as 0.01")
     if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):
@@ -108,21 +111,23 @@ def _prepare(
     fraction = options.val_fraction or _default_fraction(corpus.file_bytes())
     chosen = _choices(options, fraction)
     if (folder / MANIFEST_NAME).exists() and not options.force:
-        _check_same(folder, chosen, corpus.record(hash_of))
+        _check_same(options, folder, chosen, corpus.record(hash_of))
         logger.info("%s is already prepared", folder)
         return
     _clear(folder)
-    found = survey(texts(corpus.units(), options.limit_docs), fraction, options.seed, options.tokenizer == "char")
-    tokenizer = _tokenizer(options.tokenizer, found.characters)
+    rule = survey(texts(corpus.units(), options.limit_docs), fraction, options.seed)
+    tokenizer = _tokenizer(options, corpus)
+    for name, content in tokenizer.files().items():
+        write_atomic(folder / name, content)
     started = time.monotonic()
-    splits, skipped = _write_fast(options, corpus, folder, tokenizer, found.rule)
+    splits, skipped = _write_fast(options, corpus, folder, tokenizer, rule)
     manifest = Manifest(
         tokenizer=tokenizer.spec(),
         dtype=token_dtype(tokenizer.vocab_size).name,
         splits=splits,
         sources=corpus.record(hash_of),
         options=chosen,
-        val_rule=found.rule.record(),
+        val_rule=rule.record(),
         skipped=skipped,
         program=__version__,
     )
@@ -133,7 +138,7 @@ def _prepare(
 def _choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
     """The options that determine the bytes."""
     return {
-        "tokenizer": options.tokenizer,
+        "tokenizer": check_name(options.tokenizer),
         "text_field": options.text_field,
         "val_fraction": fraction,
         "shard_tokens": options.shard_tokens,
@@ -152,7 +157,7 @@ def _default_fraction(file_bytes: int | None) -> float:
     return 0.1 if file_bytes < 100e6 else 0.01 if file_bytes < 10e9 else 0.0005
 
 
-def _check_same(folder: Path, chosen: dict[str, Any], sources: list[dict[str, Any]]) -> None:
+def _check_same(options: PrepareOptions, folder: Path, chosen: dict[str, Any], sources: list[dict[str, Any]]) -> None:
     manifest = load_manifest(folder)
     differences = [
         f"{name} is {manifest.options.get(name)!r} there and {value!r} here"
@@ -164,10 +169,10 @@ def _check_same(folder: Path, chosen: dict[str, Any], sources: list[dict[str, An
         names = [str(entry.get("path", entry.get("repository"))) for entry in changed]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         differences.append(f"the sources differ ({', '.join(names[:3])}{more})")
-    # A char vocabulary follows from the sources; the others are the program's, which may have changed since.
-    name = chosen["tokenizer"]
-    if not differences and name != "char" and _tokenizer(name, "").spec() != manifest.tokenizer:
-        differences.append(f"the {name} vocabulary has another fingerprint")
+    # A learnt vocabulary follows from the sources; the others may have changed since.
+    name = options.tokenizer
+    if not differences and not learns_from_corpus(name) and open_vocabulary(name).spec() != manifest.tokenizer:
+        differences.append(f"the vocabulary {name} has another fingerprint")
     if differences:
         raise UserError(
             f"{folder} was prepared otherwise: {'; '.join(differences)}. "
@@ -186,10 +191,10 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _tokenizer(name: str, characters: str) -> Tokenizer:
-    if name == "char":
-        return CharTokenizer(characters)
-    return ByteTokenizer() if name == "byte" else BytePairTokenizer(name)
+def _tokenizer(options: PrepareOptions, corpus: Corpus) -> Tokenizer:
+    if learns_from_corpus(options.tokenizer):
+        return learn_vocabulary(options.tokenizer, texts(corpus.units(), options.limit_docs))
+    return open_vocabulary(options.tokenizer)
 
 
 def _write_fast(

@@ -16,7 +16,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import Description
 from pipeline.config import Config, ModelConfig, to_dict
 from pipeline.errors import UserError
-from pipeline.huggingface import merges_of, tokenizer_files
+from pipeline.byte_pairs import merges_of
 from pipeline.model import GPT
 from pipeline.tokenizer import BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from train.optimizer import build
@@ -49,7 +49,7 @@ def saved(
 ) -> tuple[Path, GPT]:
     tokenizer = tokenizer or ByteTokenizer()
     model, optimizer = trained_model(config, tokenizer.vocab_size)
-    return checkpoint.save(folder, model, optimizer, description(model, tokenizer, step)), model
+    return checkpoint.save(folder, model, optimizer, tokenizer, description(model, tokenizer, step)), model
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -112,7 +112,7 @@ def test_no_padding_row_is_saved(tmp_path: Path) -> None:
 
 def test_optimizer_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     model, optimizer = trained_model()
-    folder = checkpoint.save(tmp_path, model, optimizer, description(model, ByteTokenizer()))
+    folder = checkpoint.save(tmp_path, model, optimizer, ByteTokenizer(), description(model, ByteTokenizer()))
     twin = GPT(SMALL, 257)
     restored = build(twin, Config().optimizer)
     checkpoint.load_weights(twin, folder)
@@ -271,10 +271,6 @@ def test_merges_rebuild_the_published_order() -> None:
     assert merges[:3] == [(b" ", b"t"), (b" ", b"a"), (b"h", b"e")]
 
 
-def test_vocabularies_without_a_hugging_face_form_have_no_tokenizer_files() -> None:
-    assert tokenizer_files(ByteTokenizer()) == {} == tokenizer_files(CharTokenizer("abc"))
-
-
 @pytest.mark.parametrize(("key", "value"), [("n_head", 4), ("block_size", 12), ("bias", False), ("tie_weights", False)])
 def test_initial_weights_must_mean_the_same(tmp_path: Path, key: str, value: Any) -> None:
     folder, model = saved(tmp_path)
@@ -311,6 +307,6 @@ def test_going_back_leaves_later_checkpoints_behind_whole(tmp_path: Path) -> Non
 def test_an_optimizer_that_never_stepped_comes_back(tmp_path: Path) -> None:
     model = GPT(SMALL, 257)
     optimizer = build(model, Config().optimizer)
-    folder = checkpoint.save(tmp_path, model, optimizer, description(model, ByteTokenizer()))
+    folder = checkpoint.save(tmp_path, model, optimizer, ByteTokenizer(), description(model, ByteTokenizer()))
     checkpoint.load_optimizer(optimizer, model, folder)
     assert not any(optimizer.state.values())

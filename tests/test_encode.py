@@ -46,7 +46,7 @@ def test_the_seed_moves_documents() -> None:
     documents = iter(f"document {i}" for i in range(100))
     hashes = {seed: xxhash.xxh3_64_intdigest(b"document 1", seed) for seed in (0, 1)}
     assert hashes[0] != hashes[1]
-    assert survey(documents, 0.5, 1, False).rule.seed == 1
+    assert survey(documents, 0.5, 1).seed == 1
 
 
 def test_a_position_rule_cuts_by_characters_and_counts_bytes() -> None:
@@ -66,7 +66,7 @@ def test_a_document_of_two_characters_still_gives_both_splits(fraction: float) -
 @pytest.mark.parametrize("count", [2, 3, 20])
 def test_a_small_corpus_has_both_splits_and_only_the_nearest_document_moves(fraction: float, count: int) -> None:
     documents = [f"document {i}" for i in range(count)]
-    rule = survey(iter(documents), fraction, 0, False).rule
+    rule = survey(iter(documents), fraction, 0)
     by_split = {"train": [], "val": []}  # type: dict[str, list[str]]
     for text in documents:
         by_split[rule.assign(text, text.encode())[0][0]].append(text)
@@ -84,13 +84,8 @@ def test_the_survey_of_a_big_corpus_stops_early_and_keeps_the_threshold() -> Non
             read += 1
             yield f"document {i}"
 
-    assert survey(documents(), 0.01, 0, False).rule.threshold == int(0.01 * 2**64)
+    assert survey(documents(), 0.01, 0).threshold == int(0.01 * 2**64)
     assert 2 <= read < 2000
-
-
-def test_the_survey_for_characters_reads_everything() -> None:
-    found = survey(iter(["ba", "ab"] * 500 + ["é"]), 0.5, 0, True)
-    assert found.characters == "abé"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +93,7 @@ def test_the_survey_for_characters_reads_everything() -> None:
 )
 def test_a_corpus_that_cannot_be_split_is_refused(documents: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        survey(iter(documents), 0.1, 0, False)
+        survey(iter(documents), 0.1, 0)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 6, 7, 100])

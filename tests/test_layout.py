@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "prepare", "train", "sample")
 STAGES = PACKAGES[1:]
-WITHOUT_TORCH = ("errors", "log", "files", "config", "tokenizer", "shards")
+WITHOUT_TORCH = ("errors", "log", "files", "config", "byte_pairs", "tokenizer", "shards")
 MAPPED = (*PACKAGES, "configs", "slurm", "benchmarks")
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
