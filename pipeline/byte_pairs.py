@@ -20,8 +20,8 @@ NO_RANK = 1 << 31  # ranks are below it
 
 @dataclass(frozen=True)
 class Published:
-    """What belongs to a rank table of OpenAI's. `pattern` is tiktoken's; `plain` cuts the same pieces without possessive
-    quantifiers, which Hugging Face's regular expressions read as something else after braces.
+    """What belongs to a rank table of OpenAI's. `pattern` is tiktoken's; `plain` cuts the same pieces in Hugging Face's
+    regular expressions too, where {1,3}+ repeats and $ stands for the end of a line.
     """
 
     ranks: int
@@ -50,9 +50,8 @@ PUBLISHED = {
         100_256,
         r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
         r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s""",
-        # As in the tokenizer.json of Llama 3, which cuts text the same way.
-        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
-        r"""|\s*[\r\n]+|\s+(?!\S)|\s+""",
+        r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+        r"""|\s+\z|\s*[\r\n]|\s+(?!\S)|\s""",
         end_of_text=100_257,
         vocab_size=100_277,
     ),
@@ -64,6 +63,15 @@ PUBLISHED = {
         vocab_size=200_019,
     ),
 }
+
+# As tokenizer.json files have it since Llama 3. At the end of a text it cuts a line's end from the spaces behind it, which
+# cl100k_base does not.
+_LLAMA3 = (
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+    r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+# The patterns of tokenizer.json files that tiktoken's regular expressions are tested to read in the same way.
+SAME_IN_BOTH = frozenset({_LLAMA3, *(published.plain for published in PUBLISHED.values())})
 
 
 def published_for(name: str, ranks: dict[bytes, int]) -> Published:
@@ -177,7 +185,7 @@ def _pattern_of(pre_tokenizer: Any) -> str | None:
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         }:
-            return next((known.pattern for known in PUBLISHED.values() if known.plain == plain), None)
+            return plain if plain in SAME_IN_BOTH else None
     return None
 
 

@@ -135,11 +135,12 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """File name -> content of what `AutoTokenizer.from_pretrained` reads: text gives the same ids there. What differs is
     transformers' own: a special token written out in a text is found there, and `word` is joined by other rules.
     """
-    end_of_text, unknown = END_OF_TEXT, END_OF_TEXT
+    end_of_text, about = END_OF_TEXT, {"unk_token": END_OF_TEXT}
     match tokenizer:
         case JsonTokenizer():
             content = tokenizer.content
             (end_of_text,) = (token for token, i in tokenizer.vocabulary().items() if i == tokenizer.end_of_text)
+            about = {}  # a token that the file lacks would be added behind its vocabulary
         case BytePairTokenizer():
             content = _byte_pair_json(tokenizer)
         case ByteTokenizer():
@@ -147,17 +148,17 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         case CharTokenizer():
             content = _char_json(tokenizer)
         case WordTokenizer():
-            content, unknown = _word_json(tokenizer), UNKNOWN
+            content, about = _word_json(tokenizer), {"unk_token": UNKNOWN}
         case _:
             raise AssertionError(f"{tokenizer.name} has no form as a tokenizer.json")
-    about = {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end_of_text,
         "eos_token": end_of_text,
-        "unk_token": unknown,
+        **about,
         "clean_up_tokenization_spaces": False,
     }
-    return {JSON_FILE: content, "tokenizer_config.json": json.dumps(about).encode()}
+    return {JSON_FILE: content, "tokenizer_config.json": json.dumps(config).encode()}
 
 
 @cache  # finding the merges of 100,256 ranks takes a second, and every checkpoint wants them
@@ -192,7 +193,7 @@ def _word_json(tokenizer: WordTokenizer) -> bytes:
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": UNKNOWN}
     # Inverted, the pattern's words are what is kept and the spaces between them what is removed.
     cut = {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Removed", "invert": True}
-    return _tokenizer_json(tokenizer, model, cut, {"type": "WordPiece", "prefix": "", "cleanup": True})
+    return _tokenizer_json(tokenizer, model, cut, {"type": "WordPiece", "prefix": "##", "cleanup": True})
 
 
 def _tokenizer_json(

@@ -114,7 +114,6 @@ class JsonTokenizer:
     """A Hugging Face tokenizer.json. Text is text: special tokens in it are not looked for, and none are added.
 
     tiktoken encodes where it is proven to do the same, at several times the speed; Hugging Face's own library otherwise.
-    The proof is for equal tables of letters: for a character newer than one library's Unicode the two may differ.
     """
 
     def __init__(self, name: str, content: bytes, end_of_text: int) -> None:
