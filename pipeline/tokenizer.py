@@ -120,6 +120,7 @@ class JsonTokenizer:
         self.name, self.content, self.end_of_text = name, content, end_of_text
         try:
             self.document: dict[str, Any] = json.loads(content)
+            _check_added(self.document)
             _mark_special(self.document, end_of_text)
             self.vocab_size = max(self.vocabulary().values()) + 1
             self._merges = merges_in(self.document)
@@ -128,6 +129,8 @@ class JsonTokenizer:
                 self._engine = _library(self.document)
             else:
                 self._read(self._merges)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
         except Exception as error:  # the library raises nothing more special
             said = f"{type(error).__name__}: {error}"
             raise UserError(f"{name} is not a tokenizer.json that can be read ({said}): save it again") from None
@@ -143,10 +146,8 @@ class JsonTokenizer:
 
     def vocabulary(self) -> dict[str, int]:
         """Every token as the file writes it, with its id."""
-        tokens = self.document["model"]["vocab"]
-        if isinstance(tokens, list):  # Unigram: (token, score), in the order of the ids
-            tokens = {token: number for number, (token, _) in enumerate(tokens)}
-        return dict(tokens) | {entry["content"]: entry["id"] for entry in self.document.get("added_tokens", ())}
+        added = {entry["content"]: entry["id"] for entry in self.document.get("added_tokens", ())}
+        return _model_vocabulary(self.document) | added
 
     def encode(self, text: str) -> TokenIds:
         with _lone_surrogates_refused():
@@ -403,6 +404,26 @@ def _read_words(content: bytes) -> list[str]:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{WORDS_FILE} is not a list of words: restore it")
     return words
+
+
+def _model_vocabulary(document: dict[str, Any]) -> dict[str, int]:
+    tokens = document["model"]["vocab"]
+    if isinstance(tokens, list):  # Unigram: (token, score), in the order of the ids
+        return {token: number for number, (token, _) in enumerate(tokens)}
+    return dict(tokens)
+
+
+def _check_added(document: dict[str, Any]) -> None:
+    """The library numbers added tokens itself, behind the model's own, whatever id the file gives them."""
+    tokens = _model_vocabulary(document)
+    following = len(tokens)
+    for entry in sorted(document.get("added_tokens", ()), key=lambda entry: entry["id"]):
+        if (wanted := tokens.get(entry["content"], following)) != entry["id"]:
+            raise UserError(
+                f"the added token {entry['content']!r} has id {entry['id']}, where Hugging Face's library makes it {wanted}: "
+                "save the file again with that library"
+            )
+        following += entry["content"] not in tokens
 
 
 def _mark_special(document: dict[str, Any], end_of_text: int) -> None:

@@ -62,7 +62,7 @@ def shuffled_json() -> tuple[bytes, int]:
 
     document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
     ids = random.Random(0).sample(range(600), 512)
-    document["model"]["vocab"] = {token: ids[i] for token, i in document["model"]["vocab"].items() if i < 511}
+    document["model"]["vocab"] = {token: ids[i] for token, i in document["model"]["vocab"].items()} | {"</s>": ids[511]}
     document["added_tokens"][0] |= {"id": ids[511], "content": "</s>"}
     document["pre_tokenizer"] = {
         "type": "Sequence",

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import tokenizer_named
@@ -18,7 +17,7 @@ from pipeline.checkpoint import Description
 from pipeline.config import Config, ModelConfig, to_dict
 from pipeline.errors import UserError
 from pipeline.model import GPT
-from pipeline.tokenizer import BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from pipeline.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from train.optimizer import build
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24)

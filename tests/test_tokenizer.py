@@ -237,11 +237,22 @@ def test_dropout_is_left_out() -> None:
     )
 
 
+def test_an_added_token_with_an_id_of_its_own_is_refused() -> None:
+    """Hugging Face's library would number it 511, and transformers with it."""
+    document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
+    document["added_tokens"][0]["id"] = 600
+    assert Library.from_str(json.dumps(document)).token_to_id("<|endoftext|>") == 511
+    with pytest.raises(
+        UserError, match=r"^own.json: the added token '<|endoftext|>' has id 600, .* makes it 511: save"
+    ):
+        JsonTokenizer("own.json", json.dumps(document).encode(), 600)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"{", "JSONDecodeError"),
-        (b"[]", "AttributeError"),
+        (b"[]", "TypeError"),
         (b"{}", "KeyError: 'model'"),
         (b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}', "Exception"),
     ],
