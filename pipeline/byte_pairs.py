@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from pipeline.errors import UserError
 
-NO_RANK = 1 << 31  # ranks are below it
+# Ids and ranks are below it: eighty times the largest vocabulary in use, and what a list of tokens can be held for.
+MOST_IDS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def read_ranks(table: bytes) -> dict[bytes, int]:
             shown = line[:40].decode(errors="replace")
             raise UserError(f"the .tiktoken file has the line {shown!r}: wanted a base64 token and its rank") from None
     ids = set(ranks.values())
-    if len(ids) != len(lines) or min(ids, default=0) < 0 or max(ids, default=0) >= NO_RANK:
+    if len(ids) != len(lines) or min(ids, default=0) < 0 or max(ids, default=0) >= MOST_IDS:
         raise UserError("the .tiktoken file gives a token or a rank twice, or one out of range: wanted each once")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
@@ -128,9 +129,9 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     for token in sorted(ranks, key=ranks.__getitem__):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            joined = [ranks.get(left + right, NO_RANK) for left, right in pairwise(parts)]
+            joined = [ranks.get(left + right, MOST_IDS) for left, right in pairwise(parts)]
             best = min(range(len(joined)), key=joined.__getitem__)
-            if joined[best] == NO_RANK:
+            if joined[best] == MOST_IDS:
                 break
             parts[best : best + 2] = [parts[best] + parts[best + 1]]
         if len(parts) == 2:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.byte_pairs import Merges, make_encoding, merges_in, published_for, read_ranks
+from pipeline.byte_pairs import MOST_IDS, Merges, make_encoding, merges_in, published_for, read_ranks
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes
 
@@ -122,7 +122,7 @@ class JsonTokenizer:
             self.document: dict[str, Any] = json.loads(content)
             _check_added(self.document)
             _mark_special(self.document, end_of_text)
-            self.vocab_size = max(self.vocabulary().values()) + 1
+            self.vocab_size = _checked_size(self.vocabulary())
             self._merges = merges_in(self.document)
             if self._merges is None or end_of_text in self._merges.ids:
                 self._merges = None
@@ -411,6 +411,13 @@ def _model_vocabulary(document: dict[str, Any]) -> dict[str, int]:
     if isinstance(tokens, list):  # Unigram: (token, score), in the order of the ids
         return {token: number for number, (token, _) in enumerate(tokens)}
     return dict(tokens)
+
+
+def _checked_size(vocabulary: dict[str, int]) -> int:
+    ids = set(vocabulary.values())
+    if len(ids) < len(vocabulary) or min(ids) < 0 or max(ids) >= MOST_IDS:
+        raise UserError(f"an id is there twice, or one is not in 0 .. {MOST_IDS - 1}: save the file again")
+    return max(ids) + 1
 
 
 def _check_added(document: dict[str, Any]) -> None:

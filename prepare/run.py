@@ -25,12 +25,14 @@ from prepare.corpus import Corpus, default_name, open_corpus
 from prepare.encode import SplitRule, encode_corpus, survey, texts
 from prepare.engine import EngineFault, Gigatoken, can_be_faster
 from prepare.readers import STDIN_SPOOL
-from prepare.vocabulary import check_name, learn_vocabulary, learns_from_corpus, open_vocabulary
+from prepare.vocabulary import check_name, is_file, learn_vocabulary, learns_from_corpus, open_vocabulary
 
 # Hashing lets go of the interpreter's lock; two threads keep up with a disk and leave the processors to the workers.
 HASH_THREADS = 2
 # What a preparation that was cut off leaves behind; nothing else in the folder is ever removed.
-_LEFTOVER = re.compile(r"(train|val)_\d{5,}\.bin(\.partial)?|stdin\.partial|\.manifest\.json\.\d+\.partial")
+_LEFTOVER = re.compile(
+    r"(train|val)_\d{5,}\.bin(\.partial)?|stdin\.partial|\.(manifest|vocabulary|tokenizer)\.\w+\.\d+\.partial"
+)
 
 
 @dataclass(frozen=True)
@@ -169,9 +171,9 @@ def _check_same(options: PrepareOptions, folder: Path, chosen: dict[str, Any], s
         names = [str(entry.get("path", entry.get("repository"))) for entry in changed]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         differences.append(f"the sources differ ({', '.join(names[:3])}{more})")
-    # A learnt vocabulary follows from the sources; the others may have changed since.
+    # A learnt vocabulary follows from the sources, a published one does not change; a file may have.
     name = options.tokenizer
-    if not differences and not learns_from_corpus(name) and open_vocabulary(name).spec() != manifest.tokenizer:
+    if not differences and is_file(name) and open_vocabulary(name).spec() != manifest.tokenizer:
         differences.append(f"the vocabulary {name} has another fingerprint")
     if differences:
         raise UserError(

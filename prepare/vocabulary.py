@@ -27,8 +27,7 @@ from pipeline.tokenizer import (
 LEAST_BPE, MOST_BPE = 257, 1_000_000  # the 256 bytes and end-of-text; five times the largest in use
 # With <|unk|> and <|endoftext|> just what two bytes an id can hold.
 MOST_WORDS = (1 << 16) - 2
-# Distinct words held while counting, about 200 MB. Beyond it the rarer half is forgotten; the words kept in the end are
-# those of thousands of occurrences, which that does not reach.
+# Distinct words held while counting: 200 MB, and 360 while the rarer half is forgotten, which happens beyond it.
 MOST_COUNTED = 1 << 21
 # One text handed to the trainer: a document may be a book of hundreds of MB, and the trainer holds what it is handed.
 PIECE_CHARACTERS = 1 << 20
@@ -40,9 +39,12 @@ def check_name(name: str) -> str:
     """The name a spec will carry: a file's without its folder. Raises UserError for what is no tokenizer."""
     if name.startswith("bpe:"):
         _bpe_size(name)
-    elif name not in (*TIKTOKEN_NAMES, "char", "byte", "word"):
-        return _file(name).name
-    return name
+    return _file(name).name if is_file(name) else name
+
+
+def is_file(name: str) -> bool:
+    """Whether the vocabulary is in a file of the user's."""
+    return name not in (*TIKTOKEN_NAMES, "byte") and not learns_from_corpus(name)
 
 
 def learns_from_corpus(name: str) -> bool:

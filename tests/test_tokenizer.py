@@ -254,6 +254,8 @@ def test_an_added_token_with_an_id_of_its_own_is_refused() -> None:
         (b"{", "JSONDecodeError"),
         (b"[]", "TypeError"),
         (b"{}", "KeyError: 'model'"),
+        (b'{"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}}', "an id is there twice"),
+        (b'{"model": {"type": "BPE", "vocab": {"a": 1000000000000}, "merges": []}}', "one is not in 0 .. 16777215"),
         (b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}', "Exception"),
     ],
 )
