@@ -163,8 +163,7 @@ def merges_in(document: dict[str, Any]) -> Merges | None:
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     tokens = [*byte_symbols().values(), *(left + right for left, right in pairs)]
     if model.get("ignore_merges"):  # a piece that is a token is taken whole, however it would come about
-        known = {*tokens, *(added["content"] for added in document.get("added_tokens", ()))}
-        tokens += sorted(model["vocab"].keys() - known, key=model["vocab"].__getitem__)
+        tokens += sorted(model["vocab"].keys() - set(tokens), key=model["vocab"].__getitem__)
     try:
         ids = np.array([model["vocab"][token] for token in tokens])
         ranks = {symbol_bytes(token): rank for rank, token in enumerate(tokens)}

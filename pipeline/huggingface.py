@@ -172,11 +172,13 @@ def _byte_pair_json(tokenizer: BytePairTokenizer) -> bytes:
 
 
 def _byte_level_json(tokenizer: Tokenizer, pre_tokenizer: dict[str, Any], ranks: dict[bytes, int]) -> bytes:
+    merges = merges_of(ranks)
     model = {
         "type": "BPE",
-        "ignore_merges": True,  # a piece that is a token is taken whole, as tiktoken does
+        # tiktoken takes a piece that is a token whole; that only differs for tokens which no merge makes.
+        "ignore_merges": len(merges) + 256 < len(ranks),
         "vocab": {**{symbols(token): rank for token, rank in ranks.items()}, END_OF_TEXT: tokenizer.end_of_text},
-        "merges": [[symbols(left), symbols(right)] for left, right in merges_of(ranks)],
+        "merges": [[symbols(left), symbols(right)] for left, right in merges],
     }
     return _tokenizer_json(tokenizer, model, pre_tokenizer, _byte_level(True))
 

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from conftest import ALPHABET, TOKENIZERS, prose, tokenizer_named
 
+from pipeline.byte_pairs import merges_in, write_ranks
 from pipeline.huggingface import tokenizer_files
+from pipeline.tokenizer import BytePairTokenizer, JsonTokenizer
+from prepare.vocabulary import open_vocabulary
 
 transformers = pytest.importorskip("transformers")
 
@@ -53,3 +56,27 @@ def test_unknown_words_and_their_token_are_the_same_to_transformers(tmp_path: Pa
 def test_an_unknown_character_is_refused_there_too(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="UNK"):
         twin_of("char", tmp_path).encode("字")
+
+
+def test_a_table_with_tokens_that_no_merge_makes_is_the_same_to_transformers(tmp_path: Path) -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b" whole": 257, b"xyz": 258, b"abc": 259}
+    ours = BytePairTokenizer("odd.tiktoken", write_ranks(ranks))
+    for file, content in tokenizer_files(ours).items():
+        (tmp_path / file).write_bytes(content)
+    twin = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = open_vocabulary(str(tmp_path))
+    for text in ("xyz", "xyzxyz", "the whole abc", "abab abcabc"):
+        ids = ours.encode(text).tolist()
+        assert twin.encode(text) == ids == again.encode(text).tolist()
+    assert ours.encode("xyz").tolist() == [258]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "own.tiktoken", "bpe:512", "merges.json"])
+def test_the_folders_tokenizer_prepares_other_data_as_fast(name: str, tmp_path: Path) -> None:
+    """A tokenizer.json that a checkpoint carries is proven equal to a rank table, so tiktoken encodes for it."""
+    twin_of(name, tmp_path)
+    again = open_vocabulary(str(tmp_path))
+    assert isinstance(again, JsonTokenizer) and merges_in(again.document) is not None
+    assert again.token_bytes().tolist() == tokenizer_named(name).token_bytes().tolist()
+    for text in prose():
+        assert again.encode(text).tolist() == tokenizer_named(name).encode(text).tolist()
