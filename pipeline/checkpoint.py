@@ -1,7 +1,8 @@
 """A checkpoint: a folder that exists only when whole, and that is a Hugging Face model folder as it stands.
 
     runs/<name>/checkpoints/step_00001000/
-        config.json model.safetensors [tokenizer.json ...]    what Hugging Face reads
+        config.json model.safetensors tokenizer.json ...      what Hugging Face reads
+        [vocabulary.*]                                        what our tokenizer reads, where it is none of those
         training_state.safetensors                            the optimizer's state
         checkpoint.json                                       written last: the description below, and every file's hash
     runs/<name>/checkpoints/latest, best                      one line each: a folder's name
@@ -56,13 +57,14 @@ class Description:
     format: int = FORMAT_VERSION
 
 
-def save(checkpoints: Path, model: GPT, optimizer: torch.optim.Optimizer, description: Description) -> Path:
+def save(
+    checkpoints: Path, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, description: Description
+) -> Path:
     """Write `checkpoints/step_NNNNNNNN` and point `latest` at it. Returns the folder."""
     final = checkpoints / f"step_{description.step:08d}"
     partial = checkpoints / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tokenizer = from_spec(description.tokenizer)
     write_model(partial, model, tokenizer)
     save_file(_training_tensors(model, optimizer), partial / TRAINING_STATE)
     hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
@@ -77,14 +79,14 @@ def save(checkpoints: Path, model: GPT, optimizer: torch.optim.Optimizer, descri
 
 
 def write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """The files that Hugging Face reads: config, weights, and the tokenizer where it has a form for it."""
+    """The files that Hugging Face reads: config, weights and tokenizer; and the tokenizer's own, where it has one."""
     parameters = {
         name: huggingface.to_folder_layout(model, name, parameter).cpu()  # one by one: no GPU holds all the copies
         for name, parameter in model.named_parameters()
     }
     save_file(parameters | huggingface.zero_biases(model), folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_bytes(_dump(huggingface.config_json(model, tokenizer.end_of_text)))
-    for name, content in huggingface.tokenizer_files(tokenizer).items():
+    for name, content in (huggingface.tokenizer_files(tokenizer) | tokenizer.files()).items():
         (folder / name).write_bytes(content)
 
 
@@ -179,7 +181,7 @@ def identify(folder: Path) -> tuple[ModelConfig, Tokenizer]:
     if (folder / DESCRIPTION).is_file():
         description = read_description(folder)
         verify(folder, description, without=(TRAINING_STATE,))
-        return from_dict(description.config).model, from_spec(description.tokenizer)
+        return from_dict(description.config).model, from_spec(description.tokenizer, folder)
     config, vocab_size = _foreign_config(folder)
     return config, _foreign_tokenizer(folder, vocab_size)
 

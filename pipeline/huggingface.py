@@ -7,16 +7,27 @@ function.
 
 import json
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.byte_pairs import PUBLISHED, merges_of, published_for, symbols
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model import GPT, INIT_STD, LAYER_NORM_EPSILON
-from pipeline.tokenizer import END_OF_TEXT, BytePairTokenizer, Tokenizer
+from pipeline.tokenizer import (
+    END_OF_TEXT,
+    JSON_FILE,
+    UNKNOWN,
+    WORD_PATTERN,
+    BytePairTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    JsonTokenizer,
+    Tokenizer,
+    WordTokenizer,
+)
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _VOCABULARY_ROWS = ("transformer.wte.weight", "lm_head.weight")
@@ -121,64 +132,86 @@ def zero_biases(model: GPT) -> dict[str, Tensor]:
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """File name -> content of what `AutoTokenizer.from_pretrained` reads; empty for a vocabulary it has no form for."""
-    if not isinstance(tokenizer, BytePairTokenizer) or tokenizer.name != "gpt2":
-        return {}
-    return _gpt2_files()
-
-
-@cache
-def _gpt2_files() -> dict[str, bytes]:
-    tokenizer = BytePairTokenizer("gpt2")
-    ranks = tokenizer.ranks()
-    symbols = {token: "".join(map(_byte_symbols().__getitem__, token)) for token in ranks}
-    merges = [[symbols[left], symbols[right]] for left, right in merges_of(ranks)]
-    special = {"id": tokenizer.end_of_text, "content": END_OF_TEXT, "special": True}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    document = {
-        "version": "1.0",
-        "added_tokens": [{**special, **flags}],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "vocab": {**{symbols[token]: rank for token, rank in ranks.items()}, END_OF_TEXT: tokenizer.end_of_text},
-            "merges": merges,
-        },
-    }
-    about = {
+    """File name -> content of what `AutoTokenizer.from_pretrained` reads: text gives the same ids there. What differs is
+    transformers' own: a special token written out in a text is found there, and `word` is joined by other rules.
+    """
+    end_of_text, about = END_OF_TEXT, {"unk_token": END_OF_TEXT}
+    match tokenizer:
+        case JsonTokenizer():
+            content = tokenizer.content
+            (end_of_text,) = (token for token, i in tokenizer.vocabulary().items() if i == tokenizer.end_of_text)
+            about = {}  # a token that the file lacks would be added behind its vocabulary
+        case BytePairTokenizer():
+            content = _byte_pair_json(tokenizer)
+        case ByteTokenizer():
+            content = _byte_level_json(tokenizer, _byte_level(False), {bytes([byte]): byte for byte in range(256)})
+        case CharTokenizer():
+            content = _char_json(tokenizer)
+        case WordTokenizer():
+            content, about = _word_json(tokenizer), {"unk_token": UNKNOWN}
+        case _:
+            raise AssertionError(f"{tokenizer.name} has no form as a tokenizer.json")
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "unk_token": END_OF_TEXT,
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        **about,
         "clean_up_tokenization_spaces": False,
     }
-    return {"tokenizer.json": json.dumps(document).encode(), "tokenizer_config.json": json.dumps(about).encode()}
+    return {JSON_FILE: content, "tokenizer_config.json": json.dumps(config).encode()}
 
 
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that made each token of two bytes or more, in rank order.
-
-    A rank table keeps only results. Merging a token's bytes with the earlier ranks alone stops at the two halves that its
-    own merge joined.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            joined = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
-            best = min(range(len(joined)), key=joined.__getitem__)
-            assert joined[best] < rank, f"token {token!r} cannot be made from earlier merges"
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
+@cache  # finding the merges of 100,256 ranks takes a second, and every checkpoint wants them
+def _byte_pair_json(tokenizer: BytePairTokenizer) -> bytes:
+    ranks = tokenizer.ranks()
+    published = published_for(tokenizer.name, ranks)
+    if published is PUBLISHED["gpt2"]:
+        return _byte_level_json(tokenizer, _byte_level(True), ranks)
+    cut = {"type": "Split", "pattern": {"Regex": published.plain}, "behavior": "Isolated", "invert": False}
+    return _byte_level_json(tokenizer, {"type": "Sequence", "pretokenizers": [cut, _byte_level(False)]}, ranks)
 
 
-@cache
-def _byte_symbols() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: itself where printable, else the code points from 256 on, in order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+def _byte_level_json(tokenizer: Tokenizer, pre_tokenizer: dict[str, Any], ranks: dict[bytes, int]) -> bytes:
+    merges = merges_of(ranks)
+    model = {
+        "type": "BPE",
+        # tiktoken takes a piece that is a token whole; that only differs for tokens which no merge makes.
+        "ignore_merges": len(merges) + 256 < len(ranks),
+        "vocab": {**{symbols(token): rank for token, rank in ranks.items()}, END_OF_TEXT: tokenizer.end_of_text},
+        "merges": [[symbols(left), symbols(right)] for left, right in merges],
+    }
+    return _tokenizer_json(tokenizer, model, pre_tokenizer, _byte_level(True))
+
+
+def _char_json(tokenizer: CharTokenizer) -> bytes:
+    vocabulary = {character: i for i, character in enumerate((*tokenizer.characters, END_OF_TEXT))}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": ""}  # in no vocabulary: unknown ones are refused
+    cut = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    return _tokenizer_json(tokenizer, model, cut, {"type": "Fuse"})
+
+
+def _word_json(tokenizer: WordTokenizer) -> bytes:
+    vocabulary = {word: i for i, word in enumerate((*tokenizer.words, UNKNOWN, END_OF_TEXT))}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": UNKNOWN}
+    # Inverted, the pattern's words are what is kept and the spaces between them what is removed.
+    cut = {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Removed", "invert": True}
+    return _tokenizer_json(tokenizer, model, cut, {"type": "WordPiece", "prefix": "##", "cleanup": True})
+
+
+def _tokenizer_json(
+    tokenizer: Tokenizer, model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dict[str, Any]
+) -> bytes:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    end_of_text = {"id": tokenizer.end_of_text, "content": END_OF_TEXT, "special": True, **flags}
+    document = {
+        "version": "1.0",
+        "added_tokens": [end_of_text],
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": decoder,
+        "model": model,
+    }
+    return json.dumps(document).encode()
+
+
+def _byte_level(use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}

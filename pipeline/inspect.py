@@ -67,7 +67,7 @@ def describe_dataset(path: Path) -> dict[str, Any]:
     if manifest.is_foreign:
         note = f"read as {manifest.program}'s format and GPT-2's vocabulary: nothing in the files says more"
     try:
-        tokenizer = from_spec(manifest.tokenizer)
+        tokenizer = from_spec(manifest.tokenizer, folder)
     except UserError as error:
         note = str(error)
     splits = {}
@@ -77,7 +77,7 @@ def describe_dataset(path: Path) -> dict[str, Any]:
         splits[split]["beginnings"] = [
             describe_beginning(folder, manifest, document, tokenizer) for document in counts.first
         ]
-    told = ("program", "dtype", "end_of_text", "sources", "options", "val_rule", "skipped", "statistics")
+    told = ("program", "dtype", "end_of_text", "sources", "options", "val_rule", "skipped", "unusual", "statistics")
     identity = {"kind": "shard"} if path.is_file() else {"kind": "dataset", "fingerprint": manifest.fingerprint}
     return {
         "path": str(path),

@@ -21,7 +21,7 @@ from pipeline.files import hash_file
 from pipeline.log import ProgressReport, printable
 from pipeline.scan import Advance, DocumentFinder, Positions, blocks, bytes_of_ids, each_shard
 from pipeline.shards import MANIFEST_NAME, SPLITS, Manifest, Shard, map_shard, read_path, size_fault
-from pipeline.tokenizer import TokenIds, from_spec
+from pipeline.tokenizer import TokenIds, from_spec, vocabulary_file
 
 _LISTED_FILES = 5
 
@@ -118,10 +118,11 @@ class DatasetCheck:
             )
             return
         try:
-            self.bytes_of_ids = bytes_of_ids(from_spec(self.manifest.tokenizer))
+            self.bytes_of_ids = bytes_of_ids(from_spec(self.manifest.tokenizer, self.folder))
         except UserError as error:
             self.faults.append(str(error))
-        known = {MANIFEST_NAME, *(shard.file for shard in self.shards)}
+        vocabulary = vocabulary_file(self.manifest.tokenizer["name"])
+        known = {MANIFEST_NAME, vocabulary, *(shard.file for shard in self.shards)}
         strays = sorted(path.name for path in self.folder.iterdir() if path.name not in known and path.name[0] != ".")
         if strays and set(SPLITS) <= self.manifest.splits.keys():
             more = f" and {len(strays) - _LISTED_FILES} more" if len(strays) > _LISTED_FILES else ""

@@ -120,8 +120,7 @@ def find_rule(parts: list[Path], tokenizer: Tokenizer, fraction: float, duplicat
         raise UserError(f"all {count} documents of the corpus are identical: wanted different ones for train and val")
     if count == 1:
         cut = _cut(alone, tokenizer, fraction)
-        blocks = (alone[at : min(at + TOKENS_AT_ONCE, cut)] for at in range(0, cut, TOKENS_AT_ONCE))
-        return SplitRule("position", fraction, cut, sum(len(tokenizer.decode_bytes(ids.tolist())) for ids in blocks))
+        return SplitRule("position", fraction, cut, _text_bytes(alone[:cut], tokenizer))
     return SplitRule("hash", fraction, min(max(threshold, lowest + 1), highest))
 
 
@@ -134,6 +133,14 @@ def _cut(ids: TokenIds, tokenizer: Tokenizer, fraction: float) -> int:
     # Inside a character every further byte is 0b10xxxxxx.
     begins = (at for at in range(latest, 0, -1) if tokenizer.decode_bytes([int(ids[at])])[0] >> 6 != 0b10)
     return next(begins, latest)
+
+
+def _text_bytes(ids: TokenIds, tokenizer: Tokenizer) -> int:
+    lengths = tokenizer.token_bytes()
+    if lengths is None:
+        return len(tokenizer.decode_bytes(ids.tolist()))
+    blocks = (ids[at : at + TOKENS_AT_ONCE] for at in range(0, len(ids), TOKENS_AT_ONCE))
+    return sum(int(lengths.take(block).sum()) for block in blocks)
 
 
 def plan_shards(parts: list[Path], assembly: Assembly, shard_tokens: int) -> list[ShardPlan]:

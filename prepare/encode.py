@@ -67,6 +67,8 @@ class UnitEncoder:
         self._folder, self._seed = encoder.folder, encoder.seed
         self._tokenizer = encoder.tokenizer()
         self._engine: Engine = Gigatoken() if encoder.fast else Plain(self._tokenizer)
+        # A tokenizer of Hugging Face's library may look across a word's end.
+        self._ends_with_words = self._tokenizer.token_bytes() is not None or self._tokenizer.name == "word"
 
     def encode(self, task: Task) -> Summary:
         """Write the part of a unit. With a limit, only that many documents of it are taken."""
@@ -119,18 +121,21 @@ class UnitEncoder:
                 size += len(block)
                 yield block
 
-        cut = False
+        count, all_safe = 0, True
         try:
             for piece, safe in pieces(passing()):
                 writer.add(self._engine.encode(piece.encode()))
-                cut = cut or not safe
+                count += 1
+                all_safe = all_safe and safe
         except ValueError as error:  # UnicodeDecodeError is one too
             writer.abandon_document()
             return NOT_UTF8 if isinstance(error, UnicodeDecodeError) else REFUSED
         if size == 0:
             return EMPTY
         writer.end_document(size, digest.digest())
-        return CUT if cut and self._tokenizer.name not in CUT_ANYWHERE else None
+        if self._tokenizer.name in CUT_ANYWHERE:
+            return None
+        return None if count == 1 or (all_safe and self._ends_with_words) else CUT
 
 
 class Workers:

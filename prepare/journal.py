@@ -23,6 +23,7 @@ import orjson
 
 from pipeline.files import sync, write_atomic
 from pipeline.shards import MANIFEST_NAME, Manifest
+from pipeline.tokenizer import vocabulary_file
 from prepare.parts import part_name, read_summary
 
 SHARD_NAME = re.compile(r"(train|val)_\d{5,}\.bin")
@@ -169,7 +170,7 @@ class Journal:
         sync(self.staged)
         manifest = load_document(self.staged / MANIFEST_NAME)
         wanted = {shard["file"] for shards in manifest["splits"].values() for shard in shards}
-        (self.dataset / MANIFEST_NAME).unlink(missing_ok=True)
+        self._remove_old_manifest()
         for old in self.dataset.iterdir():
             if SHARD_NAME.fullmatch(old.name) and old.name not in wanted:
                 old.unlink()
@@ -180,6 +181,15 @@ class Journal:
         (self.staged / MANIFEST_NAME).rename(self.dataset / MANIFEST_NAME)
         sync(self.dataset)
         self.clear()
+
+    def _remove_old_manifest(self) -> None:
+        """With the file of its vocabulary, which no other file names."""
+        path = self.dataset / MANIFEST_NAME
+        if path.exists():
+            vocabulary = vocabulary_file(load_document(path)["tokenizer"]["name"])
+            path.unlink()
+            if vocabulary:
+                (self.dataset / vocabulary).unlink(missing_ok=True)
 
 
 def load_document(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from prepare.journal import Journal, Plan, Share, tasks_of
 from prepare.local import stamped_hash
 from prepare.pieces import pieces
 from prepare.readers import STDIN_SPOOL, Refused
-from prepare.vocabulary import check_name, learn_vocabulary, learns_from_corpus, open_vocabulary
+from prepare.vocabulary import check_name, is_file, learn_vocabulary, learns_from_corpus, open_vocabulary
 from prepare.work import encode_share
 
 # Hashing lets go of the interpreter's lock; two threads keep up with a disk and leave the processors to the workers.
@@ -143,12 +143,12 @@ def _begin(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path)
     fraction = options.val_fraction or _default_fraction(corpus.file_bytes())
     chosen = _choices(options, fraction)
     if (dataset / MANIFEST_NAME).exists() and not options.force:
-        _check_same(dataset, chosen, corpus)
+        _check_same(dataset, chosen, options.tokenizer, corpus)
         logger.info("%s is already prepared", dataset)
         journal.clear()
         return None
     before = journal.plan()
-    if before and (changes := _changes(before, chosen, corpus, journal)):
+    if before and (changes := _changes(before, chosen, options.tokenizer, corpus, journal)):
         if (journal.finished_units() or share.tasks > 1) and not options.force:
             raise UserError(
                 f"{dataset} is half prepared, and since then {'; '.join(changes)}. Restore that to go on, "
@@ -159,11 +159,11 @@ def _begin(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path)
         if share.tasks == 1:
             journal.clear()
         _check_space(dataset, chosen, corpus)
-        tokenizer = _vocabulary(chosen["tokenizer"], corpus)
+        tokenizer = _vocabulary(options.tokenizer, corpus)
         sizes = [item.size for item in corpus.items()]
         names = [str(source) for source in options.sources]
         plan = Plan(names, str(Path.cwd()), chosen, corpus.stamps(), tokenizer.spec(), sizes, share.tasks)
-        journal.begin(plan, getattr(tokenizer, "files", dict)())
+        journal.begin(plan, tokenizer.files())
         return journal.plan()
     logger.info("going on with %s", dataset)
     return before
@@ -172,7 +172,7 @@ def _begin(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path)
 def _choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
     """The options that determine the bytes."""
     return {
-        "tokenizer": options.tokenizer,
+        "tokenizer": check_name(options.tokenizer),
         "text_field": options.text_field,
         "val_fraction": fraction,
         "shard_tokens": options.shard_tokens,
@@ -192,23 +192,24 @@ def _default_fraction(file_bytes: int | None) -> float:
     return 0.1 if file_bytes < 100e6 else 0.01 if file_bytes < 10e9 else 0.0005
 
 
-def _differences(before: dict[str, Any], chosen: dict[str, Any], tokenizer: dict[str, Any]) -> list[str]:
-    """In which options, or in what vocabulary, two preparations differ."""
+def _differences(
+    before: dict[str, Any], tokenizer: dict[str, Any], chosen: dict[str, Any], vocabulary: str
+) -> list[str]:
+    """In which options, or in what vocabulary, an earlier preparation differs from the one that is wanted."""
     found = [
         f"{name} is {before.get(name)!r} there and {value!r} here"
         for name, value in chosen.items()
         if before.get(name) != value
     ]
-    # What is learnt follows from the sources; the other vocabularies are files or the program's, and may have changed.
-    name = chosen["tokenizer"]
-    if not found and not learns_from_corpus(name) and open_vocabulary(name).spec() != tokenizer:
-        found.append(f"the {name} vocabulary has another fingerprint")
+    # A learnt vocabulary follows from the sources, a published one does not change; a file may have.
+    if not found and is_file(vocabulary) and open_vocabulary(vocabulary).spec() != tokenizer:
+        found.append(f"the vocabulary {vocabulary} has another fingerprint")
     return found
 
 
-def _check_same(dataset: Path, chosen: dict[str, Any], corpus: Corpus) -> None:
+def _check_same(dataset: Path, chosen: dict[str, Any], vocabulary: str, corpus: Corpus) -> None:
     manifest = load_manifest(dataset)
-    differences = _differences(manifest.options, chosen, manifest.tokenizer)
+    differences = _differences(manifest.options, manifest.tokenizer, chosen, vocabulary)
     sources = corpus.record(hash_file)
     if manifest.sources != sources:
         changed = [entry for entry in sources if entry not in manifest.sources] or manifest.sources
@@ -221,10 +222,10 @@ def _check_same(dataset: Path, chosen: dict[str, Any], corpus: Corpus) -> None:
         )
 
 
-def _changes(before: Plan, chosen: dict[str, Any], corpus: Corpus, journal: Journal) -> list[str]:
+def _changes(before: Plan, chosen: dict[str, Any], vocabulary: str, corpus: Corpus, journal: Journal) -> list[str]:
     """What is not as it was when the preparation began."""
     changed = changed_sources(before, corpus, journal)
-    differences = _differences(before.options, chosen, before.tokenizer)
+    differences = _differences(before.options, before.tokenizer, chosen, vocabulary)
     return differences + ([f"the sources changed ({_some(changed)})"] if changed else [])
 
 

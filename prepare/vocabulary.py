@@ -1,26 +1,207 @@
-"""Shim until the vocabularies are merged."""
+"""What `--tokenizer` names -> a tokenizer: a published vocabulary, a file of the user's, or one learnt from the corpus."""
 
+import json
+import re
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+from pipeline.byte_pairs import PUBLISHED, published_for, read_ranks, write_ranks
 from pipeline.errors import UserError
-from pipeline.tokenizer import TOKENIZER_NAMES, BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from pipeline.log import logger
+from pipeline.tokenizer import (
+    END_OF_TEXT,
+    JSON_FILE,
+    TIKTOKEN_NAMES,
+    BytePairTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    JsonTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    split_words,
+    unknown_name,
+)
+
+LEAST_BPE, MOST_BPE = 257, 1_000_000  # the 256 bytes and end-of-text; five times the largest in use
+# With <|unk|> and <|endoftext|> just what two bytes an id can hold.
+MOST_WORDS = (1 << 16) - 2
+# Distinct words held while counting: 200 MB, and 360 while the rarer half is forgotten, which happens beyond it.
+MOST_COUNTED = 1 << 21
+# One text handed to the trainer: a document may be a book of hundreds of MB, and the trainer holds what it is handed.
+PIECE_CHARACTERS = 1 << 20
+# What ends a text in the vocabularies in use, the ones meant for whole documents first.
+ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+
+
+def check_name(name: str) -> str:
+    """The name a spec will carry: a file's without its folder. Raises UserError for what is no tokenizer."""
+    if name.startswith("bpe:"):
+        _bpe_size(name)
+    return _file(name).name if is_file(name) else name
+
+
+def is_file(name: str) -> bool:
+    """Whether the vocabulary is in a file of the user's."""
+    return name not in (*TIKTOKEN_NAMES, "byte") and not learns_from_corpus(name)
 
 
 def learns_from_corpus(name: str) -> bool:
-    return name == "char"
-
-
-def check_name(name: str) -> None:
-    if name not in TOKENIZER_NAMES:
-        raise UserError(f"unknown tokenizer {name!r}: there are {', '.join(TOKENIZER_NAMES)}")
+    """Whether the vocabulary is made from the documents; of `char`, from every one of them."""
+    return name in ("char", "word") or name.startswith("bpe:")
 
 
 def open_vocabulary(name: str) -> Tokenizer:
-    return ByteTokenizer() if name == "byte" else BytePairTokenizer(name)
+    """A vocabulary that is there before the corpus. Raises UserError where it is missing or cannot be used."""
+    if name == "byte":
+        return ByteTokenizer()
+    if name == "gpt2":
+        return BytePairTokenizer(name)
+    if name in TIKTOKEN_NAMES:
+        return BytePairTokenizer(name, _fetch(name))
+    path = _file(name)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+    return _open_ranks(path, content) if path.suffix == ".tiktoken" else _open_json(path, content)
 
 
 def learn_vocabulary(name: str, documents: Iterator[str]) -> Tokenizer:
-    found: set[str] = set()
+    """The vocabulary of `documents`, which are read once and never held: `char`, `word` or `bpe:N`."""
+    if name == "char":
+        characters: set[str] = set()
+        for text in documents:
+            characters.update(text)
+        return CharTokenizer("".join(characters))
+    return _learn_words(documents) if name == "word" else _learn_merges(name, documents)
+
+
+def _bpe_size(name: str) -> int:
+    size = re.fullmatch(r"bpe:(\d{1,9})", name)
+    if size is None or not LEAST_BPE <= int(size[1]) <= MOST_BPE:
+        raise UserError(
+            f"unknown tokenizer {name!r}: wanted bpe:N, a vocabulary of N tokens with N in {LEAST_BPE} .. {MOST_BPE}, "
+            "such as bpe:4096"
+        )
+    return int(size[1])
+
+
+def _file(name: str) -> Path:
+    path = Path(name)
+    if path.is_dir() and (path / JSON_FILE).is_file():
+        return path / JSON_FILE
+    if path.suffix not in (".json", ".tiktoken"):
+        raise UserError(unknown_name(name))
+    if not path.is_file():
+        raise UserError(
+            f"no tokenizer at {path}: wanted a tokenizer.json or .tiktoken file, or a folder with the first"
+        )
+    return path
+
+
+def _fetch(name: str) -> bytes:
+    """A rank table as a file, from tiktoken's cache or the network."""
+    import tiktoken
+
+    try:
+        return write_ranks(tiktoken.get_encoding(name)._mergeable_ranks)
+    except Exception as error:  # tiktoken lets the network library's own exceptions through
+        raise UserError(
+            f"the vocabulary of {name} could not be fetched ({type(error).__name__}): connect once, or point "
+            "TIKTOKEN_CACHE_DIR at a folder that holds tiktoken's cached file, or use --tokenizer gpt2, which ships here"
+        ) from None
+
+
+def _open_ranks(path: Path, content: bytes) -> Tokenizer:
+    try:
+        ranks = read_ranks(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if published_for(path.name, ranks) not in PUBLISHED.values():
+        logger.info(
+            "%s has %s ranks, as no published table: text is cut as for cl100k_base, and %s gets the id after them; "
+            "a tokenizer.json would say both itself",
+            path, f"{len(ranks):,}", END_OF_TEXT,
+        )  # fmt: skip
+    return BytePairTokenizer(path.name, content)
+
+
+def _open_json(path: Path, content: bytes) -> Tokenizer:
+    # With any id first: which one it is takes the vocabulary, which takes a file that can be read.
+    try:
+        vocabulary = JsonTokenizer(path.name, content, 0).vocabulary()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    beside = (_end_of_text_in(path.with_name(file)) for file in ("tokenizer_config.json", "special_tokens_map.json"))
+    wanted = (*ENDS_OF_TEXT, *(token for token in beside if token is not None))
+    for token in wanted:
+        if token in vocabulary:
+            return JsonTokenizer(path.name, content, vocabulary[token])
+    raise UserError(
+        f"{path} has no token that ends a text: looked for {', '.join(wanted)}; "
+        "name one as eos_token in a tokenizer_config.json beside it"
+    )
+
+
+def _end_of_text_in(path: Path) -> str | None:
+    """The eos_token that a file beside a tokenizer.json names."""
+    if not path.is_file():
+        return None
+    try:
+        document: Any = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): mend it, or move it away") from None
+    token = document.get("eos_token") if isinstance(document, dict) else None
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _learn_words(documents: Iterator[str]) -> Tokenizer:
+    counts: Counter[str] = Counter()
+    for piece in _pieces(documents):
+        counts.update(split_words(piece))
+        if len(counts) > MOST_COUNTED:
+            counts = Counter({word: counts[word] for word in _most_frequent(counts, MOST_COUNTED // 2)})
+    words = _most_frequent(counts, MOST_WORDS)
+    if len(words) < len(counts):
+        logger.info("word: the %s most frequent words are kept, others become <|unk|>", f"{len(words):,}")
+    return WordTokenizer(words)
+
+
+def _most_frequent(counts: Counter[str], most: int) -> list[str]:
+    """Words by falling count, equal ones in code point order."""
+    return sorted(counts, key=lambda word: (-counts[word], word))[:most]
+
+
+def _learn_merges(name: str, documents: Iterator[str]) -> Tokenizer:
+    """Byte-level BPE with GPT-2's pattern: the 256 bytes, the merges as they were learnt, end-of-text with the last id."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library
+
+    size = _bpe_size(name)
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(_pieces(documents), trainer)
+    library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    found = library.get_vocab_size()
+    if found < size:
+        logger.info("%s: the corpus gives %s tokens and no more", name, f"{found:,}")
+    return JsonTokenizer(name, library.to_str().encode(), found - 1)
+
+
+def _pieces(documents: Iterator[str]) -> Iterator[str]:
+    """The documents, long ones in pieces that begin at a space or a line's end where there is one."""
     for text in documents:
-        found.update(text)
-    return CharTokenizer("".join(sorted(found)))
+        start = 0
+        while start < len(text):
+            end = start + PIECE_CHARACTERS
+            if end < len(text):
+                gap = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
+                end = gap if gap > 0 else end
+            yield text[start:end]
+            start = end

@@ -19,6 +19,7 @@ from pipeline.tokenizer import Tokenizer
 from sample.generate import Choice, generate
 
 RUNS = Path("runs")
+REPLACEMENT = "\ufffd".encode()
 SEPARATOR = "\n---------------\n"
 _RANGES = {
     "--num-samples": "wanted 1 or more",
@@ -82,7 +83,8 @@ def write_samples(options: SampleOptions) -> None:
             if options.json:
                 _write_json(prompt, list(until_end), tokenizer)
             else:
-                _write_text(prompt, until_end, tokenizer, separate=bool(index or number))
+                context = ids if prompt else []
+                _write_text(prompt, added_text(context, until_end, tokenizer), separate=bool(index or number))
 
 
 def _check(options: SampleOptions) -> None:
@@ -116,7 +118,10 @@ def _prompts(options: SampleOptions) -> list[str | None]:
 def _encode(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
     if prompt is None:
         return [tokenizer.end_of_text]
-    ids: list[int] = tokenizer.encode(prompt).tolist()
+    try:
+        ids: list[int] = tokenizer.encode(prompt).tolist()
+    except ValueError as error:
+        raise UserError(f"the tokenizer refuses the prompt ({error}): give another") from None
     if not ids:
         raise UserError("the prompt has no tokens: give some text, or leave --prompt out to start a new document")
     return ids
@@ -128,12 +133,27 @@ def _write_json(prompt: str | None, tokens: list[int], tokenizer: Tokenizer) -> 
     sys.stdout.flush()
 
 
-def _write_text(prompt: str | None, tokens: Iterator[int], tokenizer: Tokenizer, separate: bool) -> None:
+def _write_text(prompt: str | None, added: Iterator[bytes], separate: bool) -> None:
     """Prompt and continuation, each token as it comes; a character is held back until its last byte is there."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     sys.stdout.write((SEPARATOR if separate else "") + (prompt or ""))
-    for token in tokens:
-        sys.stdout.write(decoder.decode(tokenizer.decode_bytes([token])))
+    for piece in added:
+        sys.stdout.write(decoder.decode(piece))
         sys.stdout.flush()
     sys.stdout.write(decoder.decode(b"", final=True) + "\n")
     sys.stdout.flush()
+
+
+def added_text(context: list[int], tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[bytes]:
+    """What each of `tokens` adds to the text behind `context`: in some vocabularies the space depends on both sides.
+
+    Hugging Face's decoders give U+FFFD for a character whose last byte is still to come; it waits for that.
+    """
+    shown, held = context[-1:], list[int]()
+    for token in tokens:
+        held.append(token)
+        before, after = tokenizer.decode_bytes(shown), tokenizer.decode_bytes(shown + held)
+        if not after.endswith(REPLACEMENT):
+            yield after[len(before) :]
+            shown, held = held, []
+    yield tokenizer.decode_bytes(shown + held)[len(tokenizer.decode_bytes(shown)) :]

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,82 @@ import pytest
 from pipeline.config import Config, from_dict
 from pipeline.files import hash_file
 from pipeline.shards import Manifest, Shard
-from pipeline.tokenizer import ByteTokenizer
+from pipeline.tokenizer import GPT2_RANKS, BytePairTokenizer, ByteTokenizer, JsonTokenizer, Tokenizer
+from prepare.vocabulary import learn_vocabulary
 
 ROOT = Path(__file__).parents[1]
+# Prose, code, scripts and what pre-tokenizers disagree about.
+ALPHABET = "abE '\"’sdmtlvre019½ \t\n\r\u00a0\u2003.,-_(){}<|>/éßñΩжǅʰ中日한😀\u200d\u0301\x00\x1f\u2028"
 WriteDataset = Callable[..., Path]
 GPT2_END = 50256
 MakeConfig = Callable[..., Config]
+
+
+def prose() -> list[str]:
+    """The texts that vocabularies are learnt from here: the standard library's words on a few modules, and some scripts."""
+    import calendar
+    import json
+    import textwrap
+
+    documents = [Path(module.__file__).read_text(encoding="utf-8") for module in (calendar, json, textwrap)]
+    return [*documents, "naïve café, 東京 와 한국; 'tis <|endoftext|> 12,345 😀\r\n\n", ALPHABET]
+
+
+@cache
+def tokenizer_named(name: str) -> Tokenizer:
+    """One of each kind. Tables that only the network has are stood in for by GPT-2's ranks, under the name's own rules."""
+    if name in ("char", "word", "bpe:512"):
+        return learn_vocabulary(name, iter(prose()))
+    if name in ("byte", "gpt2"):
+        return ByteTokenizer() if name == "byte" else BytePairTokenizer("gpt2")
+    table = GPT2_RANKS.read_bytes()
+    if name == "own.tiktoken":
+        return BytePairTokenizer(name, b"".join(table.splitlines(keepends=True)[:1000]))
+    if name in ("cl100k_base", "o200k_base"):
+        return BytePairTokenizer(name, table)
+    return JsonTokenizer("tokenizer.json", *{"merges.json": shuffled_json, "unigram.json": unigram_json}[name]())
+
+
+TOKENIZERS = (
+    "gpt2", "cl100k_base", "o200k_base", "own.tiktoken", "char", "byte", "word", "bpe:512", "merges.json", "unigram.json",
+)  # fmt: skip
+
+
+def shuffled_json() -> tuple[bytes, int]:
+    """A byte-level tokenizer.json in Llama 3's manner, with its ids in no order; and its end-of-text."""
+    import json
+    import random
+
+    from pipeline.byte_pairs import _LLAMA3
+
+    document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
+    ids = random.Random(0).sample(range(600), 512)
+    document["model"]["vocab"] = {token: ids[i] for token, i in document["model"]["vocab"].items()} | {"</s>": ids[511]}
+    document["added_tokens"][0] |= {"id": ids[511], "content": "</s>"}
+    document["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+    }
+    return json.dumps(document).encode(), ids[511]
+
+
+def unigram_json() -> tuple[bytes, int]:
+    """A tokenizer.json that no byte-pair engine can take the place of, cutting texts short as some files do."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = Library(models.Unigram())
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    special = ["<unk>", "</s>"]
+    library.train_from_iterator(
+        prose(), trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False)
+    )
+    library.enable_truncation(5)
+    return library.to_str().encode(), 1
 
 
 def write_dataset(folder: Path, train_tokens: int = 20_000, val_tokens: int = 2_000, seed: int = 0) -> Path:

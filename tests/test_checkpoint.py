@@ -7,18 +7,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from conftest import tokenizer_named
 from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Description
 from pipeline.config import Config, ModelConfig, to_dict
 from pipeline.errors import UserError
-from pipeline.huggingface import merges_of, tokenizer_files
 from pipeline.model import GPT
-from pipeline.tokenizer import BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from pipeline.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from train.optimizer import build
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24)
@@ -49,7 +48,7 @@ def saved(
 ) -> tuple[Path, GPT]:
     tokenizer = tokenizer or ByteTokenizer()
     model, optimizer = trained_model(config, tokenizer.vocab_size)
-    return checkpoint.save(folder, model, optimizer, description(model, tokenizer, step)), model
+    return checkpoint.save(folder, model, optimizer, tokenizer, description(model, tokenizer, step)), model
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -112,7 +111,7 @@ def test_no_padding_row_is_saved(tmp_path: Path) -> None:
 
 def test_optimizer_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     model, optimizer = trained_model()
-    folder = checkpoint.save(tmp_path, model, optimizer, description(model, ByteTokenizer()))
+    folder = checkpoint.save(tmp_path, model, optimizer, ByteTokenizer(), description(model, ByteTokenizer()))
     twin = GPT(SMALL, 257)
     restored = build(twin, Config().optimizer)
     checkpoint.load_weights(twin, folder)
@@ -130,7 +129,10 @@ def test_description_holds_the_contract(tmp_path: Path) -> None:
         document["format"] == 1 and document["step"] == 3 and document["tokens"] == 300 and document["dataset"] == "d"
     )
     assert document["config"]["model"]["n_layer"] == 2 and document["tokenizer"]["name"] == "byte"
-    assert set(document["files"]) == {"config.json", "model.safetensors", "training_state.safetensors"}
+    tokenizer_files = {"tokenizer.json", "tokenizer_config.json"}
+    assert (
+        set(document["files"]) == {"config.json", "model.safetensors", "training_state.safetensors"} | tokenizer_files
+    )
     assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".pth")]
     assert asdict(checkpoint.read_description(folder)) == document
 
@@ -248,31 +250,22 @@ def test_foreign_folders_are_refused_for_a_reason(tmp_path: Path) -> None:
         checkpoint.load_model(tmp_path)
 
 
-def test_gpt2_tokenizer_files_encode_as_ours_does(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    folder, _ = saved(tmp_path, tokenizer=BytePairTokenizer("gpt2"))
-    twin = transformers.AutoTokenizer.from_pretrained(folder)
-    ours = BytePairTokenizer("gpt2")
-    random = np.random.default_rng(0)
-    texts = ["def f(x):\n    return x  \n\n", "It's 12,345 o'clock — naïve 東京 🙂\t\r\n", "   ", "a" * 200]
-    texts += [
-        "".join(map(chr, random.choice([*range(32, 127), 10, 233, 960, 26085, 128578], size=80))) for _ in range(200)
-    ]
-    for text in texts:
-        ids = ours.encode(text).tolist()
-        assert twin.encode(text) == ids
-        assert twin.decode(ids) == text
-    assert twin.eos_token_id == 50256 and len(twin) == 50257
-
-
-def test_merges_rebuild_the_published_order() -> None:
-    merges = merges_of(BytePairTokenizer("gpt2").ranks())
-    assert len(merges) == 50_000
-    assert merges[:3] == [(b" ", b"t"), (b" ", b"a"), (b"h", b"e")]
-
-
-def test_vocabularies_without_a_hugging_face_form_have_no_tokenizer_files() -> None:
-    assert tokenizer_files(ByteTokenizer()) == {} == tokenizer_files(CharTokenizer("abc"))
+@pytest.mark.parametrize("name", ["own.tiktoken", "word", "merges.json"])
+def test_a_vocabulary_travels_in_the_folder_under_its_hash(tmp_path: Path, name: str) -> None:
+    tokenizer = tokenizer_named(name)
+    folder, _ = saved(tmp_path, tokenizer=tokenizer)
+    ((file, content),) = tokenizer.files().items()
+    assert (folder / file).read_bytes() == content
+    assert {file, "tokenizer.json", "tokenizer_config.json"} <= set(checkpoint.read_description(folder).files)
+    _, loaded = checkpoint.load_model(folder)
+    assert loaded.spec() == tokenizer.spec()
+    assert loaded.encode("the calendar").tolist() == tokenizer.encode("the calendar").tolist()
+    (folder / file).write_bytes(content + b"\n")
+    with pytest.raises(UserError, match=f"is damaged: {file} does not match its hash"):
+        checkpoint.load_model(folder)
+    (folder / file).unlink()
+    with pytest.raises(UserError, match=f"is damaged: {file} is missing"):
+        checkpoint.load_model(folder)
 
 
 @pytest.mark.parametrize(("key", "value"), [("n_head", 4), ("block_size", 12), ("bias", False), ("tie_weights", False)])
@@ -311,6 +304,6 @@ def test_going_back_leaves_later_checkpoints_behind_whole(tmp_path: Path) -> Non
 def test_an_optimizer_that_never_stepped_comes_back(tmp_path: Path) -> None:
     model = GPT(SMALL, 257)
     optimizer = build(model, Config().optimizer)
-    folder = checkpoint.save(tmp_path, model, optimizer, description(model, ByteTokenizer()))
+    folder = checkpoint.save(tmp_path, model, optimizer, ByteTokenizer(), description(model, ByteTokenizer()))
     checkpoint.load_optimizer(optimizer, model, folder)
     assert not any(optimizer.state.values())

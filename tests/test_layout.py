@@ -14,7 +14,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "prepare", "train", "sample")
 STAGES = PACKAGES[1:]
-WITHOUT_TORCH = ("errors", "log", "files", "config", "tokenizer", "foreign", "shards", "scan", "duplicates")
+WITHOUT_TORCH = (
+    "errors",
+    "log",
+    "files",
+    "config",
+    "byte_pairs",
+    "tokenizer",
+    "foreign",
+    "shards",
+    "scan",
+    "duplicates",
+)
 MAPPED = (*PACKAGES, "configs", "slurm", "benchmarks")
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import random
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiktoken
+from conftest import ALPHABET, TOKENIZERS, prose, tokenizer_named, unigram_json
+from tokenizers import Tokenizer as Library
 
 import pipeline.tokenizer
 from pipeline.errors import UserError
@@ -18,8 +21,11 @@ from pipeline.tokenizer import (
     BytePairTokenizer,
     ByteTokenizer,
     CharTokenizer,
+    JsonTokenizer,
     Tokenizer,
+    WordTokenizer,
     from_spec,
+    split_words,
     token_dtype,
 )
 
@@ -43,14 +49,16 @@ TEXTS = [
     "<|endoftext|> is text",
     "a" * 300 + " " * 300 + "\n" * 300,
 ]
-ALPHABET = "abE '\"’sdmtlvre019½ \t\n\r\u00a0\u2003.,-_(){}<|>éßñΩж中日한😀\u200d\u0301\x00\x1f"
+LOSSY = ("word", "unigram.json")
 
 
-def tokenizers() -> list[Tokenizer]:
-    return [BytePairTokenizer("gpt2"), CharTokenizer(ALPHABET), ByteTokenizer()]
+@pytest.fixture
+def tokenizer(name: str) -> Tokenizer:
+    return tokenizer_named(name)
 
 
-TOKENIZERS = pytest.mark.parametrize("tokenizer", tokenizers(), ids=lambda tokenizer: tokenizer.name)
+every_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
+every_lossless_tokenizer = pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in LOSSY])
 
 
 @cache
@@ -105,36 +113,181 @@ def test_gpt2_gives_out_the_table_and_the_pattern_it_was_made_from() -> None:
 # ---- all of them ----
 
 
-@TOKENIZERS
+@every_lossless_tokenizer
 def test_text_round_trips_through_ids_below_the_vocabularys_size(tokenizer: Tokenizer) -> None:
-    for text in random_texts(200):
+    for text in (*random_texts(200), *prose()):
         ids = tokenizer.encode(text)
         assert tokenizer.decode_bytes(ids.tolist()) == text.encode()
         assert ids.dtype == token_dtype(tokenizer.vocab_size)
         assert not ids.size or ids.max() < tokenizer.vocab_size
 
 
-@TOKENIZERS
-def test_every_id_below_the_vocabularys_size_decodes(tokenizer: Tokenizer) -> None:
+@every_tokenizer
+def test_every_id_below_the_vocabularys_size_decodes_and_no_two_alike(tokenizer: Tokenizer) -> None:
+    if tokenizer_named("unigram.json") is tokenizer:
+        return  # its decoder leaves out the space that a text begins with
     pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-    assert len(set(pieces)) == tokenizer.vocab_size
+    there = [piece for piece in pieces if piece]
+    assert len(set(there)) == len(there)
+    holes = {"cl100k_base": 100_277 - 50_257, "o200k_base": 200_019 - 50_257}
+    assert tokenizer.vocab_size - len(there) == holes.get(
+        tokenizer.name, 88 if tokenizer.name == "tokenizer.json" else 0
+    )
 
 
-@TOKENIZERS
+@every_tokenizer
 def test_a_literal_end_of_text_is_ordinary_text(tokenizer: Tokenizer) -> None:
-    if tokenizer.name == "char":
-        tokenizer = CharTokenizer("<|endoftext|>")
-    ids = tokenizer.encode("<|endoftext|>").tolist()
-    assert len(ids) > 1
+    literal = tokenizer.decode_bytes([tokenizer.end_of_text]).decode()
+    if tokenizer is tokenizer_named("unigram.json"):  # its model knows no other way to write the token's text
+        with pytest.raises(ValueError, match="cannot tell the end-of-text token in a text from the end"):
+            tokenizer.encode(f"a {literal} b")
+        return
+    ids = tokenizer.encode(f"a{literal}b").tolist()
+    assert len(ids) > 3
     assert tokenizer.end_of_text not in ids
-    assert tokenizer.decode_bytes(ids) == b"<|endoftext|>" == tokenizer.decode_bytes([tokenizer.end_of_text])
+    assert tokenizer.decode_bytes(ids).decode().replace(" ", "") == f"a{literal}b"
 
 
-@TOKENIZERS
+@every_tokenizer
 def test_text_that_no_utf8_can_hold_is_the_users_to_mend(tokenizer: Tokenizer) -> None:
     """A prompt on the command line that is not UTF-8 reaches us with lone surrogates."""
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="not valid Unicode at position 1"):
         tokenizer.encode("a\udcffb")
+
+
+@every_tokenizer
+def test_token_bytes_add_up_to_the_text(tokenizer: Tokenizer) -> None:
+    counts = tokenizer.token_bytes()
+    if counts is None:
+        assert tokenizer is tokenizer_named("word") or tokenizer is tokenizer_named("unigram.json")
+        return
+    assert counts.shape == (tokenizer.vocab_size,) and counts[tokenizer.end_of_text] == 0
+    for text in (*random_texts(50), *prose()):
+        assert counts[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+# ---- tokenizer.json ----
+
+
+@pytest.mark.parametrize("name", ["bpe:512", "merges.json"])
+def test_a_byte_level_tokenizer_json_gives_the_ids_of_hugging_faces_library(tokenizer: Tokenizer) -> None:
+    assert isinstance(tokenizer, JsonTokenizer) and tokenizer._merges is not None
+    library = Library.from_str(tokenizer.content.decode())
+    library.encode_special_tokens = True
+    for text in (*TEXTS, *random_texts(2000), *prose()):
+        assert tokenizer.encode(text).tolist() == library.encode(text).ids, repr(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
+    ],
+)
+def test_a_tokenizer_json_that_works_otherwise_is_left_to_hugging_faces_library(change: dict[str, Any]) -> None:
+    document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"]) | change
+    tokenizer = JsonTokenizer("own.json", json.dumps(document).encode(), 511)
+    library = Library.from_str(json.dumps(document))
+    library.encode_special_tokens = True
+    assert tokenizer.token_bytes() is None
+    for text in ("e\u0301  <|endoftext|> x", "the cat"):
+        assert tokenizer.encode(text).tolist() == library.encode(text).ids
+
+
+def test_an_ordinary_added_token_is_found_and_one_that_ends_texts_is_not() -> None:
+    document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
+    spaces = document["added_tokens"][0] | {"id": 512, "content": "    ", "special": False}
+    document["added_tokens"][0]["special"] = False
+    document["added_tokens"].append(spaces)
+    tokenizer = JsonTokenizer("own.json", json.dumps(document).encode(), 511)
+    ids = tokenizer.encode("a    b<|endoftext|>").tolist()
+    assert 512 in ids and 511 not in ids
+    assert tokenizer.decode_bytes(ids) == b"a    b<|endoftext|>"
+
+
+def test_merges_that_ranks_cannot_stand_for_are_left_to_hugging_faces_library() -> None:
+    """`abc` by (a, bc) where ranks would join (ab, c): the file's own order has to be kept."""
+    document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
+    vocabulary = {token: i for token, i in document["model"]["vocab"].items() if i < 256}
+    document["model"]["vocab"] = vocabulary | {"ab": 256, "bc": 257, "abc": 258}
+    document["model"]["merges"] = [["a", "b"], ["b", "c"], ["a", "bc"]]
+    document["added_tokens"][0]["id"] = 259
+    tokenizer = JsonTokenizer("own.json", json.dumps(document).encode(), 259)
+    assert tokenizer.encode("abc").tolist() == [256, vocabulary["c"]]
+    assert tokenizer.token_bytes() is None
+
+
+def test_a_file_that_cuts_or_pads_texts_does_neither_here() -> None:
+    content, end_of_text = unigram_json()
+    tokenizer = JsonTokenizer("own.json", content, end_of_text)
+    assert json.loads(content)["truncation"]["max_length"] == 5
+    text = "the day of the week and the year " * 50
+    assert tokenizer.decode_bytes(tokenizer.encode(text).tolist()).decode().split() == text.split()
+
+
+def test_dropout_is_left_out() -> None:
+    document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
+    document["model"]["dropout"] = 0.9
+    tokenizer = JsonTokenizer("own.json", json.dumps(document).encode(), 511)
+    assert (
+        tokenizer.encode("return the calendar").tolist()
+        == tokenizer_named("bpe:512").encode("return the calendar").tolist()
+    )
+
+
+def test_an_added_token_with_an_id_of_its_own_is_refused() -> None:
+    """Hugging Face's library would number it 511, and transformers with it."""
+    document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
+    document["added_tokens"][0]["id"] = 600
+    assert Library.from_str(json.dumps(document)).token_to_id("<|endoftext|>") == 511
+    with pytest.raises(
+        UserError, match=r"^own.json: the added token '<|endoftext|>' has id 600, .* makes it 511: save"
+    ):
+        JsonTokenizer("own.json", json.dumps(document).encode(), 600)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "JSONDecodeError"),
+        (b"[]", "TypeError"),
+        (b"{}", "KeyError: 'model'"),
+        (b'{"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}}', "an id is there twice"),
+        (b'{"model": {"type": "BPE", "vocab": {"a": 1000000000000}, "merges": []}}', "one is not in 0 .. 16777215"),
+        (b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}', "Exception"),
+    ],
+)
+def test_a_tokenizer_json_that_is_none_is_one_line(content: bytes, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        JsonTokenizer("own.json", content, 0)
+
+
+def test_what_the_library_gives_up_on_is_a_value_error() -> None:
+    document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
+    document["model"] = {"type": "WordLevel", "vocab": {"a": 0, "end": 1}, "unk_token": "missing"}
+    tokenizer = JsonTokenizer("own.json", json.dumps(document | {"added_tokens": []}).encode(), 1)
+    with pytest.raises(ValueError, match="gives up on the text"):
+        tokenizer.encode("b")
+
+
+# ---- word ----
+
+
+def test_words_are_words_marks_and_line_ends() -> None:
+    tokenizer = WordTokenizer(["a", ",", "\n", "naïve", "हिन्दी", "x_1"])
+    assert tokenizer.encode("a,  a\t\n\nnaïve हिन्दी x_1").tolist() == [0, 1, 0, 2, 2, 3, 4, 5]
+    assert (tokenizer.unknown, tokenizer.end_of_text, tokenizer.vocab_size) == (6, 7, 8)
+    assert tokenizer.encode("b <|unk|> a").tolist() == [6] * 6 + [0]
+
+
+@pytest.mark.parametrize(
+    "text", ["It's the last of (three) words, isn't it?\nYes: 50%; no!\n", "", "a", "\n\n", "one two"]
+)
+def test_plain_prose_comes_back_from_its_words(text: str) -> None:
+    tokenizer = WordTokenizer(sorted(set(split_words(text))))
+    assert tokenizer.decode_bytes(tokenizer.encode(text).tolist()) == text.encode()
 
 
 # ---- char and byte ----
@@ -177,19 +330,39 @@ def test_ids_take_two_bytes_while_every_one_fits(vocab_size: int, name: str) -> 
 # ---- specs ----
 
 
-@TOKENIZERS
-def test_a_spec_builds_the_same_tokenizer_again(tokenizer: Tokenizer) -> None:
-    again = from_spec(tokenizer.spec())
-    assert again.spec() == tokenizer.spec()
-    assert again.encode("ab 019é").tolist() == tokenizer.encode("ab 019é").tolist()
+def put(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """A tokenizer's files in a folder; returns the spec that goes with them."""
+    for file, content in tokenizer.files().items():
+        (folder / file).write_bytes(content)
+    return tokenizer.spec()
+
+
+@every_tokenizer
+def test_a_spec_and_its_file_build_the_same_tokenizer_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    again = from_spec(json.loads(json.dumps(put(tokenizer, tmp_path))), tmp_path)
+    assert again.spec() == tokenizer.spec() and again.files() == tokenizer.files()
+    for text in random_texts(20):
+        assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+@every_tokenizer
+def test_a_spec_is_small(tokenizer: Tokenizer) -> None:
+    assert len(json.dumps(tokenizer.spec())) < 1000
+
+
+def test_gpt2s_spec_is_the_one_that_datasets_carry_since_the_first_version() -> None:
+    assert BytePairTokenizer("gpt2").spec()["fingerprint"] == "557b21f5ffbe86dcb38c1ca79ff2cb3d"
+    assert ByteTokenizer().spec()["fingerprint"] == "6c5b15b3e83b9cfd1d4c02b7c53ff6a5"
+    assert CharTokenizer("abc").spec()["fingerprint"] == "06b05ab6733a618578af5f94892f3950"
 
 
 def test_a_fingerprint_tells_vocabularies_apart() -> None:
-    specs = [*(tokenizer.spec() for tokenizer in tokenizers()), CharTokenizer("ab").spec(), CharTokenizer("ac").spec()]
+    others = [CharTokenizer("ab"), CharTokenizer("ac"), WordTokenizer(["a"]), WordTokenizer(["b"])]
+    specs = [tokenizer.spec() for tokenizer in (*map(tokenizer_named, TOKENIZERS), *others)]
     assert len({spec["fingerprint"] for spec in specs}) == len(specs)
 
 
-@TOKENIZERS
+@every_tokenizer
 @pytest.mark.parametrize(
     "tamper",
     [
@@ -202,27 +375,38 @@ def test_a_fingerprint_tells_vocabularies_apart() -> None:
     ids=["fingerprint", "vocab_size", "end_of_text", "characters", "no fingerprint"],
 )
 def test_a_spec_that_does_not_match_its_vocabulary_is_refused(
-    tokenizer: Tokenizer, tamper: Callable[[dict[str, Any]], dict[str, Any]]
+    tokenizer: Tokenizer, tamper: Callable[[dict[str, Any]], dict[str, Any]], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=f"the {tokenizer.name} vocabulary does not match its description"):
-        from_spec(tamper(tokenizer.spec()))
+        from_spec(tamper(put(tokenizer, tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in ("gpt2", "char", "byte")])
+def test_a_missing_or_changed_file_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    spec = put(tokenizer, tmp_path)
+    ((file, content),) = tokenizer.files().items()
+    (tmp_path / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError):
+        from_spec(spec, tmp_path)
+    other = {"vocabulary.tiktoken": "own.tiktoken", "vocabulary.json": "", "tokenizer.json": "bpe:512"}[file]
+    if other and other != name_of(tokenizer):
+        put(tokenizer_named(other), tmp_path)
+        with pytest.raises(UserError, match="does not match its description"):
+            from_spec(spec, tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(UserError, match=f"has no {file}, which holds the vocabulary {tokenizer.name}: restore it"):
+        from_spec(spec, tmp_path)
+
+
+def name_of(tokenizer: Tokenizer) -> str:
+    return next(name for name in TOKENIZERS if tokenizer_named(name) is tokenizer)
 
 
 @pytest.mark.parametrize("name", ["gpt3", None, ""])
-def test_an_unknown_tokenizer_is_answered_with_the_names_there_are(name: str | None) -> None:
+def test_an_unknown_tokenizer_is_answered_with_the_names_there_are(name: str | None, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        from_spec({"name": name})
-    assert str(caught.value) == f"unknown tokenizer {name!r}: there are gpt2, cl100k_base, o200k_base, char, byte"
-
-
-def test_a_vocabulary_that_cannot_be_fetched_is_one_line_for_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str) -> None:
-        raise ConnectionError(f"no route to {name}\nat all")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
-    with pytest.raises(UserError) as caught:
-        BytePairTokenizer("cl100k_base")
+        from_spec({"name": name}, tmp_path)
     assert str(caught.value) == (
-        "the vocabulary of cl100k_base could not be fetched (ConnectionError): connect once, or point "
-        "TIKTOKEN_CACHE_DIR at a folder that holds tiktoken's cached file, or use --tokenizer gpt2, which ships here"
+        f"unknown tokenizer {str(name)!r}: there are gpt2, cl100k_base, o200k_base, char, byte, word, bpe:N, "
+        "a path to a tokenizer.json or .tiktoken file"
     )

@@ -20,6 +20,7 @@ from pipeline.errors import Diverged
 from pipeline.log import ProgressReport, logger
 from pipeline.model import GPT
 from pipeline.shards import Manifest, TokenReader
+from pipeline.tokenizer import from_spec
 from train import optimizer as optimizers
 from train.loader import Loader, evaluation_starts, windows_at
 from train.metrics import Metrics, Throughput, peak_flops
@@ -44,6 +45,7 @@ class Trainer:
         self.accumulation = accumulation_steps(config, world.size)
         self.loader = Loader(TokenReader(config.dataset_dir, manifest, "train"), block_size, config.run.seed)
         self.val = TokenReader(config.dataset_dir, manifest, "val")
+        self.tokenizer = from_spec(manifest.tokenizer, config.dataset_dir)
         val_windows = config.eval.batches * train.micro_batch_size
         self.val_starts = evaluation_starts(self.val, block_size, val_windows) if config.eval.every_steps else []
         self.optimizer = optimizers.build(model, config.optimizer)
@@ -193,12 +195,12 @@ class Trainer:
             step=self.step,
             tokens=self.step * self.config.train.tokens_per_step,
             config=to_dict(self.config),
-            tokenizer=self.manifest.tokenizer,
+            tokenizer=self.tokenizer.spec(),
             dataset=self.manifest.fingerprint,
             val_loss=val_loss,
             scaler=self.scaler.state_dict(),
         )
-        folder = checkpoint.save(self.checkpoints, self.model, self.optimizer, description)
+        folder = checkpoint.save(self.checkpoints, self.model, self.optimizer, self.tokenizer, description)
         if best:
             checkpoint.point(self.checkpoints, "best", folder)
         checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
