@@ -21,7 +21,7 @@ from rich.text import Text
 
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport, printable
-from pipeline.scan import Advance, DocumentFinder, blocks, bytes_of_ids, each_shard, text_of
+from pipeline.scan import Advance, DocumentFinder, blocks, each_shard
 from pipeline.shards import Manifest, Shard, check_sizes, map_shard, read_path
 from pipeline.tokenizer import TokenIds, Tokenizer, from_spec
 
@@ -144,8 +144,9 @@ def describe_counts(counts: Counts, tokenizer: Tokenizer | None) -> dict[str, An
         "ids_outside_vocabulary": int(counts.ids[-1]),
         "unigram_entropy_nats": float(-(share * np.log(share)).sum()),
     }
-    if tokenizer:
-        text_bytes = int(inside @ bytes_of_ids(tokenizer).astype(np.int64))
+    token_bytes = tokenizer.token_bytes() if tokenizer else None
+    if token_bytes is not None:
+        text_bytes = int(inside @ token_bytes)
         described |= {"bytes": text_bytes, "bytes_per_token": text_bytes / tokens}
     described["frequent_tokens"] = [
         {"id": i, "text": decode(tokenizer, [i], whole=True), "share": float(inside[i] / tokens)}
@@ -178,8 +179,10 @@ def describe_beginning(
 
 def decode(tokenizer: Tokenizer | None, ids: list[int], whole: bool = False) -> str | None:
     """The text of `ids`; of one that goes on, without a character cut at the end. None where the ids have no text."""
-    content = text_of(tokenizer, ids) if tokenizer else None
-    return None if content is None else codecs.getincrementaldecoder("utf-8")("replace").decode(content, whole)
+    if tokenizer is None or max(ids, default=0) >= tokenizer.vocab_size:
+        return None
+    content = tokenizer.decode_bytes(ids)
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(content, whole)
 
 
 # ---- checkpoints ----

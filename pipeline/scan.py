@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pipeline.log import ProgressReport
 from pipeline.shards import Manifest, Shard
-from pipeline.tokenizer import TokenIds, Tokenizer
+from pipeline.tokenizer import TokenIds
 
 Positions = npt.NDArray[np.int64]
 Advance = Callable[[int], None]
@@ -74,21 +74,6 @@ def each_shard(
     finally:
         abandoned.set()
         pool.shutdown(cancel_futures=True)
-
-
-def bytes_of_ids(tokenizer: Tokenizer) -> npt.NDArray[np.uint16]:
-    """For each id the bytes of text it stands for, 0 for end-of-text: a shard's text is as long as the sum over its ids."""
-    lengths = [len(text_of(tokenizer, [i]) or b"") for i in range(tokenizer.vocab_size)]
-    lengths[tokenizer.end_of_text] = 0
-    return np.array(lengths, dtype=np.uint16)
-
-
-def text_of(tokenizer: Tokenizer, ids: list[int]) -> bytes | None:
-    """`ids` as UTF-8; None where one of them stands for nothing, as a few ids of cl100k_base below its vocab_size do."""
-    try:
-        return tokenizer.decode_bytes(ids)
-    except (KeyError, IndexError, ValueError):
-        return None
 
 
 def blocks(path: Path, header_bytes: int) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ from pipeline.duplicates import DocumentIndex
 from pipeline.errors import UserError
 from pipeline.files import hash_file
 from pipeline.log import ProgressReport, printable
-from pipeline.scan import Advance, DocumentFinder, Positions, blocks, bytes_of_ids, each_shard
+from pipeline.scan import Advance, DocumentFinder, Positions, blocks, each_shard
 from pipeline.shards import MANIFEST_NAME, SPLITS, Manifest, Shard, map_shard, read_path, size_fault
 from pipeline.tokenizer import TokenIds, from_spec, vocabulary_file
 
@@ -80,7 +80,7 @@ class DatasetCheck:
         self.end_of_text: int = manifest.tokenizer["end_of_text"]
         self.shards = [shard for shards in manifest.splits.values() for shard in shards]
         self.file_of_hash = {shard.hash: shard.file for shard in self.shards}
-        self.bytes_of_ids: npt.NDArray[np.uint16] | None = None
+        self.token_bytes: npt.NDArray[np.int64] | None = None
         # A lone document is cut in two: its halves may well be equal, and no document is in both splits.
         compared = set(SPLITS) <= manifest.splits.keys() and manifest.val_rule.get("kind") != "position"
         self.val_documents = DocumentIndex() if compared else None
@@ -118,7 +118,7 @@ class DatasetCheck:
             )
             return
         try:
-            self.bytes_of_ids = bytes_of_ids(from_spec(self.manifest.tokenizer, self.folder))
+            self.token_bytes = from_spec(self.manifest.tokenizer, self.folder).token_bytes()
         except UserError as error:
             self.faults.append(str(error))
         vocabulary = vocabulary_file(self.manifest.tokenizer["name"])
@@ -147,8 +147,8 @@ class DatasetCheck:
                 if not tally.outside:
                     tally.first_outside = finder.position + int(outside[0]), int(part[outside[0]])
                 tally.outside += len(outside)
-            if self.bytes_of_ids is not None:
-                tally.text_bytes += int(self.bytes_of_ids.take(part, mode="clip").sum(dtype=np.int64))
+            if self.token_bytes is not None:
+                tally.text_bytes += int(self.token_bytes.take(part, mode="clip").sum())
             self._compare(split, shard, finder.feed(part), tally)
             tally.last_id = int(part[-1])
             advance(len(block))
@@ -188,7 +188,7 @@ class DatasetCheck:
             )
         for what, found, wanted in (
             ("documents", tally.documents, shard.documents),
-            ("bytes of text", tally.text_bytes, shard.bytes if self.bytes_of_ids is not None else None),
+            ("bytes of text", tally.text_bytes, shard.bytes if self.token_bytes is not None else None),
         ):
             if wanted is not None and found != wanted:
                 self.faults.append(f"{path} holds {found} {what}, the manifest wants {wanted}")
