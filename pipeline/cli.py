@@ -1,6 +1,7 @@
 """The command line: parse, import the stage, run it, and turn what the user can mend into one line."""
 
 import errno
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -77,8 +78,8 @@ def prepare(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="openwebtext, stdlib, hf:ORG/NAME[:CONFIG][@REVISION], a .txt .md .py .jsonl .parquet file, a folder, "
-            "a glob, or - for stdin.",
+            help="openwebtext, fineweb-edu, tinystories, shakespeare, stdlib, hf:ORG/NAME[:CONFIG][@REVISION], a .txt .md .py "
+            ".jsonl .json .parquet file, also .gz or .zst, a folder, a glob, a URL (s3://...), or - for stdin.",
             show_default=False,
         ),
     ],
@@ -103,6 +104,23 @@ def prepare(
             sources, name, data_dir, tokenizer, text_field, val_fraction, shard_tokens, workers, limit_docs, seed, force
         )
     )
+
+
+@app.command()
+def fetch(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A named corpus, hf:ORG/NAME[:CONFIG][@REVISION], or a URL.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where copies lie; it may hold several.")],
+    tokenizer: Annotated[str, typer.Option(help="Fetch this vocabulary too; gpt2 ships with the program.")] = "gpt2",
+) -> None:
+    """Bring a corpus into a folder that `prepare` reads without a network; prints what to set there."""
+    from prepare.fetch import run
+
+    if tokenizer not in TOKENIZER_NAMES:
+        raise UserError(f"unknown tokenizer {tokenizer!r}: there are {', '.join(TOKENIZER_NAMES)}")
+    for name, value in run(source, folder, tokenizer).items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
 
 
 @app.command(epilog=configs.help_text())
