@@ -11,14 +11,23 @@ from pathlib import Path
 from pipeline.files import hash_bytes
 from prepare.compressed import text_blocks
 from prepare.jsontext import Cursor, Malformed, each_value, not_json, parse, parse_long
-from prepare.readers import LONG_BYTES, Document, OneUnit
+from prepare.readers import LONG_BYTES, Document
 from prepare.storage import shown
 
 PIECE_BYTES = 4 << 20
 
 
+class _InStream:
+    """What a stream gives is found by its byte in the unpacked text."""
+
+    path: str
+
+    def place(self, position: int) -> str:
+        return f"{shown(self.path)} at byte {position} of its text"
+
+
 @dataclass(frozen=True)
-class Values(OneUnit):
+class Values(_InStream):
     """JSON values and their places in the unpacked file."""
 
     path: str
@@ -33,12 +42,9 @@ class Values(OneUnit):
         for at, value in self.values:
             yield at, parse(value, self.text_field, lambda at=at: self.place(at))  # type: ignore[misc]
 
-    def place(self, position: int) -> str:
-        return f"{shown(self.path)} at byte {position} of its text"
-
 
 @dataclass(frozen=True)
-class JsonLines(OneUnit):
+class JsonLines(_InStream):
     """Whole lines of JSONL, of which the first is line `number` and begins at byte `begin` of the unpacked file."""
 
     path: str
@@ -58,32 +64,30 @@ class JsonLines(OneUnit):
                 yield at, parse(line, self.text_field, lambda number=number: f"{shown(self.path)} line {number}")  # type: ignore[misc]
             at += len(line) + 1
 
-    def place(self, position: int) -> str:
-        return f"{shown(self.path)} at byte {position} of its text"
-
 
 @dataclass(frozen=True)
-class SpooledValue(OneUnit):
-    """One long JSON value, kept in a file; it stood at byte `begin` of the unpacked `path`."""
+class SpooledValue(_InStream):
+    """One long JSON value, kept in a file; it stood at byte `begin` of the unpacked `path`, in JSONL in line `number`."""
 
     path: str
     text_field: str
     spooled: str
     begin: int
+    number: int | None
     size: int
 
     def documents(self) -> Iterator[tuple[int, Document]]:
-        yield self.begin, parse_long(self.spooled, 0, self.size, self.text_field, lambda: self.place(self.begin))
+        yield self.begin, parse_long(self.spooled, 0, self.size, self.text_field, self._words)
 
-    def place(self, position: int) -> str:
-        return f"{shown(self.path)} at byte {position} of its text"
+    def _words(self) -> str:
+        return f"{shown(self.path)} line {self.number}" if self.number else self.place(self.begin)
 
 
 Piece = Values | JsonLines | SpooledValue
 
 
 @dataclass(frozen=True)
-class Stream:
+class Stream(_InStream):
     """A file of JSONL (`lines`) or of JSON values, which the parent cuts into pieces. `spool` is a folder."""
 
     path: str
@@ -95,9 +99,6 @@ class Stream:
     def units(self) -> Iterator[Piece]:
         return self._cut_lines() if self.lines else self._cut_values()
 
-    def place(self, position: int) -> str:
-        return f"{shown(self.path)} at byte {position} of its text"
-
     def _cut_lines(self) -> Iterator[JsonLines | SpooledValue]:
         held = bytearray()
         begin, number = 0, 1
@@ -108,7 +109,7 @@ class Stream:
                 long.add(line)
                 if not end:
                     continue
-                yield self._spooled(long, begin)
+                yield self._spooled(long, begin, number)
                 begin, number, long = begin + long.size + 1, number + 1, None
             held += block
             if len(held) < PIECE_BYTES:
@@ -122,7 +123,7 @@ class Stream:
                 long.add(bytes(held))
                 held.clear()
         if long is not None:
-            yield self._spooled(long, begin)
+            yield self._spooled(long, begin, number)
         if held:
             yield JsonLines(self.path, self.text_field, bytes(held), begin, number)
 
@@ -151,8 +152,8 @@ class Stream:
     def _gather(self, begin: int) -> "_Gathered":
         return _Gathered(Path(self.spool, f"{hash_bytes(self.path.encode())}-{begin}.partial"))
 
-    def _spooled(self, found: "_Gathered", begin: int) -> SpooledValue:
-        return SpooledValue(self.path, self.text_field, str(found.place), begin, found.size)
+    def _spooled(self, found: "_Gathered", begin: int, number: int | None = None) -> SpooledValue:
+        return SpooledValue(self.path, self.text_field, str(found.place), begin, number, found.size)
 
 
 class _Gathered:
