@@ -18,7 +18,7 @@ from prepare.storage import describe, is_url, open_bytes, reading, shown
 MOST_ROWS = 8192
 MOST_ROWS_IN_UNIT = 1 << 15
 # A step that may unfold to more takes fewer rows, down to one.
-STEP_BYTES = 64 << 20
+STEP_BYTES = 16 << 20
 # A row group that unfolds further is a bomb: text shrinks to a third, and a dictionary of a few texts is no corpus.
 MOST_UNFOLDING = 250
 FREE_BYTES = 256 << 20
