@@ -4,6 +4,7 @@ A file says of itself how large it is. What it says is held against its bytes be
 a step against the longest value its dictionary can repeat: a few KB of Parquet can unfold to terabytes.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ MOST_ROWS = 8192
 MOST_ROWS_IN_UNIT = 1 << 15
 # A step that may unfold to more takes fewer rows, down to one.
 STEP_BYTES = 16 << 20
+# A dictionary beyond this is not unpacked to look for its longest value.
+DICTIONARY_BYTES = 16 << 20
 # A row group that unfolds further is a bomb: text shrinks to a third, and a dictionary of a few texts is no corpus.
 MOST_UNFOLDING = 250
 FREE_BYTES = 256 << 20
@@ -141,12 +144,15 @@ def _row_group(path: str, column: str, group: int, batch: int) -> _RowGroup:
 
 
 def _longest_repeated(path: str, group: int, column: str, chunk: Any) -> int:
-    """Bytes of the longest value in a chunk's dictionary, which any of its rows may repeat."""
+    """Bytes, or a bound of them, of the longest value in a chunk's dictionary, which any of its rows may repeat."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if chunk.dictionary_page_offset is None:
         return 1
+    page = _dictionary_bytes(path, chunk)
+    if page > DICTIONARY_BYTES:
+        return page
     # As a dictionary a step of one row holds the dictionary page and nothing unfolded.
     with _parquet_file(path, read_dictionary=[column]) as file:
         batch = next(file.iter_batches(batch_size=1, row_groups=[group], columns=[column], use_threads=False), None)
@@ -154,6 +160,18 @@ def _longest_repeated(path: str, group: int, column: str, chunk: Any) -> int:
         if not pa.types.is_dictionary(rows.type) or not len(rows.dictionary):
             return 1
         return max(1, pc.max(pc.binary_length(rows.dictionary.cast(pa.large_binary()))).as_py() or 0)
+
+
+def _dictionary_bytes(path: str, chunk: Any) -> int:
+    """The unpacked size of a chunk's dictionary page, the second field of the Thrift struct it opens with."""
+    with open_bytes(path) as file:
+        file.seek(chunk.dictionary_page_offset)
+        head = file.read(32)
+    fields = re.match(rb"\x15[\x80-\xff]*[\x00-\x7f]\x15([\x80-\xff]*[\x00-\x7f])", head)
+    if fields is None:
+        return int(chunk.total_uncompressed_size)
+    number = sum((byte & 0x7F) << 7 * at for at, byte in enumerate(fields[1]))
+    return number >> 1  # an integer's sign is its last bit
 
 
 def plan_parquet(path: str, file_bytes: int, text_field: str, unit_bytes: int) -> Iterator[ParquetRows]:
