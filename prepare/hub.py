@@ -29,6 +29,7 @@ from prepare.readers import (
     no_field,
     no_text,
     one_line,
+    spool_file,
 )
 
 
@@ -119,10 +120,9 @@ class HubStream:
         return f"{self.about['repository']} row {position}"
 
     def _spooled(self, row: int, text: bytes) -> SpooledText:
-        self.spool.mkdir(parents=True, exist_ok=True)
-        path = self.spool / f"{self.about['repository'].replace('/', '-')}-{row}.partial"
-        path.write_bytes(text)
-        return SpooledText(str(path), len(text), self.about["repository"], row)
+        with spool_file(self.spool) as file:
+            file.write(text)
+        return SpooledText(str(file.name), len(text), self.about["repository"], row)
 
     def files(self) -> list[Path]:
         return []

@@ -192,7 +192,7 @@ def parse(content: bytes, text_field: str, place: Callable[[], str]) -> Document
             return Refused(NOT_UTF8)
         try:
             # Knows what orjson does not: halves of surrogate pairs, which may stand in another field, and NaN.
-            row = json.loads(content)
+            row = json.loads(content.decode())
         except (ValueError, RecursionError):
             raise not_json(place(), text_field, str(error)) from None
     return _text_of(row, content, text_field, place)
@@ -318,8 +318,8 @@ def _name(cursor: Cursor) -> str:
     def keep(piece: bytes) -> None:
         head.extend(piece[: max(LONGEST_SCALAR - len(head), 0)])
 
-    cursor.keeping(keep, cursor.string)
-    return str(json.loads(head)) if head.endswith(b'"') else head[:40].decode(errors="replace")
+    begin, end = cursor.keeping(keep, cursor.string)
+    return str(json.loads(head.decode())) if end - begin + 2 == len(head) else head[:40].decode(errors="replace")
 
 
 def _checked(content: Iterator[bytes]) -> Iterator[bytes]:

@@ -170,7 +170,7 @@ def _dictionary_bytes(path: str, chunk: Any) -> int:
     fields = re.match(rb"\x15[\x80-\xff]*[\x00-\x7f]\x15([\x80-\xff]*[\x00-\x7f])", head)
     if fields is None:
         return int(chunk.total_uncompressed_size)
-    number = sum((byte & 0x7F) << 7 * at for at, byte in enumerate(fields[1]))
+    number: int = sum((byte & 0x7F) << 7 * at for at, byte in enumerate(fields[1]))
     return number >> 1  # an integer's sign is its last bit
 
 

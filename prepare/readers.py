@@ -7,6 +7,7 @@ of mostly ASCII with one emoji takes four times the room.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Protocol
 
 # About what one unit holds in text, between these: small enough that a kill loses seconds and the workers come to the
@@ -122,6 +123,12 @@ class Batch(OneUnit):
 
     def place(self, position: int) -> str:
         return self.items[position >> POSITION_BITS].place(position & ((1 << POSITION_BITS) - 1))
+
+
+def spool_file(folder: Path) -> Any:
+    """A new file in a spool folder, open for writing: no two units share one, even of a source that is named twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return NamedTemporaryFile("wb", dir=folder, suffix=".partial", delete=False)
 
 
 def release(unit: Unit) -> None:

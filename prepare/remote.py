@@ -3,6 +3,7 @@
 Nothing is hashed, because reading a bucket twice is paid for twice: what is recorded is what the server says of a file.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,8 @@ def list_remote(source: str) -> list[Remote]:
             f"cannot list {shown(source)}: {type(error).__name__}: {one_line(error)}; "
             "check the address, the credentials and the network"
         ) from None
-    files = {path: info for path, info in found.items() if info["type"] == "file" and not _hidden(path, name)}
+    root = re.split(r"[*?[]", name)[0].rpartition("/")[0] if is_glob(name) else name
+    files = {path: info for path, info in found.items() if info["type"] == "file" and not _hidden(path, root)}
     names = readable(sorted(files), f"{shown(source)}")
     return [remote_file(str(system.unstrip_protocol(path)), files[path]) for path in names]
 

@@ -22,6 +22,7 @@ REQUEST_BYTES = 4 << 20
 # Pauses between tries after a fault of the network; the file systems themselves try again too.
 PAUSES_S = (0.5, 2.0)
 TIMEOUT_S = 60
+PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416
 # By protocol, the extra that brings it; every other one names its own package.
 EXTRAS = {"s3": "s3", "s3a": "s3"}
 
@@ -186,7 +187,8 @@ def _answer(method: str, url: str, **options: Any) -> Any:
     answer = _web().request(method, url, timeout=TIMEOUT_S, allow_redirects=True, **options)
     if answer.status_code in (401, 403, 404, 410):  # asking again would not help
         raise FileNotFoundError(f"{answer.status_code} {answer.reason}")
-    answer.raise_for_status()
+    if answer.status_code != RANGE_NOT_SATISFIABLE:  # an empty file has no first byte
+        answer.raise_for_status()
     return answer
 
 
@@ -195,10 +197,14 @@ def _web_range(url: str) -> Callable[[int, int], bytes]:
 
 
 def _describe_web(url: str) -> Remote:
-    headers = _told(url, lambda: _answer("HEAD", url)).headers
+    """Asked by its first byte: addresses that are signed for GET refuse HEAD, and only an answer proves ranges."""
+    with _told(url, lambda: _answer("GET", url, headers={"Range": "bytes=0-0"}, stream=True)) as answer:
+        headers = answer.headers
     etag = headers.get("ETag") or headers.get("Last-Modified")
-    ranges = headers.get("Accept-Ranges") == "bytes" and "Content-Length" in headers
-    return Remote(url, int(headers.get("Content-Length", 0)), etag and etag.strip('"'), ranges)
+    total = headers.get("Content-Range", "").rpartition("/")[2]
+    ranges = answer.status_code == PARTIAL_CONTENT and total.isdecimal()
+    size = int(total) if ranges else int(headers.get("Content-Length", 0))
+    return Remote(url, size if answer.ok else 0, etag and etag.strip('"'), ranges)
 
 
 def _web_stream(url: str) -> BinaryIO:

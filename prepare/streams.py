@@ -7,11 +7,11 @@ dataset's spool folder, which `release` or the end of the preparation removes.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline.files import hash_bytes
 from prepare.compressed import text_blocks
 from prepare.jsontext import Cursor, Malformed, each_value, not_json, parse, parse_long
-from prepare.readers import LONG_BYTES, Document
+from prepare.readers import LONG_BYTES, Document, spool_file
 from prepare.storage import shown
 
 PIECE_BYTES = 4 << 20
@@ -119,7 +119,7 @@ class Stream(_InStream):
                 begin, number = begin + cut, number + held.count(b"\n", 0, cut)
                 del held[:cut]
             if len(held) > LONG_BYTES:
-                long = self._gather(begin)
+                long = self._gather()
                 long.add(bytes(held))
                 held.clear()
         if long is not None:
@@ -134,12 +134,12 @@ class Stream(_InStream):
         try:
             for _ in each_value(cursor):
                 begin = cursor.at
-                found = self._gather(begin)
+                found = self._gather()
                 cursor.keeping(found.add, cursor.value)
-                if values and (found.path or size + found.size > PIECE_BYTES):
+                if values and (found.long or size + found.size > PIECE_BYTES):
                     yield Values(self.path, self.text_field, tuple(values))
                     values, size = [], 0
-                if found.path:
+                if found.long:
                     yield self._spooled(found, begin)
                 else:
                     values.append((begin, found.content()))
@@ -149,34 +149,36 @@ class Stream(_InStream):
         if values:
             yield Values(self.path, self.text_field, tuple(values))
 
-    def _gather(self, begin: int) -> "_Gathered":
-        return _Gathered(Path(self.spool, f"{hash_bytes(self.path.encode())}-{begin}.partial"))
+    def _gather(self) -> "_Gathered":
+        return _Gathered(Path(self.spool))
 
     def _spooled(self, found: "_Gathered", begin: int, number: int | None = None) -> SpooledValue:
-        return SpooledValue(self.path, self.text_field, str(found.place), begin, number, found.size)
+        return SpooledValue(self.path, self.text_field, found.spooled(), begin, number, found.size)
 
 
 class _Gathered:
-    """The pieces of one value; beyond LONG_BYTES they go into a file at `place`."""
+    """The pieces of one value; beyond LONG_BYTES they go into a file of the folder `spool`."""
 
-    def __init__(self, place: Path) -> None:
-        self.place, self.size = place, 0
-        self.path: Path | None = None
+    def __init__(self, spool: Path) -> None:
+        self._spool, self.size = spool, 0
         self._held = bytearray()
+        self._file: Any = None
+
+    @property
+    def long(self) -> bool:
+        return self._file is not None
 
     def add(self, piece: bytes) -> None:
         self.size += len(piece)
         self._held += piece
         if self.size > LONG_BYTES:
-            self._write()
+            self._file = self._file or spool_file(self._spool)
+            self._file.write(self._held)
+            self._held.clear()
 
     def content(self) -> bytes:
         return bytes(self._held)
 
-    def _write(self) -> None:
-        if self.path is None:
-            self.place.parent.mkdir(parents=True, exist_ok=True)
-        with self.place.open("wb" if self.path is None else "ab") as file:
-            file.write(self._held)
-        self.path = self.place
-        self._held.clear()
+    def spooled(self) -> str:
+        self._file.close()
+        return str(self._file.name)

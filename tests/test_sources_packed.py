@@ -266,3 +266,13 @@ def test_a_spooled_value_goes_when_it_is_released(tmp_path: Path, monkeypatch: p
     assert kept.exists()
     readers.release(long)
     assert not kept.exists()
+
+
+def test_a_file_that_is_named_twice_is_read_twice(tmp_path: Path, block_bytes: int) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(JSONL))
+    found = units(opened(tmp_path, tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl.gz"))
+    texts = []
+    for unit in found:
+        texts += [whole(document) for _, document in unit.documents()]
+        readers.release(unit)
+    assert texts == TEXTS * 2

@@ -174,16 +174,13 @@ class Handler(SimpleHTTPRequestHandler):
             super().do_GET()
             return
         first, last = map(int, wanted.removeprefix("bytes=").split("-"))
-        content = path.read_bytes()[first : last + 1]
-        self.send_response(206)
+        whole = path.read_bytes()
+        content = whole[first : last + 1]
+        self.send_response(206 if content else 416)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(whole)}")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
-
-    def end_headers(self) -> None:
-        if self.ranges:
-            self.send_header("Accept-Ranges", "bytes")
-        super().end_headers()
 
 
 @pytest.fixture(params=[True, False], ids=["ranges", "no ranges"])
@@ -199,7 +196,8 @@ def web(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
 def test_files_of_the_web(tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_corpus(tmp_path / "corpus")
     monkeypatch.setattr("prepare.corpus.unit_bytes", lambda corpus_bytes: 10_000)
-    for name in ("a.jsonl", "b.jsonl.gz", "d.txt", "sub/e.json.zst"):
+    (tmp_path / "corpus" / "empty.txt").touch()
+    for name in ("a.jsonl", "b.jsonl.gz", "d.txt", "sub/e.json.zst", "empty.txt"):
         assert documents(tmp_path, f"{web}/{name}") == documents(tmp_path, tmp_path / "corpus" / name)
     if Handler.ranges:
         assert documents(tmp_path, f"{web}/c.parquet") == TEXTS
