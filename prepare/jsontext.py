@@ -102,6 +102,11 @@ class Cursor:
         self._nested()
         return {} if first == b"{" else []
 
+    def drain(self) -> None:
+        """Read the rest of the blocks, for what reading them may raise."""
+        for _ in self._content:
+            pass
+
     def malformed(self, what: str) -> Malformed:
         near = self._buffer[self._next : self._next + 20].decode(errors="replace") or "the end"
         return Malformed(f"{what}, found {near!r} at byte {self.at}")
@@ -265,15 +270,11 @@ def _whole_characters(content: bytes, end: int) -> int:
 
 def parse_long(path: str, begin: int, end: int, text_field: str, place: Callable[[], str]) -> Document:
     """`parse` of the bytes [begin, end) of a file, without holding them."""
+    content = _checked(blocks(path, begin, end))
     try:
-        cursor = Cursor(_checked(blocks(path, begin, end)), begin)
-        found = cursor.string() if cursor.peek() == b'"' else _field(cursor, text_field, place)
-        if cursor.peek():
-            raise cursor.malformed("wanted nothing behind the value")
+        found = _text_place(Cursor(content, begin), text_field, place)
     except UnicodeDecodeError:
         return Refused(NOT_UTF8)
-    except Malformed as error:
-        raise not_json(place(), text_field, str(error)) from None
     if found is None:
         return Refused(NULL)
     text = JsonText(path, *found)
@@ -287,10 +288,19 @@ def parse_long(path: str, begin: int, end: int, text_field: str, place: Callable
     return text
 
 
+def _text_place(cursor: Cursor, text_field: str, place: Callable[[], str]) -> tuple[int, int] | None:
+    try:
+        found = cursor.string() if cursor.peek() == b'"' else _field(cursor, text_field, place)
+        if cursor.peek():
+            raise cursor.malformed("wanted nothing behind the value")
+    except Malformed as error:
+        cursor.drain()  # where bytes further on are not UTF-8, that is why they are no JSON
+        raise not_json(place(), text_field, str(error)) from None
+    return found
+
+
 def _field(cursor: Cursor, text_field: str, place: Callable[[], str]) -> tuple[int, int] | None:
     """Where the text of an object lies, of which the cursor passes over the whole; None for null."""
-    if cursor.peek() != b"{":
-        raise UserError(f"{place()} is no JSON object: wanted objects with a field of text")
     names: dict[str, None] = {}
     found: Any = names  # what no value is
     separator = cursor.take(b"{")

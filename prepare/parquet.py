@@ -67,7 +67,6 @@ class LongValue:
 def _documents(rows: Any) -> Iterator[Document]:
     """The texts of an Arrow array, checked to be UTF-8 all at once where they are."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     try:
         rows.validate(full=True)
@@ -75,8 +74,7 @@ def _documents(rows: Any) -> Iterator[Document]:
     except pa.ArrowInvalid:
         known = False
     contents = rows.cast(pa.large_binary())
-    longest = pc.max(pc.binary_length(contents)).as_py() or 0
-    if longest > LONG_BYTES:
+    if contents.nbytes > LONG_BYTES:
         yield from (_document(scalar, known) for scalar in contents)
         return
     for content in contents.to_pylist():
@@ -146,7 +144,6 @@ def _row_group(path: str, column: str, group: int, batch: int) -> _RowGroup:
 def _longest_repeated(path: str, group: int, column: str, chunk: Any) -> int:
     """Bytes, or a bound of them, of the longest value in a chunk's dictionary, which any of its rows may repeat."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     if chunk.dictionary_page_offset is None:
         return 1
@@ -159,7 +156,8 @@ def _longest_repeated(path: str, group: int, column: str, chunk: Any) -> int:
         rows = batch.column(0) if batch is not None else pa.array([])
         if not pa.types.is_dictionary(rows.type) or not len(rows.dictionary):
             return 1
-        return max(1, pc.max(pc.binary_length(rows.dictionary.cast(pa.large_binary()))).as_py() or 0)
+        values = rows.dictionary.cast(pa.large_binary()).to_pylist()
+        return max((len(value or b"") for value in values), default=0) or 1
 
 
 def _dictionary_bytes(path: str, chunk: Any) -> int:

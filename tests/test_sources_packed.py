@@ -109,6 +109,7 @@ FAULTY_ROWS: list[tuple[str, str]] = [
     ('{"text": "\\udc00 and more"}', "lone surrogate"),
     ('{"text": "\udcff"}', "not UTF-8"),
     ('{"other": "\udcff", "text": "a"}', "not UTF-8"),
+    ('{"other" "a", "text": "\udcff"}', "not UTF-8"),
     ('{"a": NaN, "text": "early", "text": "\\\\ud83d\\ud83d\\ude42"}', "\\ud83d🙂"),
     ('{"t\\u0065xt": "a", "other": "\\ud800"}', "a"),
     ('{"other": "a", "more": [{}]}', "has no field 'text'; the fields there are: other, more"),
