@@ -101,7 +101,10 @@ def _gzip(source: _Source) -> Iterator[bytes]:
 
 
 def _zstd(source: _Source) -> Iterator[bytes]:
-    import zstandard
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{shown(source.path)} needs the package zstandard: pip install zstandard") from None
 
     unpacker = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
     content = source.take(ZSTD_STEP_BYTES)

@@ -4,7 +4,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -277,3 +279,36 @@ def test_a_file_that_is_named_twice_is_read_twice(tmp_path: Path, block_bytes: i
         texts += [whole(document) for _, document in unit.documents()]
         readers.release(unit)
     assert texts == TEXTS * 2
+
+
+def outcome(read: Callable[[], readers.Document]) -> str | None:
+    """A text, or why there is none; None for a UserError."""
+    try:
+        document = read()
+    except UserError:
+        return None
+    return f"({document.reason})" if isinstance(document, readers.Refused) else whole(document)
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 1000])
+def test_damaged_json_gives_the_same_text_long_or_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Random damage. What nests is not checked in a long value, so there it may give a text where a short one is refused."""
+    monkeypatch.setattr(storage, "BLOCK_BYTES", block)
+    monkeypatch.setattr(jsontext, "LONG_BYTES", 3)
+    random = Random(block)
+    row = '{"id": 1.5, "text": "a\\n\\u00e9\\ud83d\\ude42\\\\ 日本🙂", "more": [null, {"a": "}"}]}'.encode()
+    spoiled = [b'"', b"\\", b"\xff", b"\xc3", b"\0", b"\\ud83d", b"\\ude42", b"{", b"]", b",", b"text", b"\n", b"1"]
+    texts = 0
+    for _ in range(1500):
+        content = bytearray(row)
+        for _ in range(random.randint(1, 3)):
+            at = random.randrange(len(content))
+            content[at : at + random.randint(0, 3)] = random.choice([b"", *spoiled])
+        (tmp_path / "row").write_bytes(content)
+        short = outcome(partial(jsontext.parse, bytes(content), "text", str))
+        long = outcome(partial(jsontext.parse_long, str(tmp_path / "row"), 0, len(content), "text", str))
+        texts += short is not None
+        assert short in (long, None) or (short, long) == ("(not UTF-8)", None), content
+    assert 100 < texts < 1400
