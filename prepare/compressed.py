@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from prepare.readers import BLOCK_BYTES
-from prepare.storage import open_bytes, reading, shown
+from prepare.storage import name_of, open_bytes, reading, shown
 
 COMPRESSIONS = (".gz", ".zst")
 # A file that unfolds to more than this is a bomb: English shrinks to a third, logs to a twentieth, zeros to a thousandth.
@@ -41,7 +41,7 @@ def text_blocks(path: str) -> Iterator[bytes]:
 
 def unpacked(path: str) -> Iterator[bytes]:
     """A file's bytes, unpacked, in blocks that are never empty. Raises UserError for damage, with its place."""
-    packing = compression(path.partition("?")[0])
+    packing = compression(name_of(path))
     with reading(path), open_bytes(path) as file:
         if not packing:
             while block := file.read(BLOCK_BYTES):
@@ -74,7 +74,7 @@ class _Source:
         return content
 
     def damaged(self, what: str, unused: int = 0) -> UserError:
-        kind = compression(self.path.partition("?")[0])
+        kind = compression(name_of(self.path))
         return UserError(
             f"{shown(self.path)} is damaged near byte {self.taken - unused:,} of the {kind} file: {what}; "
             "fetch or pack it again"

@@ -7,6 +7,7 @@ from prepare.compressed import COMPRESSIONS, USUAL_UNFOLDING, compression
 from prepare.lines import TextFile, plan_lines
 from prepare.parquet import plan_parquet
 from prepare.readers import Batch, Item
+from prepare.storage import name_of
 from prepare.streams import Stream
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -54,7 +55,7 @@ def _together(items: list[Item], size: int) -> Item:
 
 
 def _items(file: SourceFile, text_field: str, unit_bytes: int, spool: str) -> Iterator[Item]:
-    name = file.path.partition("?")[0]
+    name = name_of(file.path)
     suffix = kind(name)
     size = file.size * USUAL_UNFOLDING if compression(name) else file.size
     if suffix == ".parquet":

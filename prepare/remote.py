@@ -15,7 +15,7 @@ from prepare.local import is_glob, readable
 from prepare.offline import load, offline_folder, url_record
 from prepare.plan import READABLE, SourceFile, kind, plan
 from prepare.readers import Item, one_line
-from prepare.storage import Remote, describe, filesystem, is_web, reading, remote_file, shown
+from prepare.storage import Remote, describe, filesystem, is_web, name_of, reading, remote_file, shown
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def open_remote(source: str, text_field: str, spool: Path) -> RemoteFiles | Fetc
 def list_remote(source: str) -> list[Remote]:
     """The readable files that a URL names, by name: itself, those below it, or those a glob finds."""
     if is_web(source):
-        if not kind(source.partition("?")[0]):
+        if not kind(name_of(source)):
             raise UserError(f"{shown(source)} is no file of a known kind: wanted {READABLE}")
         with reading(source):
             return [describe(source)]

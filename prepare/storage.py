@@ -41,6 +41,11 @@ def is_url(source: str) -> bool:
     return "://" in source
 
 
+def name_of(path: str) -> str:
+    """The path without a URL's query, so that it ends in its suffixes; a file of this machine may have a ? in its name."""
+    return path.partition("?")[0] if is_url(path) else path
+
+
 def shown(path: str) -> str:
     """A path or URL for people and manifests: a URL's query and user may hold keys."""
     if not is_url(path):

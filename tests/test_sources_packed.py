@@ -68,6 +68,11 @@ def test_a_packed_text_is_one_document(tmp_path: Path, block_bytes: int, suffix:
     assert documents(tmp_path, *sorted(tmp_path.glob("*.*"))) == [JSONL.decode()] * 3
 
 
+def test_a_question_mark_in_a_files_name_is_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "what?.jsonl.gz").write_bytes(gzip.compress(JSONL))
+    assert documents(tmp_path, tmp_path / "what?.jsonl.gz") == TEXTS
+
+
 @pytest.mark.parametrize("blank", ["", " \r\n\t"])
 @pytest.mark.parametrize("packing", ["", ".gz"])
 def test_json_is_an_array_or_values_on_end(tmp_path: Path, block_bytes: int, packing: str, blank: str) -> None:
