@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -78,8 +79,8 @@ def prepare(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="openwebtext, stdlib, hf:ORG/NAME[:CONFIG][@REVISION], a .txt .md .py .jsonl .parquet file, a folder, "
-            "a glob, or - for stdin.",
+            help="openwebtext, fineweb-edu, tinystories, shakespeare, stdlib, hf:ORG/NAME[:CONFIG][@REVISION], a .txt .md .py "
+            ".jsonl .json .parquet file, also .gz or .zst, a folder, a glob, a URL (s3://...), or - for stdin.",
             show_default=False,
         ),
     ],
@@ -135,6 +136,23 @@ def merge(
     from prepare.run import merge as merge_tasks
 
     merge_tasks(folder, workers)
+
+
+@app.command()
+def fetch(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A named corpus, hf:ORG/NAME[:CONFIG][@REVISION], or a URL.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where copies lie; it may hold several.")],
+    tokenizer: Annotated[str, typer.Option(help="Fetch this vocabulary too; gpt2 ships with the program.")] = "gpt2",
+) -> None:
+    """Bring a corpus into a folder that `prepare` reads without a network; prints what to set there."""
+    from prepare.fetch import run
+
+    if tokenizer not in TOKENIZER_NAMES:
+        raise UserError(f"unknown tokenizer {tokenizer!r}: there are {', '.join(TOKENIZER_NAMES)}")
+    for name, value in run(source, folder, tokenizer).items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
 
 
 @app.command(epilog=configs.help_text())

@@ -1,26 +1,26 @@
 """Sources on this machine: files, folders and globs of them, the standard library, and stdin."""
 
+import json
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes, hash_file
-from prepare.parquet import plan_parquet
-from prepare.readers import BLOCK_BYTES, Item, TextFiles, plan_lines
+from prepare.compressed import BYTE_ORDER_MARK
+from prepare.lines import plan_lines
+from prepare.plan import READABLE, SourceFile, kind, plan
+from prepare.readers import BLOCK_BYTES, Item
 
 # Folders with more files are recorded in the manifest as one entry.
 MOST_FILES_LISTED = 1000
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 # Not in the embedded corpus: installed packages, tests, and folders that are tables or differ between Python versions.
 STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
 
@@ -31,11 +31,13 @@ class Files:
 
     paths: list[Path]
     text_field: str
+    spool: Path
     root: Path | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
     def items(self, unit_bytes: int) -> list[Item]:
-        return list(_plan(self.paths, self.text_field, unit_bytes))
+        files = (SourceFile(str(path), path.stat().st_size) for path in self.paths)
+        return list(plan(files, self.text_field, unit_bytes, str(self.spool)))
 
     def files(self) -> list[Path]:
         return self.paths
@@ -65,8 +67,9 @@ class Stdin:
 
     def items(self, unit_bytes: int) -> list[Item]:
         with self._spooled.open("rb") as file:
-            first = next((line for line in file if line.strip()), b"")
-        return list(plan_lines(self._spooled, self.text_field if _is_json_object(first) else None, unit_bytes))
+            head = file.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+        text_field = self.text_field if _is_json_object(head) else None
+        return list(plan_lines(str(self._spooled), self.file_bytes(), text_field, unit_bytes))
 
     def files(self) -> list[Path]:
         return [self._spooled]
@@ -88,27 +91,29 @@ class Stdin:
         return self.spool
 
 
-def open_files(source: str, text_field: str) -> Files | None:
+def open_files(source: str, text_field: str, spool: Path) -> Files | None:
     """The files that a path or a glob names; None where it is neither."""
     path = Path(source)
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{source} has the unknown suffix {path.suffix!r}: wanted one of {' '.join(SUFFIXES)}")
-        return Files([path], text_field)
+        if not kind(path.name):
+            raise UserError(
+                f"{source} has the unknown suffix {''.join(path.suffixes[-2:])!r}: wanted one of {READABLE}"
+            )
+        return Files([path], text_field, spool)
     if path.is_dir():
-        return Files(_readable(_walk(path), f"the folder {source}"), text_field, root=path)
+        return Files(_readable(_walk(path), f"the folder {source}"), text_field, spool, root=path)
     if is_glob(source):
         # Path.glob takes no absolute pattern.
         found = sorted(Path(match) for match in glob(source, recursive=True))  # noqa: PTH207
-        return Files(_readable(found, f"the glob {source}"), text_field)
+        return Files(_readable(found, f"the glob {source}"), text_field, spool)
     return None
 
 
-def open_stdlib(text_field: str) -> Files:
+def open_stdlib(text_field: str, spool: Path) -> Files:
     root = Path(sysconfig.get_path("stdlib"))
     wanted = [path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py"]
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    return Files(wanted, text_field, root=root, about={"path": "stdlib", "python": python})
+    return Files(wanted, text_field, spool, root=root, about={"path": "stdlib", "python": python})
 
 
 def is_glob(text: str) -> bool:
@@ -125,11 +130,17 @@ def _walk(folder: Path, without: Set[str] = frozenset()) -> list[Path]:
 
 
 def _readable(paths: list[Path], what: str) -> list[Path]:
-    known = [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+    files = [path for path in paths if path.is_file()]
+    return [Path(name) for name in readable([str(path) for path in files], what)]
+
+
+def readable(names: list[str], what: str) -> list[str]:
+    """The names that say what their file holds. Raises UserError where none does."""
+    known = [name for name in names if kind(name)]
     if not known:
-        found = sorted({path.suffix or path.name for path in paths if path.is_file()})
+        found = sorted({Path(name).suffix or Path(name).name for name in names})
         listing = f"only {' '.join(found[:8])}" if found else "no files"
-        raise UserError(f"{what} holds nothing readable, found {listing}: wanted files of {' '.join(SUFFIXES)}")
+        raise UserError(f"{what} holds nothing readable, found {listing}: wanted files of {READABLE}")
     return known
 
 
@@ -145,27 +156,11 @@ def stamped_hash(path: Path) -> tuple[list[int], str]:
     return before, hash_file(path)
 
 
-def _plan(paths: list[Path], text_field: str, unit_bytes: int) -> Iterator[Item]:
-    batch: list[str] = []
-    batch_size = 0
-    for path in paths:
-        if path.suffix.lower() in (".jsonl", ".parquet"):
-            if batch:
-                yield TextFiles(tuple(batch), batch_size)
-                batch, batch_size = [], 0
-            yield from (plan_lines if path.suffix.lower() == ".jsonl" else plan_parquet)(path, text_field, unit_bytes)
-            continue
-        batch.append(str(path))
-        batch_size += path.stat().st_size
-        if batch_size >= unit_bytes:
-            yield TextFiles(tuple(batch), batch_size)
-            batch, batch_size = [], 0
-    if batch:
-        yield TextFiles(tuple(batch), batch_size)
-
-
-def _is_json_object(line: bytes) -> bool:
+def _is_json_object(head: bytes) -> bool:
+    """Whether the first line is one; of a line too long to hold, by its first byte."""
+    if b"\n" not in head and len(head) >= BLOCK_BYTES // 2:
+        return head.startswith(b"{")
     try:
-        return isinstance(orjson.loads(line), dict)
-    except orjson.JSONDecodeError:
+        return isinstance(json.loads(head.partition(b"\n")[0]), dict)
+    except ValueError:
         return False

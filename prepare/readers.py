@@ -7,11 +7,8 @@ of mostly ASCII with one emoji takes four times the room.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Protocol
-
-import orjson
-
-from pipeline.errors import UserError
 
 # About what one unit holds in text, between these: small enough that a kill loses seconds and the workers come to the
 # end together, large enough that handing over a unit and syncing what it gave (some 20 ms) do not count.
@@ -22,9 +19,14 @@ UNITS_IN_A_CORPUS = 64
 LONG_BYTES = 4 << 20
 BLOCK_BYTES = 1 << 20
 STDIN_SPOOL = "stdin.partial"
+# The folder, below a dataset's, for what can be read only once and is too long to hold; it goes when the work is done.
+SPOOL_FOLDER = "unfinished/spool"
+# Places inside an item, which are bytes of a file or rows, lie below 2**48.
+POSITION_BITS = 48
 # Why a document is left out.
 NOT_UTF8 = "not UTF-8"
 NULL = "null"
+LONE_SURROGATE = "lone surrogate"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ class Item(Protocol):
         """The same units in the same order every time."""
         ...
 
+    def place(self, position: int) -> str:
+        """As its units' `place`."""
+        ...
+
 
 def unit_bytes(corpus_bytes: int) -> int:
     """How much text a unit of this corpus holds: the same for any number of workers."""
@@ -83,21 +89,6 @@ class OneUnit:
 
     def units(self: Any) -> Iterator[Any]:
         yield self
-
-
-@dataclass(frozen=True)
-class TextFiles(OneUnit):
-    """Whole files, each one document."""
-
-    paths: tuple[str, ...]
-    size: int
-
-    def documents(self) -> Iterator[tuple[int, Document]]:
-        for number, path in enumerate(self.paths):
-            yield number, utf8(_read_bytes(path))
-
-    def place(self, position: int) -> str:
-        return self.paths[position]
 
 
 @dataclass(frozen=True)
@@ -117,92 +108,34 @@ class Texts(OneUnit):
 
 
 @dataclass(frozen=True)
-class Lines(OneUnit):
-    """The lines of a file that begin in bytes [start, stop), so that neighbours share no line and leave none out.
+class Batch(OneUnit):
+    """Small items that make one unit together: a hundred thousand small files are not as many units."""
 
-    With a text field a line is a JSON object (JSONL; blank lines are no documents), without one it is the document.
-    """
-
-    path: str
-    start: int
-    stop: int
-    text_field: str | None
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
+    items: tuple[Item, ...]
+    size: int
 
     def documents(self) -> Iterator[tuple[int, Document]]:
-        for begin, line in self._lines():
-            if self.text_field is None:
-                yield begin, utf8(line.removesuffix(b"\r"))
-            elif line.strip():
-                yield begin, self._from_json(begin, line)
+        for number, item in enumerate(self.items):
+            for unit in item.units():
+                for position, document in unit.documents():
+                    yield number << POSITION_BITS | position, document
+                release(unit)
 
     def place(self, position: int) -> str:
-        return f"{self.shown} at byte {position}"
-
-    @property
-    def shown(self) -> str:
-        return "stdin" if Path(self.path).name == STDIN_SPOOL else self.path
-
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        try:
-            with Path(self.path).open("rb") as file:
-                begin = self.start
-                if begin:
-                    # From the byte before: where that is a line's end, the line at `start` is ours.
-                    file.seek(begin - 1)
-                    begin += len(file.readline()) - 1
-                content = file.read(max(self.stop - begin, 0))
-                if content and not content.endswith(b"\n"):
-                    content += file.readline()
-        except OSError as error:
-            raise UserError(f"cannot read {self.shown}: {error.strerror}") from None
-        for line in content.removesuffix(b"\n").split(b"\n") if content else ():
-            yield begin, line
-            begin += len(line) + 1
-
-    def _from_json(self, begin: int, line: bytes) -> Document:
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            if isinstance(utf8(line), Refused):
-                return Refused(NOT_UTF8)
-            raise UserError(
-                f"{self._place(begin)} is not JSON ({error}): wanted one object a line, "
-                f'such as {{"{self.text_field}": "..."}}'
-            ) from None
-        if not isinstance(row, dict):
-            raise UserError(f"{self._place(begin)} is not a JSON object but {_shorten(line)}: wanted one object a line")
-        if self.text_field not in row:
-            raise UserError(no_field(self._place(begin), str(self.text_field), row))
-        text = row[self.text_field]
-        if text is not None and not isinstance(text, str):
-            raise UserError(no_text(self._place(begin), str(self.text_field), text))
-        return Refused(NULL) if text is None else text.encode()
-
-    def _place(self, begin: int) -> str:
-        return f"{self.shown} line {self._number(begin)}"
-
-    def _number(self, begin: int) -> int:
-        """Counted only when an error needs it: units know bytes, people know lines."""
-        with Path(self.path).open("rb") as file:
-            blocks = (file.read(min(BLOCK_BYTES, begin - at)) for at in range(0, begin, BLOCK_BYTES))
-            return 1 + sum(block.count(b"\n") for block in blocks)
+        return self.items[position >> POSITION_BITS].place(position & ((1 << POSITION_BITS) - 1))
 
 
-def plan_lines(path: Path, text_field: str | None, unit_bytes: int) -> Iterator[Lines]:
-    end = path.stat().st_size
-    for start in range(0, end, unit_bytes):
-        yield Lines(str(path), start, min(start + unit_bytes, end), text_field)
+def spool_file(folder: Path) -> Any:
+    """A new file in a spool folder, open for writing: no two units share one, even of a source that is named twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return NamedTemporaryFile("wb", dir=folder, suffix=".partial", delete=False)
 
 
-def _read_bytes(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+def release(unit: Unit) -> None:
+    """Give back what a unit holds on disk, once what it gave is kept or not wanted; its item can make it again."""
+    spooled = getattr(unit, "spooled", None)
+    if spooled is not None:
+        Path(spooled).unlink(missing_ok=True)
 
 
 def utf8(content: bytes) -> Document:
@@ -211,11 +144,6 @@ def utf8(content: bytes) -> Document:
     except UnicodeDecodeError:
         return Refused(NOT_UTF8)
     return content
-
-
-def _shorten(content: bytes) -> str:
-    text = content.decode().strip()
-    return text if len(text) <= 40 else text[:40] + "..."
 
 
 def no_field(place: str, text_field: str, row: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from prepare.encode import Encoder, Task, UnitEncoder, Workers, encode
 from prepare.engine import EngineFault, can_be_faster
 from prepare.journal import Journal, Plan, Share
 from prepare.parts import Summary, part_name, read_summary
-from prepare.readers import Item, OneUnit, Texts, Unit
+from prepare.readers import Item, OneUnit, Texts, Unit, release
 
 
 def encode_share(
@@ -62,6 +62,7 @@ class _Missing:
         self._limit = plan.options["limit_docs"]
         self._done = journal.finished_units()
         self._complete = {item for item, units in self._done.items() if journal.is_complete(item, units)}
+        self._under_way: dict[tuple[int, int], Unit] = {}
         self.done_bytes = sum(plan.sizes[item] for item in self._mine if item in self._complete)
         # For the limit: the documents of every unit that is done, and how far they are without a gap.
         self._documents: dict[tuple[int, int], tuple[int, bool]] = {}
@@ -79,10 +80,16 @@ class _Missing:
             for unit, (work, last) in enumerate(_with_last(self._items[item].units())):
                 if self._limit and self._taken >= self._limit:
                     return
-                if unit not in done:
-                    yield Task(item, unit, last, work, self._limit)
+                if unit in done:
+                    release(work)
+                    continue
+                self._under_way[item, unit] = work
+                yield Task(item, unit, last, work, self._limit)
 
     def note(self, summary: Summary) -> None:
+        """A unit is done."""
+        if work := self._under_way.pop((summary.item, summary.unit), None):
+            release(work)
         if not self._limit:
             return
         self._documents[summary.item, summary.unit] = (summary.documents, summary.last)

@@ -10,17 +10,34 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from prepare import readers
+from prepare import corpus as corpora
 from prepare.corpus import Corpus, default_name, open_corpus
+from prepare.readers import Document, Refused, Unit
 
 
 def opened(tmp_path: Path, *sources: object, field: str = "text") -> Corpus:
-    return open_corpus([str(source) for source in sources], field, tmp_path)
+    return open_corpus([str(source) for source in sources], field, tmp_path / "dataset")
+
+
+def units(corpus: Corpus) -> list[Unit]:
+    """Every unit, sent to another process and back."""
+    return [pickle.loads(pickle.dumps(unit)) for item in corpus.items() for unit in item.units()]  # noqa: S301
+
+
+def whole(document: Document) -> str | None:
+    """A document's text, read twice where it comes in blocks; None for one that is left out."""
+    if isinstance(document, Refused):
+        return None
+    if isinstance(document, bytes):
+        return document.decode()
+    text = b"".join(document.blocks())
+    assert text == b"".join(document.blocks())
+    return text.decode()
 
 
 def documents(tmp_path: Path, *sources: object, field: str = "text") -> list[str | None]:
-    units = pickle.loads(pickle.dumps(list(opened(tmp_path, *sources, field=field).units())))  # noqa: S301
-    return [text for unit in units for text in unit.documents()]
+    corpus = opened(tmp_path, *sources, field=field)
+    return [whole(document) for unit in units(corpus) for _, document in unit.documents()]
 
 
 def write_jsonl(path: Path, texts: list[str | None], end: bytes = b"\n") -> Path:
@@ -30,7 +47,11 @@ def write_jsonl(path: Path, texts: list[str | None], end: bytes = b"\n") -> Path
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "UNIT_BYTES", 64)
+    cut_units(monkeypatch, 64)
+
+
+def cut_units(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(corpora, "unit_bytes", lambda corpus_bytes: size)
 
 
 def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
@@ -61,7 +82,7 @@ def test_units_of_a_jsonl_file_share_no_line_and_lose_none(
 ) -> None:
     texts: list[str | None] = [f"{i}:" + "é" * (length * (i % 3)) for i in range(40)]
     path = write_jsonl(tmp_path / "a.jsonl", texts, end)
-    assert len(list(opened(tmp_path, path).units())) == -(-path.stat().st_size // 64)
+    assert len(units(opened(tmp_path, path))) == -(-path.stat().st_size // 64)
     assert documents(tmp_path, path) == texts
 
 
@@ -70,7 +91,7 @@ def test_any_cut_of_a_jsonl_file_gives_the_same_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text":"one"}\n\n{"text":"two"}\r\n  \n{"text":null}\n{"text":"\\n"}')
-    monkeypatch.setattr(readers, "UNIT_BYTES", unit_bytes)
+    cut_units(monkeypatch, unit_bytes)
     assert documents(tmp_path, tmp_path / "a.jsonl") == ["one", "two", None, "\n"]
 
 
@@ -83,10 +104,11 @@ def test_units_of_a_parquet_file_hold_each_row_once(
     table = pa.table({"id": list(range(60)), "text": texts})
     path = tmp_path / "a.parquet"
     pq.write_table(table, path, row_group_size=row_group_size, compression=compression, use_dictionary=False)
-    units = list(opened(tmp_path, path).units())
-    assert len(units) > 20
+    found = units(opened(tmp_path, path))
+    assert len(found) > 20
     assert documents(tmp_path, path) == texts
-    assert [text for unit in reversed(units) for text in reversed(list(unit.documents()))] == texts[::-1]
+    backwards = [whole(document) for unit in reversed(found) for _, document in reversed(list(unit.documents()))]
+    assert backwards == texts[::-1]
 
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
@@ -96,8 +118,9 @@ def test_parquet_text_of_every_kind_is_read(tmp_path: Path, kind: pa.DataType) -
 
 
 def test_a_big_row_group_of_equal_rows_is_still_cut(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["same"] * 20_000}), tmp_path / "a.parquet")
-    assert len(list(opened(tmp_path, tmp_path / "a.parquet").units())) == 3
+    pq.write_table(pa.table({"text": ["same"] * 100_000}), tmp_path / "a.parquet")
+    (batch,) = opened(tmp_path, tmp_path / "a.parquet").items()
+    assert [item.stop - item.start for item in batch.items] == [32_768, 32_768, 32_768, 1_696]
 
 
 def test_stdlib_holds_the_standard_library_and_not_its_tests(tmp_path: Path) -> None:
@@ -124,12 +147,62 @@ def test_a_folder_of_thousands_of_files_is_recorded_as_one_entry_that_still_sees
     assert before["hash"] != after["hash"]
 
 
+def test_left_out_documents_say_why_and_where(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"abc\xe9def")
+    lines = [b'{"text":"a"}', b'{"text":"\xff"}', b'{"text":null}', b'{"text":"\\ud83d"}', b'{"text":""}']
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join(lines))
+    binary = pa.array([b"good", b"ab\xff", None], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, binary.buffers())
+    pq.write_table(pa.table({"text": text}), tmp_path / "c.parquet")
+    corpus = opened(tmp_path, *(tmp_path / name for name in ("a.txt", "b.jsonl", "c.parquet")))
+    found = [(unit.place(at), document) for unit in units(corpus) for at, document in unit.documents()]
+    assert found == [
+        (f"{tmp_path}/a.txt", Refused("not UTF-8")),
+        (f"{tmp_path}/b.jsonl at byte 0", b"a"),
+        (f"{tmp_path}/b.jsonl at byte 13", Refused("not UTF-8")),
+        (f"{tmp_path}/b.jsonl at byte 26", Refused("null")),
+        (f"{tmp_path}/b.jsonl at byte 40", Refused("lone surrogate")),
+        (f"{tmp_path}/b.jsonl at byte 58", b""),
+        (f"{tmp_path}/c.parquet row 0", b"good"),
+        (f"{tmp_path}/c.parquet row 1", Refused("not UTF-8")),
+        (f"{tmp_path}/c.parquet row 2", Refused("null")),
+    ]
+
+
+def test_what_python_writes_and_strict_json_forbids_in_another_field_harms_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"score": NaN, "text": "a"}\n{"title": "\\ud800", "text": "b"}\n')
+    assert documents(tmp_path, tmp_path / "a.jsonl") == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    text = "a" if name == "a.txt" else '{"text": "a"}'
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert documents(tmp_path, tmp_path / name) == ["a"]
+
+
+def test_small_files_share_units_in_their_order(tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    for i in range(300):
+        (tmp_path / "many" / f"{i:03}.txt").write_text(str(i))
+        write_jsonl(tmp_path / "many" / f"{i:03}.jsonl", [f"line {i}"])
+    (unit,) = units(opened(tmp_path, tmp_path / "many"))
+    found = [(unit.place(at), whole(document)) for at, document in unit.documents()]
+    assert found[:2] == [(f"{tmp_path}/many/000.jsonl at byte 0", "line 0"), (f"{tmp_path}/many/000.txt", "0")]
+    assert [text for _, text in found] == [text for i in range(300) for text in (f"line {i}", str(i))]
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
         ("stdlib", "stdlib"),
         ("openwebtext", "openwebtext"),
+        ("fineweb-edu:sample-100BT", "fineweb-edu-sample-100BT"),
         ("-", "stdin"),
+        ("some/where.jsonl.gz", "where"),
+        ("s3://bucket/folder/*.parquet", "folder"),
+        ("https://user:key@host/a/b.json.zst?signature=c", "b"),
+        ("s3://bucket", "bucket"),
         ("hf:Org/Some-Name:config@main", "some-name"),
         ("some where/My text (1).jsonl", "My-text-1"),
         ("shelf/*.txt", "shelf"),
@@ -160,16 +233,6 @@ def _field_is_number(folder: Path) -> list[str]:
     return ["a.jsonl"]
 
 
-def _jsonl_not_utf8(folder: Path) -> list[str]:
-    (folder / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    return ["a.jsonl"]
-
-
-def _text_not_utf8(folder: Path) -> list[str]:
-    (folder / "a.txt").write_bytes(b"abc\xe9def")
-    return ["a.txt"]
-
-
 def _not_parquet(folder: Path) -> list[str]:
     (folder / "a.parquet").write_text("no")
     return ["a.parquet"]
@@ -190,13 +253,6 @@ def _parquet_damaged_inside(folder: Path) -> list[str]:
     content = bytearray((folder / "a.parquet").read_bytes())
     content[100:200] = bytes(100)
     (folder / "a.parquet").write_bytes(content)
-    return ["a.parquet"]
-
-
-def _parquet_not_utf8(folder: Path) -> list[str]:
-    binary = pa.array([b"good", b"ab\xff"], pa.binary())
-    text = pa.Array.from_buffers(pa.string(), 2, binary.buffers())
-    pq.write_table(pa.table({"text": text}), folder / "a.parquet")
     return ["a.parquet"]
 
 
@@ -225,13 +281,10 @@ def _unknown_suffix(folder: Path) -> list[str]:
         (_not_an_object, ["a.jsonl line 2", "not a JSON object", '["b"]']),
         (_no_field, ["a.jsonl line 2", "no field 'text'", "body, url", "--text-field"]),
         (_field_is_number, ["a.jsonl line 1", "'text' holds int", "wanted text"]),
-        (_jsonl_not_utf8, ["a.jsonl line 2", "not UTF-8", "byte offset 24", "0xff"]),
-        (_text_not_utf8, ["a.txt", "not UTF-8", "byte offset 3", "0xe9"]),
         (_not_parquet, ["a.parquet", "cannot read", "Parquet"]),
         (_no_column, ["a.parquet", "no column 'text'", "body, url", "--text-field"]),
         (_column_of_numbers, ["a.parquet", "'text' holds int64", "wanted text"]),
-        (_parquet_damaged_inside, ["a.parquet", "cannot read"]),
-        (_parquet_not_utf8, ["a.parquet", "not UTF-8", "row group 0", "0xff"]),
+        (_parquet_damaged_inside, ["a.parquet", "cannot read row group 0"]),
     ],
 )
 def test_what_is_wrong_with_a_source_is_told_in_one_line(

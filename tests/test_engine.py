@@ -151,7 +151,7 @@ def test_characters_that_only_one_of_the_two_knows_go_to_tiktoken(monkeypatch: p
 
 
 def test_a_slice_is_checked_that_follows_from_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [f"document {i}".encode() for i in range(4000)]
+    texts = [f"document {i}".encode() for i in range(9000)]
     checked: list[bytes] = []
     encode = engine.Plain.encode
 
@@ -167,7 +167,7 @@ def test_a_slice_is_checked_that_follows_from_the_texts(monkeypatch: pytest.Monk
         for text in unit:
             gigatoken.encode(text)
     first = {*texts[:2], *texts[1000:1002]}
-    assert checked == [text for text in texts if text in first or xxhash.xxh3_64_intdigest(text) % 96 == 0]
+    assert checked == [text for text in texts if text in first or xxhash.xxh3_64_intdigest(text) % 256 == 0]
     assert 20 < len(checked) < 90
 
 

@@ -1,22 +1,22 @@
 """Hub datasets, laid out in a local folder as `huggingface-cli download --local-dir` leaves them: no network."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_program
+from test_corpus import documents, units, whole
 
 from pipeline.errors import UserError
-from pipeline.shards import load_manifest
 from prepare import hub as hub_reader
-from prepare.corpus import open_corpus
-from prepare.hub import HubParquet
-from prepare.run import PrepareOptions, run
+from prepare.corpus import Corpus, hub_source, open_corpus
+from prepare.hub import HubParquet, parse_name
+from prepare.readers import SPOOL_FOLDER, Refused, release
 
 TWO_CONFIGS = "---\nconfigs:\n- config_name: one\n  data_files: one/*\n- config_name: two\n  data_files: two/*\n---\n"
 
@@ -39,17 +39,8 @@ def write(path: Path, content: str) -> None:
     path.write_text(content)
 
 
-def prepared_texts(folder: Path) -> set[str]:
-    found = set()
-    for shard in folder.glob("*.bin"):
-        content = np.fromfile(shard, dtype=np.uint16)
-        pieces = np.split(content, np.flatnonzero(content == 256) + 1)
-        found |= {bytes(piece[:-1].astype(np.uint8)).decode() for piece in pieces if len(piece)}
-    return found
-
-
-def prepare(tmp_path: Path, source: str, **options: Any) -> Path:
-    return run(PrepareOptions([source], data_dir=str(tmp_path / "data"), tokenizer="byte", workers=1, **options))
+def opened(tmp_path: Path, source: str) -> Corpus:
+    return open_corpus([source], "text", tmp_path / "dataset")
 
 
 def test_openwebtext_from_a_local_copy(tmp_path: Path, hub: Path) -> None:
@@ -57,53 +48,91 @@ def test_openwebtext_from_a_local_copy(tmp_path: Path, hub: Path) -> None:
     write_parquet(folder / "plain_text" / "train-00000-of-00002.parquet", [f"first {i}" for i in range(30)])
     write_parquet(folder / "plain_text" / "train-00001-of-00002.parquet", [f"second {i}" for i in range(30)])
     write(folder / "README.md", "---\nconfigs:\n- config_name: plain_text\n  data_files: plain_text/train-*\n---\n")
-    found = prepare(tmp_path, "openwebtext")
-    assert found == tmp_path / "data" / "openwebtext"
-    assert prepared_texts(found) == {f"{part} {i}" for part in ("first", "second") for i in range(30)}
-    manifest = load_manifest(found)
-    assert manifest.val_rule["fraction"] == 0.1, "a stand-in of a few documents needs a larger share than 24 GB do"
-    assert [entry["path"] for entry in manifest.sources] == [
-        f"plain_text/train-0000{i}-of-00002.parquet" for i in (0, 1)
-    ]
-    assert {entry["repository"] for entry in manifest.sources} == {"Skylion007/openwebtext"}
-    assert {entry["revision"] for entry in manifest.sources} == {"b4325f019c648b1641a1784748667e8b74e5e064"}
-    assert all(entry["config"] == "plain_text" and entry["bytes"] > 0 and entry["hash"] for entry in manifest.sources)
+    assert documents(tmp_path, "openwebtext") == [f"{part} {i}" for part in ("first", "second") for i in range(30)]
+    sources = opened(tmp_path, "openwebtext").record(lambda path: "hash")
+    assert [entry["path"] for entry in sources] == [f"plain_text/train-0000{i}-of-00002.parquet" for i in (0, 1)]
+    assert {entry["repository"] for entry in sources} == {"Skylion007/openwebtext"}
+    assert {entry["revision"] for entry in sources} == {"b4325f019c648b1641a1784748667e8b74e5e064"}
+    assert all(entry["config"] == "plain_text" and entry["bytes"] > 0 and entry["hash"] for entry in sources)
+
+
+@pytest.mark.parametrize(
+    ("source", "repository", "config"),
+    [
+        ("tinystories", "roneneldan/TinyStories", None),
+        ("fineweb-edu", "HuggingFaceFW/fineweb-edu", "sample-10BT"),
+        ("fineweb-edu:sample-350BT", "HuggingFaceFW/fineweb-edu", "sample-350BT"),
+        ("fineweb-edu:default", "HuggingFaceFW/fineweb-edu", "default"),
+    ],
+)
+def test_named_corpora_are_pinned(source: str, repository: str, config: str | None) -> None:
+    name = parse_name(str(hub_source(source)))
+    assert (name.repository, name.config) == (repository, config)
+    assert re.fullmatch("[0-9a-f]{40}", str(name.revision))
+
+
+def test_tinystories_leaves_its_own_validation_split_aside(tmp_path: Path, hub: Path) -> None:
+    write_parquet(hub / "roneneldan" / "TinyStories" / "data" / "train-00000-of-00001.parquet", ["a", "b"])
+    write_parquet(hub / "roneneldan" / "TinyStories" / "data" / "validation-00000-of-00001.parquet", ["c"])
+    assert documents(tmp_path, "tinystories") == ["a", "b"]
+
+
+def test_a_size_that_fineweb_edu_does_not_have(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"fineweb-edu has no size '1T': wanted sample-10BT, .*, default"):
+        opened(tmp_path, "fineweb-edu:1T")
 
 
 def test_a_repository_of_jsonl_is_streamed_and_only_its_train_split(tmp_path: Path, hub: Path) -> None:
     rows = "".join(f'{{"text": "row {i}", "id": {i}}}\n' for i in range(20)) + '{"text": null, "id": 20}\n'
     write(hub / "Org" / "Lines" / "train.jsonl", rows)
     write(hub / "Org" / "Lines" / "test.jsonl", '{"text": "test row", "id": 0}\n')
-    found = prepare(tmp_path, "hf:Org/Lines@v1")
-    assert found.name == "lines"
-    assert prepared_texts(found) == {f"row {i}" for i in range(20)}
-    manifest = load_manifest(found)
-    assert manifest.sources == [{"repository": "Org/Lines", "config": "default", "revision": "v1"}]
-    assert manifest.skipped["null"]["count"] == 1
-    assert manifest.val_rule["fraction"] == 0.01
+    assert documents(tmp_path, "hf:Org/Lines@v1") == [*(f"row {i}" for i in range(20)), None]
+    found = opened(tmp_path, "hf:Org/Lines@v1")
+    assert found.record(str) == [{"repository": "Org/Lines", "config": "default", "revision": "v1"}]
+    (unit,) = units(found)
+    assert list(unit.documents())[20] == (20, Refused("null"))
+    assert unit.place(20) == "Org/Lines row 20"
+
+
+def test_a_long_streamed_text_is_kept_in_a_file_until_it_is_released(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_reader, "LONG_BYTES", 100)
+    rows = "".join(f'{{"text": "{text}"}}\n' for text in ("a", "b" * 101, "c"))
+    write(hub / "Org" / "Long" / "train.jsonl", rows)
+    first, long, last = units(opened(tmp_path, "hf:Org/Long"))
+    assert [whole(document) for unit in (first, long, last) for _, document in unit.documents()] == [
+        "a",
+        "b" * 101,
+        "c",
+    ]
+    assert long.place(1) == "Org/Long row 1"
+    (kept,) = (tmp_path / "dataset" / SPOOL_FOLDER).iterdir()
+    release(long)
+    assert not kept.exists()
 
 
 def test_one_of_several_configs(tmp_path: Path, hub: Path) -> None:
     write_parquet(hub / "Org" / "Two" / "one" / "train-0.parquet", ["a", "b"])
     write_parquet(hub / "Org" / "Two" / "two" / "train-0.parquet", ["c", "d"])
     write(hub / "Org" / "Two" / "README.md", TWO_CONFIGS)
-    assert prepared_texts(prepare(tmp_path, "hf:Org/Two:two")) == {"c", "d"}
+    assert documents(tmp_path, "hf:Org/Two:two") == ["c", "d"]
     for source in ("hf:Org/Two", "hf:Org/Two:three"):
         with pytest.raises(UserError, match=r"Org/Two wants one of its configs: one, two; write hf:Org/Two:CONFIG"):
-            prepare(tmp_path, source)
+            opened(tmp_path, source)
 
 
 def test_a_script_is_never_run(tmp_path: Path, hub: Path) -> None:
     write(hub / "Org" / "Old" / "Old.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UserError, match=r"Org/Old comes as a script.*never run"):
-        prepare(tmp_path, "hf:Org/Old")
+        documents(tmp_path, "hf:Org/Old")
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_repository_without_a_train_split_says_which_there_are(tmp_path: Path, hub: Path) -> None:
     write(hub / "Org" / "Test" / "test.jsonl", '{"text": "a"}\n')
     with pytest.raises(UserError, match=r"Org/Test has no split 'train'; the splits there are: test"):
-        prepare(tmp_path, "hf:Org/Test")
+        documents(tmp_path, "hf:Org/Test")
 
 
 @pytest.mark.parametrize(
@@ -116,14 +145,14 @@ def test_a_repository_without_a_train_split_says_which_there_are(tmp_path: Path,
 def test_streamed_rows_are_checked(tmp_path: Path, hub: Path, row: dict[str, Any], words: str) -> None:
     write(hub / "Org" / "Bad" / "train.jsonl", orjson.dumps(row).decode() + "\n")
     with pytest.raises(UserError) as caught:
-        prepare(tmp_path, "hf:Org/Bad")
+        documents(tmp_path, "hf:Org/Bad")
     assert words in str(caught.value)
 
 
 def test_a_streamed_file_that_is_damaged_is_one_line(tmp_path: Path, hub: Path) -> None:
     write(hub / "Org" / "Bad" / "train.jsonl", '{"text": "a"}\nnot json\n')
     with pytest.raises(UserError, match="Org/Bad") as caught:
-        prepare(tmp_path, "hf:Org/Bad")
+        documents(tmp_path, "hf:Org/Bad")
     assert "\n" not in str(caught.value)
 
 
@@ -139,7 +168,7 @@ def test_what_cannot_be_reached_names_the_way_without_a_network(tmp_path: Path) 
 def test_without_datasets_the_command_to_install_it(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'datasets>=4\.0'"):
-        prepare(tmp_path, "hf:Org/Any")
+        documents(tmp_path, "hf:Org/Any")
 
 
 def test_remote_parquet_is_downloaded_and_recorded_by_its_place_and_commit(
@@ -166,7 +195,7 @@ def test_remote_parquet_is_downloaded_and_recorded_by_its_place_and_commit(
     found = open_corpus(["hf:Org/Far@main"], "text", tmp_path)
     assert asked == [("Org/Far", {"name": None, "revision": "main"})]
     assert isinstance(found.sources[0], HubParquet)
-    assert [text for unit in found.units() for text in unit.documents()] == ["a", "b"]
+    assert [document for unit in units(found) for _, document in unit.documents()] == [b"a", b"b"]
     (entry,) = found.record(lambda path: "hash")
     assert entry == {
         "repository": "Org/Far",
