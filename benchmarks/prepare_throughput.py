@@ -1,9 +1,16 @@
-"""How fast `prepare` is, with and without gigatoken, against one process that calls tiktoken over the same texts.
+"""How fast `prepare` is, from Parquet to shards and manifest, and what others do with the same file.
 
-    python benchmarks/prepare_throughput.py [--megabytes 100] [--rounds 5] [--workers 2] [--json]
+    python benchmarks/prepare_throughput.py [--megabytes 500] [--rounds 3] [--workers 2] [--without map ...] [--json]
+
+    tiktoken   one process, the texts in memory, nothing written: the rate that processes over tiktoken share
+    map        the usual script: datasets.map with tiktoken in as many processes, then a memory-mapped uint16 file
+    gigatoken  the encoder alone on as many threads, the texts in memory, nothing written
+    plain      `prepare` where gigatoken is not installed
+    prepare    `prepare` with it
 
 The text is this machine's own: the standard library's and the installed packages' sources and documents, in pieces of
-about 4 kB. The three run in turn, so that a change of the machine's speed falls on all; ratios are taken round by round.
+about 4 kB; a corpus larger than that cuts them anew at other places. The contestants run in turn, so that a change of
+the machine's speed falls on all; ratios are taken round by round.
 """
 
 import argparse
@@ -26,18 +33,67 @@ import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[1]
 PIECE_CHARACTERS = 4000
+PIECES_AT_ONCE = 20_000
 POLL_S = 0.02
+NAMES = ("tiktoken", "map", "gigatoken", "plain", "prepare")
 
-BASELINE = """
+TIKTOKEN = """
 import sys, time
 import pyarrow.parquet as pq
 from pipeline.tokenizer import BytePairTokenizer
 encoding = BytePairTokenizer("gpt2").encoding
-texts = pq.read_table(sys.argv[1]).column("text").to_pylist()
-started = time.perf_counter()
-for text in texts:
-    encoding.encode_ordinary(text)
-print(time.perf_counter() - started)
+started, taken = 0.0, 0.0
+for batch in pq.ParquetFile(sys.argv[1]).iter_batches(10_000):
+    texts = batch.column(0).to_pylist()
+    started = time.perf_counter()
+    for text in texts:
+        encoding.encode_ordinary(text)
+    taken += time.perf_counter() - started
+print(taken)
+"""
+
+GIGATOKEN = """
+import os, sys, time
+os.environ["RAYON_NUM_THREADS"] = sys.argv[2]
+import gigatoken
+import pyarrow.parquet as pq
+from pipeline.tokenizer import GPT2_RANKS
+encoder = gigatoken.Tokenizer.from_tiktoken(GPT2_RANKS, pretokenizer="gpt2")
+taken = 0.0
+for batch in pq.ParquetFile(sys.argv[1]).iter_batches(10_000):
+    texts = [text.encode() for text in batch.column(0).to_pylist()]
+    started = time.perf_counter()
+    encoder.encode_batch(texts)
+    taken += time.perf_counter() - started
+print(taken)
+"""
+
+MAP = """
+import sys
+import numpy as np
+from datasets import load_dataset
+from pipeline.tokenizer import BytePairTokenizer
+
+def encode(row):
+    ids = ENCODING.encode_ordinary(row["text"])
+    ids.append(50256)
+    return {"ids": ids, "length": len(ids)}
+
+ENCODING = BytePairTokenizer("gpt2").encoding
+if __name__ == "__main__":
+    parquet, folder, processes = sys.argv[1:]
+    rows = load_dataset("parquet", data_files=parquet, split="train", cache_dir=folder + "/cache")
+    for split, part in rows.train_test_split(test_size=0.01, seed=0).items():
+        encoded = part.map(encode, remove_columns=["text"], num_proc=int(processes))
+        total = int(np.sum(np.asarray(encoded["length"]), dtype=np.int64))
+        target = np.memmap(f"{folder}/{split}.bin", dtype=np.uint16, mode="w+", shape=(total,))
+        at, pieces = 0, min(1024, len(encoded))
+        for piece in range(pieces):
+            shard = encoded.shard(num_shards=pieces, index=piece, contiguous=True).with_format("numpy")
+            ids = np.concatenate(shard["ids"])
+            target[at : at + len(ids)] = ids
+            at += len(ids)
+        target.flush()
 """
 
 PREPARE = """
@@ -52,60 +108,84 @@ if __name__ == "__main__":
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--megabytes", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--row-group-size", type=int, default=None, help="rows; pq.write_table's 1 M when left out")
+    parser.add_argument("--without", nargs="*", default=[], choices=NAMES)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    names = [name for name in NAMES if name not in arguments.without]
+    if not find_spec("gigatoken"):
+        names = [name for name in names if name not in ("gigatoken", "prepare")]
     folder = Path(tempfile.mkdtemp(prefix="prepare_throughput_"))
     try:
-        source, text_bytes = write_corpus(folder, arguments.megabytes * 1_000_000, arguments.row_group_size)
-        rounds = [measure(source, folder, arguments.workers) for _ in range(arguments.rounds)]
+        source, text_bytes = write_corpus(folder, arguments.megabytes * 1_000_000)
+        rounds = [
+            {name: measure(name, source, folder, arguments.workers) for name in names} for _ in range(arguments.rounds)
+        ]
     finally:
         shutil.rmtree(folder)
     result = summarise(rounds, text_bytes / 1e6, arguments.workers)
     print(json.dumps(result) if arguments.json else table(result))
 
 
-def measure(source: Path, folder: Path, workers: int) -> dict[str, tuple[float, int]]:
-    """Seconds and peak bytes of each contestant, once."""
-    found = {"tiktoken": (run_baseline(source), 0), "prepare": run_prepare(source, folder, workers, "hide")}
-    if find_spec("gigatoken"):
-        found["prepare_gigatoken"] = run_prepare(source, folder, workers)
-    return found
+def measure(name: str, source: Path, folder: Path, workers: int) -> tuple[float, int]:
+    """Seconds and peak bytes of one contestant, once."""
+    if name in ("tiktoken", "gigatoken"):
+        program = TIKTOKEN if name == "tiktoken" else GIGATOKEN
+        return float(run_program(program, source, workers)), 0
+    place = folder / name
+    place.mkdir()
+    try:
+        if name == "map":
+            return run_timed([sys.executable, "-c", MAP, str(source), str(place), str(workers)])
+        return run_prepare(source, place, workers, *(["hide"] if name == "plain" else []))
+    finally:
+        shutil.rmtree(place)
 
 
-def write_corpus(folder: Path, wanted_bytes: int, row_group_size: int | None) -> tuple[Path, int]:
+def write_corpus(folder: Path, wanted_bytes: int) -> tuple[Path, int]:
     """A Parquet file of the machine's own text; returns its path and the UTF-8 bytes of its texts."""
     roots = [Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))]
+    suffixes = (".py", ".md", ".rst", ".txt")
+    paths = [path for root in roots for path in sorted(root.rglob("*")) if path.suffix in suffixes and path.is_file()]
+    schema = pa.schema([("text", pa.string())])
+    size = turn = 0
     pieces: list[str] = []
-    size = 0
-    for path in (path for root in roots for path in sorted(root.rglob("*"))):
-        if path.suffix not in (".py", ".md", ".rst", ".txt") or not path.is_file():
-            continue
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        for at in range(0, len(text), PIECE_CHARACTERS):
-            pieces.append(text[at : at + PIECE_CHARACTERS])
-            size += len(pieces[-1].encode())
-        if size >= wanted_bytes:
-            break
-    target = folder / "text.parquet"
-    pq.write_table(pa.table({"text": pieces}), target, row_group_size=row_group_size)
-    return target, size
+    with pq.ParquetWriter(folder / "text.parquet", schema) as writer:
+        while size < wanted_bytes:
+            shift = turn * 997 % PIECE_CHARACTERS
+            for path in paths:
+                text = path.read_text(encoding="utf-8", errors="ignore")
+                for at in range(-shift, len(text), PIECE_CHARACTERS):
+                    if piece := text[max(at, 0) : at + PIECE_CHARACTERS]:
+                        pieces.append(piece)
+                        size += len(piece.encode())
+                if len(pieces) >= PIECES_AT_ONCE:
+                    writer.write_table(pa.table({"text": pieces}, schema))
+                    pieces = []
+                if size >= wanted_bytes:
+                    break
+            turn += 1
+        writer.write_table(pa.table({"text": pieces}, schema))
+    return folder / "text.parquet", size
 
 
-def run_baseline(source: Path) -> float:
-    """Seconds that encoding alone takes, with the texts already in memory."""
-    command = [sys.executable, "-c", BASELINE, str(source)]
-    return float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+def run_program(program: str, source: Path, workers: int) -> str:
+    """What a program prints."""
+    command = [sys.executable, "-c", program, str(source), str(workers)]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def run_prepare(source: Path, folder: Path, workers: int, *flags: str) -> tuple[float, int]:
-    """Wall seconds of the whole command, from starting Python to its end, and the peak memory of all its processes."""
-    command = [sys.executable, "-c", PREPARE, str(source), str(folder / "data"), str(workers), *flags]
+    """Of the whole command, from starting Python to its end."""
+    return run_timed([sys.executable, "-c", PREPARE, str(source), str(folder / "data"), str(workers), *flags])
+
+
+def run_timed(command: list[str]) -> tuple[float, int]:
+    """Wall seconds, and the peak memory of all its processes."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0
 
     def poll() -> None:
@@ -153,30 +233,37 @@ def summarise(rounds: list[dict[str, tuple[float, int]]], megabytes: float, work
 
 
 def summarise_one(name: str, rounds: list[dict[str, tuple[float, int]]], megabytes: float) -> dict[str, Any]:
-    ratios = [each["tiktoken"][0] / each[name][0] for each in rounds]
+    """The median rate, and how many times each other contestant's rate it is."""
     return {
         "mb_per_s": round(statistics.median(megabytes / each[name][0] for each in rounds), 1),
-        "ratio": round(statistics.median(ratios), 2),
-        "ratios": [round(ratio, 2) for ratio in ratios],
+        "times": {
+            other: round(statistics.median(each[other][0] / each[name][0] for each in rounds), 2)
+            for other in rounds[0]
+            if other != name
+        },
         "peak_mb": round(max(each[name][1] for each in rounds) / 1e6),
     }
 
 
 def table(result: dict[str, Any]) -> str:
+    workers = result["workers"]
     titles = {
         "tiktoken": "tiktoken, one process, texts in memory",
-        "prepare": f"prepare, {result['workers']} workers, Parquet to shards",
-        "prepare_gigatoken": f"prepare, {result['workers']} workers, with gigatoken",
+        "map": f"datasets.map and a memory-mapped file, {workers} processes",
+        "gigatoken": f"gigatoken, {workers} threads, texts in memory",
+        "plain": f"prepare on tiktoken, {workers} workers",
+        "prepare": f"prepare with gigatoken, {workers} workers",
     }
+    others = list(result["rows"])
     lines = [
         f"{result['megabytes']} MB of text, {result['cores']} cores, medians of {result['rounds']} rounds:",
         "",
-        "| | MB/s | ratio | round by round | peak MB, all processes |",
-        "|---|---|---|---|---|",
+        f"| | MB/s | {' | '.join(f'times {name}' for name in others)} | peak MB, all processes |",
+        "|---" * (len(others) + 3) + "|",
     ]
     for name, row in result["rows"].items():
-        ratios = ", ".join(map(str, row["ratios"]))
-        lines.append(f"| {titles[name]} | {row['mb_per_s']} | {row['ratio']} | {ratios} | {row['peak_mb'] or '-'} |")
+        times = " | ".join(str(row["times"].get(other, "")) for other in others)
+        lines.append(f"| {titles[name]} | {row['mb_per_s']} | {times} | {row['peak_mb'] or ''} |")
     return "\n".join(lines)
 
 

@@ -88,6 +88,7 @@ class UnitEncoder:
                 taken += 1
                 if taken == task.limit:
                     break
+            self._engine.end_unit()
             return writer.close(summary)
         except BaseException:
             writer.discard()
