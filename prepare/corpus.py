@@ -6,6 +6,7 @@ The parent only plans: planning order is the corpus's order, and units read them
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,12 +63,16 @@ class Corpus:
     sources: list[Source]
 
     def items(self) -> list[Item]:
+        return self._items
+
+    @cached_property
+    def _items(self) -> list[Item]:
         size = unit_bytes(self.file_bytes() or 0)
         return [item for source in self.sources for item in source.items(size)]
 
     def text_bytes(self) -> int:
         """Bytes of text, as near as they are known before reading."""
-        return sum(item.size for item in self.items())
+        return sum(item.size for item in self._items)
 
     def files(self) -> list[Path]:
         return [path for source in self.sources for path in source.files()]

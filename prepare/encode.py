@@ -1,23 +1,18 @@
-"""Units of text -> parts on disk, in many processes.
+"""Units of text -> parts on disk.
 
 A part depends on its unit and the tokenizer alone: units are cut before the number of workers is looked at, and it does
 not matter which worker takes which, or when.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for_process
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import xxhash
 
-from pipeline.tokenizer import Tokenizer, from_spec, token_dtype
+from pipeline.tokenizer import BytePairTokenizer, Tokenizer, from_spec, token_dtype
 from prepare.engine import Engine, Gigatoken, Plain
 from prepare.parts import PartWriter, Summary, part_name, report
 from prepare.pieces import PIECE_CHARACTERS, pieces
@@ -139,39 +134,6 @@ class UnitEncoder:
         return None if count == 1 or (all_safe and self._ends_with_words) else CUT
 
 
-class Workers:
-    """Calls functions in `count` processes, or in this one where one is enough, with a bounded number under way."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        # spawn: a forked child would inherit the threads of pyarrow and datasets in whatever state they are.
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(count, context, _start_worker) if count > 1 else None
-
-    def map(self, call: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
-        """The results as they come. Raises BrokenProcessPool where a worker was killed."""
-        if self._pool is None:
-            yield from map(call, arguments)
-            return
-        pending: set[Future[Any]] = set()
-        for argument in arguments:
-            pending.add(self._pool.submit(call, argument))
-            # A stream's text lies in the arguments, so no more of them wait than keep the workers busy.
-            if len(pending) >= self.count + 2:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-
 def encode(job: tuple[Encoder, Task]) -> Summary:
     """Encode one unit, in whatever process this is; the tokenizer is kept from one call to the next."""
     global _encoder
@@ -184,14 +146,7 @@ def encode(job: tuple[Encoder, Task]) -> Summary:
 _encoder: tuple[Encoder, UnitEncoder] | None = None
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """A worker waits on a pipe whose writing end it holds too: after kill -9 of the parent it would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait_for_process([parent.sentinel])
-    os._exit(1)
+def load() -> None:
+    """What encoding needs of a worker, before there is work for it: a third of a second."""
+    import_module("pyarrow.parquet")
+    BytePairTokenizer("gpt2")

@@ -20,14 +20,14 @@ from prepare.assemble import (
 )
 from prepare.corpus import Corpus
 from prepare.duplicates import mark_duplicates
-from prepare.encode import Workers
 from prepare.journal import Journal, Plan
 from prepare.parts import Part, Reports, add_reports, read_summary, report
+from prepare.workers import Workers
 
 DUPLICATE = "duplicate"
 
 
-def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: int) -> None:
+def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> None:
     """Make the dataset of the parts, which all have to be there, and put it in its place."""
     tokenizer = from_spec(plan.tokenizer, journal.staged)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -95,15 +95,12 @@ def _reports(parts: list[Path]) -> tuple[Reports, Reports, int]:
     return dict(sorted(skipped.items())), dict(sorted(unusual.items())), documents
 
 
-def _write_shards(assembly: Assembly, plans: list[ShardPlan], workers: int) -> dict[str, Shard]:
+def _write_shards(assembly: Assembly, plans: list[ShardPlan], workers: Workers) -> dict[str, Shard]:
     """Every shard, by its plan's name."""
     found = {each.name: shard for each in plans if (shard := written_shard(assembly, each))}
     missing = [each for each in plans if each.name not in found]
-    with (
-        ProgressReport("write shards", len(plans), "shards", done=len(found)) as progress,
-        Workers(min(workers, len(missing))) as pool,
-    ):
-        for shard in pool.map(write_shard, [(assembly, each) for each in missing]):
+    with ProgressReport("write shards", len(plans), "shards", done=len(found)) as progress:
+        for shard in workers.map(write_shard, [(assembly, each) for each in missing]):
             found[shard.file.removesuffix(".bin")] = shard
             progress.advance(1)
     return found

@@ -22,6 +22,7 @@ from pipeline.log import logger
 from pipeline.shards import MANIFEST_NAME, load_manifest
 from pipeline.tokenizer import Tokenizer, from_spec
 from prepare.corpus import Corpus, default_name, open_corpus
+from prepare.encode import load
 from prepare.finish import changed_sources, finish
 from prepare.journal import Journal, Plan, Share, tasks_of
 from prepare.local import stamped_hash
@@ -29,9 +30,11 @@ from prepare.pieces import pieces
 from prepare.readers import STDIN_SPOOL, Refused
 from prepare.vocabulary import check_name, is_file, learn_vocabulary, learns_from_corpus, open_vocabulary
 from prepare.work import encode_share
+from prepare.workers import Workers
 
 # Hashing lets go of the interpreter's lock; two threads keep up with a disk and leave the processors to the workers.
 HASH_THREADS = 2
+WORTH_WORKERS_BYTES = 16_000_000
 # A vocabulary is learnt from so much text, spread over the corpus: ten times as much changes few of its words.
 LEARN_BYTES = 200_000_000
 # For the estimate of what is written: with GPT-2's vocabulary English has about 4.4 bytes of text a token, code 2 to 3.
@@ -60,23 +63,27 @@ def run(options: PrepareOptions) -> Path:
     """Prepare the dataset, or go on with it, unless it is there already; returns its folder."""
     share = check(options)
     dataset = Path(options.data_dir) / (options.name or default_name((options.sources or [""])[0]))
-    workers = options.workers or available_cores()
     corpus = open_corpus(options.sources, options.text_field, dataset)
+    with Workers(options.workers or available_cores()) as workers:
+        _run(options, share, corpus, dataset, workers)
+    return dataset
+
+
+def _run(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path, workers: Workers) -> None:
     if share.tasks == 1:
         with one_writer(dataset):
             try:
-                if plan := _begin(options, share, corpus, dataset):
+                if plan := _begin(options, share, corpus, dataset, workers):
                     _encode(plan, share, corpus, dataset, workers)
                     finish(Journal(dataset), plan, corpus, workers)
             finally:
                 (dataset / STDIN_SPOOL).unlink(missing_ok=True)
-        return dataset
+        return
     with one_writer(dataset, shared=True), one_writer(dataset, f".lock_{share.task:04d}"):
-        if plan := _begin(options, share, corpus, dataset):
+        if plan := _begin(options, share, corpus, dataset, workers):
             _encode(plan, share, corpus, dataset, workers)
     if plan:
         _finish_if_last(plan, share, corpus, dataset, workers)
-    return dataset
 
 
 def merge(dataset: Path, workers: int | None = None) -> None:
@@ -88,10 +95,10 @@ def merge(dataset: Path, workers: int | None = None) -> None:
         load_manifest(dataset)
         logger.info("%s is already whole", dataset)
         return
-    with one_writer(dataset), chdir(plan.working_folder):
+    with one_writer(dataset), chdir(plan.working_folder), Workers(workers or available_cores()) as pool:
         corpus = open_corpus(plan.sources, plan.options["text_field"], dataset)
         _check_complete(journal, plan)
-        finish(journal, plan, corpus, workers or available_cores())
+        finish(journal, plan, corpus, pool)
 
 
 def check(options: PrepareOptions) -> Share:
@@ -135,7 +142,7 @@ def check(options: PrepareOptions) -> Share:
     return Share(task, tasks)
 
 
-def _begin(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path) -> Plan | None:
+def _begin(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path, workers: Workers) -> Plan | None:
     """The plan to follow, an earlier start's where there is one; None where the dataset is whole already."""
     journal = Journal(dataset)
     if journal.is_publishing():
@@ -147,6 +154,9 @@ def _begin(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path)
         logger.info("%s is already prepared", dataset)
         journal.clear()
         return None
+    # Below this much text it takes longer to start processes than to do without.
+    if (corpus.file_bytes() or WORTH_WORKERS_BYTES) >= WORTH_WORKERS_BYTES:
+        workers.start(load)
     before = journal.plan()
     if before and (changes := _changes(before, chosen, options.tokenizer, corpus, journal)):
         if (journal.finished_units() or share.tasks > 1) and not options.force:
@@ -271,7 +281,7 @@ def _texts(corpus: Corpus, everything: bool) -> Iterator[str]:
                     yield from (piece for piece, _ in pieces(blocks))
 
 
-def _encode(plan: Plan, share: Share, corpus: Corpus, dataset: Path, workers: int) -> None:
+def _encode(plan: Plan, share: Share, corpus: Corpus, dataset: Path, workers: Workers) -> None:
     """Encode this task's units; its share of the sources' files is hashed meanwhile."""
     journal = Journal(dataset)
     tokenizer = from_spec(plan.tokenizer, journal.staged)
@@ -286,7 +296,7 @@ def _encode(plan: Plan, share: Share, corpus: Corpus, dataset: Path, workers: in
             hashing.shutdown(cancel_futures=True)
 
 
-def _finish_if_last(plan: Plan, share: Share, corpus: Corpus, dataset: Path, workers: int) -> None:
+def _finish_if_last(plan: Plan, share: Share, corpus: Corpus, dataset: Path, workers: Workers) -> None:
     """The task that can hold the dataset alone, because no other is at work, sees whether everything is there."""
     journal = Journal(dataset)
     try:

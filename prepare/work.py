@@ -7,15 +7,16 @@ from itertools import islice
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport, logger
 from pipeline.tokenizer import Tokenizer
-from prepare.encode import Encoder, Task, UnitEncoder, Workers, encode
+from prepare.encode import Encoder, Task, UnitEncoder, encode
 from prepare.engine import EngineFault, can_be_faster
 from prepare.journal import Journal, Plan, Share
 from prepare.parts import Summary, part_name, read_summary
 from prepare.readers import Item, OneUnit, Texts, Unit, release
+from prepare.workers import Workers
 
 
 def encode_share(
-    journal: Journal, plan: Plan, tokenizer: Tokenizer, items: list[Item], share: Share, workers: int
+    journal: Journal, plan: Plan, tokenizer: Tokenizer, items: list[Item], share: Share, workers: Workers
 ) -> None:
     """Encode every unit of a task's items, with gigatoken while it does what tiktoken does."""
     fast = can_be_faster(tokenizer) and not journal.distrusted()
@@ -27,17 +28,19 @@ def encode_share(
         _encode_missing(journal, plan, items, share, workers, fast=False)
 
 
-def _encode_missing(journal: Journal, plan: Plan, items: list[Item], share: Share, workers: int, fast: bool) -> None:
+def _encode_missing(
+    journal: Journal, plan: Plan, items: list[Item], share: Share, workers: Workers, fast: bool
+) -> None:
     encoder = Encoder(plan.tokenizer, journal.folder, journal.staged, plan.options["seed"], fast)
     limit = plan.options["limit_docs"]
     todo = _Missing(journal, plan, items, share)
     if len(items) == 1 and isinstance(items[0], OneUnit):
-        workers = 1
+        workers = Workers(1)
     total = None if limit else sum(plan.sizes[item] for item in share.items(plan.sizes)) / 1e6
     documents = tokens = 0
-    with ProgressReport("encode", total, "MB", done=todo.done_bytes / 1e6) as report, Workers(workers) as pool:
+    with ProgressReport("encode", total, "MB", done=todo.done_bytes / 1e6) as report:
         try:
-            for summary in pool.map(encode, ((encoder, task) for task in todo)):
+            for summary in workers.map(encode, ((encoder, task) for task in todo)):
                 todo.note(summary)
                 documents += summary.documents
                 tokens += summary.tokens
@@ -46,7 +49,7 @@ def _encode_missing(journal: Journal, plan: Plan, items: list[Item], share: Shar
             if fast:
                 raise EngineFault("may have killed a worker") from None
             raise UserError(
-                f"one of the {workers} workers was killed, usually because memory ran out: run again with fewer "
+                f"one of the {workers.count} workers was killed, usually because memory ran out: run again with fewer "
                 "--workers; it goes on from here"
             ) from None
     if limit:

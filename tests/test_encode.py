@@ -15,9 +15,10 @@ import xxhash
 from pipeline.errors import UserError
 from pipeline.tokenizer import BytePairTokenizer, ByteTokenizer, Tokenizer
 from prepare import encode as module
-from prepare.encode import Encoder, Task, UnitEncoder, Workers, encode
+from prepare.encode import Encoder, Task, UnitEncoder, encode
 from prepare.parts import Part, PartWriter, Summary
 from prepare.readers import NULL, Document, OneUnit, Refused, Texts
+from prepare.workers import Workers
 
 
 @dataclass(frozen=True)

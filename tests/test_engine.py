@@ -228,7 +228,7 @@ FAKES = {
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [("lie", "gigatoken lost or added"), ("raise", "out of luck"), ("die", "killed a worker")]
+    ("fault", "words"), [("lie", "gigatoken "), ("raise", "out of luck"), ("die", "killed a worker")]
 )
 def test_a_fault_in_a_worker_starts_over_with_tiktoken(
     tmp_path: Path,
