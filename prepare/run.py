@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import chdir
+from contextlib import chdir, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import xxhash
 
 from pipeline.errors import UserError
 from pipeline.files import Held, hash_file, one_writer
-from pipeline.log import logger
+from pipeline.log import ProgressReport, logger
 from pipeline.shards import MANIFEST_NAME, load_manifest
 from pipeline.tokenizer import Tokenizer, from_spec
 from prepare.corpus import Corpus, default_name, open_corpus
@@ -27,7 +27,7 @@ from prepare.finish import changed_sources, finish
 from prepare.journal import Journal, Plan, Share, tasks_of
 from prepare.local import stamped_hash
 from prepare.pieces import pieces
-from prepare.readers import STDIN_SPOOL, Refused
+from prepare.readers import STDIN_SPOOL, LongDocument, Refused, release
 from prepare.vocabulary import check_name, is_file, learn_vocabulary, learns_from_corpus, open_vocabulary
 from prepare.work import encode_share
 from prepare.workers import Workers
@@ -169,7 +169,7 @@ def _begin(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path,
         if share.tasks == 1:
             journal.clear()
         _check_space(dataset, chosen, corpus)
-        tokenizer = _vocabulary(options.tokenizer, corpus)
+        tokenizer = _vocabulary(options.tokenizer, corpus, options.limit_docs)
         sizes = [item.size for item in corpus.items()]
         names = [str(source) for source in options.sources]
         plan = Plan(names, str(Path.cwd()), chosen, corpus.stamps(), tokenizer.spec(), sizes, share.tasks)
@@ -261,24 +261,36 @@ def _check_space(dataset: Path, chosen: dict[str, Any], corpus: Corpus) -> None:
         )
 
 
-def _vocabulary(name: str, corpus: Corpus) -> Tokenizer:
+def _vocabulary(name: str, corpus: Corpus, limit: int | None) -> Tokenizer:
     if not learns_from_corpus(name):
         return open_vocabulary(name)
-    logger.info("learning the vocabulary %s from the corpus", name)
-    return learn_vocabulary(name, _texts(corpus, everything=name == "char"))
+    # Every document of `char`, since a character that is not learnt could not be encoded.
+    one_in = 1 if name == "char" or limit else -(-corpus.text_bytes() // LEARN_BYTES) or 1
+    with ProgressReport(f"learn the vocabulary {name}", corpus.text_bytes() / 1e6, "MB") as report:
+        return learn_vocabulary(name, _texts(corpus, limit, one_in, report))
 
 
-def _texts(corpus: Corpus, everything: bool) -> Iterator[str]:
-    """The corpus's text piece by piece; unless `everything`, documents chosen by their hash, about `LEARN_BYTES`."""
-    one_in = 1 if everything else -(-corpus.text_bytes() // LEARN_BYTES) or 1
-    for item in corpus.items():
-        for unit in item.units():
-            for _, document in unit.documents():
-                if isinstance(document, Refused):
-                    continue
-                blocks = [document] if isinstance(document, bytes) else document.blocks()
-                if one_in == 1 or xxhash.xxh3_64_intdigest(next(iter(blocks), b"")) % one_in == 0:
-                    yield from (piece for piece, _ in pieces(blocks))
+def _texts(corpus: Corpus, limit: int | None, one_in: int, report: ProgressReport) -> Iterator[str]:
+    """The text of the first `limit` documents, piece by piece; only of one in so many, chosen by their beginnings."""
+    taken = 0
+    for unit in (unit for item in corpus.items() for unit in item.units()):
+        for _, document in unit.documents():
+            if isinstance(document, Refused):
+                continue
+            head = next(_blocks(document), b"")
+            if one_in > 1 and xxhash.xxh3_64_intdigest(head) % one_in:
+                continue
+            with suppress(UnicodeDecodeError):  # found by the encoder too, which counts it
+                yield from (piece for piece, _ in pieces(_blocks(document)))
+                taken += bool(head)
+            if taken == limit:
+                return
+        release(unit)
+        report.advance(unit.size / 1e6)
+
+
+def _blocks(document: bytes | LongDocument) -> Iterator[bytes]:
+    return iter([document]) if isinstance(document, bytes) else document.blocks()
 
 
 def _encode(plan: Plan, share: Share, corpus: Corpus, dataset: Path, workers: Workers) -> None:

@@ -1,5 +1,6 @@
 """Preparation that is disturbed: killed, out of disk, shared by tasks. The bytes are those of an undisturbed run."""
 
+import gzip
 import itertools
 import os
 import random
@@ -52,6 +53,12 @@ def write_folder(folder: Path, texts: list[str]) -> Path:
     for i, text in enumerate(texts):
         (folder / "c" / f"{i:06}.txt").write_bytes(text.encode())
     return folder / "c"
+
+
+def write_gz(folder: Path, texts: list[str]) -> Path:
+    """A stream, of which no unit can be read without those before it."""
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(write_jsonl(folder, texts).read_bytes(), 1))
+    return folder / "c.jsonl.gz"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -130,9 +137,9 @@ def test_killed_midway_it_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("workers", [1, 2, 3])
-@pytest.mark.parametrize("write", [write_jsonl, write_parquet, write_folder])
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet, write_folder, write_gz])
 def test_killed_at_random_moments(tmp_path: Path, write: Callable[..., Path], workers: int) -> None:
-    """Seven kills each, 63 in all: of the parent alone, of all its processes, or of one of its workers."""
+    """Six kills each, 72 in all: of the parent alone, of all its processes, or of one of its workers."""
     source = write(tmp_path, make_texts(8000))
     reference = options_for(tmp_path, source, "undisturbed", workers=workers)
     began = time.monotonic()
@@ -141,10 +148,11 @@ def test_killed_at_random_moments(tmp_path: Path, write: Callable[..., Path], wo
     options = options_for(tmp_path, source, "killed", workers=workers)
     chance = random.Random(f"{write.__name__}{workers}")
     kills = 0
-    while kills < 7:
+    while kills < 6:
         victim = start(options)
         try:
             victim.communicate(timeout=chance.uniform(0.2, 0.9) * duration)
+            assert victim.returncode == 0
             shutil.rmtree(tmp_path / "data" / "killed")  # it came to its end: from the beginning
         except subprocess.TimeoutExpired:
             kill_some(victim, chance.choice(["parent", "group", "worker"]))
@@ -511,3 +519,19 @@ def test_memory_does_not_follow_the_corpus(tmp_path: Path) -> None:
         peaks[copies] = peak_megabytes(options)
     assert max(peaks.values()) < 1000
     assert peaks[40] < peaks[4] + 150
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("form", ["txt", "jsonl", "jsonl.gz"])
+def test_memory_does_not_follow_the_longest_document(tmp_path: Path, form: str) -> None:
+    words = " ".join(make_texts(2000))
+    peaks = {}
+    for size in (2_000_000, 200_000_000):
+        text = words * (size // len(words) + 1)
+        content = text.encode() if form == "txt" else orjson.dumps({"text": text}) + b'\n{"text": "another"}\n'
+        source = tmp_path / f"{size}.{form}"
+        source.write_bytes(gzip.compress(content, 1) if form.endswith("gz") else content)
+        peaks[size] = peak_megabytes(options_for(tmp_path, source, f"of_{size}", workers=2))
+    assert max(peaks.values()) < 1000
+    assert peaks[200_000_000] < peaks[2_000_000] + 300  # two workers of 100 MB more at the most

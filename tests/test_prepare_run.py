@@ -1,6 +1,7 @@
 """Whole preparations: shards read back with np.memmap and compared with tiktoken on sources read independently."""
 
 import fcntl
+import gzip
 import io
 import json
 import random
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 import xxhash
+import zstandard
 
 from pipeline.byte_pairs import write_ranks
 from pipeline.errors import UserError
@@ -148,7 +150,22 @@ def _as_folder(folder: Path, texts: list[str]) -> Path:
     return folder / "c"
 
 
-@pytest.mark.parametrize("write", [_as_jsonl, _as_one_row_group, _as_row_groups, _as_folder])
+def _as_gz(folder: Path, texts: list[str]) -> Path:
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(_as_jsonl(folder, texts).read_bytes()))
+    return folder / "c.jsonl.gz"
+
+
+def _as_zst(folder: Path, texts: list[str]) -> Path:
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(_as_jsonl(folder, texts).read_bytes()))
+    return folder / "c.jsonl.zst"
+
+
+def _as_json(folder: Path, texts: list[str]) -> Path:
+    (folder / "c.json").write_bytes(orjson.dumps([{"text": text} for text in texts]))
+    return folder / "c.json"
+
+
+@pytest.mark.parametrize("write", [_as_jsonl, _as_one_row_group, _as_row_groups, _as_folder, _as_gz, _as_zst, _as_json])
 def test_the_bytes_are_the_same_for_any_number_of_workers_and_any_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, documents: list[str]
 ) -> None:
@@ -213,6 +230,16 @@ def test_limit_docs_takes_the_first_documents(
     made = [contents(prepare(tmp_path, jsonl, name=f"w{n}", workers=n, limit_docs=limit)) for n in (1, 2)]
     alone = _as_jsonl(tmp_path, documents[:limit])
     assert made[0] == made[1] == contents(prepare(tmp_path, alone, name="alone"))
+
+
+@pytest.mark.parametrize("name", ["char", "word", "bpe:300"])
+def test_a_vocabulary_is_learnt_from_the_documents_that_are_taken(
+    tmp_path: Path, jsonl: Path, documents: list[str], name: str
+) -> None:
+    limited = prepare(tmp_path, jsonl, name="limited", tokenizer=name, limit_docs=20)
+    alone = prepare(tmp_path, _as_jsonl(tmp_path, documents[:20]), name="alone", tokenizer=name)
+    assert load_manifest(limited).tokenizer == load_manifest(alone).tokenizer
+    assert contents(limited) == contents(alone)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from conftest import ROOT
 from test_corpus import documents, opened, units, write_jsonl
 
 from pipeline.errors import UserError
+from pipeline.shards import load_manifest
 from prepare import storage
+from prepare.run import PrepareOptions, run
 
 TEXTS: list[str | None] = [f"text {i} " + "é" * (i * 37 % 500) for i in range(500)]
 
@@ -225,3 +227,16 @@ def test_keys_in_an_address_are_not_written_down(tmp_path: Path, web: str) -> No
 def test_a_file_url_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     assert documents(tmp_path, f"file://{tmp_path}/a.txt") == ["a"]
+
+
+@pytest.mark.slow
+def test_a_bucket_is_prepared_as_the_same_files_are_here(tmp_path: Path, bucket: Any) -> None:
+    """By worker processes, which find their way to the server by themselves."""
+    write_corpus(tmp_path / "here")
+    bucket.put(str(tmp_path / "here"), "corpus/there", recursive=True)
+    made = []
+    for name, source in (("local", str(tmp_path / "here")), ("remote", "s3://corpus/there/")):
+        folder = run(PrepareOptions([source], name=name, data_dir=str(tmp_path / "data"), workers=2))
+        made.append({path.name: path.read_bytes() for path in folder.glob("*.bin")})
+    assert made[0] == made[1]
+    assert all("etag" in entry and "hash" not in entry for entry in load_manifest(folder).sources)
