@@ -22,6 +22,7 @@ from torch.testing import assert_close
 
 from pipeline.config import Config, to_toml
 from pipeline.shards import load_manifest
+from prepare.run import PrepareOptions, run
 
 TRAIN, PREPARE = ROOT / "slurm" / "train.sbatch", ROOT / "slurm" / "prepare.sbatch"
 DEADLINE_S = 150.0
@@ -480,3 +481,22 @@ def test_a_prepare_job_makes_a_whole_dataset(cluster: Cluster) -> None:
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
     manifest = load_manifest(cluster.folder / "data" / "corpus")
     assert manifest.count("train", "tokens") + manifest.count("val", "tokens") > 500 * 40
+
+
+@pytest.mark.slow
+def test_an_array_of_prepare_jobs_shares_one_dataset(cluster: Cluster) -> None:
+    lines = [f'{{"text": "line {i} of a corpus that is more than one unit of work"}}\n' for i in range(80_000)]
+    (cluster.folder / "shared.jsonl").write_text("".join(lines))
+    arguments = ("shared.jsonl", "--tokenizer", "byte", "--shard-tokens", "1000000")
+    array = cluster.call("sbatch", "--parsable", "--array=1-3", "--cpus-per-task=1", str(PREPARE), *arguments)
+    for element in (1, 2, 3):
+        assert cluster.wait(f"{array}_{element}")["JobState"] == "COMPLETED"
+    logs = "".join(path.read_text() for path in cluster.folder.glob("prepare-*.out"))
+    assert "task 2 of 3" in logs or "task 1 of 3" in logs or "task 0 of 3" in logs
+    run(PrepareOptions(
+        [str(cluster.folder / "shared.jsonl")], name="alone", data_dir=str(cluster.folder / "data"), tokenizer="byte",
+        shard_tokens=1_000_000,
+    ))  # fmt: skip
+    shared, alone = (load_manifest(cluster.folder / "data" / name) for name in ("shared", "alone"))
+    assert len(shared.splits["train"]) > 3
+    assert shared.fingerprint == alone.fingerprint
