@@ -107,7 +107,8 @@ def prepare(
     ] = False,
 ) -> None:
     """Turn text into a dataset: shards of token ids and a manifest, in DATA_DIR/NAME. Killed, it goes on where it was."""
-    from prepare.run import PrepareOptions, run
+    from prepare.options import PrepareOptions
+    from prepare.run import run
 
     if task_id is None and tasks is None:
         task_id, tasks = _slurm_array()
@@ -232,7 +233,7 @@ def verify(
 @app.command()
 def quickstart() -> None:
     """See it work in a few minutes: prepare the Python library's own source, train on it, sample from it."""
-    from prepare.run import PrepareOptions
+    from prepare.options import PrepareOptions
     from prepare.run import run as run_prepare
     from sample.run import SampleOptions
     from sample.run import run as run_sample

@@ -87,9 +87,11 @@ class Journal:
         sync(self.folder)
 
     def clear(self) -> None:
-        """Forget everything, the plan first: parts without a plan count for nothing."""
-        (self.folder / "plan.json").unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Forget everything, all at once: parts that a kill left without their plan would be taken for another's."""
+        with suppress(FileNotFoundError):
+            self.folder.rename(self.dataset / f".unfinished.{os.uname().nodename}.{os.getpid()}")
+        for left in self.dataset.glob(".unfinished.*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     # ---- parts
 
@@ -166,7 +168,12 @@ class Journal:
         self.finish_publishing()
 
     def finish_publishing(self) -> None:
-        """Put the staged dataset in the place of what is there: the old manifest goes first, the new one comes last."""
+        """Put the staged dataset in the place of what is there: the old manifest goes first, the new one comes last.
+
+        For one that holds the dataset alone.
+        """
+        if not self.is_publishing():
+            return
         sync(self.staged)
         manifest = load_document(self.staged / MANIFEST_NAME)
         wanted = {shard["file"] for shards in manifest["splits"].values() for shard in shards}

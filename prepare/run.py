@@ -5,12 +5,10 @@ killed one was. The dataset itself appears, or takes an earlier one's place, whe
 """
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,16 @@ from pipeline.errors import UserError
 from pipeline.files import Held, hash_file, one_writer
 from pipeline.log import ProgressReport, logger
 from pipeline.shards import MANIFEST_NAME, load_manifest
-from pipeline.tokenizer import Tokenizer, from_spec
+from pipeline.tokenizer import Tokenizer, from_spec, token_dtype
 from prepare.corpus import Corpus, default_name, open_corpus
 from prepare.encode import load
 from prepare.finish import changed_sources, finish
 from prepare.journal import Journal, Plan, Share, tasks_of
 from prepare.local import stamped_hash
+from prepare.options import PrepareOptions, check, choices, default_fraction
 from prepare.pieces import pieces
 from prepare.readers import STDIN_SPOOL, LongDocument, Refused, release
-from prepare.vocabulary import check_name, is_file, learn_vocabulary, learns_from_corpus, open_vocabulary
+from prepare.vocabulary import is_file, learn_vocabulary, learns_from_corpus, open_vocabulary
 from prepare.work import encode_share
 from prepare.workers import Workers
 
@@ -39,24 +38,6 @@ WORTH_WORKERS_BYTES = 16_000_000
 LEARN_BYTES = 200_000_000
 # For the estimate of what is written: with GPT-2's vocabulary English has about 4.4 bytes of text a token, code 2 to 3.
 BYTES_PER_TOKEN = 2.5
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    sources: list[str]
-    name: str = ""
-    data_dir: str = "data"
-    tokenizer: str = "gpt2"
-    text_field: str = "text"
-    val_fraction: float | None = None
-    shard_tokens: int = 100_000_000
-    workers: int | None = None
-    limit_docs: int | None = None
-    seed: int = 0
-    dedup: bool = False
-    task_id: int | None = None
-    tasks: int | None = None
-    force: bool = False
 
 
 def run(options: PrepareOptions) -> Path:
@@ -70,6 +51,9 @@ def run(options: PrepareOptions) -> Path:
 
 
 def _run(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path, workers: Workers) -> None:
+    if Journal(dataset).is_publishing():
+        with one_writer(dataset):
+            Journal(dataset).finish_publishing()
     if share.tasks == 1:
         with one_writer(dataset):
             try:
@@ -101,54 +85,11 @@ def merge(dataset: Path, workers: int | None = None) -> None:
         finish(journal, plan, corpus, pool)
 
 
-def check(options: PrepareOptions) -> Share:
-    """Raises UserError that lists every fault of the options; returns which part of the work is this program's."""
-    faults = []
-    try:
-        check_name(options.tokenizer)
-    except UserError as error:
-        faults.append(str(error))
-    if options.val_fraction is not None and not 0 < options.val_fraction < 1:
-        faults.append(f"--val-fraction {options.val_fraction} is not between 0 and 1, such as 0.01")
-    if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):
-        faults.append(f"--name {options.name!r} is not a plain name: use letters, digits, '.', '_' and '-'")
-    for flag, value in (
-        ("--workers", options.workers),
-        ("--limit-docs", options.limit_docs),
-        ("--shard-tokens", options.shard_tokens),
-    ):
-        if value is not None and value < 1:
-            faults.append(f"{flag} {value} is below 1")
-    if not 0 <= options.seed < 1 << 64:
-        faults.append(f"--seed {options.seed} is not in 0 .. 2**64 - 1")
-    task, tasks = options.task_id or 0, options.tasks or 1
-    if (options.task_id is None) != (options.tasks is None) or not 0 <= task < tasks:
-        faults.append(
-            f"--task-id {options.task_id} --tasks {options.tasks}: wanted both, the first in 0 .. tasks - 1 "
-            "(an array of jobs numbered from 0: sbatch --array=0-7)"
-        )
-    if tasks > 1:
-        faults += [
-            f"{flag} does not go with --tasks: {why}"
-            for flag, given, why in (
-                ("--limit-docs", options.limit_docs, "no task knows which documents are the first; limit the sources"),
-                ("--force", options.force, "a late task would undo the others' work; remove the dataset first"),
-                ("stdin", "-" in options.sources, "it can be read by one task only; put it in a file"),
-            )
-            if given
-        ]
-    if faults:
-        raise UserError("; ".join(faults))
-    return Share(task, tasks)
-
-
 def _begin(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path, workers: Workers) -> Plan | None:
     """The plan to follow, an earlier start's where there is one; None where the dataset is whole already."""
     journal = Journal(dataset)
-    if journal.is_publishing():
-        journal.finish_publishing()
-    fraction = options.val_fraction or _default_fraction(corpus.file_bytes())
-    chosen = _choices(options, fraction)
+    fraction = options.val_fraction or default_fraction(corpus.file_bytes())
+    chosen = choices(options, fraction)
     if (dataset / MANIFEST_NAME).exists() and not options.force:
         _check_same(dataset, chosen, options.tokenizer, corpus)
         logger.info("%s is already prepared", dataset)
@@ -168,38 +109,15 @@ def _begin(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path,
     if before is None:
         if share.tasks == 1:
             journal.clear()
-        _check_space(dataset, chosen, corpus)
         tokenizer = _vocabulary(options.tokenizer, corpus, options.limit_docs)
+        if not options.limit_docs:
+            _check_space(dataset, tokenizer, corpus.text_bytes())
         sizes = [item.size for item in corpus.items()]
-        names = [str(source) for source in options.sources]
-        plan = Plan(names, str(Path.cwd()), chosen, corpus.stamps(), tokenizer.spec(), sizes, share.tasks)
+        plan = Plan(options.sources, str(Path.cwd()), chosen, corpus.stamps(), tokenizer.spec(), sizes, share.tasks)
         journal.begin(plan, tokenizer.files())
         return journal.plan()
     logger.info("going on with %s", dataset)
     return before
-
-
-def _choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
-    """The options that determine the bytes."""
-    return {
-        "tokenizer": check_name(options.tokenizer),
-        "text_field": options.text_field,
-        "val_fraction": fraction,
-        "shard_tokens": options.shard_tokens,
-        "limit_docs": options.limit_docs,
-        "seed": options.seed,
-        "dedup": options.dedup,
-    }
-
-
-def _default_fraction(file_bytes: int | None) -> float:
-    """A few thousand validation documents are enough for a steady loss; small corpora need a larger share for that.
-
-    OpenWebText's 24 GB of Parquet get nanoGPT's share, about 4.4 M of 9 G tokens; a small stand-in of it gets enough.
-    """
-    if file_bytes is None:
-        return 0.01
-    return 0.1 if file_bytes < 100e6 else 0.01 if file_bytes < 10e9 else 0.0005
 
 
 def _differences(
@@ -243,12 +161,10 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _check_space(dataset: Path, chosen: dict[str, Any], corpus: Corpus) -> None:
+def _check_space(dataset: Path, tokenizer: Tokenizer, text_bytes: int) -> None:
     """Parts and shards lie side by side at the end, so the ids need twice their room. Raises UserError where it lacks."""
-    if chosen["limit_docs"] or not (text_bytes := corpus.text_bytes()):
-        return
-    one_each = chosen["tokenizer"] in ("char", "byte")
-    needed = 2 * 2 * text_bytes / (1.0 if one_each else BYTES_PER_TOKEN)
+    tokens = text_bytes / (1.0 if tokenizer.name in ("char", "byte") else BYTES_PER_TOKEN)
+    needed = 2 * tokens * token_dtype(tokenizer.vocab_size).itemsize
     free = shutil.disk_usage(dataset).free
     logger.info(
         "%s MB of text; needs about %s MB of disk while it runs and half of it after, %s MB are free",

@@ -24,7 +24,8 @@ from pipeline.errors import UserError
 from pipeline.shards import MANIFEST_NAME, load_manifest
 from pipeline.tokenizer import from_spec
 from prepare import readers
-from prepare.run import PrepareOptions, _default_fraction, run
+from prepare.options import default_fraction
+from prepare.run import PrepareOptions, run
 
 ROOT = Path(__file__).parents[1]
 END = 50256
@@ -432,4 +433,4 @@ def test_importing_the_stage_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(("file_bytes", "fraction"), [(4_000, 0.1), (10**9, 0.01), (24 * 10**9, 0.0005), (None, 0.01)])
 def test_the_default_share_of_val_follows_the_corpus_size(file_bytes: int | None, fraction: float) -> None:
-    assert _default_fraction(file_bytes) == fraction
+    assert default_fraction(file_bytes) == fraction
