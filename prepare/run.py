@@ -6,6 +6,7 @@ killed one was. The dataset itself appears, or takes an earlier one's place, whe
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, suppress
@@ -34,6 +35,7 @@ from prepare.workers import Workers
 # Hashing lets go of the interpreter's lock; two threads keep up with a disk and leave the processors to the workers.
 HASH_THREADS = 2
 WORTH_WORKERS_BYTES = 16_000_000
+WORTH_TELLING_BYTES = 100_000_000
 # A vocabulary is learnt from so much text, spread over the corpus: ten times as much changes few of its words.
 LEARN_BYTES = 200_000_000
 # For the estimate of what is written: with GPT-2's vocabulary English has about 4.4 bytes of text a token, code 2 to 3.
@@ -42,11 +44,13 @@ BYTES_PER_TOKEN = 2.5
 
 def run(options: PrepareOptions) -> Path:
     """Prepare the dataset, or go on with it, unless it is there already; returns its folder."""
+    started = time.monotonic()
     share = check(options)
     dataset = Path(options.data_dir) / (options.name or default_name((options.sources or [""])[0]))
     corpus = open_corpus(options.sources, options.text_field, dataset)
     with Workers(options.workers or available_cores()) as workers:
         _run(options, share, corpus, dataset, workers)
+    logger.info("took %s s", f"{time.monotonic() - started:,.1f}")
     return dataset
 
 
@@ -166,10 +170,11 @@ def _check_space(dataset: Path, tokenizer: Tokenizer, text_bytes: int) -> None:
     tokens = text_bytes / (1.0 if tokenizer.name in ("char", "byte") else BYTES_PER_TOKEN)
     needed = 2 * tokens * token_dtype(tokenizer.vocab_size).itemsize
     free = shutil.disk_usage(dataset).free
-    logger.info(
-        "%s MB of text; needs about %s MB of disk while it runs and half of it after, %s MB are free",
-        *(f"{amount / 1e6:,.0f}" for amount in (text_bytes, needed, free)),
-    )
+    if needed > WORTH_TELLING_BYTES:
+        logger.info(
+            "%s MB of text; needs about %s MB of disk while it runs and half of it after, %s MB are free",
+            *(f"{amount / 1e6:,.0f}" for amount in (text_bytes, needed, free)),
+        )
     if free < needed:
         raise UserError(
             f"{dataset} has {free / 1e6:,.0f} MB free, and about {needed / 1e6:,.0f} MB are needed: make room, "
