@@ -16,9 +16,9 @@ from pipeline.config import Config, from_dict
 from pipeline.distributed import World
 from pipeline.log import configure
 from pipeline.model import GPT
-from pipeline.shards import load_manifest
 from prepare.run import PrepareOptions
 from prepare.run import run as prepare
+from train.mixture import Mixture
 from train.optimizer import learning_rate
 from train.run import assemble
 from train.trainer import Trainer
@@ -50,7 +50,7 @@ class PlainLoop:
     def step(self, number: int) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, self.trainer.config)
-        windows = self.trainer.loader.batch(number * 16, 16)
+        windows = self.trainer.mixture.batch(number * 16, 16)
         loss = self.model(windows[:, :-1], windows[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -69,7 +69,7 @@ def main() -> None:
         folder = Path(name)
         prepare(PrepareOptions(["stdlib"], data_dir=str(folder / "data"), tokenizer="byte"))
         config = config_in(folder, (options.turns + 1) * options.steps)
-        trainer, _ = assemble(config, World(0, 1, 1, torch.device("cpu")), load_manifest(config.dataset_dir))
+        trainer, _ = assemble(config, World(0, 1, 1, torch.device("cpu")), Mixture(config))
         plain = PlainLoop(trainer)
         ratios, ours_s, plain_s, gaps = [], [], [], []
         for turn in range(options.turns + 1):

@@ -30,7 +30,7 @@ PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
 
 KEYS = {
     "run.name", "run.dir", "run.seed", "run.device", "run.dtype", "run.compile",
-    "data.dataset", "data.data_dir",
+    "data.dataset", "data.data_dir", "data.mixture", "data.document_mask",
     "model.arch", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.dropout", "model.bias",
     "model.tie_weights", "model.init_from",
     "optimizer.name", "optimizer.lr", "optimizer.min_lr", "optimizer.betas", "optimizer.weight_decay",
@@ -203,11 +203,11 @@ def test_a_dataset_is_a_name_under_data_dir_before_it_is_a_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = load("gpt2-124m", ["data.dataset=mine", "run.dir=out", "run.name=first"])
-    assert config.dataset_dir == Path("data/mine")  # where the error will say that it is missing
+    assert config.dataset_dir("mine") == Path("data/mine")  # where the error will say that it is missing
     Path("mine").mkdir()
-    assert config.dataset_dir == Path("mine")
+    assert config.dataset_dir("mine") == Path("mine")
     Path("data/mine").mkdir(parents=True)
-    assert config.dataset_dir == Path("data/mine")
+    assert config.dataset_dir("mine") == Path("data/mine")
     assert config.run_dir == Path("out/first")
 
 

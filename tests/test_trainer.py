@@ -15,7 +15,8 @@ from pipeline.distributed import World
 from pipeline.errors import Diverged
 from pipeline.huggingface import config_json, to_folder_layout
 from pipeline.shards import TokenReader, load_manifest
-from train.loader import Loader, evaluation_starts, windows_at
+from train.loader import evaluation_starts, windows_at
+from train.mixture import Mixture
 from train.optimizer import learning_rate
 from train.run import assemble
 from train.stop import StopRequest
@@ -28,7 +29,7 @@ ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 def trainer_of(config: Config) -> Trainer:
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    return assemble(config, ALONE, load_manifest(config.dataset_dir))[0]
+    return assemble(config, ALONE, Mixture(config))[0]
 
 
 def trained(config: Config, steps: int) -> tuple[Trainer, list[float]]:
@@ -60,8 +61,7 @@ def test_accumulating_four_micro_batches_equals_one_big_batch(tiny: Path) -> Non
 
 def test_logged_loss_is_the_mean_over_the_whole_global_batch(tiny: Path) -> None:
     trainer = trainer_of(tiny_config(tiny))
-    reader = TokenReader(tiny / "data/tiny", trainer.manifest, "train")
-    windows = Loader(reader, block_size=16, seed=1337).batch(0, 8)
+    windows = trainer.mixture.batch(0, 8)
     with torch.no_grad():
         expected = trainer.model(windows[:, :-1], windows[:, 1:]).item()
     assert trainer.train_step().loss == pytest.approx(expected, rel=1e-6)
@@ -82,7 +82,7 @@ def test_twenty_steps_equal_an_independent_trainer(tiny: Path) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     for step in range(20):
-        windows = ours.loader.batch(step * 8, 8)
+        windows = ours.mixture.batch(step * 8, 8)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         logits = twin(windows[:, :-1]).logits
@@ -146,7 +146,7 @@ def test_evaluation_is_the_mean_over_its_windows_and_leaves_training_alone(tiny:
 
 def test_evaluation_weighs_a_short_last_batch_by_its_windows(tiny: Path) -> None:
     whole = trainer_of(tiny_config(tiny, eval={"batches": 0}, train={"micro_batch_size": 8}))
-    assert len(whole.val_starts) % 8 != 0
+    assert len(whole.val_starts[0]) % 8 != 0
     single = trainer_of(tiny_config(tiny, eval={"batches": 0}, train={"micro_batch_size": 1}))
     assert whole.evaluate() == pytest.approx(single.evaluate(), rel=1e-5)
 
@@ -205,7 +205,7 @@ def test_float16_scales_its_loss_and_halves_the_scale_at_an_overflow(tiny: Path)
     """On a GPU only; the scaler itself also runs on a CPU, so that its part of the step can be seen here."""
     config = tiny_config(tiny)
     exact = trained(config, steps=3)[1]
-    trainer = Trainer(config, ALONE, trainer_of(config).model, load_manifest(config.dataset_dir), torch.float16)
+    trainer = Trainer(config, ALONE, trainer_of(config).model, Mixture(config), torch.float16)
     torch.manual_seed(0)
     assert trainer.train_step().loss == pytest.approx(exact[0], rel=1e-2)
     assert trainer.scaler.get_scale() == 65536
