@@ -15,6 +15,7 @@ from pipeline.config import (
     Config,
     ModelConfig,
     TrainConfig,
+    WeightedDataset,
     accumulation_steps,
     find,
     from_dict,
@@ -211,6 +212,15 @@ def test_a_dataset_is_a_name_under_data_dir_before_it_is_a_path(
     assert config.run_dir == Path("out/first")
 
 
+def test_a_mixture_takes_the_place_of_the_dataset_and_survives_both_written_forms() -> None:
+    text = '[{dataset = "a", weight = 0.7}, {weight = 3, dataset = "b \\" {x}"}]'
+    config = load("gpt2-124m", [f"data.mixture={text}"])
+    assert config.datasets == (WeightedDataset("a", 0.7), WeightedDataset('b " {x}', 3.0))
+    assert from_dict(tomllib.loads(to_toml(config))) == config
+    assert from_dict(to_dict(config)) == config
+    assert load("gpt2-124m", []).datasets == (WeightedDataset("openwebtext", 1.0),)
+
+
 # ---- errors ----
 
 
@@ -233,6 +243,19 @@ def test_a_dataset_is_a_name_under_data_dir_before_it_is_a_path(
         ("optimizer.betas=0.9", "optimizer.betas wants two numbers, such as [0.9, 0.95], found 0.9"),
         ("optimizer.betas=[0.9]", "optimizer.betas wants two numbers, such as [0.9, 0.95], found [0.9]"),
         ("optimizer.betas=[0.9, 'b']", "optimizer.betas wants two numbers, such as [0.9, 0.95], found [0.9, 'b']"),
+        (
+            "data.mixture=owt",
+            'data.mixture wants datasets with weights, such as [{dataset = "a", weight = 0.7}], found',
+        ),
+        ("data.mixture=[{dataset='a'}]", "data.mixture wants datasets with weights, such as"),
+        ("data.mixture=[{dataset='a', weight='b'}]", "data.mixture wants datasets with weights, such as"),
+        ("data.mixture=[{dataset='a', weight=1, wait=1}]", "data.mixture wants datasets with weights, such as"),
+        (
+            "data.mixture=[{dataset='a', weight=0}]",
+            "data.mixture gives 'a' the weight 0.0, which is not a positive number",
+        ),
+        ("data.mixture=[{dataset='a', weight=nan}]", "data.mixture gives 'a' the weight nan, which is not a positive"),
+        ("data.mixture=[{dataset='a', weight=inf}]", "data.mixture gives 'a' the weight inf, which is not a positive"),
         ("run.dtype=fp16", "run.dtype='fp16' is not one of auto, float32, bfloat16, float16"),
         ("run.compile=true", "run.compile='true' is not one of auto, on, off"),
         ("model.arch=llama", "model.arch='llama' is not one of gpt2"),
