@@ -96,7 +96,7 @@ def test_the_global_batch_is_the_same_on_every_number_of_ranks(tmp_path: Path, s
     wanted = Mixture(config).batch(3 * 8, 8)
     found = torch.empty_like(wanted)
     for rank in range(size):
-        world = World(rank, size, size, torch.device("cpu"))
+        world = World(rank, size, local_size=1, device=torch.device("cpu"))  # more would take threads from later tests
         trainer, _ = assemble(config, world, Mixture(config))
         trainer.step = 3
         for turn in range(trainer.accumulation):

@@ -46,22 +46,15 @@ class Mixture:
 
     def __init__(self, config: Config) -> None:
         self.block_size = config.model.block_size
-        names, folders = zip(
-            *((entry.dataset, config.dataset_dir(entry.dataset)) for entry in config.datasets), strict=True
-        )
-        manifests = [load_manifest(folder) for folder in folders]
-        check_compatible(folders, manifests)
         turns = apportion([entry.weight for entry in config.datasets])
-        if 0 in turns:
-            raise UserError(
-                f"data.mixture gives {names[turns.index(0)]!r} less than one sample in {PERIOD:,}: "
-                "raise its weight, or leave it out"
-            )
-        loaders = [
-            Loader(TokenReader(folder, manifest, "train"), self.block_size, config.run.seed + number)
-            for number, (folder, manifest) in enumerate(zip(folders, manifests, strict=True))
-        ]
-        self.sources = [Source(*parts) for parts in zip(names, folders, manifests, turns, loaders, strict=True)]
+        self.sources = []
+        for number, (entry, own_turns) in enumerate(zip(config.datasets, turns, strict=True)):
+            folder = config.dataset_dir(entry.dataset)
+            manifest = load_manifest(folder)
+            # A seed of its own, so that no two sources go through their windows in the same order.
+            loader = Loader(TokenReader(folder, manifest, "train"), self.block_size, config.run.seed + number)
+            self.sources.append(Source(entry.dataset, folder, manifest, own_turns, loader))
+        check_compatible(self.sources)
         self._source_at, self._before = spread(turns)
 
     @property
@@ -113,20 +106,25 @@ class Mixture:
         }
 
 
-def check_compatible(folders: tuple[Path, ...], manifests: list[Manifest]) -> None:
-    """Raises UserError unless the datasets have one vocabulary and no two are the same."""
+def check_compatible(sources: list[Source]) -> None:
+    """Raises UserError unless the datasets have one vocabulary, no two are the same, and each has a turn."""
+    ours = sources[0].manifest.tokenizer
     first_with: dict[str, Path] = {}
-    for folder, manifest in zip(folders, manifests, strict=True):
-        ours, theirs = manifests[0].tokenizer, manifest.tokenizer
-        if ours != theirs:
+    for source in sources:
+        theirs = source.manifest.tokenizer
+        if theirs != ours:
             raise UserError(
-                f"{folder} has the vocabulary {theirs['name']} of {theirs['vocab_size']:,} tokens, {folders[0]} another one "
-                f"({ours['name']}, {ours['vocab_size']:,}): prepare both with the same tokenizer"
+                f"{source.folder} has the vocabulary {theirs['name']} of {theirs['vocab_size']:,} tokens, "
+                f"{sources[0].folder} another one ({ours['name']}, {ours['vocab_size']:,}): prepare both with the same tokenizer"
             )
-        same = first_with.setdefault(manifest.fingerprint, folder)
-        if same is not folder:
+        same = first_with.setdefault(source.manifest.fingerprint, source.folder)
+        if same is not source.folder:
             raise UserError(
-                f"data.mixture has {same} and {folder}, which hold the same tokens: name it once, with one weight"
+                f"data.mixture has {same} and {source.folder}, which hold the same tokens: name it once, with one weight"
+            )
+        if not source.turns:
+            raise UserError(
+                f"data.mixture gives {source.name!r} less than one sample in {PERIOD:,}: raise its weight, or leave it out"
             )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from train.mixture import Mixture
 
-AHEAD = 2  # one being copied to the device, one waiting
+AHEAD = 2  # one is waiting while the next is made
 
 
 class Prefetcher:
