@@ -41,9 +41,25 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class WeightedDataset:
+    """One entry of `data.mixture`. Weights count against each other: 7 and 3 are 0.7 and 0.3."""
+
+    dataset: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class DataConfig:
     dataset: str = key("openwebtext", "a name under data.data_dir, or a path to a prepared dataset")
     data_dir: str = key("data", "where prepared datasets live")
+    mixture: tuple[WeightedDataset, ...] = key(
+        (),
+        'several datasets in the place of data.dataset: [{dataset = "a", weight = 0.7}, {dataset = "b", weight = 0.3}]',
+    )
+    document_mask: bool = key(
+        False,
+        "attention stays inside a document, and positions restart with it; slower, as no flash kernel takes a mask",
+    )
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,9 @@ class TrainConfig:
 class EvalConfig:
     every_steps: int = key(1000, "steps between evaluations on the val split; 0 turns them off")
     batches: int = key(
-        160, "micro-batches of one evaluation over all ranks, spread over the split; 0 takes the whole split"
+        160,
+        "micro-batches of one evaluation over all ranks, spread over the split, for each dataset of a mixture; "
+        "0 takes the whole split",
     )
 
 
@@ -136,10 +154,14 @@ class Config:
         return Path(self.run.dir) / self.run.name
 
     @property
-    def dataset_dir(self) -> Path:
+    def datasets(self) -> tuple[WeightedDataset, ...]:
+        """What the run trains on: `data.mixture`, or `data.dataset` alone."""
+        return self.data.mixture or (WeightedDataset(self.data.dataset, 1.0),)
+
+    def dataset_dir(self, dataset: str) -> Path:
         """A name under data.data_dir wins over a path, so that a stray folder cannot take a dataset's place."""
-        named = Path(self.data.data_dir) / self.data.dataset
-        return Path(self.data.dataset) if not named.is_dir() and Path(self.data.dataset).is_dir() else named
+        named = Path(self.data.data_dir) / dataset
+        return Path(dataset) if not named.is_dir() and Path(dataset).is_dir() else named
 
     @property
     def decay_steps(self) -> int:
@@ -213,16 +235,22 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved config as TOML text, every key present. JSON's scalars and arrays are TOML's as well."""
-
-    def assign(name: str, value: Any) -> str:
-        # Of what JSON leaves as it is, only the delete character is refused by TOML.
-        return f"{name} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
-
+    """The resolved config as TOML text, every key present."""
     sections = to_dict(config).items()
     return "\n".join(
-        f"[{section}]\n" + "".join(assign(name, value) for name, value in keys.items()) for section, keys in sections
+        f"[{section}]\n" + "".join(f"{name} = {toml_value(value)}\n" for name, value in keys.items())
+        for section, keys in sections
     )
+
+
+def toml_value(value: Any) -> str:
+    """What JSON can hold as TOML on one line: the scalars are the same."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {toml_value(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    # Of what JSON leaves as it is, only the delete character is refused by TOML.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def find(name_or_path: str) -> Path:
@@ -309,12 +337,25 @@ def _coerce(value: Any, wanted: Any) -> Any:
         return value
     if wanted == tuple[float, float] and isinstance(value, list | tuple) and len(value) == 2:
         return tuple(_coerce(part, float) for part in value)
+    if wanted == tuple[WeightedDataset, ...] and isinstance(value, list | tuple):
+        return tuple(_weighted_dataset(entry) for entry in value)
     raise TypeError
 
 
+def _weighted_dataset(entry: Any) -> WeightedDataset:
+    types = get_type_hints(WeightedDataset)
+    if not isinstance(entry, dict) or entry.keys() != types.keys():
+        raise TypeError
+    return WeightedDataset(**{name: _coerce(value, types[name]) for name, value in entry.items()})
+
+
 def _type_name(wanted: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(wanted, "two numbers, such as [0.9, 0.95]")
+    names: dict[Any, str] = {
+        int: "a whole number", float: "a number", bool: "true or false", str: "text",
+        tuple[float, float]: "two numbers, such as [0.9, 0.95]",
+        tuple[WeightedDataset, ...]: 'datasets with weights, such as [{dataset = "a", weight = 0.7}]',
+    }  # fmt: skip
+    return names[wanted]
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -343,6 +384,11 @@ def _inconsistencies(config: Config) -> list[str]:
         faults.append(f"model.dropout={model.dropout} is not below 1")
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         faults.append(f"optimizer.betas={list(optimizer.betas)} are not in [0, 1)")
+    faults += [
+        f"data.mixture gives {source.dataset!r} the weight {source.weight}, which is not a positive number"
+        for source in config.data.mixture
+        if not 0 < source.weight < float("inf")
+    ]
     if not 0 < optimizer.lr < float("inf"):
         faults.append(f"optimizer.lr={optimizer.lr} is not a positive number")
     elif optimizer.min_lr > optimizer.lr:

@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
         B, T, C = x.shape
         query, key, value = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2)
@@ -59,13 +59,15 @@ class Attention(nn.Module):
         seen = cache.length if cache else 0
         if cache:
             key, value = cache.append(self.layer, key, value)
+        if mask is None and seen and T > 1:
+            mask = _causal_mask(T, seen, x.device)
         y = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=_causal_mask(T, seen, x.device) if seen and T > 1 else None,
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=T > 1 and not seen,
+            is_causal=T > 1 and not seen and mask is None,
         )
         out: Tensor = self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
         return out
@@ -93,8 +95,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -110,12 +112,16 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
 
-    def forward(self, ids: Tensor, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, ids: Tensor, cache: KeyValueCache | None, documents: Tensor | None = None) -> Tensor:
         seen = cache.length if cache else 0
         positions = torch.arange(seen, seen + ids.size(1), device=ids.device)
+        mask = None
+        if documents is not None:
+            mask = _document_mask(documents)
+            positions = mask.sum(dim=3).squeeze(1) - 1
         x = self.drop(self.wte(ids) + self.wpe(positions))
         for block in self.h:
-            x = block(x, cache)
+            x = block(x, cache, mask)
         if cache:
             cache.length += ids.size(1)
         out: Tensor = self.ln_f(x)
@@ -162,9 +168,12 @@ class GPT(nn.Module):
         if isinstance(module, Attention | MLP):
             nn.init.normal_(module.c_proj.weight, std=INIT_STD / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of predicting `targets` (B, T) from `ids` (B, T): a float32 scalar."""
-        logits = F.linear(self.transformer(ids, None), self.lm_head.weight, self.logit_bias)
+    def forward(self, ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats of predicting `targets` (B, T) from `ids` (B, T): a float32 scalar.
+
+        Tokens with different numbers in `documents` (B, T) do not see each other, and positions count from 0 in each.
+        """
+        logits = F.linear(self.transformer(ids, None, documents), self.lm_head.weight, self.logit_bias)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def next_logits(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -173,9 +182,9 @@ class GPT(nn.Module):
         logits: Tensor = self.lm_head(last)
         return logits[:, : self.vocab_size].float()
 
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) after every token of `ids`."""
-        logits: Tensor = self.lm_head(self.transformer(ids, None))
+        logits: Tensor = self.lm_head(self.transformer(ids, None, documents))
         return logits[..., : self.vocab_size].float()
 
     def parameter_count(self) -> int:
@@ -196,3 +205,8 @@ class GPT(nn.Module):
 def _causal_mask(new: int, seen: int, device: torch.device) -> Tensor:
     """(new, seen + new), true where a new token may look: at all seen tokens, at itself and at new ones before it."""
     return torch.ones(new, seen + new, dtype=torch.bool, device=device).tril(diagonal=seen)
+
+
+def _document_mask(documents: Tensor) -> Tensor:
+    """(B, 1, T, T), true where a token may look: at itself and at those before it in its own document."""
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()

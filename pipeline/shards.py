@@ -220,6 +220,7 @@ class TokenReader:
         self._maps = [map_shard(folder, manifest, shard) for shard in shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._remedy = manifest.remedy
+        self.name = f"{folder}'s {split} split"
         self.vocab_size: int = manifest.tokenizer["vocab_size"]
 
     def __len__(self) -> int:

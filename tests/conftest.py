@@ -224,12 +224,10 @@ def run_program(*arguments: str, cwd: Path, ranks: int = 1, **environment: str) 
 
 def overrides(config: Config) -> list[str]:
     """`config` as the arguments of `pipeline train`, on top of a preset's name."""
-    import json
-
-    from pipeline.config import to_dict
+    from pipeline.config import to_dict, toml_value
 
     def text(value: Any) -> str:
-        return value if isinstance(value, str) else json.dumps(value)
+        return value if isinstance(value, str) else toml_value(value)
 
     return [
         f"{section}.{key}={text(value)}" for section, keys in to_dict(config).items() for key, value in keys.items()

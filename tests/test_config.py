@@ -15,6 +15,7 @@ from pipeline.config import (
     Config,
     ModelConfig,
     TrainConfig,
+    WeightedDataset,
     accumulation_steps,
     find,
     from_dict,
@@ -30,7 +31,7 @@ PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
 
 KEYS = {
     "run.name", "run.dir", "run.seed", "run.device", "run.dtype", "run.compile",
-    "data.dataset", "data.data_dir",
+    "data.dataset", "data.data_dir", "data.mixture", "data.document_mask",
     "model.arch", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.dropout", "model.bias",
     "model.tie_weights", "model.init_from",
     "optimizer.name", "optimizer.lr", "optimizer.min_lr", "optimizer.betas", "optimizer.weight_decay",
@@ -203,12 +204,21 @@ def test_a_dataset_is_a_name_under_data_dir_before_it_is_a_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = load("gpt2-124m", ["data.dataset=mine", "run.dir=out", "run.name=first"])
-    assert config.dataset_dir == Path("data/mine")  # where the error will say that it is missing
+    assert config.dataset_dir("mine") == Path("data/mine")  # where the error will say that it is missing
     Path("mine").mkdir()
-    assert config.dataset_dir == Path("mine")
+    assert config.dataset_dir("mine") == Path("mine")
     Path("data/mine").mkdir(parents=True)
-    assert config.dataset_dir == Path("data/mine")
+    assert config.dataset_dir("mine") == Path("data/mine")
     assert config.run_dir == Path("out/first")
+
+
+def test_a_mixture_takes_the_place_of_the_dataset_and_survives_both_written_forms() -> None:
+    text = '[{dataset = "a", weight = 0.7}, {weight = 3, dataset = "b \\" {x}"}]'
+    config = load("gpt2-124m", [f"data.mixture={text}"])
+    assert config.datasets == (WeightedDataset("a", 0.7), WeightedDataset('b " {x}', 3.0))
+    assert from_dict(tomllib.loads(to_toml(config))) == config
+    assert from_dict(to_dict(config)) == config
+    assert load("gpt2-124m", []).datasets == (WeightedDataset("openwebtext", 1.0),)
 
 
 # ---- errors ----
@@ -233,6 +243,19 @@ def test_a_dataset_is_a_name_under_data_dir_before_it_is_a_path(
         ("optimizer.betas=0.9", "optimizer.betas wants two numbers, such as [0.9, 0.95], found 0.9"),
         ("optimizer.betas=[0.9]", "optimizer.betas wants two numbers, such as [0.9, 0.95], found [0.9]"),
         ("optimizer.betas=[0.9, 'b']", "optimizer.betas wants two numbers, such as [0.9, 0.95], found [0.9, 'b']"),
+        (
+            "data.mixture=owt",
+            'data.mixture wants datasets with weights, such as [{dataset = "a", weight = 0.7}], found',
+        ),
+        ("data.mixture=[{dataset='a'}]", "data.mixture wants datasets with weights, such as"),
+        ("data.mixture=[{dataset='a', weight='b'}]", "data.mixture wants datasets with weights, such as"),
+        ("data.mixture=[{dataset='a', weight=1, wait=1}]", "data.mixture wants datasets with weights, such as"),
+        (
+            "data.mixture=[{dataset='a', weight=0}]",
+            "data.mixture gives 'a' the weight 0.0, which is not a positive number",
+        ),
+        ("data.mixture=[{dataset='a', weight=nan}]", "data.mixture gives 'a' the weight nan, which is not a positive"),
+        ("data.mixture=[{dataset='a', weight=inf}]", "data.mixture gives 'a' the weight inf, which is not a positive"),
         ("run.dtype=fp16", "run.dtype='fp16' is not one of auto, float32, bfloat16, float16"),
         ("run.compile=true", "run.compile='true' is not one of auto, on, off"),
         ("model.arch=llama", "model.arch='llama' is not one of gpt2"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, overrides, run_program, tiny_config
+from conftest import ROOT, overrides, run_program, tiny_config, write_documents
 from safetensors.torch import load_file
 
 from pipeline import checkpoint
@@ -50,6 +50,18 @@ def assert_same_training(found: Any, wanted: Any) -> None:
 def test_two_ranks_equal_one_with_accumulation_and_dropout(tiny: Path) -> None:
     """Evaluation has an odd number of batches, so the ranks share it unevenly."""
     config = tiny_config(tiny, model={"dropout": 0.1}, eval={"batches": 5})
+    one = trained(named(config, "one"), tiny, ranks=1)
+    two = trained(named(config, "two"), tiny, ranks=2)
+    assert_same_training(two, one)
+
+
+def test_two_ranks_share_a_mixture_with_document_mask_as_one_has_it(tiny: Path) -> None:
+    """Nine batches of evaluation for each source, so that no rank has as many of one as the other."""
+    for number in range(2):
+        texts = [chr(97 + (i * 7 + number) % 26) * (3 + i % 20) for i in range(300)]
+        write_documents(tiny / "data" / f"s{number}", {"train": [texts], "val": [texts[::-1]]})
+    mixture = [{"dataset": "s0", "weight": 2}, {"dataset": "s1", "weight": 1}]
+    config = tiny_config(tiny, data={"mixture": mixture, "document_mask": True}, eval={"batches": 9})
     one = trained(named(config, "one"), tiny, ranks=1)
     two = trained(named(config, "two"), tiny, ranks=2)
     assert_same_training(two, one)

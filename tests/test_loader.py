@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, step): shards whose token is its own index make every claim a range check."""
+"""Windows are a pure function of (seed, sample): shards whose token is its own index make every claim a range check."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_permute_needs_no_table_at_a_trillion() -> None:
 
 
 def test_a_window_is_a_block_and_the_token_after_it(tmp_path: Path) -> None:
-    windows = Loader(counting_reader(tmp_path, 1000), block_size=16, seed=1).batch(0, 8)
+    windows = Loader(counting_reader(tmp_path, 1000), block_size=16, seed=1).batch(np.arange(8))
     assert windows.shape == (8, 17)
     assert (windows[:, 1:] == windows[:, :-1] + 1).all()
 
@@ -55,12 +55,15 @@ def test_a_window_is_a_block_and_the_token_after_it(tmp_path: Path) -> None:
 def test_windows_cross_shard_borders_unharmed(tmp_path: Path) -> None:
     whole = Loader(counting_reader(tmp_path / "whole", 1000), 16, seed=1)
     cut = Loader(counting_reader(tmp_path / "cut", 1000, shard_tokens=70), 16, seed=1)
-    assert (whole.batch(0, 60) == cut.batch(0, 60)).all()
+    assert (whole.batch(np.arange(60)) == cut.batch(np.arange(60))).all()
 
 
 def test_an_epoch_takes_every_window_once_and_the_next_one_in_another_order(tmp_path: Path) -> None:
     loader = Loader(counting_reader(tmp_path, 1000), block_size=16, seed=1)
-    epochs = [loader.batch(epoch * loader.windows, loader.windows)[:, 0].tolist() for epoch in range(3)]
+    epochs = [
+        loader.batch(np.arange(epoch * loader.windows, epoch * loader.windows + loader.windows))[:, 0].tolist()
+        for epoch in range(3)
+    ]
     for starts in epochs:
         gaps = np.diff(sorted(starts))
         assert len(starts) == loader.windows == 61 and (gaps == 16).all()
@@ -70,18 +73,20 @@ def test_an_epoch_takes_every_window_once_and_the_next_one_in_another_order(tmp_
 
 def test_a_sample_is_the_same_however_it_is_asked_for(tmp_path: Path) -> None:
     loader = Loader(counting_reader(tmp_path, 500), block_size=8, seed=3)
-    together = loader.batch(0, 200)
+    together = loader.batch(np.arange(200))
     for first, count in ((0, 1), (13, 7), (60, 65), (199, 1)):  # 61 windows: these cross epochs
-        assert (loader.batch(first, count) == together[first : first + count]).all()
+        assert (loader.batch(np.arange(first, first + count)) == together[first : first + count]).all()
 
 
 def test_another_seed_is_another_order(tmp_path: Path) -> None:
     reader = counting_reader(tmp_path, 1000)
-    assert (Loader(reader, 16, seed=1).batch(0, 32) != Loader(reader, 16, seed=2).batch(0, 32)).any()
+    assert (Loader(reader, 16, seed=1).batch(np.arange(32)) != Loader(reader, 16, seed=2).batch(np.arange(32))).any()
 
 
 def test_the_smallest_dataset_is_one_block_and_a_target(tmp_path: Path) -> None:
-    assert Loader(counting_reader(tmp_path / "fits", 17), 16, seed=0).batch(5, 1).tolist() == [list(range(17))]
+    assert Loader(counting_reader(tmp_path / "fits", 17), 16, seed=0).batch(np.arange(5, 6)).tolist() == [
+        list(range(17))
+    ]
     with pytest.raises(UserError, match=r"has 16 tokens, fewer than one block of 16.*lower model.block_size"):
         Loader(counting_reader(tmp_path / "short", 16), 16, seed=0)
 
@@ -96,5 +101,5 @@ def test_evaluation_windows_are_fixed_and_spread_over_the_split(tmp_path: Path) 
 
 
 def test_a_val_split_below_one_block_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"val split has 10 tokens.*--val-fraction.*eval.every_steps=0"):
+    with pytest.raises(UserError, match=r"split has 10 tokens.*--val-fraction.*eval.every_steps=0"):
         evaluation_starts(counting_reader(tmp_path, 10), 16, windows=4)

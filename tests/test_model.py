@@ -147,3 +147,42 @@ def test_folder_layout_is_its_own_inverse() -> None:
     for name, parameter in model.named_parameters():
         stored = to_folder_layout(model, name, parameter)
         assert torch.equal(from_folder_layout(model, name, stored), parameter), name
+
+
+def packed(*documents: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Documents one after the other in a window, and the number of each token's document."""
+    ids = torch.tensor([[token for document in documents for token in document]])
+    numbers = torch.tensor([[number for number, document in enumerate(documents) for _ in document]])
+    return ids, numbers
+
+
+def test_documents_packed_into_a_window_have_the_logits_of_each_alone() -> None:
+    model = small_model()
+    documents = [[7, 8, 9, 10], [1], [5, 6, 5, 6, 5, 6, 5], list(range(100, 130))]
+    ids, numbers = packed(*documents)
+    together = model.logits(ids, numbers)
+    at = 0
+    for document in documents:
+        alone = model.logits(torch.tensor([document]))
+        torch.testing.assert_close(together[:, at : at + len(document)], alone, atol=1e-5, rtol=0)
+        at += len(document)
+    assert not torch.allclose(together, model.logits(ids), atol=1e-3), "without the numbers, documents see each other"
+
+
+def test_one_document_is_the_plain_model() -> None:
+    model = small_model()
+    ids, numbers = packed(list(range(40)))
+    torch.testing.assert_close(model.logits(ids, numbers), model.logits(ids), atol=1e-5, rtol=0)
+
+
+def test_no_gradient_crosses_a_document_or_a_row() -> None:
+    model = small_model()
+    ids, numbers = packed([11, 12, 13], [21, 22, 23, 24])
+    ids, numbers = torch.cat([ids, ids + 30]), torch.cat([numbers, 0 * numbers])
+    model.logits(ids, numbers)[0, 4].sum().backward()
+    gradient = model.transformer.wte.weight.grad
+    assert gradient is not None
+    # Logits of every token are summed, so the tied head gives every row the same gradient; inputs stand out from it.
+    plain = gradient[500]
+    touched = [token for token in range(500) if not torch.allclose(gradient[token], plain, atol=1e-6)]
+    assert touched == [21, 22]

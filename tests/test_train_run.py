@@ -111,6 +111,54 @@ def test_resumed_in_the_middle_equals_straight_through(tiny: Path) -> None:
     assert_identical(halved, straight)
 
 
+def mixed_config(folder: Path, **sections: dict[str, Any]) -> Config:
+    write_dataset(folder / "data" / "other", train_tokens=500, seed=5)
+    mixture = [{"dataset": "tiny", "weight": 0.7}, {"dataset": "other", "weight": 0.3}]
+    return tiny_config(folder, data={"mixture": mixture} | sections.pop("data", {}), **sections)
+
+
+def test_a_mixture_is_trained_and_reported_by_source(tiny: Path) -> None:
+    config = mixed_config(tiny, train={"max_steps": 20}, eval={"every_steps": 10}, checkpoint={"every_steps": 10})
+    result = run_program("train", "quickstart", *overrides(config), cwd=tiny)
+    assert result.returncode == 0, result.stderr
+    assert (
+        "data/other (30.00% of the samples): 500 train tokens; 20 steps take 768 tokens, 1.60 epoch(s)" in result.stderr
+    )
+    assert "data tiny: 1,792 tokens seen, 0.09 epoch(s)" in result.stderr
+    assert from_dict(tomllib.loads((config.run_dir / "config.toml").read_text())) == config
+    evaluated = [row for row in rows(config) if "val_loss" in row]
+    assert [(row["tokens_tiny"], row["tokens_other"]) for row in evaluated] == [(896, 384), (1792, 768)]
+    for row in evaluated:
+        assert row["val_loss"] == pytest.approx(0.7 * row["val_loss_tiny"] + 0.3 * row["val_loss_other"])
+        assert row["tokens_tiny"] + row["tokens_other"] == row["tokens"]
+    assert evaluated[-1]["epochs_other"] == pytest.approx(768 / 16 / 30)
+
+
+def test_a_mixture_resumed_in_the_middle_equals_straight_through(tiny: Path) -> None:
+    straight = mixed_config(tiny, data={"document_mask": True}, eval={"every_steps": 0})
+    run(straight)
+    halved = renamed(straight, "halved")
+    run(replace(halved, train=replace(halved.train, max_steps=7), schedule=replace(halved.schedule, decay_steps=10)))
+    run(halved)
+    assert_identical(halved, straight)
+
+
+def test_other_weights_are_another_dataset_and_another_mask_another_run(tiny: Path) -> None:
+    config = mixed_config(tiny)
+    run(config)
+    other = tuple(replace(source, weight=0.5) for source in config.data.mixture)
+    with pytest.raises(UserError, match=r"another dataset .*tiny \(50.00%\) \+ .*other \(50.00%\)"):
+        run(replace(config, data=replace(config.data, mixture=other)))
+    with pytest.raises(UserError, match="cannot go on with data.document_mask False -> True"):
+        run(replace(config, data=replace(config.data, document_mask=True)))
+
+
+def test_the_share_of_time_spent_waiting_for_data_is_logged(tiny: Path) -> None:
+    config = tiny_config(tiny)
+    run(config)
+    assert all(0 <= row["data_wait"] < 1 for row in rows(config))
+
+
 def test_rows_past_the_resumed_step_are_dropped(tiny: Path) -> None:
     config = tiny_config(tiny)
     run(config)

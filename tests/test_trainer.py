@@ -3,20 +3,21 @@
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, write_dataset, write_documents
 
 from pipeline.config import Config
 from pipeline.distributed import World
 from pipeline.errors import Diverged
 from pipeline.huggingface import config_json, to_folder_layout
 from pipeline.shards import TokenReader, load_manifest
-from train.loader import Loader, evaluation_starts, windows_at
-from train.optimizer import learning_rate
+from train.loader import evaluation_starts, windows_at
+from train.mixture import Mixture
 from train.run import assemble
 from train.stop import StopRequest
 from train.trainer import Trainer
@@ -28,7 +29,7 @@ ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 def trainer_of(config: Config) -> Trainer:
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    return assemble(config, ALONE, load_manifest(config.dataset_dir))[0]
+    return assemble(config, ALONE, Mixture(config))[0]
 
 
 def trained(config: Config, steps: int) -> tuple[Trainer, list[float]]:
@@ -60,17 +61,16 @@ def test_accumulating_four_micro_batches_equals_one_big_batch(tiny: Path) -> Non
 
 def test_logged_loss_is_the_mean_over_the_whole_global_batch(tiny: Path) -> None:
     trainer = trainer_of(tiny_config(tiny))
-    reader = TokenReader(tiny / "data/tiny", trainer.manifest, "train")
-    windows = Loader(reader, block_size=16, seed=1337).batch(0, 8)
+    windows = trainer.mixture.batch(0, 8)
     with torch.no_grad():
         expected = trainer.model(windows[:, :-1], windows[:, 1:]).item()
     assert trainer.train_step().loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_twenty_steps_equal_an_independent_trainer(tiny: Path) -> None:
+def test_fifty_steps_equal_an_independent_trainer(tiny: Path) -> None:
     """transformers' GPT-2, torch's plain AdamW, clipping and schedule written out, on the same batches."""
     transformers = pytest.importorskip("transformers")
-    config = tiny_config(tiny, train={"max_steps": 20}, optimizer={"grad_clip": 0.5})
+    config = tiny_config(tiny, train={"max_steps": 50}, optimizer={"grad_clip": 0.5}, schedule={"warmup_steps": 5})
     ours = trainer_of(config)
     twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config_json(ours.model, 0)))
     stored = {name: to_folder_layout(ours.model, name, tensor) for name, tensor in weights(ours).items()}
@@ -81,10 +81,11 @@ def test_twenty_steps_equal_an_independent_trainer(tiny: Path) -> None:
         {"params": [p for p in twin.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    for step in range(20):
-        windows = ours.loader.batch(step * 8, 8)
+    for step in range(50):
+        windows = ours.mixture.batch(step * 8, 8)
+        cosine = 1e-3 + (1e-2 - 1e-3) * (1 + math.cos(math.pi * (step - 5) / 45)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = cosine if step >= 5 else 1e-2 * (step + 1) / 5
         logits = twin(windows[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         loss.backward()
@@ -146,9 +147,58 @@ def test_evaluation_is_the_mean_over_its_windows_and_leaves_training_alone(tiny:
 
 def test_evaluation_weighs_a_short_last_batch_by_its_windows(tiny: Path) -> None:
     whole = trainer_of(tiny_config(tiny, eval={"batches": 0}, train={"micro_batch_size": 8}))
-    assert len(whole.val_starts) % 8 != 0
+    assert len(whole.val_starts[0]) % 8 != 0
     single = trainer_of(tiny_config(tiny, eval={"batches": 0}, train={"micro_batch_size": 1}))
     assert whole.evaluate() == pytest.approx(single.evaluate(), rel=1e-5)
+
+
+def mixed(folder: Path, **sections: dict[str, Any]) -> Config:
+    """data/tiny and data/other, of which evaluation has windows in numbers that neither batches nor ranks divide."""
+    write_dataset(folder / "data" / "other", val_tokens=500, seed=5)
+    mixture = [{"dataset": "tiny", "weight": 0.7}, {"dataset": "other", "weight": 0.3}]
+    return tiny_config(folder, data={"mixture": mixture}, **sections)
+
+
+def test_val_loss_of_a_mixture_is_the_mean_of_its_sources_by_share(tiny: Path) -> None:
+    trainer = trainer_of(mixed(tiny, eval={"batches": 0}, train={"micro_batch_size": 8}))
+    expected = []
+    for source in trainer.mixture.sources:
+        reader = TokenReader(source.folder, source.manifest, "val")
+        windows = windows_at(reader, evaluation_starts(reader, 16, 0), 16)
+        assert len(windows) % 8 != 0, "the last batch of each source should be a short one"
+        with torch.no_grad():
+            expected.append(trainer.model(windows[:, :-1], windows[:, 1:]).item())
+    assert trainer.evaluate() == pytest.approx(0.7 * expected[0] + 0.3 * expected[1], rel=1e-5)
+    assert trainer.val_losses == pytest.approx(expected, rel=1e-5)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-4)
+
+
+def test_a_document_mask_reaches_training_and_evaluation(tiny: Path) -> None:
+    """Where end-of-text stands it opens a document: the loss is that of the documents taken one by one."""
+    texts = ["abcabc", "xyz", "hello there", "a" * 30, "bcd" * 9]
+    write_documents(tiny / "data" / "packed", {"train": [texts], "val": [texts]})
+    data = {"dataset": "packed", "document_mask": True}
+    trainer = trainer_of(tiny_config(tiny, data=data, eval={"batches": 0}))
+    end = trainer.tokenizer.end_of_text
+
+    def loss_one_by_one(windows: torch.Tensor) -> float:
+        losses = []
+        for window in windows.tolist():
+            borders = [0, *(at for at, token in enumerate(window[:-1]) if token == end and at), len(window) - 1]
+            for start, stop in pairwise(borders):
+                part = torch.tensor([window[start : stop + 1]])
+                logits = trainer.model.logits(part[:, :-1])[0]
+                losses += torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="none").tolist()
+        return sum(losses) / len(losses)
+
+    train_windows = trainer.mixture.batch(0, 8)
+    val_windows = windows_at(trainer.val[0], trainer.val_starts[0], 16)
+    assert (train_windows[:, 1:-1] == end).any() and (val_windows[:, 1:-1] == end).any()
+    assert trainer.evaluate() == pytest.approx(loss_one_by_one(val_windows), rel=1e-5)
+    expected = loss_one_by_one(train_windows)
+    assert trainer.train_step().loss == pytest.approx(expected, rel=1e-5)
+    crossing = trainer_of(tiny_config(tiny, data=data | {"document_mask": False}))
+    assert crossing.train_step().loss != pytest.approx(expected, rel=1e-5)
 
 
 def poisoned(trainer: Trainer, steps: set[int], value: float) -> Trainer:
@@ -205,7 +255,7 @@ def test_float16_scales_its_loss_and_halves_the_scale_at_an_overflow(tiny: Path)
     """On a GPU only; the scaler itself also runs on a CPU, so that its part of the step can be seen here."""
     config = tiny_config(tiny)
     exact = trained(config, steps=3)[1]
-    trainer = Trainer(config, ALONE, trainer_of(config).model, load_manifest(config.dataset_dir), torch.float16)
+    trainer = Trainer(config, ALONE, trainer_of(config).model, Mixture(config), torch.float16)
     torch.manual_seed(0)
     assert trainer.train_step().loss == pytest.approx(exact[0], rel=1e-2)
     assert trainer.scaler.get_scale() == 65536

@@ -1,4 +1,4 @@
-"""Shards -> batches, as a pure function of (seed, step): the loader's whole state is the step number.
+"""One dataset's shards -> windows, as a pure function of (seed, sample): the loader has no state.
 
     sample i  --epoch, place-->  window  --keyed permutation, computed-->  tokens [start, start + block_size]
 
@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.shards import TokenReader
 
 Indices = npt.NDArray[np.uint64]
+Samples = npt.NDArray[np.int64]
 
 FEISTEL_ROUNDS = 6
 
@@ -31,17 +32,16 @@ class Loader:
         self.slack = len(reader) - 1 - self.windows * block_size
         if self.slack < 0:
             raise UserError(
-                f"the dataset's split has {len(reader)} tokens, fewer than one block of {block_size} and its target: "
+                f"{reader.name} has {len(reader)} tokens, fewer than one block of {block_size} and its target: "
                 "prepare more text, or lower model.block_size"
             )
 
-    def batch(self, first_sample: int, samples: int) -> Tensor:
-        """Windows (samples, block_size + 1), int64, of the global samples from `first_sample` on."""
-        starts = self.starts(np.arange(first_sample, first_sample + samples))
-        return windows_at(self.reader, starts, self.block_size)
+    def batch(self, samples: Samples) -> Tensor:
+        """The windows (len(samples), block_size + 1), int64, of this dataset's `samples`."""
+        return windows_at(self.reader, self.starts(samples), self.block_size)
 
-    def starts(self, samples: npt.NDArray[np.int64]) -> list[int]:
-        """The position in the split at which each global sample begins."""
+    def starts(self, samples: Samples) -> list[int]:
+        """The position in the split at which each sample begins."""
         starts = np.empty(len(samples), dtype=np.int64)
         epochs, places = np.divmod(samples, self.windows)
         for epoch in np.unique(epochs):
@@ -86,7 +86,7 @@ def evaluation_starts(reader: TokenReader, block_size: int, windows: int) -> lis
     there = (len(reader) - 1) // block_size
     if there < 1:
         raise UserError(
-            f"the dataset's val split has {len(reader)} tokens, fewer than one block of {block_size} and its target: prepare "
+            f"{reader.name} has {len(reader)} tokens, fewer than one block of {block_size} and its target: prepare "
             "with a larger --val-fraction, lower model.block_size, or turn evaluation off with eval.every_steps=0"
         )
     taken = min(windows, there) if windows else there

@@ -61,7 +61,7 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self.seconds = 0, 0.0
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -70,11 +70,11 @@ class Throughput:
         yield
         self.last_step_s = time.perf_counter() - started
         self._steps += 1
-        self._seconds += self.last_step_s
+        self.seconds += self.last_step_s
 
     @property
     def tokens_per_s(self) -> float:
-        return self._steps * self.tokens_per_step / max(self._seconds, 1e-9)
+        return self._steps * self.tokens_per_step / max(self.seconds, 1e-9)
 
     @property
     def mfu(self) -> float | None:

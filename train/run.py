@@ -7,22 +7,22 @@ from typing import Any
 import torch
 
 from pipeline import checkpoint, distributed
-from pipeline.config import Config, to_dict, to_toml
+from pipeline.config import Config, from_dict, to_dict, to_toml
 from pipeline.device import pick_dtype, share_threads, should_compile
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.files import one_writer, write_atomic
 from pipeline.log import also_to_file, logger
 from pipeline.model import GPT
-from pipeline.shards import Manifest, load_manifest
 from train.metrics import Metrics
+from train.mixture import Mixture
 from train.stop import StopRequest
 from train.trainer import Trainer
 
 # What the position in the data and the shape of the weights follow from: it cannot change between two starts of a run.
 FIXED_KEYS = (
     "run.seed", "train.tokens_per_step", "model.arch", "model.n_layer", "model.n_head", "model.n_embd",
-    "model.block_size", "model.bias", "model.tie_weights",
+    "model.block_size", "model.bias", "model.tie_weights", "data.document_mask",
 )  # fmt: skip
 
 
@@ -40,13 +40,13 @@ def run(config: Config, dry_run: bool = False) -> str:
 def run_on(world: World, config: Config, dry_run: bool) -> str:
     """`run`, on ranks that have found each other."""
     with world.fail_together():
-        manifest = load_manifest(config.dataset_dir)
-        start = start_point(config, manifest)
-    world.check_agreement("the dataset", manifest.fingerprint)
+        mixture = Mixture(config)
+        start = start_point(config, mixture)
+    world.check_agreement("the dataset", mixture.fingerprint)
     world.check_agreement("the config", to_dict(config))
     with ExitStack() as stack:
         with world.fail_together():
-            trainer, introduction = assemble(config, world, manifest)
+            trainer, introduction = assemble(config, world, mixture)
             if world.is_first and not dry_run:
                 stack.enter_context(one_writer(config.run_dir))
                 stack.enter_context(also_to_file(config.run_dir / "log.txt"))
@@ -60,7 +60,7 @@ def run_on(world: World, config: Config, dry_run: bool) -> str:
         return train(trainer)
 
 
-def assemble(config: Config, world: World, manifest: Manifest) -> tuple[Trainer, str]:
+def assemble(config: Config, world: World, mixture: Mixture) -> tuple[Trainer, str]:
     """The trainer of a run, and the first lines of its log: what it is and what it will do."""
     threads = share_threads(world.local_size)
     dtype, why_dtype = pick_dtype(config.run.dtype, world.device, config.model.n_embd)
@@ -68,14 +68,14 @@ def assemble(config: Config, world: World, manifest: Manifest) -> tuple[Trainer,
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(config.run.seed)
-    model = GPT(config.model, manifest.tokenizer["vocab_size"]).to(world.device)
+    model = GPT(config.model, mixture.tokenizer["vocab_size"]).to(world.device)
     if compiled:
         model.compile()
-    trainer = Trainer(config, world, model, manifest, dtype)
+    trainer = Trainer(config, world, model, mixture, dtype)
     introduction = [
         f"run {config.run_dir}: {world.size} rank(s) on {world.device.type}, {threads} thread(s) each",
         f"dtype {str(dtype).removeprefix('torch.')}: {why_dtype}; compile {'on' if compiled else 'off'}: {why_compiled}",
-        f"model: {model.parameter_count():,} parameters, vocabulary {model.vocab_size:,} ({manifest.tokenizer['name']})",
+        f"model: {model.parameter_count():,} parameters, vocabulary {model.vocab_size:,} ({mixture.tokenizer['name']})",
         *arithmetic(trainer),
     ]
     return trainer, "\n".join(introduction)
@@ -84,18 +84,21 @@ def assemble(config: Config, world: World, manifest: Manifest) -> tuple[Trainer,
 def arithmetic(trainer: Trainer) -> list[str]:
     """How a step and the run add up, with every factor, so that a wrong one is seen before it costs anything."""
     config, train = trainer.config, trainer.config.train
-    tokens = config.train.max_steps * train.tokens_per_step
-    there = trainer.manifest.count("train", "tokens")
     lines = [
         f"tokens_per_step {train.tokens_per_step:,} = micro_batch_size {train.micro_batch_size} x block_size "
         f"{config.model.block_size} x accumulation {trainer.accumulation} x {trainer.world.size} rank(s)",
-        f"data {config.dataset_dir}: {there:,} train tokens; {train.max_steps:,} steps take {tokens:,} tokens, "
-        f"{tokens / there:.2f} epoch(s)",
     ]
-    if trainer.manifest.is_foreign:
+    progress = trainer.mixture.progress(train.max_steps * train.tokens_per_step // config.model.block_size)
+    for source, (tokens, epochs) in zip(trainer.mixture.sources, progress.values(), strict=True):
+        share = f" ({source.share:.2%} of the samples)" if source.share < 1 else ""
         lines.append(
-            f"note: {config.dataset_dir} has no manifest: taken for {trainer.manifest.program}'s shards of GPT-2's vocabulary"
+            f"data {source.folder}{share}: {source.manifest.count('train', 'tokens'):,} train tokens; "
+            f"{train.max_steps:,} steps take {tokens:,} tokens, {epochs:.2f} epoch(s)"
         )
+        if source.manifest.is_foreign:
+            lines.append(
+                f"note: {source.folder} has no manifest: taken for {source.manifest.program}'s shards of GPT-2's vocabulary"
+            )
     if config.schedule.warmup_steps >= config.decay_steps:
         lines.append(
             f"note: schedule.warmup_steps={config.schedule.warmup_steps:,} leaves no room before step {config.decay_steps:,}, "
@@ -104,7 +107,7 @@ def arithmetic(trainer: Trainer) -> list[str]:
     return lines
 
 
-def start_point(config: Config, manifest: Manifest) -> Path | None:
+def start_point(config: Config, mixture: Mixture) -> Path | None:
     """The checkpoint to go on from, None for a fresh start. Raises UserError where that would not be the same run, or
     where checkpoint.resume forbids it.
     """
@@ -124,7 +127,7 @@ def start_point(config: Config, manifest: Manifest) -> Path | None:
             "choose another run.name, or move the folder away"
         )
     if found is not None:
-        check_resumable(checkpoint.read_description(found), config, manifest)
+        check_resumable(checkpoint.read_description(found), config, mixture)
     return found
 
 
@@ -135,7 +138,7 @@ def put_weights_in(trainer: Trainer, start: Path | None) -> None:
         trainer.restore(start)
         logger.info("from %s: step %d of %d", start, trainer.step, config.train.max_steps)
     elif config.model.init_from:
-        checkpoint.load_initial_weights(trainer.model, trainer.manifest.tokenizer, Path(config.model.init_from))
+        checkpoint.load_initial_weights(trainer.model, trainer.mixture.tokenizer, Path(config.model.init_from))
         logger.info("initial weights: %s", config.model.init_from)
 
 
@@ -157,22 +160,25 @@ def train(trainer: Trainer) -> str:
         reason = f"{type(error).__name__}: {error}"
         raise
     finally:
+        trainer.batches.close()
         if metrics:
             metrics.status(state, trainer.step, reason)
             metrics.close()
     world.barrier()
+    for name, (tokens, epochs) in trainer.mixture.progress(trainer.first_sample).items():
+        logger.info("data %s: %s tokens seen, %.2f epoch(s)", name, f"{tokens:,}", epochs)
     logger.info("%s at step %d%s", state, trainer.step, f": {reason}" if reason else "")
     return reason
 
 
-def check_resumable(saved: checkpoint.Description, config: Config, manifest: Manifest) -> None:
+def check_resumable(saved: checkpoint.Description, config: Config, mixture: Mixture) -> None:
     """Raises UserError where going on would not be the same run; says which other keys changed."""
-    if saved.dataset != manifest.fingerprint:
+    if saved.dataset != mixture.fingerprint:
         raise UserError(
-            f"{config.run_dir} was trained on another dataset (fingerprint {saved.dataset[:12]}) than {config.dataset_dir} "
-            f"({manifest.fingerprint[:12]}): restore that one, or choose another run.name"
+            f"{config.run_dir} was trained on another dataset (fingerprint {saved.dataset[:12]}) than {mixture} "
+            f"({mixture.fingerprint[:12]}): restore that one, or choose another run.name"
         )
-    before, now = _flat(saved.config), _flat(to_dict(config))
+    before, now = _flat(to_dict(from_dict(saved.config))), _flat(to_dict(config))
     changed = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items() if before.get(key) != value]
     fixed = [change for change in changed if change.split()[0] in FIXED_KEYS]
     if fixed:

@@ -19,11 +19,13 @@ from pipeline.distributed import World
 from pipeline.errors import Diverged
 from pipeline.log import ProgressReport, logger
 from pipeline.model import GPT
-from pipeline.shards import Manifest, TokenReader
+from pipeline.shards import TokenReader
 from pipeline.tokenizer import from_spec
 from train import optimizer as optimizers
-from train.loader import Loader, evaluation_starts, windows_at
+from train.loader import evaluation_starts, windows_at
 from train.metrics import Metrics, Throughput, peak_flops
+from train.mixture import Mixture
+from train.prefetch import Prefetcher
 from train.stop import StopRequest
 
 
@@ -39,15 +41,19 @@ class StepResult:
 class Trainer:
     """A model on its way through `train.max_steps` optimizer steps; `step` counts the completed ones."""
 
-    def __init__(self, config: Config, world: World, model: GPT, manifest: Manifest, dtype: torch.dtype) -> None:
-        self.config, self.world, self.model, self.manifest, self.dtype = config, world, model, manifest, dtype
-        block_size, train = config.model.block_size, config.train
+    def __init__(self, config: Config, world: World, model: GPT, mixture: Mixture, dtype: torch.dtype) -> None:
+        self.config, self.world, self.model, self.mixture, self.dtype = config, world, model, mixture, dtype
+        train = config.train
         self.accumulation = accumulation_steps(config, world.size)
-        self.loader = Loader(TokenReader(config.dataset_dir, manifest, "train"), block_size, config.run.seed)
-        self.val = TokenReader(config.dataset_dir, manifest, "val")
-        self.tokenizer = from_spec(manifest.tokenizer, config.dataset_dir)
+        self.tokenizer = from_spec(mixture.tokenizer, mixture.sources[0].folder)
+        self.batches = Prefetcher(mixture, train.micro_batch_size, train.micro_batch_size * world.size, world.device)
+        self.val = [TokenReader(source.folder, source.manifest, "val") for source in mixture.sources]
         val_windows = config.eval.batches * train.micro_batch_size
-        self.val_starts = evaluation_starts(self.val, block_size, val_windows) if config.eval.every_steps else []
+        self.val_starts = [
+            evaluation_starts(val, config.model.block_size, val_windows) if config.eval.every_steps else []
+            for val in self.val
+        ]
+        self.val_losses: list[float] = []
         self.optimizer = optimizers.build(model, config.optimizer)
         # Disabled, it passes everything through: only float16 needs its gradients scaled to stay above underflow.
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
@@ -76,7 +82,7 @@ class Trainer:
             inputs, targets = self.micro_batch(turn)
             with self.reduce_gradients(turn == self.accumulation - 1):
                 with self.autocast():
-                    loss = self.parallel(inputs, targets)
+                    loss = self.parallel(inputs, targets, self.documents(inputs))
                 self.scaler.scale(loss / self.accumulation).backward()
             losses += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -98,7 +104,17 @@ class Trainer:
         place = turn * self.world.size + self.world.rank
         if self.config.model.dropout:
             torch.manual_seed(xxhash.xxh3_64_intdigest(b"dropout:%d:%d:%d" % (self.config.run.seed, self.step, place)))
-        return self._to_device(self.loader.batch(self.first_sample + place * size, size))
+        return self._to_device(self.batches.batch(self.first_sample + place * size))
+
+    def documents(self, inputs: Tensor) -> Tensor | None:
+        """The number of each token's document in its window, or None where attention may cross documents.
+
+        End-of-text opens a document here, also where the shards have it at the end of the one before: as a target it is
+        predicted from the document it ends, as an input it is what `sample` starts a text from.
+        """
+        if not self.config.data.document_mask:
+            return None
+        return (inputs == self.tokenizer.end_of_text).cumsum(dim=1)
 
     def reduce_gradients(self, now: bool) -> AbstractContextManager[None]:
         """Ranks average their gradients in the backward pass of a step's last micro-batch only."""
@@ -116,21 +132,29 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss over the fixed windows of the val split; the ranks share them, and all get the result."""
+        """Mean loss over the fixed windows of the val split; the ranks share them, and all get the result.
+
+        Of a mixture it is the mean of its sources' losses by their share; `val_losses` keeps each.
+        """
         started = time.monotonic()
         self.model.eval()
         size = self.config.train.micro_batch_size
-        batches = [self.val_starts[at : at + size] for at in range(0, len(self.val_starts), size)]
-        total = torch.zeros((), dtype=torch.float64)
-        for starts in batches[self.world.rank :: self.world.size]:
-            inputs, targets = self._to_device(windows_at(self.val, starts, self.config.model.block_size))
+        batches = [
+            (source, starts[at : at + size])
+            for source, starts in enumerate(self.val_starts)
+            for at in range(0, len(starts), size)
+        ]
+        totals = torch.zeros(len(self.val), dtype=torch.float64)
+        for source, starts in batches[self.world.rank :: self.world.size]:
+            inputs, targets = self._to_device(windows_at(self.val[source], starts, self.config.model.block_size))
             with self.autocast():
-                total += self.model(inputs, targets).cpu() * len(starts)
+                totals[source] += self.model(inputs, targets, self.documents(inputs)).cpu() * len(starts)
         self.model.train()
-        total = total.to(self.world.device, torch.float32 if self.world.device.type == "mps" else None)
-        loss = float(self.world.sum(total)) / len(self.val_starts)
+        totals = totals.to(self.world.device, torch.float32 if self.world.device.type == "mps" else None)
+        sums = self.world.sum(totals).tolist()
+        self.val_losses = [total / len(starts) for total, starts in zip(sums, self.val_starts, strict=True)]
         self.last_evaluation_s = time.monotonic() - started
-        return loss
+        return sum(source.share * loss for source, loss in zip(self.mixture.sources, self.val_losses, strict=True))
 
     def fit(self, metrics: Metrics | None, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged. `metrics`: rank 0 only."""
@@ -196,7 +220,7 @@ class Trainer:
             tokens=self.step * self.config.train.tokens_per_step,
             config=to_dict(self.config),
             tokenizer=self.tokenizer.spec(),
-            dataset=self.manifest.fingerprint,
+            dataset=self.mixture.fingerprint,
             val_loss=val_loss,
             scaler=self.scaler.state_dict(),
         )
@@ -231,16 +255,26 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "tokens_per_s": self.throughput.tokens_per_s,
             "mfu": self.throughput.mfu,
+            "data_wait": self.batches.waited_s / max(self.throughput.seconds, 1e-9),  # part of the steps' time
         }
         self.throughput.restart()
+        self.batches.waited_s = 0.0
         if val_loss is not None:
-            row["val_loss"] = val_loss
+            row |= {"val_loss": val_loss} | self.source_columns()
             logger.info("step %d: loss %.4f, val loss %.4f, lr %.2e", self.step, result.loss, val_loss, lr)
         return row
 
+    def source_columns(self) -> dict[str, float]:
+        """Of a mixture, each source's part in a row with a val_loss."""
+        if len(self.mixture.sources) == 1:
+            return {}
+        columns: dict[str, float] = {}
+        progress = self.mixture.progress(self.first_sample)
+        for (name, (tokens, epochs)), loss in zip(progress.items(), self.val_losses, strict=True):
+            columns |= {f"val_loss_{name}": loss, f"tokens_{name}": tokens, f"epochs_{name}": epochs}
+        return columns
+
     def _to_device(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T) of windows (B, T + 1): the targets are the inputs one token further on."""
-        if self.world.device.type == "cuda":  # from pinned memory the copy does not wait for the device
-            windows = windows.pin_memory()
         windows = windows.to(self.world.device, non_blocking=True)
         return windows[:, :-1], windows[:, 1:]
