@@ -119,10 +119,9 @@ class Trainer:
         size = self.config.train.micro_batch_size
         batches = [self.val_starts[at : at + size] for at in range(0, len(self.val_starts), size)]
         total = torch.zeros((), dtype=torch.float64)
-        for place in range(
-            self.world.rank, math.ceil(len(batches) / self.world.size) * self.world.size, self.world.size
-        ):
-            # Sharded weights are gathered by all ranks in each turn: one that has no batch left takes part, for nothing.
+        for first in range(0, len(batches), self.world.size):
+            place = first + self.world.rank
+            # All ranks gather sharded weights in each turn: one that has no batch left repeats another, and counts it 0.
             starts = batches[place % len(batches)]
             inputs, targets = self._to_device(windows_at(self.val, starts, self.config.model.block_size))
             with self.autocast():
