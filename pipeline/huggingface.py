@@ -90,8 +90,9 @@ def model_config(document: dict[str, Any], folder: str) -> tuple[ModelConfig, in
 
 
 def to_folder_layout(model: GPT, name: str, tensor: Tensor) -> Tensor:
-    """A parameter, or a tensor of its shape such as one of Adam's moments, as the folder stores it: whole (all ranks
-    must ask where it is sharded)."""
+    """A parameter, or a tensor of its shape such as one of Adam's moments, as the folder stores it: whole, so all
+    ranks must ask where it is sharded.
+    """
     tensor = whole(tensor.detach())
     if name in _VOCABULARY_ROWS:
         tensor = tensor[: model.vocab_size]

@@ -105,13 +105,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            out: Tensor = checkpoint(
-                self.branches,
-                x,
-                cache,
-                use_reentrant=False,
-                preserve_rng_state=self.training and self.mlp.dropout.p > 0,
-            )
+            out: Tensor = checkpoint(self.branches, x, cache, use_reentrant=False)
             return out
         return self.branches(x, cache)
 

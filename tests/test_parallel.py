@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import ROOT, overrides, run_program, tiny_config
+from conftest import ROOT, overrides, run_program, tiny_config, write_dataset
 from test_distributed import assert_same_training, named, trained
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import distributed
 from pipeline.config import Config, from_dict, to_dict
@@ -87,7 +87,9 @@ def tell(config: Config) -> dict[str, Any]:
     mesh = parallel.mesh_of("fsdp", world)
     trainer, _ = assemble(config, world, manifest, mesh)
     trainer.replicate()
-    findings: dict[str, Any] = {"reductions": count_reductions(trainer)}
+    with ReductionCount() as reductions:
+        trainer.train_step()
+    findings: dict[str, Any] = {"reductions": reductions.calls}
     parameters = list(trainer.model.parameters())
     findings["parameters"] = [parameter.to_local().numel() for parameter in parameters]
     findings["moments"] = [
@@ -107,13 +109,14 @@ def tell(config: Config) -> dict[str, Any]:
     return findings
 
 
-def count_reductions(trainer: Trainer) -> int:
-    """Reduce-scatters of one step."""
-    real, calls = dist.reduce_scatter_tensor, []
-    dist.reduce_scatter_tensor = lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
-    trainer.train_step()
-    dist.reduce_scatter_tensor = real
-    return len(calls)
+class ReductionCount(TorchDispatchMode):
+    """Counts the reduce-scatters of what runs inside."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += "reduce_scatter" in str(func)
+        return func(*args, **(kwargs or {}))
 
 
 def bad_step(trainer: Trainer) -> list[bool]:
@@ -142,8 +145,6 @@ def copies(config: Config, world: World) -> float:
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Config]:
     """What each of two ranks found, and the config they ran."""
-    from conftest import write_dataset
-
     folder = tmp_path_factory.mktemp("told")
     write_dataset(folder / "data/tiny")
     config = sharded_config(folder)
@@ -162,10 +163,11 @@ def test_each_rank_holds_its_half_of_every_parameter_and_moment(told: Any) -> No
     ranks, config = told
     model = GPT(config.model, vocab_size=257)
     sizes = [parameter.numel() for parameter in model.parameters()]
-    rows = [parameter.shape[0] for parameter in model.parameters()]
-    halves = [[size // row * part for size, row in zip(sizes, rows, strict=True)
-               for part in [(row + 1) // 2 if rank == 0 else row // 2]] for rank in (0, 1)]  # fmt: skip
-    for rank, wanted in zip(ranks, halves, strict=True):
+    rows = [len(parameter) for parameter in model.parameters()]
+    first = [size // row * math.ceil(row / 2) for size, row in zip(sizes, rows, strict=True)]
+    second = [size - part for size, part in zip(sizes, first, strict=True)]
+    assert first != second, "33 rows have no equal halves"
+    for rank, wanted in zip(ranks, (first, second), strict=True):
         assert rank["parameters"] == wanted
         assert rank["moments"] == [[part, part] for part in wanted]
         assert rank["sharded_after_evaluation"] == wanted

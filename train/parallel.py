@@ -1,7 +1,8 @@
 """How ranks share one model: a copy each (ddp), a part each (fsdp), or parts inside a node and copies over nodes (hsdp).
 
-The arithmetic is the same under each of them, and so is the checkpoint folder: a run may go on under another one, and with
-another number of ranks. Sharding is PyTorch's FSDP2 (Zhao et al. 2023): a block's weights are whole only while it computes.
+Loss, gradient norm and steps are those of one rank under each of them, and the checkpoint folder is the same: a run may go
+on under another one, with another number of ranks. Sharding is PyTorch's FSDP2: a block's weights are whole only while it
+computes.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -59,8 +60,8 @@ def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype, compiled: bool) -> N
             "float16 trains under parallel.strategy=ddp only, as its loss scaling does not look across shards: "
             "set run.dtype=bfloat16 or float32, or parallel.strategy=ddp"
         )
-    # Autocast would turn a block's matrices into `dtype` before each product: gathered as such, half as much travels. Its
-    # input stays float32, as without sharding. What is outside of the blocks is gathered in float32, for the embeddings' sum.
+    # Autocast would turn a block's matrices into `dtype` before each product: gathered as such, half as much travels. The
+    # residual stream stays float32, as without sharding; so what is outside of the blocks is gathered in float32.
     in_blocks = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         if compiled:  # the forward pass alone: what FSDP does around it cannot be traced
