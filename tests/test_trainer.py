@@ -66,7 +66,7 @@ def test_activation_checkpointing_computes_every_block_twice_and_changes_no_bit(
     for name, tensor in weights(kept).items():
         assert torch.equal(weights(again)[name], tensor), name
     calls: list[None] = []
-    again.model.transformer.h[1].mlp.register_forward_hook(lambda *_: calls.append(None))
+    again.model.transformer.h[1].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
     again.train_step()
     assert len(calls) == 2 * again.accumulation
     calls.clear()
