@@ -13,8 +13,9 @@ no pickle anywhere, so loading a checkpoint executes nothing.
 
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pipeline.errors import UserError
 from pipeline.files import hash_file, publish, sync, write_atomic
 from pipeline.log import logger
 from pipeline.model import GPT
+from pipeline.sharding import part_for
 from pipeline.tokenizer import BytePairTokenizer, Tokenizer, from_spec
 
 FORMAT_VERSION = 1
@@ -66,7 +68,7 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write_model(partial, model, tokenizer)
-    save_file(_training_tensors(model, optimizer), partial / TRAINING_STATE)
+    save_file({name: tensor.cpu() for name, tensor in _training_tensors(model, optimizer)}, partial / TRAINING_STATE)
     hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
     for name in hashes:
         sync(partial / name)
@@ -78,12 +80,15 @@ def save(
     return final
 
 
+def hand_in_shards(model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    """What the other ranks do while rank 0 is in `save`: their share of each sharded tensor goes there, in the same order."""
+    for _ in chain(_weights(model), _training_tensors(model, optimizer)):
+        pass
+
+
 def write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """The files that Hugging Face reads: config, weights and tokenizer; and the tokenizer's own, where it has one."""
-    parameters = {
-        name: huggingface.to_folder_layout(model, name, parameter).cpu()  # one by one: no GPU holds all the copies
-        for name, parameter in model.named_parameters()
-    }
+    parameters = {name: tensor.cpu() for name, tensor in _weights(model)}
     save_file(parameters | huggingface.zero_biases(model), folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_bytes(_dump(huggingface.config_json(model, tokenizer.end_of_text)))
     for name, content in (huggingface.tokenizer_files(tokenizer) | tokenizer.files()).items():
@@ -216,7 +221,7 @@ def load_weights(model: GPT, folder: Path) -> None:
     own = dict(model.named_parameters())
 
     def restore(name: str, tensor: Tensor) -> None:
-        own[name].copy_(huggingface.from_folder_layout(model, name, tensor))
+        own[name].copy_(part_for(own[name], huggingface.from_folder_layout(model, name, tensor)))
 
     _fill(folder / WEIGHTS, huggingface.folder_shapes(model), restore, ignored=set(huggingface.zero_biases(model)))
 
@@ -237,7 +242,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: GPT, folder: Path) -
         if kind == "step":
             state[name][kind] = tensor.to(parameter.device)
         else:  # with the parameter's own strides, as the optimizer would have made it
-            state[name][kind] = torch.empty_like(parameter).copy_(huggingface.from_folder_layout(model, name, tensor))
+            part = part_for(parameter, huggingface.from_folder_layout(model, name, tensor))
+            state[name][kind] = torch.empty_like(parameter).copy_(part)
 
     _fill(folder / TRAINING_STATE, wanted, restore)
     for name, parameter in parameters.items():
@@ -255,14 +261,17 @@ def prune(checkpoints: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by its name, one by one: no GPU holds all the copies."""
+    for name, parameter in model.named_parameters():
+        yield name, huggingface.to_folder_layout(model, name, parameter)
+
+
+def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the optimizer's state under `kind.parameter`, moments in the layout of the weights."""
-    tensors = {}
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state[parameter].items():
-            stored = huggingface.to_folder_layout(model, name, value) if value.ndim else value
-            tensors[f"{kind}.{name}"] = stored.cpu()
-    return tensors
+            yield f"{kind}.{name}", huggingface.to_folder_layout(model, name, value) if value.ndim else value
 
 
 def _fill(

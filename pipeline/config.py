@@ -74,6 +74,11 @@ class ModelConfig:
     dropout: float = key(0.0, "probability, on embeddings, attention and residual branches; 0 for pretraining")
     bias: bool = key(True, "biases in the linear layers and layer norms, as GPT-2 has them")
     tie_weights: bool = key(True, "one matrix for the token embedding and the output head")
+    activation_checkpointing: str = key(
+        "none",
+        "block: keep each block's input only, and compute it again in the backward pass: less memory, a third more work",
+        ("none", "block"),
+    )
     init_from: str = key("", "start from the weights of this checkpoint or Hugging Face GPT-2 folder")
 
 
@@ -133,7 +138,12 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    strategy: str = key("ddp", "how ranks share the work", ("ddp",))
+    strategy: str = key(
+        "ddp",
+        "ddp: every rank holds the whole model; fsdp: weights, gradients and optimizer state are cut up over the ranks; "
+        "hsdp: cut up inside a node, copied over the nodes",
+        ("ddp", "fsdp", "hsdp"),
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pipeline.byte_pairs import PUBLISHED, merges_of, published_for, symbols
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model import GPT, INIT_STD, LAYER_NORM_EPSILON
+from pipeline.sharding import whole
 from pipeline.tokenizer import (
     END_OF_TEXT,
     JSON_FILE,
@@ -89,12 +90,15 @@ def model_config(document: dict[str, Any], folder: str) -> tuple[ModelConfig, in
 
 
 def to_folder_layout(model: GPT, name: str, tensor: Tensor) -> Tensor:
-    """A parameter, or a tensor of its shape such as one of Adam's moments, as the folder stores it."""
+    """A parameter, or a tensor of its shape such as one of Adam's moments, as the folder stores it: whole, so all
+    ranks must ask where it is sharded.
+    """
+    tensor = whole(tensor.detach())
     if name in _VOCABULARY_ROWS:
         tensor = tensor[: model.vocab_size]
     elif name.endswith(_TRANSPOSED):
         tensor = tensor.t()
-    return tensor.detach().contiguous()
+    return tensor.contiguous()
 
 
 def from_folder_layout(model: GPT, name: str, stored: Tensor) -> Tensor:

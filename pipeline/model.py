@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import ModelConfig
 
@@ -38,6 +39,14 @@ class KeyValueCache:
         self.keys[layer][:, :, self.length : end] = key
         self.values[layer][:, :, self.length : end] = value
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class LayerNorm(nn.LayerNorm):
+    """Gains and biases in the type of the input: sharded ones may arrive in bfloat16, beside a float32 residual stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -90,12 +99,19 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
+        self.recompute = config.activation_checkpointing == "block"
+        self.ln_1 = LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
         self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
+        self.ln_2 = LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self.branches, x, cache, mask, use_reentrant=False)
+            return out
+        return self.branches(x, cache, mask)
+
+    def branches(self, x: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, mask)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -110,7 +126,7 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
+        self.ln_f = LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
 
     def forward(self, ids: Tensor, cache: KeyValueCache | None, documents: Tensor | None = None) -> Tensor:
         seen = cache.length if cache else 0

@@ -33,7 +33,7 @@ KEYS = {
     "run.name", "run.dir", "run.seed", "run.device", "run.dtype", "run.compile",
     "data.dataset", "data.data_dir", "data.mixture", "data.document_mask",
     "model.arch", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.dropout", "model.bias",
-    "model.tie_weights", "model.init_from",
+    "model.tie_weights", "model.activation_checkpointing", "model.init_from",
     "optimizer.name", "optimizer.lr", "optimizer.min_lr", "optimizer.betas", "optimizer.weight_decay",
     "optimizer.grad_clip",
     "schedule.kind", "schedule.warmup_steps", "schedule.decay_steps",

@@ -59,6 +59,22 @@ def test_accumulating_four_micro_batches_equals_one_big_batch(tiny: Path) -> Non
     assert_same_weights(weights(accumulated), weights(at_once))
 
 
+def test_activation_checkpointing_computes_every_block_twice_and_changes_no_bit(tiny: Path) -> None:
+    kept, losses = trained(tiny_config(tiny, model={"dropout": 0.1}), steps=5)
+    config = tiny_config(tiny, model={"dropout": 0.1, "activation_checkpointing": "block"})
+    again, same_losses = trained(config, steps=5)
+    assert same_losses == losses
+    for name, tensor in weights(kept).items():
+        assert torch.equal(weights(again)[name], tensor), name
+    calls: list[None] = []
+    again.model.transformer.h[1].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
+    again.train_step()
+    assert len(calls) == 2 * again.accumulation
+    calls.clear()
+    again.evaluate()
+    assert len(calls) == config.eval.batches
+
+
 def test_logged_loss_is_the_mean_over_the_whole_global_batch(tiny: Path) -> None:
     trainer = trainer_of(tiny_config(tiny))
     windows = trainer.mixture.batch(0, 8)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from pipeline import checkpoint, distributed
 from pipeline.config import Config, from_dict, to_dict, to_toml
@@ -14,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files import one_writer, write_atomic
 from pipeline.log import also_to_file, logger
 from pipeline.model import GPT
+from train import parallel
 from train.metrics import Metrics
 from train.mixture import Mixture
 from train.stop import StopRequest
@@ -44,9 +46,10 @@ def run_on(world: World, config: Config, dry_run: bool) -> str:
         start = start_point(config, mixture)
     world.check_agreement("the dataset", mixture.fingerprint)
     world.check_agreement("the config", to_dict(config))
+    mesh = parallel.mesh_of(config.parallel.strategy, world)
     with ExitStack() as stack:
         with world.fail_together():
-            trainer, introduction = assemble(config, world, mixture)
+            trainer, introduction = assemble(config, world, mixture, mesh)
             if world.is_first and not dry_run:
                 stack.enter_context(one_writer(config.run_dir))
                 stack.enter_context(also_to_file(config.run_dir / "log.txt"))
@@ -60,7 +63,7 @@ def run_on(world: World, config: Config, dry_run: bool) -> str:
         return train(trainer)
 
 
-def assemble(config: Config, world: World, mixture: Mixture) -> tuple[Trainer, str]:
+def assemble(config: Config, world: World, mixture: Mixture, mesh: DeviceMesh | None = None) -> tuple[Trainer, str]:
     """The trainer of a run, and the first lines of its log: what it is and what it will do."""
     threads = share_threads(world.local_size)
     dtype, why_dtype = pick_dtype(config.run.dtype, world.device, config.model.n_embd)
@@ -68,12 +71,12 @@ def assemble(config: Config, world: World, mixture: Mixture) -> tuple[Trainer, s
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(config.run.seed)
-    model = GPT(config.model, mixture.tokenizer["vocab_size"]).to(world.device)
-    if compiled:
-        model.compile()
+    model = GPT(config.model, mixture.tokenizer["vocab_size"])
+    parallel.place(model, world, mesh, dtype, compiled)
     trainer = Trainer(config, world, model, mixture, dtype)
     introduction = [
         f"run {config.run_dir}: {world.size} rank(s) on {world.device.type}, {threads} thread(s) each",
+        f"parallel {parallel.in_words(config.parallel.strategy, mesh, world)}",
         f"dtype {str(dtype).removeprefix('torch.')}: {why_dtype}; compile {'on' if compiled else 'off'}: {why_compiled}",
         f"model: {model.parameter_count():,} parameters, vocabulary {model.vocab_size:,} ({mixture.tokenizer['name']})",
         *arithmetic(trainer),

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeline import checkpoint
 from pipeline.config import Config, accumulation_steps, to_dict
@@ -19,9 +19,11 @@ from pipeline.distributed import World
 from pipeline.errors import Diverged
 from pipeline.log import ProgressReport, logger
 from pipeline.model import GPT
+from pipeline.sharding import whole
 from pipeline.shards import TokenReader
 from pipeline.tokenizer import from_spec
 from train import optimizer as optimizers
+from train import parallel
 from train.loader import evaluation_starts, windows_at
 from train.metrics import Metrics, Throughput, peak_flops
 from train.mixture import Mixture
@@ -57,7 +59,7 @@ class Trainer:
         self.optimizer = optimizers.build(model, config.optimizer)
         # Disabled, it passes everything through: only float16 needs its gradients scaled to stay above underflow.
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-        self.parallel: GPT | DistributedDataParallel = model
+        self.parallel: torch.nn.Module = model
         peak = peak_flops(world.device)
         self.throughput = Throughput(train.tokens_per_step, model.flops_per_token(), peak and peak * world.size)
         self.checkpoints = config.run_dir / "checkpoints"
@@ -68,10 +70,8 @@ class Trainer:
         self.last_save_s: float | None = None
 
     def replicate(self) -> None:
-        """From here on the ranks train one model together: each has its copy, and gradients are averaged."""
-        if self.world.size > 1:
-            device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
+        """From here on the ranks train one model together: each has its copy or part, and gradients are averaged."""
+        self.parallel = parallel.replicate(self.model, self.world)
 
     def train_step(self) -> StepResult:
         """One optimizer step over `tokens_per_step` tokens; a step that is not finite leaves the weights alone."""
@@ -80,17 +80,20 @@ class Trainer:
         losses = torch.zeros((), device=self.world.device)
         for turn in range(self.accumulation):
             inputs, targets = self.micro_batch(turn)
-            with self.reduce_gradients(turn == self.accumulation - 1):
+            with parallel.reduce_gradients(self.parallel, now=turn == self.accumulation - 1):
                 with self.autocast():
                     loss = self.parallel(inputs, targets, self.documents(inputs))
                 self.scaler.scale(loss / self.accumulation).backward()
             losses += loss.detach()
         self.scaler.unscale_(self.optimizer)
         max_norm = self.config.optimizer.grad_clip or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        # Gradients were averaged over the ranks and the loss is here, so every rank comes to the same verdict.
-        mean_loss = self.world.sum(losses) / (self.accumulation * self.world.size)
-        loss_value, norm_value = torch.stack([mean_loss, grad_norm]).tolist()
+        parameters = list(self.model.parameters())
+        norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        # Gradients were averaged over the ranks, so the norm is the same on all of them, but for rounding where copies of
+        # a model are sharded each in its own group. Their mean is the same to the bit: so are the clipping and the verdict.
+        means = self.world.sum(torch.stack([losses / self.accumulation, norm])) / self.world.size
+        clip_grads_with_norm_(parameters, max_norm, means[1])
+        loss_value, norm_value = means.tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             self.scaler.step(self.optimizer)
@@ -116,12 +119,6 @@ class Trainer:
             return None
         return (inputs == self.tokenizer.end_of_text).cumsum(dim=1)
 
-    def reduce_gradients(self, now: bool) -> AbstractContextManager[None]:
-        """Ranks average their gradients in the backward pass of a step's last micro-batch only."""
-        if isinstance(self.parallel, DistributedDataParallel) and not now:
-            return self.parallel.no_sync()
-        return nullcontext()
-
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -145,11 +142,16 @@ class Trainer:
             for at in range(0, len(starts), size)
         ]
         totals = torch.zeros(len(self.val), dtype=torch.float64)
-        for source, starts in batches[self.world.rank :: self.world.size]:
+        for first in range(0, len(batches), self.world.size):
+            place = first + self.world.rank
+            # All ranks gather sharded weights in each turn: one that has no batch left repeats another, and counts it 0.
+            source, starts = batches[place % len(batches)]
             inputs, targets = self._to_device(windows_at(self.val[source], starts, self.config.model.block_size))
             with self.autocast():
-                totals[source] += self.model(inputs, targets, self.documents(inputs)).cpu() * len(starts)
+                loss = self.model(inputs, targets, self.documents(inputs)).cpu()
+            totals[source] += loss * len(starts) if place < len(batches) else 0
         self.model.train()
+        parallel.reshard(self.model)
         totals = totals.to(self.world.device, torch.float32 if self.world.device.type == "mps" else None)
         sums = self.world.sum(totals).tolist()
         self.val_losses = [total / len(starts) for total, starts in zip(sums, self.val_starts, strict=True)]
@@ -213,6 +215,8 @@ class Trainer:
         best = measured < self.best_val_loss
         self.best_val_loss = min(measured, self.best_val_loss)
         if not self.world.is_first:
+            if isinstance(self.model, FSDPModule):
+                checkpoint.hand_in_shards(self.model, self.optimizer)
             return
         started = time.monotonic()
         description = checkpoint.Description(
