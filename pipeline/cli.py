@@ -11,10 +11,9 @@ import typer
 import pipeline
 from pipeline import config as configs
 from pipeline import log
-from pipeline.errors import EXIT_DIVERGED, EXIT_USER, Diverged, UserError
+from pipeline.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_USER, Diverged, UserError
 from pipeline.tokenizer import TOKENIZER_NAMES
 
-EXIT_INTERRUPTED = 130
 # A full disk, a quota, missing permission: no bug of ours.
 THE_MACHINES_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
