@@ -105,7 +105,9 @@ def write(
     document = asdict(description) | {"files": hashes}
     write_atomic(partial / DESCRIPTION, _dump(document | {"hash": _hash_of(document)}))
     if final.is_dir():  # the run went back to an earlier step, and has come this far again
-        final.rename(checkpoints / f".{final.name}.replaced.partial")
+        replaced = checkpoints / f".{final.name}.replaced.partial"
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     publish(partial, final)
     if best:  # before `latest`: killed in between, the run comes here again
         point(checkpoints, "best", final)

@@ -146,7 +146,9 @@ def train(
             show_default=False,
         ),
     ] = None,
-    resume: Annotated[str | None, typer.Option(help="auto, must or never: the same as checkpoint.resume=...")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="auto, must, never or a checkpoint's name: the same as checkpoint.resume=...")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would run.")] = False,
 ) -> None:
     """Train a model on a prepared dataset. Under torchrun every process is a rank: torchrun -m pipeline train."""
