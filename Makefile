@@ -39,4 +39,5 @@ bench: setup
 	$(BIN)/python benchmarks/cli_startup.py
 	$(BIN)/python benchmarks/prepare_throughput.py
 	$(BIN)/python benchmarks/train_throughput.py
+	$(BIN)/python benchmarks/checkpoint_stall.py
 	$(BIN)/python benchmarks/shakespeare_char.py $(if $(SHAKESPEARE),--text $(SHAKESPEARE)) $(if $(NANOGPT),--nanogpt $(NANOGPT))

@@ -4,20 +4,21 @@
         config.json model.safetensors tokenizer.json ...      what Hugging Face reads
         [vocabulary.*]                                        what our tokenizer reads, where it is none of those
         training_state.safetensors                            the optimizer's state
-        checkpoint.json                                       written last: the description below, and every file's hash
+        checkpoint.json                                       written last: the description below, every file's hash, its own
     runs/<name>/checkpoints/latest, best                      one line each: a folder's name
 
 There is no random state to save: the order of the data and every dropout mask follow from the seed and the step. There is
 no pickle anywhere, so loading a checkpoint executes nothing.
 """
 
+import itertools
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import orjson
 import torch
@@ -27,12 +28,12 @@ from torch import Tensor
 
 import pipeline
 from pipeline import huggingface
-from pipeline.config import ModelConfig, from_dict
+from pipeline.config import CHECKPOINT_NAME, ModelConfig, from_dict
 from pipeline.errors import UserError
-from pipeline.files import hash_file, publish, sync, write_atomic
+from pipeline.files import hash_bytes, hash_file, publish, sync, write_atomic
 from pipeline.log import logger
 from pipeline.model import GPT
-from pipeline.sharding import part_for
+from pipeline.sharding import part_for, whole
 from pipeline.tokenizer import BytePairTokenizer, Tokenizer, from_spec
 
 FORMAT_VERSION = 1
@@ -40,7 +41,6 @@ DESCRIPTION = "checkpoint.json"
 WEIGHTS = "model.safetensors"
 TRAINING_STATE = "training_state.safetensors"
 GPT2_VOCAB_SIZE = 50257
-_FOLDER_NAME = re.compile(r"step_\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -54,41 +54,89 @@ class Description:
     dataset: str
     val_loss: float | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
+    bad_steps: int = 0
+    grad_norms: list[float] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     program: str = pipeline.__version__
     format: int = FORMAT_VERSION
+    hash: str = ""
+
+
+@dataclass(frozen=True)
+class State:
+    """The tensors of a checkpoint in the model's own layout: parameters by name, the optimizer's by `kind.name`."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: GPT, optimizer: torch.optim.Optimizer) -> Self:
+        """The tensors themselves: the next optimizer step changes them."""
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        moments = {
+            f"{kind}.{name}": value
+            for name, parameter in model.named_parameters()
+            for kind, value in optimizer.state[parameter].items()
+        }
+        return cls(weights, moments)
 
 
 def save(
     checkpoints: Path, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, description: Description
 ) -> Path:
-    """Write `checkpoints/step_NNNNNNNN` and point `latest` at it. Returns the folder."""
-    final = checkpoints / f"step_{description.step:08d}"
+    """`write` of the state as it is now."""
+    return write(checkpoints, State.of(model, optimizer), model, tokenizer, description)
+
+
+def write(
+    checkpoints: Path, state: State, model: GPT, tokenizer: Tokenizer, description: Description, best: bool = False
+) -> Path:
+    """Write `checkpoints/step_NNNNNNNN` and point `latest`, and `best` if it is that, at it. Returns the folder.
+
+    Of `model` only the shape is used: its own tensors may have moved on from `state`.
+    """
+    final = checkpoints / folder_name(description.step)
     partial = checkpoints / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_model(partial, model, tokenizer)
-    save_file({name: tensor.cpu() for name, tensor in _training_tensors(model, optimizer)}, partial / TRAINING_STATE)
+    _write_model(partial, model, state.weights, tokenizer)
+    save_file(_optimizer_in_folder_layout(model, state.optimizer), partial / TRAINING_STATE)
     hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
     for name in hashes:
         sync(partial / name)
-    write_atomic(partial / DESCRIPTION, _dump(asdict(description) | {"files": hashes}))
+    document = asdict(description) | {"files": hashes}
+    write_atomic(partial / DESCRIPTION, _dump(document | {"hash": _hash_of(document)}))
     if final.is_dir():  # the run went back to an earlier step, and has come this far again
-        final.rename(checkpoints / f".{final.name}.replaced.partial")
+        replaced = checkpoints / f".{final.name}.replaced.partial"
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     publish(partial, final)
+    if best:  # before `latest`: killed in between, the run comes here again
+        point(checkpoints, "best", final)
     point(checkpoints, "latest", final)
     return final
 
 
-def hand_in_shards(model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """What the other ranks do while rank 0 is in `save`: their share of each sharded tensor goes there, in the same order."""
-    for _ in chain(_weights(model), _training_tensors(model, optimizer)):
-        pass
+def hand_in_shards(state: State) -> None:
+    """What the other ranks do while rank 0 copies a state: their share of each sharded tensor goes there, in its order."""
+    for tensor in chain(state.weights.values(), state.optimizer.values()):
+        whole(tensor)
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """The files that Hugging Face reads: config, weights and tokenizer; and the tokenizer's own, where it has one."""
-    parameters = {name: tensor.cpu() for name, tensor in _weights(model)}
+    _write_model(folder, model, dict(model.named_parameters()), tokenizer)
+
+
+def _write_model(folder: Path, model: GPT, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
+    parameters = {
+        name: huggingface.to_folder_layout(model, name, tensor).cpu()  # one by one: no GPU holds all the copies
+        for name, tensor in weights.items()
+    }
     save_file(parameters | huggingface.zero_biases(model), folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_bytes(_dump(huggingface.config_json(model, tokenizer.end_of_text)))
     for name, content in (huggingface.tokenizer_files(tokenizer) | tokenizer.files()).items():
@@ -100,19 +148,27 @@ def point(checkpoints: Path, pointer: str, folder: Path) -> None:
     write_atomic(checkpoints / pointer, f"{folder.name}\n".encode())
 
 
-def named(checkpoints: Path, pointer: str) -> Path | None:
-    """The folder that `latest` or `best` names; None where there is no such pointer. Raises UserError for a bad one."""
+def pointed_at(checkpoints: Path, pointer: str) -> Path | None:
+    """The folder whose name `latest` or `best` holds, there or not; None where there is no such pointer."""
     path = checkpoints / pointer
     if not path.is_file():
         return None
-    name = path.read_text(encoding="utf-8").strip()
-    if not _FOLDER_NAME.fullmatch(name):
+    name = path.read_bytes().decode(errors="replace").strip()
+    if not CHECKPOINT_NAME.fullmatch(name):
         raise UserError(
             f"{path} holds {name!r}, wanted a folder's name such as step_00001000: write one of those beside it"
         )
-    if not (checkpoints / name).is_dir():
-        raise UserError(f"{path} names {name}, which is not there: write the name of a folder beside it into the file")
     return checkpoints / name
+
+
+def named(checkpoints: Path, pointer: str) -> Path | None:
+    """The folder that `latest` or `best` names; None where there is no such pointer. Raises UserError for a bad one."""
+    folder = pointed_at(checkpoints, pointer)
+    if folder is not None and not folder.is_dir():
+        raise UserError(
+            f"{checkpoints / pointer} names {folder.name}, which is not there: write the name of a folder beside it into the file"
+        )
+    return folder
 
 
 def best(checkpoints: Path) -> Path | None:
@@ -124,17 +180,44 @@ def best(checkpoints: Path) -> Path | None:
         return None
 
 
+def best_val_loss(checkpoints: Path) -> float:
+    """The loss to beat: that of `best`, infinity where there is none."""
+    folder = best(checkpoints)
+    try:
+        val_loss = None if folder is None else read_description(folder).val_loss
+    except UserError as error:
+        logger.warning("%s; `best` is chosen anew", error)
+        val_loss = None
+    return float("inf") if val_loss is None else val_loss
+
+
+def folders(checkpoints: Path) -> list[Path]:
+    """What bears a checkpoint's name, whole or not, from the first step to the last."""
+    return sorted((path for path in checkpoints.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def set_aside_after(checkpoints: Path, step: int) -> None:
     """A run that goes on from `step` leaves later checkpoints behind: they keep their content under another name."""
-    for folder in sorted(checkpoints.glob("step_*")):
-        if _FOLDER_NAME.fullmatch(folder.name) and int(folder.name[5:]) > step:
-            aside = folder.with_name(f"left_behind_{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+    for folder in folders(checkpoints):
+        if step_of(folder) > step:
+            aside = set_aside(folder, "left_behind")
             logger.warning("%s is past step %d, where this run goes on: now %s", folder, step, aside.name)
-            pointer = checkpoints / "best"
-            if pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == folder.name:
-                pointer.unlink()
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint to `why` and its old name, which nothing looks for; `best` no longer names it."""
+    names = (f"{why}_{folder.name}{suffix}" for suffix in itertools.chain([""], (f"_{n}" for n in itertools.count(2))))
+    aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+    folder.rename(aside)
+    pointer = folder.parent / "best"
+    if pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == folder.name:
+        pointer.unlink()
+    return aside
 
 
 def resolve(ckpt: str, run_dir: Path | None, runs: Path) -> Path:
@@ -164,9 +247,12 @@ def read_description(folder: Path) -> Description:
         document = orjson.loads(path.read_bytes())
         if document["format"] != FORMAT_VERSION:
             raise UserError(f"{path} has format {document['format']}, this program reads {FORMAT_VERSION}")
-        return Description(**document)
+        description = Description(**document)
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): use another checkpoint") from None
+    if description.hash and description.hash != _hash_of(document):  # the first checkpoints of format 1 had none
+        raise UserError(f"{path} is damaged (it does not match its own hash): use another checkpoint")
+    return description
 
 
 def verify(folder: Path, description: Description, without: Collection[str] = ()) -> None:
@@ -250,28 +336,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: GPT, folder: Path) -
         optimizer.state[parameter] = state[name]
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, `latest` and `best`: only folders of ours, and partial ones."""
-    ours = sorted(
-        folder for folder in checkpoints.glob("step_*")
-        if _FOLDER_NAME.fullmatch(folder.name) and (folder / DESCRIPTION).is_file()
-    )  # fmt: skip
-    kept = {*ours[-keep:], named(checkpoints, "latest"), best(checkpoints)}
+def prune(checkpoints: Path, keep: int, every_steps: int = 1) -> None:
+    """Remove all but the `keep` newest checkpoints, `latest` and `best`: only folders of ours, and partial ones.
+
+    Of those made at multiples of `every_steps` the newest stays too, for a run that has to go back.
+    """
+    ours = [folder for folder in folders(checkpoints) if (folder / DESCRIPTION).is_file()]
+    planned = [folder for folder in ours if step_of(folder) % every_steps == 0]
+    kept = {*ours[-keep:], *planned[-1:], named(checkpoints, "latest"), best(checkpoints)}
     for folder in (*(folder for folder in ours if folder not in kept), *checkpoints.glob(".step_*.partial")):
         shutil.rmtree(folder)
 
 
-def _weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter by its name, one by one: no GPU holds all the copies."""
-    for name, parameter in model.named_parameters():
-        yield name, huggingface.to_folder_layout(model, name, parameter)
-
-
-def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the optimizer's state under `kind.parameter`, moments in the layout of the weights."""
-    for name, parameter in model.named_parameters():
-        for kind, value in optimizer.state[parameter].items():
-            yield f"{kind}.{name}", huggingface.to_folder_layout(model, name, value) if value.ndim else value
+def _optimizer_in_folder_layout(model: GPT, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Moments in the layout of the weights; what has no dimensions, such as a step, as it is."""
+    stored = {}
+    for key, tensor in tensors.items():
+        name = key.partition(".")[2]
+        stored[key] = (huggingface.to_folder_layout(model, name, tensor) if tensor.ndim else tensor).cpu()
+    return stored
 
 
 def _fill(
@@ -361,3 +444,8 @@ def _uninitialised(config: ModelConfig, vocab_size: int) -> GPT:
 
 def _dump(document: dict[str, Any]) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_INDENT_2)
+
+
+def _hash_of(document: dict[str, Any]) -> str:
+    """The hash of a description, its own hash left out."""
+    return hash_bytes(_dump({name: value for name, value in document.items() if name != "hash"}))

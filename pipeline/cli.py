@@ -12,10 +12,9 @@ import typer
 import pipeline
 from pipeline import config as configs
 from pipeline import log
-from pipeline.errors import EXIT_DIVERGED, EXIT_USER, Diverged, UserError
+from pipeline.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_USER, Diverged, UserError
 from pipeline.tokenizer import TOKENIZER_NAMES
 
-EXIT_INTERRUPTED = 130
 # A full disk, a quota, missing permission: no bug of ours.
 THE_MACHINES_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -166,7 +165,9 @@ def train(
             show_default=False,
         ),
     ] = None,
-    resume: Annotated[str | None, typer.Option(help="auto, must or never: the same as checkpoint.resume=...")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="auto, must, never or a checkpoint's name: the same as checkpoint.resume=...")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would run.")] = False,
 ) -> None:
     """Train a model on a prepared dataset. Under torchrun every process is a rank: torchrun -m pipeline train."""

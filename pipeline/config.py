@@ -10,6 +10,7 @@ micro-batches follows from `train.tokens_per_step` and the number of ranks.
 
 import difflib
 import json
+import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 from pipeline.errors import UserError
 
 DEFAULT_CONFIG = "gpt2-124m"
+CHECKPOINT_NAME = re.compile(r"step_\d{8,}")
 T = TypeVar("T")
 
 
@@ -106,7 +108,18 @@ class TrainConfig:
     micro_batch_size: int = key(
         16, "sequences one rank takes through the model at once: set by memory, not by learning"
     )
-    max_bad_steps: int = key(20, "consecutive steps with a loss or gradient that is not finite before the run gives up")
+    max_bad_steps: int = key(
+        20,
+        "consecutive steps with a loss or gradient that is not finite, or rewinds to one checkpoint, before the run gives up",
+    )
+    spike_z_score: float = key(
+        0.0,
+        "a gradient norm this many standard deviations above the mean of the last ones sends the run back to its "
+        "latest checkpoint, past the samples taken since then; 0 turns that off",
+    )
+    spike_window: int = key(
+        128, "the last gradient norms that a new one is compared with; before there are so many, none is"
+    )
 
 
 @dataclass(frozen=True)
@@ -125,8 +138,8 @@ class CheckpointConfig:
     keep: int = key(3, "newest checkpoints kept, besides the best one")
     resume: str = key(
         "auto",
-        "auto: go on where the run stopped; must: refuse to start anew; never: refuse to go on",
-        ("auto", "must", "never"),
+        "auto: go on from the newest whole checkpoint; must: and refuse to start anew; never: refuse to go on; "
+        "or a folder's name, such as step_00001000: go on from exactly that one",
     )
 
 
@@ -143,6 +156,9 @@ class ParallelConfig:
         "ddp: every rank holds the whole model; fsdp: weights, gradients and optimizer state are cut up over the ranks; "
         "hsdp: cut up inside a node, copied over the nodes",
         ("ddp", "fsdp", "hsdp"),
+    )
+    check_every_steps: int = key(
+        1000, "steps between checks that all ranks hold the same weights; 0: at the start only"
     )
 
 
@@ -186,6 +202,7 @@ _AT_LEAST = {
     "optimizer.min_lr": 0, "optimizer.weight_decay": 0, "optimizer.grad_clip": 0,
     "schedule.warmup_steps": 0, "schedule.decay_steps": 0,
     "train.max_steps": 1, "train.tokens_per_step": 1, "train.micro_batch_size": 1, "train.max_bad_steps": 1,
+    "train.spike_z_score": 0, "train.spike_window": 2, "parallel.check_every_steps": 0,
     "eval.every_steps": 0, "eval.batches": 0, "checkpoint.every_steps": 1, "checkpoint.keep": 1, "log.every_steps": 1,
     "run.seed": 0,
 }  # fmt: skip
@@ -409,6 +426,9 @@ def _inconsistencies(config: Config) -> list[str]:
         )
     if config.run.seed >= 1 << 63:
         faults.append(f"run.seed={config.run.seed} is above 2**63 - 1")
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "must", "never") and not CHECKPOINT_NAME.fullmatch(resume):
+        faults.append(f"checkpoint.resume={resume!r} is not one of auto, must, never, nor a name such as step_00001000")
     if config.run.name and not _is_plain_name(config.run.name):
         faults.append(f"run.name={config.run.name!r} is not a folder's name: use letters, digits, '.', '_' and '-'")
     return faults

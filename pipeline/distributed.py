@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.device import pick_device
 from pipeline.errors import EXIT_USER, UserError
@@ -94,8 +96,25 @@ def start(device_name: str) -> World:
     if size > 1:
         if device.type == "mps":
             raise UserError(f"mps runs one process, found {size} ranks: use run.device=cpu, or start without torchrun")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=TIMEOUT,
+            store=_store(rank, size),
+            rank=rank,
+            world_size=size,
+        )
     return World(rank, size, local_size, device)
+
+
+def _store(rank: int, size: int) -> Store:
+    """Where the ranks find each other's addresses. After a restart by torchrun the last start's are still in there
+    (https://github.com/pytorch/pytorch/issues/135712), so each start looks under its own number. Launchers of
+    several nodes count their restarts apart; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun helps.
+    """
+    store: Store = next(rendezvous("env://", rank, size, timeout=TIMEOUT))[0]
+    one_launcher = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_launcher else "0"
+    return PrefixStore(f"start {start}", store)
 
 
 def stop() -> None:

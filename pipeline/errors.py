@@ -1,6 +1,6 @@
 """The two ways a command ends badly that are not a bug of ours."""
 
-EXIT_USER, EXIT_DIVERGED = 2, 3
+EXIT_USER, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
 
 
 class UserError(Exception):

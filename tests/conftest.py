@@ -1,6 +1,8 @@
 """What several test files need: small datasets on disk, a tiny config, and a way to run the program for real."""
 
+import itertools
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -232,3 +234,29 @@ def overrides(config: Config) -> list[str]:
     return [
         f"{section}.{key}={text(value)}" for section, keys in to_dict(config).items() for key, value in keys.items()
     ]
+
+
+def die_at(operation: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a fork that kills itself before its n-th change of a folder; whether it came to its end."""
+    pid = os.fork()
+    if pid == 0:
+        counter = itertools.count(1)
+
+        def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **named: Any) -> Any:
+                if next(counter) == operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*arguments, **named)
+
+            return call
+
+        for name in ("rename", "link", "unlink", "rmdir", "mkdir", "fsync"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return not os.WIFSIGNALED(status)

@@ -280,6 +280,12 @@ def test_initial_weights_must_mean_the_same(tmp_path: Path, key: str, value: Any
         checkpoint.load_initial_weights(fresh, CharTokenizer("abc").spec(), folder)
 
 
+def test_the_same_step_again_replaces_it_any_number_of_times(tmp_path: Path) -> None:
+    for _ in range(3):
+        folder, _model = saved(tmp_path)
+    checkpoint.verify(folder, checkpoint.read_description(folder))
+
+
 def test_a_missing_best_is_a_warning(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path)
     (tmp_path / "best").write_text("step_00000001\n")

@@ -38,10 +38,11 @@ KEYS = {
     "optimizer.grad_clip",
     "schedule.kind", "schedule.warmup_steps", "schedule.decay_steps",
     "train.max_steps", "train.tokens_per_step", "train.micro_batch_size", "train.max_bad_steps",
+    "train.spike_z_score", "train.spike_window",
     "eval.every_steps", "eval.batches",
     "checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume",
     "log.every_steps", "log.tensorboard",
-    "parallel.strategy",
+    "parallel.strategy", "parallel.check_every_steps",
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import die_at
 
 from pipeline.errors import UserError
 from pipeline.shards import MANIFEST_NAME, load_manifest
@@ -176,32 +177,6 @@ def kill_some(victim: subprocess.Popen[str], who: str) -> None:
         victim.kill()
         victim.communicate()
     wait_until(lambda: not group_is_alive(victim.pid))
-
-
-def die_at(operation: int, work: Callable[[], object]) -> bool:
-    """Run `work` in a fork that kills itself before its n-th change of a folder; whether it came to its end."""
-    pid = os.fork()
-    if pid == 0:
-        counter = itertools.count(1)
-
-        def counted(original: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **named: Any) -> Any:
-                if next(counter) == operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*arguments, **named)
-
-            return call
-
-        for name in ("rename", "link", "unlink", "rmdir", "mkdir", "fsync"):
-            setattr(os, name, counted(getattr(os, name)))
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return not os.WIFSIGNALED(status)
 
 
 @pytest.mark.parametrize("earlier", [False, True])

@@ -235,13 +235,13 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny: Path, value: 
     before = weights(trainer)
     moments = {id(p): state["exp_avg"].clone() for p, state in trainer.optimizer.state.items()}
     result = trainer.train_step()
-    assert not result.finite
+    assert not result.taken
     for name, tensor in weights(trainer).items():
         assert torch.equal(tensor, before[name]), name
     for parameter, state in trainer.optimizer.state.items():
         assert torch.equal(state["exp_avg"], moments[id(parameter)])
     trainer.step += 1
-    assert trainer.train_step().finite
+    assert trainer.train_step().taken
 
 
 def test_bad_steps_are_written_down_with_their_samples_and_training_goes_on(tiny: Path) -> None:
@@ -277,6 +277,6 @@ def test_float16_scales_its_loss_and_halves_the_scale_at_an_overflow(tiny: Path)
     assert trainer.scaler.get_scale() == 65536
     trainer.scaler.update(2.0**60)
     before = weights(trainer)
-    assert not trainer.train_step().finite
+    assert not trainer.train_step().taken
     assert trainer.scaler.get_scale() == 2.0**59
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())

@@ -25,11 +25,20 @@ class Metrics:
     """Rows of numbers by step. On resume, rows past the resumed step are dropped: one curve, no step twice."""
 
     def __init__(self, run_dir: Path, first_step: int, tensorboard: bool) -> None:
-        self.run_dir = run_dir
-        path = run_dir / "metrics.jsonl"
+        self.run_dir, self.tensorboard = run_dir, tensorboard
+        self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
+        path = self.run_dir / "metrics.jsonl"
         _drop_rows_after(path, first_step)
+        _drop_rows_after(self.run_dir / "bad_steps.jsonl", first_step - 1)  # a bad step's row has the steps before it
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = _summary_writer(run_dir / "tb", first_step) if tensorboard else None
+        self._tensorboard = _summary_writer(self.run_dir / "tb", first_step) if self.tensorboard else None
+
+    def rewind(self, step: int) -> None:
+        """Forget what is past `step`, from where the run takes another way."""
+        self.close()
+        self._open(step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; it has a `step`, and every other number becomes a TensorBoard scalar. NaN and inf become null."""
@@ -40,6 +49,7 @@ class Metrics:
             for name, value in row.items():
                 if name != "step" and value is not None:
                     self._tensorboard.add_scalar(name, value, row["step"])
+            self._tensorboard.flush()  # or a kill would take up to two minutes of rows that metrics.jsonl has
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Replace status.json. `state` is running, done, stopped or failed."""

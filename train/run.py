@@ -1,5 +1,6 @@
 """A config -> a trained run: the parts put together in reading order."""
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from pipeline import checkpoint, distributed
 from pipeline.config import Config, from_dict, to_dict, to_toml
 from pipeline.device import pick_dtype, share_threads, should_compile
 from pipeline.distributed import World
-from pipeline.errors import UserError
+from pipeline.errors import EXIT_INTERRUPTED, UserError
 from pipeline.files import one_writer, write_atomic
 from pipeline.log import also_to_file, logger
 from pipeline.model import GPT
-from train import parallel
+from train import parallel, resume
 from train.metrics import Metrics
 from train.mixture import Mixture
+from train.replicas import check_replicas
 from train.stop import StopRequest
 from train.trainer import Trainer
 
@@ -43,7 +45,8 @@ def run_on(world: World, config: Config, dry_run: bool) -> str:
     """`run`, on ranks that have found each other."""
     with world.fail_together():
         mixture = Mixture(config)
-        start = start_point(config, mixture)
+        if world.is_first:  # for its complaints, which should come before a folder is made
+            resume.candidates(config.run_dir / "checkpoints", config.checkpoint.resume)
     world.check_agreement("the dataset", mixture.fingerprint)
     world.check_agreement("the config", to_dict(config))
     mesh = parallel.mesh_of(config.parallel.strategy, world)
@@ -54,8 +57,13 @@ def run_on(world: World, config: Config, dry_run: bool) -> str:
                 stack.enter_context(one_writer(config.run_dir))
                 stack.enter_context(also_to_file(config.run_dir / "log.txt"))
             logger.info("%s", introduction)
+            start = start_point(config, mixture, dry_run) if world.is_first else None
+        start = world.gather(start)[0]
+        with world.fail_together():
             put_weights_in(trainer, start)
         world.check_agreement("the step", trainer.step)
+        world.check_agreement("the skipped samples", trainer.skipped.rows)
+        check_replicas(trainer.model, world, trainer.step)
         if dry_run:
             logger.info("dry run: everything fits, nothing was written")
             return ""
@@ -110,28 +118,13 @@ def arithmetic(trainer: Trainer) -> list[str]:
     return lines
 
 
-def start_point(config: Config, mixture: Mixture) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start. Raises UserError where that would not be the same run, or
-    where checkpoint.resume forbids it.
-    """
-    checkpoints = config.run_dir / "checkpoints"
-    found = checkpoint.named(checkpoints, "latest")
-    if found is None and (there := sorted(folder.name for folder in checkpoints.glob("step_*"))):
-        raise UserError(
-            f"{checkpoints} has {there[-1]} but no file `latest`: write that name into it, or choose another run.name"
-        )
-    if found is None and config.checkpoint.resume == "must":
-        raise UserError(
-            f"nothing to resume: {checkpoints} has no checkpoint, and checkpoint.resume=must forbids a fresh start"
-        )
-    if found is not None and config.checkpoint.resume == "never":
-        raise UserError(
-            f"{config.run_dir} has checkpoints up to {found.name}, and checkpoint.resume=never forbids going on: "
-            "choose another run.name, or move the folder away"
-        )
-    if found is not None:
-        check_resumable(checkpoint.read_description(found), config, mixture)
-    return found
+def start_point(config: Config, mixture: Mixture, dry_run: bool) -> Path | None:
+    """The checkpoint to go on from, verified; None for a fresh start. Raises UserError where none there can be used."""
+
+    def check(saved: checkpoint.Description) -> None:
+        check_resumable(saved, config, mixture)
+
+    return resume.start_point(config.run_dir / "checkpoints", config.checkpoint.resume, check, dry_run)
 
 
 def put_weights_in(trainer: Trainer, start: Path | None) -> None:
@@ -167,6 +160,10 @@ def train(trainer: Trainer) -> str:
         if metrics:
             metrics.status(state, trainer.step, reason)
             metrics.close()
+        if reason.startswith("KeyboardInterrupt") and trainer.saver.busy:
+            logger.warning("interrupted twice: the checkpoint that was being written is dropped")
+            os._exit(EXIT_INTERRUPTED)  # "now" is not after the disk has taken gigabytes
+        trainer.saver.close()
     world.barrier()
     for name, (tokens, epochs) in trainer.mixture.progress(trainer.first_sample).items():
         logger.info("data %s: %s tokens seen, %.2f epoch(s)", name, f"{tokens:,}", epochs)

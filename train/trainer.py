@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeline import checkpoint
@@ -28,16 +27,32 @@ from train.loader import evaluation_starts, windows_at
 from train.metrics import Metrics, Throughput, peak_flops
 from train.mixture import Mixture
 from train.prefetch import Prefetcher
+from train.replicas import check_replicas
+from train.saving import Saver
+from train.spikes import SkippedSamples, SpikeGuard
 from train.stop import StopRequest
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over every token of the global batch; `grad_norm`: before clipping. The same on every rank."""
+    """`loss`: mean over every token of the global batch; `grad_norm`: before clipping. The same on every rank.
+
+    `taken`: whether the step reached the weights; else it was a spike, or not finite.
+    """
 
     loss: float
     grad_norm: float
-    finite: bool
+    taken: bool
+    spike: bool = False
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks do after this step: stop for a reason, save at once, or give up since the last save failed."""
+
+    reason: str
+    save_now: bool
+    save_failed: bool
 
 
 class Trainer:
@@ -63,18 +78,21 @@ class Trainer:
         peak = peak_flops(world.device)
         self.throughput = Throughput(train.tokens_per_step, model.flops_per_token(), peak and peak * world.size)
         self.checkpoints = config.run_dir / "checkpoints"
+        self.save_now = config.run_dir / "save-now"
+        self.saver = Saver()
+        self.spikes = SpikeGuard(train.spike_z_score, train.spike_window)
+        self.skipped = SkippedSamples(config.run_dir)
         self.step = 0
         self.bad_steps = 0
         self.best_val_loss = float("inf")
         self.last_evaluation_s = 0.0
-        self.last_save_s: float | None = None
 
     def replicate(self) -> None:
         """From here on the ranks train one model together: each has its copy or part, and gradients are averaged."""
         self.parallel = parallel.replicate(self.model, self.world)
 
     def train_step(self) -> StepResult:
-        """One optimizer step over `tokens_per_step` tokens; a step that is not finite leaves the weights alone."""
+        """One optimizer step over `tokens_per_step` tokens; one that is not finite, or a spike, leaves the weights alone."""
         for group in self.optimizer.param_groups:
             group["lr"] = optimizers.learning_rate(self.step, self.config)
         losses = torch.zeros((), device=self.world.device)
@@ -95,11 +113,13 @@ class Trainer:
         clip_grads_with_norm_(parameters, max_norm, means[1])
         loss_value, norm_value = means.tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-        if finite:
+        spike = finite and self.spikes.is_spike(norm_value)
+        if finite and not spike:
             self.scaler.step(self.optimizer)
+            self.spikes.observe(norm_value)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss_value, norm_value, finite)
+        return StepResult(loss_value, norm_value, finite and not spike, spike)
 
     def micro_batch(self, turn: int) -> tuple[Tensor, Tensor]:
         """This rank's `turn`-th micro-batch of the step; its dropout masks depend on its place in the global batch only."""
@@ -125,7 +145,11 @@ class Trainer:
     @property
     def first_sample(self) -> int:
         """The global sample at which the current step's batch begins."""
-        return self.step * self.config.train.tokens_per_step // self.config.model.block_size
+        return self.step * self.samples_per_step + self.skipped.before(self.step)
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.config.train.tokens_per_step // self.config.model.block_size
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -165,60 +189,118 @@ class Trainer:
             while self.step < config.train.max_steps and not reason:
                 with self.throughput.timed():
                     result = self.train_step()
+                if result.spike and self.rewind(result, metrics):
+                    progress.advance(self.step - progress.done)
+                    continue
                 self.judge(result)
+                if self.world.is_first:
+                    self.saver.reserve(checkpoint.State.of(self.model, self.optimizer))
                 self.step += 1
-                reason = self.agreed_reason_to_stop(stop)
-                saving = bool(reason) or self.is_due(config.checkpoint.every_steps)
-                # Every planned checkpoint is evaluated, so that `best` can compare; one made in a hurry is not.
-                evaluating = (
-                    bool(config.eval.every_steps) and not reason and (saving or self.is_due(config.eval.every_steps))
-                )
-                val_loss = self.evaluate() if evaluating else None
-                if metrics and (evaluating or self.is_due(config.log.every_steps)):
-                    metrics.write(self.row(result, val_loss))
-                if saving:
-                    self.save(val_loss)
+                reason = self.between_steps(result, metrics, stop)
                 tokens_per_s = config.train.tokens_per_step / self.throughput.last_step_s
                 progress.advance(1, f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
+        with self.world.fail_together():
+            self.saver.wait()
         return reason
+
+    def between_steps(self, result: StepResult, metrics: Metrics | None, stop: StopRequest) -> str:
+        """What the step just completed calls for: checks, an evaluation, a row, a checkpoint. Returns a reason to stop."""
+        config = self.config
+        agreed = self.agree(stop)
+        if agreed.save_failed:
+            with self.world.fail_together():
+                self.saver.wait()
+        if config.parallel.check_every_steps and self.step % config.parallel.check_every_steps == 0:
+            check_replicas(self.model, self.world, self.step)
+        planned = self.is_due(config.checkpoint.every_steps)
+        # Every planned checkpoint is evaluated, so that `best` can compare; one made in a hurry is not.
+        evaluating = (
+            bool(config.eval.every_steps) and not agreed.reason and (planned or self.is_due(config.eval.every_steps))
+        )
+        val_loss = self.evaluate() if evaluating else None
+        if metrics and (evaluating or self.is_due(config.log.every_steps)):
+            metrics.write(self.row(result, val_loss))
+        if planned or agreed.reason or agreed.save_now:
+            self.save(val_loss)
+        return agreed.reason
 
     def is_due(self, every_steps: int) -> bool:
         return self.step % every_steps == 0 or self.step == self.config.train.max_steps
 
     def judge(self, result: StepResult) -> None:
-        """Count a step that is not finite and write down its samples. Raises Diverged after too many in a row."""
-        if result.finite:
+        """Count a step that left the weights alone and write down its samples. Raises Diverged after too many in a row."""
+        if result.taken:
             self.bad_steps = 0
             return
         self.bad_steps += 1
-        samples = self.config.train.tokens_per_step // self.config.model.block_size
-        bad = {"step": self.step, "first_sample": self.first_sample, "samples": samples}
+        bad = {"step": self.step, "first_sample": self.first_sample, "samples": self.samples_per_step}
         if self.world.is_first:
             logger.warning("step %d skipped: loss %s, gradient norm %s", self.step, result.loss, result.grad_norm)
             with (self.config.run_dir / "bad_steps.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(bad | {"loss": str(result.loss), "grad_norm": str(result.grad_norm)}) + "\n")
         if self.bad_steps >= self.config.train.max_bad_steps:
             raise Diverged(
-                f"{self.bad_steps} steps in a row, up to step {self.step}, had a loss or gradient that is not finite: "
+                f"{self.bad_steps} steps in a row, up to step {self.step}, had no finite loss and gradient, or a spike: "
                 f"the weights of step {self.step - self.bad_steps + 1} were kept; try a lower optimizer.lr or a longer warmup"
             )
 
-    def agreed_reason_to_stop(self, stop: StopRequest) -> str:
-        """Why to stop after this step, empty for no reason. All ranks get an answer if any has one."""
-        own = stop.reason(self.throughput.last_step_s + self.last_evaluation_s, self.last_save_s)
-        wishes = self.world.sum(torch.tensor(float(bool(own)), device=self.world.device))
-        return own or ("another rank asked for it" if wishes else "")
+    def rewind(self, result: StepResult, metrics: Metrics | None) -> bool:
+        """Back to the last planned checkpoint, past the samples taken since then; False where there is none to go to."""
+        with self.world.fail_together():
+            self.saver.wait()
+            target = self.rewind_target() if self.world.is_first else None
+        target = self.world.gather(target)[0]
+        if target is None:
+            return False
+        spike_step, next_sample = self.step, self.first_sample + self.samples_per_step
+        self.restore(target)
+        row = {"step": self.step, "first_sample": self.first_sample, "samples": next_sample - self.first_sample}
+        if self.world.is_first:
+            checkpoint.point(
+                self.checkpoints, "latest", target
+            )  # first: a start from a later one would misread the row
+        self.skipped.add(row | {"spike_at": spike_step, "grad_norm": result.grad_norm}, on_disk=self.world.is_first)
+        if metrics:
+            checkpoint.set_aside_after(self.checkpoints, self.step)
+            metrics.rewind(self.step)
+            logger.warning(
+                "step %d: gradient norm %.3g is a spike; back to step %d, past the %d samples from %d on",
+                spike_step, result.grad_norm, self.step, row["samples"], row["first_sample"],
+            )  # fmt: skip
+        if self.skipped.rewinds_to(self.step) >= self.config.train.max_bad_steps:
+            raise Diverged(
+                f"{self.config.train.max_bad_steps} spikes of the gradient norm sent the run back to step {self.step}: "
+                "try a lower optimizer.lr, or a higher train.spike_z_score"
+            )
+        return True
+
+    def rewind_target(self) -> Path | None:
+        """The newest checkpoint that every_steps called for, verified: one of a stop would lead elsewhere than without it."""
+        every_steps = self.config.checkpoint.every_steps
+        planned = [path for path in checkpoint.folders(self.checkpoints) if checkpoint.step_of(path) % every_steps == 0]
+        if not planned:
+            return None
+        checkpoint.verify(planned[-1], checkpoint.read_description(planned[-1]))
+        return planned[-1]
+
+    def agree(self, stop: StopRequest) -> Agreement:
+        """Every rank gets the same answer: what one of them noticed, all of them do."""
+        own = stop.reason(self.throughput.last_step_s + self.last_evaluation_s, self.saver.last_save_s)
+        # While a save is in flight the file may be the one it is about to remove.
+        save_now = self.world.is_first and not self.saver.busy and self.save_now.exists()
+        noticed = torch.tensor([bool(own), save_now, self.saver.failed], dtype=torch.float, device=self.world.device)
+        stopping, saving, failed = self.world.sum(noticed).tolist()
+        return Agreement(own or ("another rank asked for it" if stopping else ""), bool(saving), bool(failed))
 
     def save(self, val_loss: float | None) -> None:
-        """Write a checkpoint on rank 0 and let `latest`, and `best` where it is, name it."""
+        """Have rank 0 write a checkpoint while training goes on, and let `latest`, and `best` where it is, name it."""
         measured = float("inf") if val_loss is None else val_loss
         best = measured < self.best_val_loss
         self.best_val_loss = min(measured, self.best_val_loss)
+        state = checkpoint.State.of(self.model, self.optimizer)
         if not self.world.is_first:
-            if isinstance(self.model, FSDPModule):
-                checkpoint.hand_in_shards(self.model, self.optimizer)
+            checkpoint.hand_in_shards(state)
             return
-        started = time.monotonic()
         description = checkpoint.Description(
             step=self.step,
             tokens=self.step * self.config.train.tokens_per_step,
@@ -227,26 +309,30 @@ class Trainer:
             dataset=self.mixture.fingerprint,
             val_loss=val_loss,
             scaler=self.scaler.state_dict(),
+            bad_steps=self.bad_steps,
+            grad_norms=self.spikes.norms,
         )
-        folder = checkpoint.save(self.checkpoints, self.model, self.optimizer, self.tokenizer, description)
-        if best:
-            checkpoint.point(self.checkpoints, "best", folder)
-        checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
-        self.last_save_s = time.monotonic() - started
-        logger.info("saved %s in %.1f s", folder, self.last_save_s)
+        asked_for = self.save_now.exists()
+
+        def write(state: checkpoint.State) -> Path:
+            folder = checkpoint.write(self.checkpoints, state, self.model, self.tokenizer, description, best)
+            if asked_for:
+                self.save_now.unlink(missing_ok=True)
+            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.every_steps)
+            return folder
+
+        self.saver.start(state, write)
 
     def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint: weights, optimizer and step; everything else follows from those."""
+        """Go on from a verified checkpoint: what is not in it follows from the seed and the step."""
         description = checkpoint.read_description(folder)
-        checkpoint.verify(folder, description)
         checkpoint.load_weights(self.model, folder)
         checkpoint.load_optimizer(self.optimizer, self.model, folder)
         if description.scaler:  # empty where the run was not in float16
             self.scaler.load_state_dict(description.scaler)
-        self.step = description.step
-        best = checkpoint.best(self.checkpoints)
-        if best is not None:
-            self.best_val_loss = checkpoint.read_description(best).val_loss or float("inf")
+        self.step, self.bad_steps = description.step, description.bad_steps
+        self.spikes.restore(description.grad_norms)
+        self.best_val_loss = checkpoint.best_val_loss(self.checkpoints)
 
     def row(self, result: StepResult, val_loss: float | None) -> dict[str, Any]:
         """A row of metrics.jsonl; the speeds are those since the last row."""
