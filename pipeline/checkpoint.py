@@ -16,7 +16,6 @@ import re
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -80,6 +79,11 @@ class State:
         }
         return cls(weights, moments)
 
+    def hand_in(self) -> None:
+        """What the other ranks do while rank 0 copies a sharded state: their part of each tensor goes there, in its order."""
+        for tensor in (*self.weights.values(), *self.optimizer.values()):
+            whole(tensor)
+
 
 def save(
     checkpoints: Path, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, description: Description
@@ -115,12 +119,6 @@ def write(
         point(checkpoints, "best", final)
     point(checkpoints, "latest", final)
     return final
-
-
-def hand_in_shards(state: State) -> None:
-    """What the other ranks do while rank 0 copies a state: their share of each sharded tensor goes there, in its order."""
-    for tensor in chain(state.weights.values(), state.optimizer.values()):
-        whole(tensor)
 
 
 def folder_name(step: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import State, hand_in_shards
+from pipeline.checkpoint import State
 from pipeline.errors import UserError
 from pipeline.log import logger
 from pipeline.sharding import whole
@@ -35,10 +35,10 @@ class Saver:
         `failed` and `wait` are about to tell.
         """
         started = time.monotonic()
-        if self._work is not None and self._work.exception() is not None:
-            hand_in_shards(state)  # the other ranks gather theirs in any case
+        failed = self._work is not None and self._work.exception() is not None
+        copy = self._copy(state)  # in any case: where `state` is sharded, the other ranks are handing in their parts
+        if failed:
             return
-        copy = self._copy(state)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies out of the GPU were only asked for
         self._work = self._executor.submit(self._write, copy, write, time.monotonic() - started)
@@ -92,6 +92,5 @@ class Saver:
 
     def _memory_for(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self._memory:
-            # Of a sharded tensor `shape` is that of the whole.
             self._memory[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return self._memory[name]

@@ -299,7 +299,7 @@ class Trainer:
         self.best_val_loss = min(measured, self.best_val_loss)
         state = checkpoint.State.of(self.model, self.optimizer)
         if not self.world.is_first:
-            checkpoint.hand_in_shards(state)
+            state.hand_in()
             return
         description = checkpoint.Description(
             step=self.step,
