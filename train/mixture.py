@@ -77,11 +77,12 @@ class Mixture:
     def batch(self, first_sample: int, samples: int) -> Tensor:
         """Windows (samples, block_size + 1), int64, of the global samples from `first_sample` on."""
         sources, own_samples = self.locate(np.arange(first_sample, first_sample + samples))
-        windows = torch.empty(samples, self.block_size + 1, dtype=torch.int64)
+        # NumPy's, as the prefetching thread is to leave torch's threads to training.
+        windows = np.empty((samples, self.block_size + 1), dtype=np.int64)
         for number, source in enumerate(self.sources):
             if (here := sources == number).any():
-                windows[torch.from_numpy(here)] = source.loader.batch(own_samples[here])
-        return windows
+                windows[here] = source.loader.batch(own_samples[here]).numpy()
+        return torch.from_numpy(windows)
 
     def locate(self, samples: Samples) -> tuple[Samples, Samples]:
         """The number of each global sample's source, and which of that source's own samples it is."""
