@@ -182,7 +182,10 @@ def test_torchrun_restarts_after_a_rank_was_killed_and_continues_exactly(
 
 @pytest.mark.campaign
 def test_all_of_torchrun_killed_at_once(tiny: Path) -> None:
-    config = kill_config(tiny, max_steps=400)
+    config = kill_config(tiny, max_steps=1000)  # far more than the kills wait for, on a machine that is busy too
+    config = replace(
+        config, checkpoint=replace(config.checkpoint, every_steps=10), eval=replace(config.eval, every_steps=20)
+    )
     straight, killed = renamed(config, "straight"), renamed(config, "killed")
     assert run_program("train", "quickstart", *overrides(straight), cwd=tiny, ranks=2).returncode == 0
     chance, reached = random.Random(2), 0
