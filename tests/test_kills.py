@@ -91,7 +91,7 @@ def die_everywhere(config: Config, every: int) -> int:
 
 @pytest.mark.parametrize(
     ("every", "at_least"),
-    [pytest.param(17, 5, marks=pytest.mark.slow), pytest.param(1, 100, marks=pytest.mark.campaign)],
+    [pytest.param(17, 4, marks=pytest.mark.slow), pytest.param(1, 80, marks=pytest.mark.campaign)],
 )
 def test_killed_before_each_change_on_disk(tiny: Path, every: int, at_least: int) -> None:
     assert in_a_fresh_process(die_everywhere, kill_config(tiny, max_steps=4), every) >= at_least
@@ -133,7 +133,7 @@ def torchrun(config: Config, folder: Path, *options: str, **environment: str) ->
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
         [*command, "train", "quickstart", *overrides(config)],
-        cwd=folder, env=variables, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=folder, env=variables, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -194,7 +194,8 @@ def test_all_of_torchrun_killed_at_once(tiny: Path) -> None:
         wait_past(killed, launcher, reached + chance.randint(1, 30))
         time.sleep(chance.uniform(0, 0.05))
         reached = last_row(killed)
-        os.killpg(launcher.pid, signal.SIGKILL)
+        for pid in (launcher.pid, *ranks_of(launcher)):  # the ranks are in sessions of their own, and would train on
+            os.kill(pid, signal.SIGKILL)
         launcher.communicate()
     result = run_program("train", "quickstart", *overrides(killed), cwd=tiny, ranks=2)
     assert result.returncode == 0, result.stderr
