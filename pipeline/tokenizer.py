@@ -84,7 +84,7 @@ class BytePairTokenizer:
 
     def encode(self, text: str) -> TokenIds:
         with _lone_surrogates_refused():
-            ids: TokenIds = self.encoding.encode_to_numpy(text)
+            ids: TokenIds = self.encoding.encode_to_numpy(text, disallowed_special=())
         return ids.astype(token_dtype(self.vocab_size))
 
     def decode_bytes(self, ids: list[int]) -> bytes:
@@ -152,7 +152,7 @@ class JsonTokenizer:
     def encode(self, text: str) -> TokenIds:
         with _lone_surrogates_refused():
             if self._merges is not None:
-                ids: TokenIds = np.take(self._ids, self._engine.encode_to_numpy(text))
+                ids: TokenIds = np.take(self._ids, self._engine.encode_to_numpy(text, disallowed_special=()))
                 return ids
             text.encode()
         return self._encode_by_library(text)

@@ -121,6 +121,7 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_train_without_its_dataset_says_how_to_get_it(tmp_path: Path) -> None:
     done = run("train", cwd=tmp_path)
     assert done.returncode == 2
@@ -165,6 +166,7 @@ def test_what_every_rank_finds_out_only_the_first_one_says() -> None:
         assert (done.returncode, done.stderr) == (code, "")
 
 
+@pytest.mark.slow
 def test_an_error_of_one_other_rank_says_which() -> None:
     done = python("-m", "pipeline", "sample", "--ckpt", "nowhere", RANK="5")
     assert done.stderr.startswith("[rank 5] error: no checkpoint at nowhere")

@@ -227,6 +227,7 @@ FAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "words"), [("lie", "gigatoken "), ("raise", "out of luck"), ("die", "killed a worker")]
 )

@@ -71,6 +71,7 @@ def test_a_table_with_tokens_that_no_merge_makes_is_the_same_to_transformers(tmp
     assert ours.encode("xyz").tolist() == [258]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "own.tiktoken", "bpe:512", "merges.json"])
 def test_the_folders_tokenizer_prepares_other_data_as_fast(name: str, tmp_path: Path) -> None:
     """A tokenizer.json that a checkpoint carries is proven equal to a rank table, so tiktoken encodes for it."""

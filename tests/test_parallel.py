@@ -215,6 +215,7 @@ def test_float16_is_refused_in_parts(tiny: Path) -> None:
         parallel.shard(model, None, torch.float16, compiled=False)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_one_rank_needs_no_parts(tiny: Path) -> None:
     config = under(named(tiny_config(tiny), "alone"), "fsdp")
     result = run_program("train", "quickstart", *overrides(config), "--dry-run", cwd=tiny)

@@ -343,6 +343,7 @@ def test_too_little_room_is_told_before_anything_is_done(tmp_path: Path, small_d
     assert not list(small_disk.rglob("*.part"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_full_disk_in_the_middle_is_one_line_and_loses_nothing(
     tmp_path: Path, small_disk: Path, workers: str

@@ -166,7 +166,14 @@ def _as_json(folder: Path, texts: list[str]) -> Path:
     return folder / "c.json"
 
 
-@pytest.mark.parametrize("write", [_as_jsonl, _as_one_row_group, _as_row_groups, _as_folder, _as_gz, _as_zst, _as_json])
+@pytest.mark.parametrize(
+    "write",
+    [_as_jsonl]
+    + [
+        pytest.param(write, marks=pytest.mark.slow)
+        for write in (_as_one_row_group, _as_row_groups, _as_folder, _as_gz, _as_zst, _as_json)
+    ],
+)
 def test_the_bytes_are_the_same_for_any_number_of_workers_and_any_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, documents: list[str]
 ) -> None:

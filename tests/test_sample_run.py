@@ -126,6 +126,7 @@ def test_bad_input_is_one_line(inside: Path, options: SampleOptions, words: str)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
 def test_cuda_where_there_is_none_is_one_line(inside: Path) -> None:
     result = run_program("sample", "--ckpt", "latest", "--device", "cuda", cwd=inside)

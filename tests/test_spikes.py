@@ -76,6 +76,7 @@ def test_the_weights_are_those_of_a_run_that_never_had_the_samples(tiny: Path, b
     assert_identical(twin, config)
 
 
+@pytest.mark.slow
 def test_stopped_after_every_step_the_guard_does_the_same(
     tiny: Path, bad_batches: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

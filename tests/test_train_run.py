@@ -117,6 +117,7 @@ def mixed_config(folder: Path, **sections: dict[str, Any]) -> Config:
     return tiny_config(folder, data={"mixture": mixture} | sections.pop("data", {}), **sections)
 
 
+@pytest.mark.slow
 def test_a_mixture_is_trained_and_reported_by_source(tiny: Path) -> None:
     config = mixed_config(tiny, train={"max_steps": 20}, eval={"every_steps": 10}, checkpoint={"every_steps": 10})
     result = run_program("train", "quickstart", *overrides(config), cwd=tiny)
@@ -238,6 +239,7 @@ def test_training_starts_from_given_weights(tiny: Path) -> None:
     assert rows(tuned)[0]["loss"] < first[2]["loss"] < first[0]["loss"]
 
 
+@pytest.mark.slow
 def test_dry_run_says_the_arithmetic_and_writes_nothing(tiny: Path) -> None:
     config = tiny_config(tiny)
     result = run_program("train", "quickstart", *overrides(config), "--dry-run", cwd=tiny)
@@ -262,6 +264,7 @@ def test_signals_are_the_callers_again_after_training(tiny: Path) -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(tiny: Path) -> None:
     """/dev/full takes no byte; a run folder under it cannot be made."""
     result = run_program("train", "quickstart", *overrides(tiny_config(tiny, run={"dir": "/dev/full"})), cwd=tiny)

@@ -193,7 +193,7 @@ class Trainer:
                     progress.advance(self.step - progress.done)
                     continue
                 self.judge(result)
-                if self.world.is_first:
+                if self.world.is_first and self.saver.unused:
                     self.saver.reserve(checkpoint.State.of(self.model, self.optimizer))
                 self.step += 1
                 reason = self.between_steps(result, metrics, stop)
@@ -255,10 +255,8 @@ class Trainer:
         spike_step, next_sample = self.step, self.first_sample + self.samples_per_step
         self.restore(target)
         row = {"step": self.step, "first_sample": self.first_sample, "samples": next_sample - self.first_sample}
-        if self.world.is_first:
-            checkpoint.point(
-                self.checkpoints, "latest", target
-            )  # first: a start from a later one would misread the row
+        if self.world.is_first:  # before the row: a start from a later checkpoint would misread it
+            checkpoint.point(self.checkpoints, "latest", target)
         self.skipped.add(row | {"spike_at": spike_step, "grad_norm": result.grad_norm}, on_disk=self.world.is_first)
         if metrics:
             checkpoint.set_aside_after(self.checkpoints, self.step)
