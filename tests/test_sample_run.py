@@ -29,6 +29,7 @@ def inside(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return trained
 
 
+@pytest.mark.slow
 def test_text_goes_to_stdout_and_talk_to_stderr(trained: Path) -> None:
     options = ("--prompt", "ABC", "--seed", "1", "--max-new-tokens", "30")
     result = run_program("sample", "--ckpt", "latest", *options, cwd=trained)

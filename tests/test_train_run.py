@@ -332,6 +332,7 @@ def test_a_second_writer_is_refused(tiny: Path) -> None:
         process.wait()
 
 
+@pytest.mark.slow
 def test_divergence_is_exit_code_3_and_keeps_the_last_checkpoint(tiny: Path) -> None:
     config = tiny_config(
         tiny, train={"max_steps": 50, "max_bad_steps": 2}, optimizer={"lr": 1e30, "min_lr": 1e30, "grad_clip": 0.0}
