@@ -105,7 +105,7 @@ def find_rule(parts: list[Path], tokenizer: Tokenizer, fraction: float, duplicat
     """A small corpus may have no document on one side of the threshold; it then moves to the nearest hash."""
     threshold = int(fraction * HASH_RANGE)
     lowest, highest, count, number = HASH_RANGE, -1, 0, 0
-    alone: TokenIds | None = None
+    alone: Part | None = None
     for path in parts:
         part = Part(path, token_dtype(tokenizer.vocab_size))
         kept = ~dropped(duplicates, number, number + part.summary.documents)
@@ -114,19 +114,19 @@ def find_rule(parts: list[Path], tokenizer: Tokenizer, fraction: float, duplicat
             hashes = part.hashes[kept, 0]
             lowest, highest = min(lowest, int(hashes.min())), max(highest, int(hashes.max()))
             count += len(hashes)
-            alone = part.tokens
+            alone = part
     assert alone is not None
     if count > 1 and lowest == highest:
         raise UserError(f"all {count} documents of the corpus are identical: wanted different ones for train and val")
     if count == 1:
-        cut = _cut(alone, tokenizer, fraction)
-        return SplitRule("position", fraction, cut, _text_bytes(alone[:cut], tokenizer))
+        cut = _cut(alone.tokens[: int(alone.lengths[0]) - 1], tokenizer, fraction)
+        return SplitRule("position", fraction, cut, _text_bytes(alone, cut, tokenizer))
     return SplitRule("hash", fraction, min(max(threshold, lowest + 1), highest))
 
 
 def _cut(ids: TokenIds, tokenizer: Tokenizer, fraction: float) -> int:
     """Where a lone document is cut: before a token that begins a character, with at least one on each side."""
-    tokens = int(np.flatnonzero(ids == tokenizer.end_of_text)[0])
+    tokens = len(ids)
     if tokens < 2:
         raise UserError("the corpus is a single token: wanted enough text for a train and a val split")
     latest = min(max(int(tokens * (1 - fraction)), 1), tokens - 1)
@@ -135,12 +135,16 @@ def _cut(ids: TokenIds, tokenizer: Tokenizer, fraction: float) -> int:
     return next(begins, latest)
 
 
-def _text_bytes(ids: TokenIds, tokenizer: Tokenizer) -> int:
+def _text_bytes(part: Part, cut: int, tokenizer: Tokenizer) -> int:
+    """Of the part's first `cut` ids."""
     lengths = tokenizer.token_bytes()
     if lengths is None:
-        return len(tokenizer.decode_bytes(ids.tolist()))
-    blocks = (ids[at : at + TOKENS_AT_ONCE] for at in range(0, len(ids), TOKENS_AT_ONCE))
-    return sum(int(lengths.take(block).sum()) for block in blocks)
+        return len(tokenizer.decode_bytes(part.tokens[:cut].tolist()))
+    size = 0
+    for at in range(0, cut, TOKENS_AT_ONCE):
+        size += int(lengths.take(part.tokens[at : min(at + TOKENS_AT_ONCE, cut)]).sum())
+        part.let_go()
+    return size
 
 
 def plan_shards(parts: list[Path], assembly: Assembly, shard_tokens: int) -> list[ShardPlan]:
@@ -193,6 +197,7 @@ def write_shard(job: tuple[Assembly, ShardPlan]) -> Shard:
                 content_hash.update(ids.data)
                 counts.add(ids)
                 tokens += len(ids)
+                part.let_go()
     if assembly.rule.kind == "position":
         text_bytes = assembly.rule.head_bytes if plan.split == "train" else text_bytes - assembly.rule.head_bytes
     shard = Shard(final.name, tokens, documents, text_bytes, content_hash.hexdigest())

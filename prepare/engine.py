@@ -99,8 +99,11 @@ class Gigatoken:
         self._to_check = CHECK_FIRST
 
     def begin_unit(self) -> None:
-        """Check the next documents; forget what gigatoken remembers, from time to time."""
+        """Check the next documents."""
         self._to_check = CHECK_FIRST
+
+    def _forget(self) -> None:
+        """What gigatoken remembers, when it has become too much: also in the midst of a long document."""
         if _STATM.exists() and self._encoded_bytes:
             if _resident_bytes() - self._built_at > MOST_GROWTH_BYTES:
                 self._build()
@@ -139,6 +142,7 @@ class Gigatoken:
         if there != self._uncounted_bytes or (ids.size and ids.max() >= len(self._byte_counts)):
             raise EngineFault("lost or added text")
         self._uncounted, self._uncounted_bytes = [], 0
+        self._forget()
 
     def _build(self) -> None:
         self._fast: Any = None  # before the next one is there, so that they never stand side by side

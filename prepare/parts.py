@@ -12,6 +12,7 @@ A part holds a unit's documents in their order, of both splits:
 It is written beside and renamed, so a part that is there is whole, and doing a unit twice gives the same bytes.
 """
 
+import mmap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,11 @@ class Part:
         self.text_bytes: npt.NDArray[np.int64] = _map(path, _INT64, at, documents)
         at += documents * _INT64.itemsize
         self.hashes: npt.NDArray[np.uint64] = _map(path, np.dtype(">u8"), at, 2 * documents).reshape(documents, 2)
+
+    def let_go(self) -> None:
+        """Of the ids in memory; they are read again if asked for. A document may be larger than what memory should hold."""
+        if isinstance(self.tokens, np.memmap):
+            self.tokens._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 def read_summary(path: Path) -> Summary:

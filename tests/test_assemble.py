@@ -82,10 +82,10 @@ def test_a_lone_document_is_never_cut_inside_a_character(tmp_path: Path) -> None
     """GPT-2's vocabulary splits rare characters over several tokens."""
     tokenizer = BytePairTokenizer("gpt2")
     text = "ab" + "𒀀" * 5
-    ids = np.append(tokenizer.encode(text), tokenizer.end_of_text)
+    ids = tokenizer.encode(text)
     for fraction in np.linspace(0.02, 0.98, 40).tolist():
         cut = assemble._cut(ids, tokenizer, fraction)
-        assert 0 < cut < len(ids) - 1
+        assert 0 < cut < len(ids)
         tokenizer.decode_bytes(ids[:cut].tolist()).decode()
 
 

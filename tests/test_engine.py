@@ -188,7 +188,8 @@ def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch, tells_its
     for _ in range(10):
         gigatoken.begin_unit()
         gigatoken.encode(b"x" * 50)
-    assert len(built) == 5
+        gigatoken.end_unit()
+    assert len(built) == 6
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.model import GPT
 from pipeline.sharding import whole
-from pipeline.shards import load_manifest
 from train import parallel
+from train.mixture import Mixture
 from train.run import assemble
 from train.trainer import Trainer
 
@@ -83,9 +83,9 @@ def test_fsdp_goes_on_bit_for_bit(tiny: Path) -> None:
 def tell(config: Config) -> dict[str, Any]:
     """The findings of one rank."""
     world = distributed.start("cpu")
-    manifest = load_manifest(config.dataset_dir)
+    mixture = Mixture(config)
     mesh = parallel.mesh_of("fsdp", world)
-    trainer, _ = assemble(config, world, manifest, mesh)
+    trainer, _ = assemble(config, world, mixture, mesh)
     trainer.replicate()
     with ReductionCount() as reductions:
         trainer.train_step()
@@ -99,7 +99,7 @@ def tell(config: Config) -> dict[str, Any]:
     findings["bad_step"] = bad_step(trainer)
     findings["val_loss"] = trainer.evaluate()
     findings["sharded_after_evaluation"] = [parameter.to_local().numel() for parameter in trainer.model.parameters()]
-    rounded, _ = assemble(replace(config, run=replace(config.run, dtype="bfloat16")), world, manifest, mesh)
+    rounded, _ = assemble(replace(config, run=replace(config.run, dtype="bfloat16")), world, mixture, mesh)
     findings["bfloat16"] = [
         rounded.train_step().loss,
         {str(p.dtype) for p in rounded.model.parameters()} == {"torch.float32"},
@@ -189,7 +189,7 @@ def test_all_ranks_get_one_val_loss_and_one_bfloat16_loss(told: Any) -> None:
     (first, second), config = told
     assert first["val_loss"] == second["val_loss"]
     world = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
-    alone = assemble(config, world, load_manifest(config.dataset_dir))[0].train_step().loss
+    alone = assemble(config, world, Mixture(config))[0].train_step().loss
     assert first["bfloat16"] == second["bfloat16"] == [pytest.approx(alone, rel=5e-3), True]
 
 
