@@ -85,13 +85,14 @@ def test_two_ranks_stopped_and_resumed_equal_straight_through_bit_for_bit(tiny: 
 def test_a_run_moves_from_one_rank_to_two_to_four_and_back(tiny: Path) -> None:
     """The same samples, so the same losses within rounding; each rank writes down what it takes."""
     (tiny / "sitecustomize.py").write_text(
-        "import json, os, pathlib, torch, train.loader\n"
-        "real = train.loader.Loader.batch\n"
-        "def batch(self, first, count):\n"
+        "import os, pathlib\n"
+        "from train.prefetch import Prefetcher\n"
+        "real = Prefetcher.batch\n"
+        "def batch(self, first):\n"
         "    with pathlib.Path('samples.' + os.environ.get('RUN', '')).open('a') as file:\n"
-        "        file.write(''.join(f'{sample}\\n' for sample in range(first, first + count)))\n"
-        "    return real(self, first, count)\n"
-        "train.loader.Loader.batch = batch\n"
+        "        file.write(''.join(f'{sample}\\n' for sample in range(first, first + self.size)))\n"
+        "    return real(self, first)\n"
+        "Prefetcher.batch = batch\n"
     )
     environment = {"PYTHONPATH": f"{tiny}:{ROOT}"}
     config = tiny_config(
