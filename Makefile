@@ -25,7 +25,7 @@ test: setup
 test-fast: setup
 	$(BIN)/python -m pytest -m 'not slow and not campaign'
 
-# Some ten minutes of kills and of large inputs.
+# Some fifteen minutes of kills, of SLURM jobs and of large inputs.
 test-campaign: setup
 	$(BIN)/python -m pytest -m campaign
 
@@ -33,11 +33,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck slurm/*.sbatch
 
 # SHAKESPEARE and NANOGPT name local copies of the text and of the peer; without them their row is left out.
 bench: setup
 	$(BIN)/python benchmarks/cli_startup.py
 	$(BIN)/python benchmarks/prepare_throughput.py
 	$(BIN)/python benchmarks/train_throughput.py
+	$(BIN)/python benchmarks/sample_throughput.py
 	$(BIN)/python benchmarks/checkpoint_stall.py
 	$(BIN)/python benchmarks/shakespeare_char.py $(if $(SHAKESPEARE),--text $(SHAKESPEARE)) $(if $(NANOGPT),--nanogpt $(NANOGPT))

@@ -12,34 +12,48 @@ no pickle anywhere, so loading a checkpoint executes nothing.
 """
 
 import itertools
-import re
+import math
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import orjson
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import pipeline
-from pipeline import huggingface
-from pipeline.config import CHECKPOINT_NAME, ModelConfig, from_dict
+from pipeline import hub, huggingface, weights
+from pipeline.config import CHECKPOINT_NAME, ModelConfig, RunConfig, from_dict
+from pipeline.device import memory
 from pipeline.errors import UserError
-from pipeline.files import hash_bytes, hash_file, publish, sync, write_atomic
+from pipeline.files import hash_bytes, hash_file, publish, read_limited, sync, write_atomic
+from pipeline.huggingface import ModelFolder
 from pipeline.log import logger
 from pipeline.model import GPT
 from pipeline.sharding import part_for, whole
-from pipeline.tokenizer import BytePairTokenizer, Tokenizer, from_spec
+from pipeline.tokenizer import Tokenizer, from_spec
+from pipeline.tokenizer_files import fingerprints, tokenizer_files
+from pipeline.weights import WEIGHTS
 
 FORMAT_VERSION = 1
 DESCRIPTION = "checkpoint.json"
-WEIGHTS = "model.safetensors"
+RUNS = Path(RunConfig.dir)  # where `latest` and `best` are looked up
 TRAINING_STATE = "training_state.safetensors"
-GPT2_VOCAB_SIZE = 50257
+MOST_POINTER_BYTES = 200
+MOST_DESCRIPTION_BYTES = 1 << 23  # a `char` vocabulary of every character there is takes five megabytes
+MOST_RUN_CONFIG_BYTES = 1 << 18
+# Of a file that a stranger may have written: what else it holds is no description.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "step": (int,), "tokens": (int,), "config": (dict,), "tokenizer": (dict,), "dataset": (str,),
+    "val_loss": (float, int, type(None)), "scaler": (dict,), "bad_steps": (int,), "grad_norms": (list,),
+    "files": (dict,), "program": (str,), "format": (int,), "hash": (str,),
+}  # fmt: skip
+_SPEC_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,), "vocab_size": (int,), "end_of_text": (int,), "fingerprint": (str,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,12 +118,8 @@ def write(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_model(partial, model, state.weights, tokenizer)
-    save_file(_optimizer_in_folder_layout(model, state.optimizer), partial / TRAINING_STATE)
-    hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
-    for name in hashes:
-        sync(partial / name)
-    document = asdict(description) | {"files": hashes}
-    write_atomic(partial / DESCRIPTION, _dump(document | {"hash": _hash_of(document)}))
+    _save_tensors(partial / TRAINING_STATE, _optimizer_in_folder_layout(model, state.optimizer))
+    describe(partial, description)
     if final.is_dir():  # the run went back to an earlier step, and has come this far again
         replaced = checkpoints / f".{final.name}.replaced.partial"
         shutil.rmtree(replaced, ignore_errors=True)
@@ -121,24 +131,51 @@ def write(
     return final
 
 
+def describe(folder: Path, description: Description) -> None:
+    """Write checkpoint.json over the files that are in `folder`."""
+    hashes = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
+    for name in hashes:
+        sync(folder / name)
+    document = asdict(description) | {"files": hashes}
+    write_atomic(folder / DESCRIPTION, _dump(document | {"hash": _hash_of(document)}))
+
+
 def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+def write_model(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
     """The files that Hugging Face reads: config, weights and tokenizer; and the tokenizer's own, where it has one."""
-    _write_model(folder, model, dict(model.named_parameters()), tokenizer)
+    _write_model(folder, model, dict(model.named_parameters()), tokenizer, dtype)
 
 
-def _write_model(folder: Path, model: GPT, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
+def _write_model(
+    folder: Path, model: GPT, tensors: dict[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype = torch.float32
+) -> None:
     parameters = {
-        name: huggingface.to_folder_layout(model, name, tensor).cpu()  # one by one: no GPU holds all the copies
-        for name, tensor in weights.items()
+        # One by one: no GPU holds all the copies.
+        name: huggingface.to_folder_layout(model, name, tensor).to("cpu", dtype)
+        for name, tensor in tensors.items()
     }
-    save_file(parameters | huggingface.zero_biases(model), folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "config.json").write_bytes(_dump(huggingface.config_json(model, tokenizer.end_of_text)))
-    for name, content in (huggingface.tokenizer_files(tokenizer) | tokenizer.files()).items():
+    zeros = {
+        name: torch.zeros(shape, dtype=dtype)
+        for name, shape in huggingface.folder_shapes(model.config, model.vocab_size).items()
+        if not huggingface.is_trained(model.config, name)
+    }
+    _save_tensors(folder / WEIGHTS, parameters | zeros, metadata={"format": "pt"})
+    named = str(dtype).removeprefix("torch.")
+    config = huggingface.config_json(model.config, model.vocab_size, tokenizer.end_of_text, named)
+    (folder / huggingface.CONFIG).write_bytes(_dump(config))
+    for name, content in (tokenizer_files(tokenizer) | tokenizer.files()).items():
         (folder / name).write_bytes(content)
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor], **options: Any) -> None:
+    """safetensors gives its file to its owner alone; whoever may read the rest of the folder may read this."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, **options)
+    path.chmod(mode)
 
 
 def point(checkpoints: Path, pointer: str, folder: Path) -> None:
@@ -151,7 +188,7 @@ def pointed_at(checkpoints: Path, pointer: str) -> Path | None:
     path = checkpoints / pointer
     if not path.is_file():
         return None
-    name = path.read_bytes().decode(errors="replace").strip()
+    name = read_limited(path, MOST_POINTER_BYTES).decode(errors="replace").strip()
     if not CHECKPOINT_NAME.fullmatch(name):
         raise UserError(
             f"{path} holds {name!r}, wanted a folder's name such as step_00001000: write one of those beside it"
@@ -213,18 +250,17 @@ def set_aside(folder: Path, why: str) -> Path:
     aside = next(path for name in names if not (path := folder.with_name(name)).exists())
     folder.rename(aside)
     pointer = folder.parent / "best"
-    if pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == folder.name:
+    if pointer.is_file() and pointer.read_bytes().strip() == folder.name.encode():
         pointer.unlink()
     return aside
 
 
-def resolve(ckpt: str, run_dir: Path | None, runs: Path) -> Path:
-    """The folder a `--ckpt` means: a path, or `latest`/`best` of `run_dir`, by default of the newest run under `runs`."""
+def resolve(ckpt: str, run_dir: Path | None, runs: Path = RUNS) -> Path:
+    """The folder a `--ckpt` means: a path, hf:ORG/NAME, or `latest`/`best` of `run_dir`, by default of the newest run
+    under `runs`.
+    """
     if ckpt not in ("latest", "best"):
-        path = Path(ckpt)
-        if not path.is_dir():
-            raise UserError(f"no checkpoint at {path}: wanted a checkpoint folder, latest or best")
-        return path
+        return model_folder(ckpt)
     if run_dir is None:
         pointers = sorted(runs.glob("*/checkpoints/latest"), key=lambda pointer: pointer.stat().st_mtime)
         if not pointers:
@@ -236,27 +272,52 @@ def resolve(ckpt: str, run_dir: Path | None, runs: Path) -> Path:
     return folder
 
 
+def model_folder(name: str) -> Path:
+    """The folder that hf:ORG/NAME[@REVISION] or a path names. Raises UserError where there is none."""
+    if name.startswith("hf:"):
+        return hub.model_folder(name)
+    if not Path(name).is_dir():
+        raise UserError(f"no checkpoint at {name}: wanted a checkpoint folder, hf:ORG/NAME, latest or best")
+    return Path(name)
+
+
 def read_description(folder: Path) -> Description:
     """checkpoint.json, without a look at the files it speaks of. Raises UserError for one that is missing or damaged."""
     path = folder / DESCRIPTION
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint of this program: it has no {DESCRIPTION}")
     try:
-        document = orjson.loads(path.read_bytes())
+        document = orjson.loads(read_limited(path, MOST_DESCRIPTION_BYTES))
         if document["format"] != FORMAT_VERSION:
             raise UserError(f"{path} has format {document['format']}, this program reads {FORMAT_VERSION}")
         description = Description(**document)
+        _check_types(document)
+        own_hash = _hash_of(document)
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): use another checkpoint") from None
-    if description.hash and description.hash != _hash_of(document):  # the first checkpoints of format 1 had none
+    if description.hash and description.hash != own_hash:  # the first checkpoints of format 1 had none
         raise UserError(f"{path} is damaged (it does not match its own hash): use another checkpoint")
     return description
+
+
+def _check_types(document: dict[str, Any]) -> None:
+    """Raises TypeError for what `write` never wrote."""
+    spec, files = document["tokenizer"], document.get("files", {})
+    for name, value in (*document.items(), *((name, spec[name]) for name in _SPEC_TYPES)):
+        if type(value) not in (_TYPES | _SPEC_TYPES)[name]:
+            raise TypeError(f"{name} is of the type {type(value).__name__}")
+    if not all(Path(name).name == name not in ("", "..") and isinstance(hash_, str) for name, hash_ in files.items()):
+        raise TypeError("files names more than the files beside it")
+    if not all(isinstance(norm, float | int | None) for norm in document.get("grad_norms", ())):
+        raise TypeError("grad_norms holds more than numbers")
+    if len(_dump(document["config"])) > MOST_RUN_CONFIG_BYTES:
+        raise TypeError("config is larger than any")
 
 
 def verify(folder: Path, description: Description, without: Collection[str] = ()) -> None:
     """Check a checkpoint's files, but for those `without`, against their hashes. Raises UserError for the first that differs."""
     for name, recorded in description.files.items():
-        file = folder / Path(name).name
+        file = folder / name
         if name in without:
             continue
         if not file.is_file():
@@ -265,60 +326,85 @@ def verify(folder: Path, description: Description, without: Collection[str] = ()
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its hash; use another checkpoint")
 
 
-def identify(folder: Path) -> tuple[ModelConfig, Tokenizer]:
-    """The shape and the vocabulary of our checkpoint or of a Hugging Face GPT-2 folder, its weights verified if ours."""
+def identify(folder: Path, verified: bool = True) -> ModelFolder:
+    """The model in our checkpoint, its hashes verified, or in a Hugging Face GPT-2 folder: its weights have that shape."""
     if (folder / DESCRIPTION).is_file():
         description = read_description(folder)
-        verify(folder, description, without=(TRAINING_STATE,))
-        return from_dict(description.config).model, from_spec(description.tokenizer, folder)
-    config, vocab_size = _foreign_config(folder)
-    return config, _foreign_tokenizer(folder, vocab_size)
+        config, spec = from_dict(description.config).model, description.tokenizer
+        if verified:
+            verify(folder, description, without=(TRAINING_STATE,))
+        found = ModelFolder(config, from_spec(spec, folder), spec["vocab_size"])
+    elif (folder / huggingface.CONFIG).is_file():
+        found = huggingface.identify(folder)
+    else:
+        raise UserError(
+            f"{folder} is no checkpoint: it has neither {DESCRIPTION} nor a Hugging Face {huggingface.CONFIG}"
+        )
+    with weights.opened(weights.weight_files(folder)) as stored:
+        if found.config.n_layer > len(stored):
+            raise UserError(f"{folder} does not fit the model: {found.config.n_layer} layers of {len(stored)} tensors")
+        weights.check(folder, huggingface.folder_shapes(found.config, found.vocab_rows), stored)
+    return found
 
 
 def load_model(folder: Path) -> tuple[GPT, Tokenizer]:
     """The model, in float32 on the CPU, and its tokenizer, from our checkpoint or any Hugging Face GPT-2 folder."""
-    config, tokenizer = identify(folder)
-    model = _uninitialised(config, tokenizer.vocab_size)
-    load_weights(model, folder)
-    return model, tokenizer
+    found = identify(folder)
+    _check_memory(folder, found.config, found.tokenizer.vocab_size)
+    model = uninitialised(found.config, found.tokenizer.vocab_size)
+    load_weights(model, folder, found)
+    return model, found.tokenizer
 
 
 def load_initial_weights(model: GPT, tokenizer_spec: dict[str, Any], folder: Path) -> None:
-    """Start a new run from a folder's weights. Raises UserError unless they mean the same in `model` as where they are from."""
-    config, tokenizer = identify(folder)
-    if tokenizer.spec() != tokenizer_spec:
+    """Start a new run from a folder's weights; of its positions the first `block_size` are taken. Raises UserError unless
+    they mean the same in `model` as where they are from.
+    """
+    found = identify(folder)
+    if tokenizer_spec["fingerprint"] not in fingerprints(folder, found.tokenizer):
+        name = found.tokenizer.name if found.tokenizer.name in ("gpt2", "byte") else folder
         raise UserError(
-            f"{folder} has the vocabulary {tokenizer.name} of {tokenizer.vocab_size} tokens, the dataset has another one "
-            f"({tokenizer_spec['name']}, {tokenizer_spec['vocab_size']}): prepare the data with the same tokenizer"
+            f"{folder} has the vocabulary {found.tokenizer.name} of {found.tokenizer.vocab_size} tokens, the dataset has another "
+            f"one ({tokenizer_spec['name']}, {tokenizer_spec['vocab_size']}): prepare the data with --tokenizer {name}"
         )
-    for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "tie_weights"):
-        theirs, ours = getattr(config, key), getattr(model.config, key)
-        if theirs != ours:
-            raise UserError(
-                f"{folder} has {key}={theirs}, the config says {ours}: set model.{key}={str(theirs).lower()}"
-            )
-    load_weights(model, folder)
+    theirs, ours = asdict(found.config), asdict(model.config)
+    differing = [key for key in ("n_layer", "n_head", "n_embd", "bias", "tie_weights") if theirs[key] != ours[key]]
+    if model.config.block_size > found.config.block_size:
+        differing.append("block_size")
+    if differing:
+        have = ", ".join(
+            f"{key}={str(theirs[key]).lower()} (the config: {str(ours[key]).lower()})" for key in differing
+        )
+        paste = " ".join(f"model.{key}={str(theirs[key]).lower()}" for key in differing)
+        raise UserError(f"{folder} has {have}: add {paste}{'; or a smaller block_size' * ('block_size' in differing)}")
+    load_weights(model, folder, found)
 
 
-def load_weights(model: GPT, folder: Path) -> None:
-    """Fill `model` from a folder's model.safetensors. Raises UserError unless names and shapes fit, before any is read."""
+def load_weights(model: GPT, folder: Path, source: ModelFolder | None = None) -> None:
+    """Fill `model` from a folder's weights, by default of its own shape. Raises UserError unless names, shapes and types
+    fit, before any is read.
+    """
     own = dict(model.named_parameters())
+    config, rows = (source.config, source.vocab_rows) if source else (model.config, model.vocab_size)
 
     def restore(name: str, tensor: Tensor) -> None:
-        own[name].copy_(part_for(own[name], huggingface.from_folder_layout(model, name, tensor)))
+        if name in own:
+            own[name].copy_(part_for(own[name], huggingface.from_folder_layout(model, name, tensor)))
 
-    _fill(folder / WEIGHTS, huggingface.folder_shapes(model), restore, ignored=set(huggingface.zero_biases(model)))
+    weights.fill(folder, weights.weight_files(folder), huggingface.folder_shapes(config, rows), restore)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: GPT, folder: Path) -> None:
     """Fill the optimizer's state from a folder's training_state.safetensors, which is empty before the first good step."""
-    if not _has_tensors(folder / TRAINING_STATE):
-        return
+    path = folder / TRAINING_STATE
+    with weights.opened([path]) as stored:
+        if not stored:
+            return
     parameters = dict(model.named_parameters())
     state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-    shapes = huggingface.folder_shapes(model)
-    wanted = {f"{kind}.{name}": shape for name, shape in shapes.items() for kind in ("exp_avg", "exp_avg_sq")}
-    wanted |= {f"step.{name}": () for name in shapes}
+    shapes = huggingface.folder_shapes(model.config, model.vocab_size)
+    wanted = {f"{kind}.{name}": shapes[name] for name in parameters for kind in ("exp_avg", "exp_avg_sq")}
+    wanted |= {f"step.{name}": () for name in parameters}
 
     def restore(key: str, tensor: Tensor) -> None:
         kind, _, name = key.partition(".")
@@ -329,7 +415,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: GPT, folder: Path) -
             part = part_for(parameter, huggingface.from_folder_layout(model, name, tensor))
             state[name][kind] = torch.empty_like(parameter).copy_(part)
 
-    _fill(folder / TRAINING_STATE, wanted, restore)
+    weights.fill(path, [path], wanted, restore)
     for name, parameter in parameters.items():
         optimizer.state[parameter] = state[name]
 
@@ -355,83 +441,18 @@ def _optimizer_in_folder_layout(model: GPT, tensors: dict[str, Tensor]) -> dict[
     return stored
 
 
-def _fill(
-    path: Path,
-    wanted: dict[str, tuple[int, ...]],
-    take: Callable[[str, Tensor], object],
-    ignored: Collection[str] = (),
-) -> None:
-    """Hand every tensor of a safetensors file to `take`, after names and shapes in its header were checked."""
-    if path.with_name(f"{path.name}.index.json").is_file():
-        raise UserError(f"{path.parent} holds its weights in several files: save it again as one, {path.name}")
-    if not path.is_file():
+def _check_memory(folder: Path, config: ModelConfig, vocab_size: int) -> None:
+    """Raises UserError for a model that this machine cannot hold: a file of any size takes no room where it has holes."""
+    needed = 4 * sum(map(math.prod, huggingface.folder_shapes(config, vocab_size).values()))
+    there = memory(torch.device("cpu"))
+    if needed > there:
         raise UserError(
-            f"{path.parent} has no {path.name}: only safetensors are read, pickled weights (.bin, .pt) never"
+            f"{folder} wants {needed / 1e9:,.0f} GB of memory for its weights, this machine has {there / 1e9:,.0f} GB: "
+            "is its config what it should be?"
         )
-    try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            found = {_full_name(name): name for name in file.keys()}  # noqa: SIM118 - no mapping, it has keys() only
-            shapes = {full: tuple(file.get_slice(name).get_shape()) for full, name in found.items()}
-            _check_names(path, wanted, {name: shape for name, shape in shapes.items() if name not in ignored})
-            for name in wanted:
-                take(name, file.get_tensor(found[name]))
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def _has_tensors(path: Path) -> bool:
-    with safe_open(path, framework="pt") as file:
-        return bool(list(file.keys()))
-
-
-def _full_name(name: str) -> str:
-    """OpenAI's own GPT-2 files leave the leading "transformer." out."""
-    return f"transformer.{name}" if re.match(r"(wte|wpe|h\.\d+|ln_f)\.", name) else name
-
-
-def _check_names(path: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    # Old files carry the causal mask, and a tied head, as tensors of their own.
-    known = {name for name in found if name.endswith((".attn.bias", ".attn.masked_bias"))}
-    if "lm_head.weight" not in wanted:
-        known.add("lm_head.weight")
-    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys() - known)
-    differing = [
-        f"{name} is {found[name]}, wanted {wanted[name]}"
-        for name in wanted
-        if found.get(name, wanted[name]) != wanted[name]
-    ]
-    faults = [
-        f"{title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-        for title, names in (("missing", missing), ("unknown", unknown), ("of another shape", differing))
-        if names
-    ]
-    if faults:
-        raise UserError(f"{path} does not fit the model: {'; '.join(faults)}")
-
-
-def _foreign_config(folder: Path) -> tuple[ModelConfig, int]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is no checkpoint: it has neither {DESCRIPTION} nor a Hugging Face config.json")
-    try:
-        document = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path} is not a JSON object: it does not describe a GPT-2 model")
-    return huggingface.model_config(document, str(folder))
-
-
-def _foreign_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    if vocab_size != GPT2_VOCAB_SIZE:
-        raise UserError(
-            f"{folder} has {vocab_size} tokens and no {DESCRIPTION}: its vocabulary is unknown; "
-            f"a foreign folder is taken for GPT-2's vocabulary at {GPT2_VOCAB_SIZE} tokens only"
-        )
-    return BytePairTokenizer("gpt2")
-
-
-def _uninitialised(config: ModelConfig, vocab_size: int) -> GPT:
+def uninitialised(config: ModelConfig, vocab_size: int) -> GPT:
     """A model whose weights are about to be read: drawing random ones first would take seconds at 1558M."""
     with torch.device("meta"):
         model = GPT(config, vocab_size)

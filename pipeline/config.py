@@ -81,7 +81,9 @@ class ModelConfig:
         "block: keep each block's input only, and compute it again in the backward pass: less memory, a third more work",
         ("none", "block"),
     )
-    init_from: str = key("", "start from the weights of this checkpoint or Hugging Face GPT-2 folder")
+    init_from: str = key(
+        "", "start from the weights of this checkpoint, Hugging Face GPT-2 folder or hf:ORG/NAME[@REVISION]"
+    )
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,9 @@ class EvalConfig:
         160,
         "micro-batches of one evaluation over all ranks, spread over the split, for each dataset of a mixture; "
         "0 takes the whole split",
+    )
+    sample_prompt: str = key(
+        "", "at each evaluation, go on from this text for some tokens, in the log and TensorBoard; off when empty"
     )
 
 
@@ -426,6 +431,8 @@ def _inconsistencies(config: Config) -> list[str]:
         )
     if config.run.seed >= 1 << 63:
         faults.append(f"run.seed={config.run.seed} is above 2**63 - 1")
+    if config.eval.sample_prompt and not config.eval.every_steps:
+        faults.append("eval.sample_prompt waits for evaluations, and eval.every_steps=0 turns them off")
     resume = config.checkpoint.resume
     if resume not in ("auto", "must", "never") and not CHECKPOINT_NAME.fullmatch(resume):
         faults.append(f"checkpoint.resume={resume!r} is not one of auto, must, never, nor a name such as step_00001000")

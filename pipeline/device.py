@@ -6,9 +6,11 @@ who cannot see why.
 
 import importlib.util
 import os
+import shutil
 
 import torch
 
+from pipeline import launch
 from pipeline.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +57,11 @@ def pick_dtype(name: str, device: torch.device, n_embd: int) -> tuple[torch.dtyp
     return torch.float32, f"no bfloat16 unit on this {device.type}"
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Compute in `dtype`; the weights keep their type. Off for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def should_compile(name: str, device: torch.device) -> tuple[bool, str]:
     """Whether `run.compile` means torch.compile here, and why."""
     if name != "auto":
@@ -67,18 +74,29 @@ def should_compile(name: str, device: torch.device) -> tuple[bool, str]:
         return False, f"Triton needs compute capability 7.0, found {capability[0]}.{capability[1]}"
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return False, "Triton finds no C compiler ($CC, gcc, clang)"
     return True, "CUDA with Triton"
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory that tensors on `device` may take at most: all it has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # mps shares the machine's
 
 
 def share_threads(ranks_here: int) -> int:
     """Give each rank on this machine its share of the cores the process may use; torchrun would leave it with one.
 
-    A process alone keeps what torch took, which follows its core affinity and OMP_NUM_THREADS.
+    A task of srun may be bound to its share already, and takes what SLURM gave it. A process alone keeps what torch took,
+    which follows its core affinity and OMP_NUM_THREADS.
     """
     if ranks_here == 1:
         return torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // ranks_here)
+    given = launch.cores_per_rank()
+    threads = min(cores, given) if given else max(1, cores // ranks_here)
     torch.set_num_threads(threads)
     return threads
 

@@ -1,9 +1,9 @@
-"""The ranks of a run: one process, or many under torchrun. Everything here also works, as a no-op, for one."""
+"""The ranks of a run: one process, or many that torchrun or srun started. Everything here also works, as a no-op, for one."""
 
 import datetime
 import gc
 import os
-import sys
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from pipeline import launch
 from pipeline.device import pick_device
 from pipeline.errors import EXIT_USER, UserError
+from pipeline.launch import Placement
 
 # Start-up waits for the slowest node to import torch from a shared filesystem; a step that hangs longer is dead.
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -24,12 +26,14 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among the ranks. `local_size` counts the ranks on this machine."""
+    """Who this process is among the ranks. `local_rank` and `local_size`: among those on this machine."""
 
     rank: int
     size: int
     local_size: int
     device: torch.device
+    local_rank: int = 0
+    store: Store | None = None
 
     @property
     def is_first(self) -> bool:
@@ -58,63 +62,104 @@ class World:
         values = self.gather(value)
         odd = next((rank for rank, other in enumerate(values) if other != values[0]), None)
         if odd is not None and not self.is_first:
-            sys.exit(EXIT_USER)
+            launch.leave(EXIT_USER)
         if odd is not None:
             raise UserError(f"ranks disagree about {what}: rank 0 has {values[0]}, rank {odd} has {values[odd]}")
 
     @contextmanager
-    def fail_together(self) -> Iterator[None]:
+    def fail_together(self, patience: datetime.timedelta | None = None) -> Iterator[None]:
         """A UserError of any rank ends all of them: the first one to have it tells the user, the others stay silent.
 
-        Nothing inside may wait for other ranks: one that failed before it would never come.
+        Nothing inside may wait for other ranks: one that failed before it would never come. `patience`: how long the slowest
+        may take, where collectives would not wait for it.
         """
         error = None
         try:
             yield
         except UserError as raised:
             error = raised
+        if patience is not None:
+            self._await_all(patience)
         failed = [rank for rank, text in enumerate(self.gather(error and str(error))) if text is not None]
         if failed and error is not None and failed[0] == self.rank:
             raise error
         if failed:
-            sys.exit(EXIT_USER)
+            launch.leave(EXIT_USER)
+
+    def _await_all(self, patience: datetime.timedelta) -> None:
+        """A barrier for work that may take longer than TIMEOUT, after which collectives give up."""
+        if self.store is not None:
+            waits, place = divmod(self.store.add("arrived", 1) - 1, self.size)
+            if place == self.size - 1:
+                self.store.set(f"all {waits}", "here")
+            self.store.wait([f"all {waits}"], patience)
 
 
 def start(device_name: str) -> World:
-    """Join the ranks torchrun started (gloo on CPU, NCCL on GPUs), or be a world of one. Raises UserError for the device."""
-    rank, size, local_rank, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    if ":" in device_name and local_size > 1:
+    """Join the ranks that torchrun or srun started (gloo on CPU, NCCL on GPUs), or be a world of one.
+
+    Raises UserError for the device, and where the ranks cannot meet.
+    """
+    place = launch.placement()
+    if ":" in device_name and place.local_size > 1:
         raise UserError(
-            f"run.device={device_name} is one GPU for {local_size} ranks: use run.device=cuda, and each takes its own"
+            f"run.device={device_name} is one GPU for {place.local_size} ranks: use run.device=cuda, and each takes its own"
         )
-    device = pick_device(device_name, local_rank)
+    # Under srun --gpus-per-task=1 each task sees its own GPU alone.
+    sees_one = place.by_srun and torch.cuda.device_count() == 1
+    device = pick_device(device_name, 0 if sees_one else place.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if size > 1:
-        if device.type == "mps":
-            raise UserError(f"mps runs one process, found {size} ranks: use run.device=cpu, or start without torchrun")
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            timeout=TIMEOUT,
-            store=_store(rank, size),
-            rank=rank,
-            world_size=size,
+    if place.size == 1:
+        return World(place.rank, 1, place.local_size, device)
+    if device.type == "mps":
+        raise UserError(
+            f"mps runs one process, found {place.size} ranks: use run.device=cpu, or start without torchrun"
         )
-    return World(rank, size, local_size, device)
+    store = _srun_store(place) if place.by_srun else _torchrun_store(place)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=TIMEOUT,
+        store=store,
+        rank=place.rank,
+        world_size=place.size,
+    )
+    return World(place.rank, place.size, place.local_size, device, place.local_rank, PrefixStore("world", store))
 
 
-def _store(rank: int, size: int) -> Store:
+def _torchrun_store(place: Placement) -> Store:
     """Where the ranks find each other's addresses. After a restart by torchrun the last start's are still in there
     (https://github.com/pytorch/pytorch/issues/135712), so each start looks under its own number. Launchers of
     several nodes count their restarts apart; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun helps.
     """
-    store: Store = next(rendezvous("env://", rank, size, timeout=TIMEOUT))[0]
+    store: Store = next(rendezvous("env://", place.rank, place.size, timeout=TIMEOUT))[0]
     one_launcher = os.environ.get("GROUP_WORLD_SIZE") == "1"
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_launcher else "0"
     return PrefixStore(f"start {start}", store)
+
+
+def _srun_store(place: Placement) -> Store:
+    """The same where srun started the ranks: rank 0 keeps it. Raises UserError where they cannot meet."""
+    host, port = launch.meeting_point()
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        if place.rank:  # where the first node does not know its own name either, rank 0 says it for all
+            launch.stay_silent()
+        if place.local_rank:
+            launch.leave(EXIT_USER)
+        raise UserError(
+            f"{host}, where the ranks are to meet, does not resolve on {socket.gethostname()} ({error.strerror}): "
+            "set MASTER_ADDR to an address of the first node that every node reaches"
+        ) from None
+    try:
+        store: Store = next(rendezvous(f"tcp://{host}:{port}", place.rank, place.size, timeout=TIMEOUT))[0]
+        return store
+    except dist.DistError as error:
+        raise UserError(
+            f"the ranks cannot meet at {host}:{port} ({str(error).splitlines()[0]}): "
+            "set MASTER_ADDR to an address of the first node that every node reaches, MASTER_PORT to a port free there"
+        ) from None
 
 
 def stop() -> None:

@@ -41,6 +41,17 @@ def write_atomic(path: Path, content: bytes) -> None:
     publish(partial, path)
 
 
+def read_limited(path: Path, most_bytes: int) -> bytes:
+    """A file that is read whole, and that a stranger may have written. Raises UserError for a larger one, or no file."""
+    if not path.is_file():  # to open a pipe would wait for a writer
+        raise UserError(f"{path} is not a file: wanted one of up to {most_bytes:,} bytes")
+    with path.open("rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise UserError(f"{path} is too large: wanted up to {most_bytes:,} bytes, found {path.stat().st_size:,}")
+    return content
+
+
 def hash_bytes(content: bytes) -> str:
     """XXH3-128 as 32 hexadecimal digits: for finding damage, not for secrets."""
     return xxhash.xxh3_128_hexdigest(content)
@@ -87,3 +98,16 @@ def one_writer(folder: Path, name: str = ".lock", shared: bool = False) -> Itera
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def holder(folder: Path, name: str = ".lock") -> str:
+    """Who holds `folder` against other writers, as `one_writer` noted it; empty where nobody does, or nothing tells."""
+    try:
+        with (folder / name).open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go at once, with the file
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except OSError:
+        pass
+    return ""

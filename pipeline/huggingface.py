@@ -1,47 +1,58 @@
-"""The Hugging Face side of a checkpoint folder: config.json, weight layout, tokenizer files. No transformers needed.
+"""The Hugging Face side of a model folder: config.json, weight layout, which vocabulary it has. No transformers needed.
 
 Names are the same on both sides. What differs: GPT-2's projections are stored as (in, out), torch's Linear holds (out, in);
 the folder has no padding rows; and it has every bias, so a model without biases is stored with zeros, which is the same
 function.
 """
 
-import json
-from functools import cache
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
 from torch import Tensor
 
-from pipeline.byte_pairs import PUBLISHED, merges_of, published_for, symbols
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.files import read_limited
+from pipeline.log import logger
 from pipeline.model import GPT, INIT_STD, LAYER_NORM_EPSILON
 from pipeline.sharding import whole
-from pipeline.tokenizer import (
-    END_OF_TEXT,
-    JSON_FILE,
-    UNKNOWN,
-    WORD_PATTERN,
-    BytePairTokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    JsonTokenizer,
-    Tokenizer,
-    WordTokenizer,
-)
+from pipeline.tokenizer import BytePairTokenizer, Tokenizer
+from pipeline.tokenizer_files import is_gpt2, open_folder
+
+CONFIG = "config.json"
+MOST_CONFIG_BYTES = 1 << 20
+GPT2_VOCAB_SIZE = 50257
+# Vocabularies are padded to multiples of 64 to 1,024 for the sake of matrix units: GPT-2's 50,257 rows to 50,304.
+MOST_PADDING_ROWS = 1023
+Shapes = dict[str, tuple[int, ...]]
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_VOCABULARY_ROWS = ("transformer.wte.weight", "lm_head.weight")
+VOCABULARY_ROWS = ("transformer.wte.weight", "lm_head.weight")
+POSITIONS = "transformer.wpe.weight"
 _GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
+# What a config.json may say beside the sizes; the first value is what it means where it says nothing.
+_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": _GELU_TANH,
+    "layer_norm_epsilon": (LAYER_NORM_EPSILON,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "quantization_config": (None,),
+    "tie_word_embeddings": (True, False),
+}
 
 
-def config_json(model: GPT, end_of_text: int) -> dict[str, Any]:
+def config_json(config: ModelConfig, vocab_size: int, end_of_text: int, dtype: str = "float32") -> dict[str, Any]:
     """config.json of a model folder that `AutoModelForCausalLM.from_pretrained` opens."""
-    config = model.config
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": model.vocab_size,
+        "vocab_size": vocab_size,
         "n_positions": config.block_size,
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
@@ -56,37 +67,77 @@ def config_json(model: GPT, end_of_text: int) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_weights,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        "dtype": "float32",
+        "dtype": dtype,
     }
 
 
-def model_config(document: dict[str, Any], folder: str) -> tuple[ModelConfig, int]:
-    """Our config and the vocabulary size from a config.json. Raises UserError for what is not GPT-2 as trained here."""
-    wanted = {
-        "model_type": ("gpt2",),
-        "activation_function": _GELU_TANH,
-        "layer_norm_epsilon": (LAYER_NORM_EPSILON,),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-    }
-    for name, values in wanted.items():
-        if document.get(name, values[0]) not in values:
-            raise UserError(f"{folder}/config.json has {name}={document[name]!r}, this program has {values[0]!r} only")
+def model_config(document: dict[str, Any], path: str) -> tuple[ModelConfig, int]:
+    """Our config and the rows of the vocabulary from a config.json. Raises UserError for what is not GPT-2 as trained here."""
+    for name, values in _OPTIONS.items():
+        found = document.get(name, values[0])
+        if not any(found == value and type(found) is type(value) for value in values):
+            wanted = " or ".join(map(repr, values))
+            raise UserError(f"{path} has {name}={reprlib.repr(found)}, this program has {wanted} only")
+    names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    layers, heads, width, block_size, rows = (_size(document, name, path) for name in names)
+    if width % heads:
+        raise UserError(f"{path} has n_embd={width}, which is not a multiple of n_head={heads}")
+    if document.get("n_inner") not in (None, 4 * width):
+        raise UserError(f"{path} has n_inner={reprlib.repr(document['n_inner'])}, this program has 4 n_embd only")
+    tied = document.get("tie_word_embeddings", True)
+    return ModelConfig(n_layer=layers, n_head=heads, n_embd=width, block_size=block_size, tie_weights=tied), rows
+
+
+def _size(document: dict[str, Any], name: str, path: str) -> int:
+    size = document.get(name)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        found = f"{name}={reprlib.repr(size)}" if name in document else f"no {name}"
+        raise UserError(f"{path} has {found}, wanted a whole number of 1 or more: it describes no GPT-2 model")
+    return size
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a folder says of the model in it. `vocab_rows` may be more than the vocabulary: padding that is left out."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    vocab_rows: int
+
+
+def identify(folder: Path) -> ModelFolder:
+    """The shape and the vocabulary of a Hugging Face GPT-2 folder. Raises UserError for another model, or none."""
+    path = folder / CONFIG
     try:
-        if document.get("n_inner") not in (None, 4 * int(document["n_embd"])):
-            raise UserError(f"{folder}/config.json has n_inner={document['n_inner']}, this program has 4 n_embd only")
-        config = ModelConfig(
-            n_layer=int(document["n_layer"]),
-            n_head=int(document["n_head"]),
-            n_embd=int(document["n_embd"]),
-            block_size=int(document["n_positions"]),
-            tie_weights=bool(document.get("tie_word_embeddings", True)),
+        document = orjson.loads(read_limited(path, MOST_CONFIG_BYTES))
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is not a JSON object: it describes no GPT-2 model")
+    config, rows = model_config(document, str(path))
+    return ModelFolder(config, _tokenizer(folder, rows), rows)
+
+
+def _tokenizer(folder: Path, rows: int) -> Tokenizer:
+    tokenizer = open_folder(folder)
+    if tokenizer is None:
+        if rows != GPT2_VOCAB_SIZE:
+            raise UserError(
+                f"{folder} has {rows} tokens and neither tokenizer.json nor vocab.json and merges.txt: its vocabulary is "
+                f"unknown; without them a folder is taken for GPT-2's at {GPT2_VOCAB_SIZE} tokens only"
+            )
+        return BytePairTokenizer("gpt2")
+    padding = rows - tokenizer.vocab_size
+    if not 0 <= padding <= MOST_PADDING_ROWS:
+        raise UserError(
+            f"{folder} has {rows} rows for the {tokenizer.vocab_size} tokens of its vocabulary: wanted as many, or up to "
+            f"{MOST_PADDING_ROWS} more; the files are of different models"
         )
-        return config, int(document["vocab_size"])
-    except KeyError as error:
-        raise UserError(f"{folder}/config.json has no {error}: it does not describe a GPT-2 model") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder}/config.json does not describe a GPT-2 model: {error}") from None
+    if padding:
+        logger.info(
+            "%s: %d rows past the %d tokens of its vocabulary are left out", folder, padding, tokenizer.vocab_size
+        )
+    return BytePairTokenizer("gpt2") if is_gpt2(tokenizer) else tokenizer
 
 
 def to_folder_layout(model: GPT, name: str, tensor: Tensor) -> Tensor:
@@ -94,7 +145,7 @@ def to_folder_layout(model: GPT, name: str, tensor: Tensor) -> Tensor:
     ranks must ask where it is sharded.
     """
     tensor = whole(tensor.detach())
-    if name in _VOCABULARY_ROWS:
+    if name in VOCABULARY_ROWS:
         tensor = tensor[: model.vocab_size]
     elif name.endswith(_TRANSPOSED):
         tensor = tensor.t()
@@ -102,120 +153,37 @@ def to_folder_layout(model: GPT, name: str, tensor: Tensor) -> Tensor:
 
 
 def from_folder_layout(model: GPT, name: str, stored: Tensor) -> Tensor:
-    """What `to_folder_layout` gave, back in the model's own layout, padding rows zero."""
+    """What `to_folder_layout` gave, back in the model's own layout, padding rows zero.
+
+    Of a folder with more rows than the model has, for its vocabulary or for positions, the first are taken.
+    """
     if name.endswith(_TRANSPOSED):
         return stored.t()
-    if name in _VOCABULARY_ROWS:
+    if name in VOCABULARY_ROWS:
         padding = model.lm_head.out_features - model.vocab_size
-        return torch.nn.functional.pad(stored, (0, 0, 0, padding))
-    return stored
+        return torch.nn.functional.pad(stored[: model.vocab_size], (0, 0, 0, padding))
+    return stored[: model.config.block_size] if name == POSITIONS else stored
 
 
-def folder_shapes(model: GPT) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the folder's model.safetensors."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
-        rows, *rest = parameter.shape
-        if name in _VOCABULARY_ROWS:
-            rows = model.vocab_size
-        shapes[name] = (*rest, rows) if name.endswith(_TRANSPOSED) else (rows, *rest)
+def folder_shapes(config: ModelConfig, vocab_rows: int) -> Shapes:
+    """Name and shape of every tensor in the folder's model.safetensors, biases always among them."""
+    width = config.n_embd
+    shapes: Shapes = {"transformer.wte.weight": (vocab_rows, width), POSITIONS: (config.block_size, width)}
+    for layer in range(config.n_layer):
+        shapes |= {f"transformer.h.{layer}.{name}": shape for name, shape in _block_shapes(width).items()}
+    shapes |= {"transformer.ln_f.weight": (width,), "transformer.ln_f.bias": (width,)}
+    return shapes if config.tie_weights else {**shapes, "lm_head.weight": (vocab_rows, width)}
+
+
+def is_trained(config: ModelConfig, name: str) -> bool:
+    """Whether the model has the folder's tensor `name`; a model without biases is stored with zeros."""
+    return config.bias or not name.endswith(".bias")
+
+
+def _block_shapes(width: int) -> Shapes:
+    sizes = {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width)}
+    sizes |= {"mlp.c_fc": (width, 4 * width), "mlp.c_proj": (4 * width, width)}
+    shapes: Shapes = {f"{norm}.{name}": (width,) for norm in ("ln_1", "ln_2") for name in ("weight", "bias")}
+    for name, (inputs, outputs) in sizes.items():
+        shapes |= {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
     return shapes
-
-
-def zero_biases(model: GPT) -> dict[str, Tensor]:
-    """The biases Hugging Face's GPT-2 has and a model with bias=false lacks."""
-    if model.config.bias:
-        return {}
-    with_bias = [name for name, module in model.named_modules() if getattr(module, "bias", 0) is None]
-    sizes = {"c_attn": 3, "c_fc": 4}
-    return {
-        f"{name}.bias": torch.zeros(sizes.get(name.rpartition(".")[2], 1) * model.config.n_embd)
-        for name in with_bias
-        if name != "lm_head"
-    }
-
-
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """File name -> content of what `AutoTokenizer.from_pretrained` reads: text gives the same ids there. What differs is
-    transformers' own: a special token written out in a text is found there, and `word` is joined by other rules.
-    """
-    end_of_text, about = END_OF_TEXT, {"unk_token": END_OF_TEXT}
-    match tokenizer:
-        case JsonTokenizer():
-            content = tokenizer.content
-            (end_of_text,) = (token for token, i in tokenizer.vocabulary().items() if i == tokenizer.end_of_text)
-            about = {}  # a token that the file lacks would be added behind its vocabulary
-        case BytePairTokenizer():
-            content = _byte_pair_json(tokenizer)
-        case ByteTokenizer():
-            content = _byte_level_json(tokenizer, _byte_level(False), {bytes([byte]): byte for byte in range(256)})
-        case CharTokenizer():
-            content = _char_json(tokenizer)
-        case WordTokenizer():
-            content, about = _word_json(tokenizer), {"unk_token": UNKNOWN}
-        case _:
-            raise AssertionError(f"{tokenizer.name} has no form as a tokenizer.json")
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end_of_text,
-        "eos_token": end_of_text,
-        **about,
-        "clean_up_tokenization_spaces": False,
-    }
-    return {JSON_FILE: content, "tokenizer_config.json": json.dumps(config).encode()}
-
-
-@cache  # finding the merges of 100,256 ranks takes a second, and every checkpoint wants them
-def _byte_pair_json(tokenizer: BytePairTokenizer) -> bytes:
-    ranks = tokenizer.ranks()
-    published = published_for(tokenizer.name, ranks)
-    if published is PUBLISHED["gpt2"]:
-        return _byte_level_json(tokenizer, _byte_level(True), ranks)
-    cut = {"type": "Split", "pattern": {"Regex": published.plain}, "behavior": "Isolated", "invert": False}
-    return _byte_level_json(tokenizer, {"type": "Sequence", "pretokenizers": [cut, _byte_level(False)]}, ranks)
-
-
-def _byte_level_json(tokenizer: Tokenizer, pre_tokenizer: dict[str, Any], ranks: dict[bytes, int]) -> bytes:
-    merges = merges_of(ranks)
-    model = {
-        "type": "BPE",
-        # tiktoken takes a piece that is a token whole; that only differs for tokens which no merge makes.
-        "ignore_merges": len(merges) + 256 < len(ranks),
-        "vocab": {**{symbols(token): rank for token, rank in ranks.items()}, END_OF_TEXT: tokenizer.end_of_text},
-        "merges": [[symbols(left), symbols(right)] for left, right in merges],
-    }
-    return _tokenizer_json(tokenizer, model, pre_tokenizer, _byte_level(True))
-
-
-def _char_json(tokenizer: CharTokenizer) -> bytes:
-    vocabulary = {character: i for i, character in enumerate((*tokenizer.characters, END_OF_TEXT))}
-    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": ""}  # in no vocabulary: unknown ones are refused
-    cut = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-    return _tokenizer_json(tokenizer, model, cut, {"type": "Fuse"})
-
-
-def _word_json(tokenizer: WordTokenizer) -> bytes:
-    vocabulary = {word: i for i, word in enumerate((*tokenizer.words, UNKNOWN, END_OF_TEXT))}
-    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": UNKNOWN}
-    # Inverted, the pattern's words are what is kept and the spaces between them what is removed.
-    cut = {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Removed", "invert": True}
-    return _tokenizer_json(tokenizer, model, cut, {"type": "WordPiece", "prefix": "##", "cleanup": True})
-
-
-def _tokenizer_json(
-    tokenizer: Tokenizer, model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dict[str, Any]
-) -> bytes:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    end_of_text = {"id": tokenizer.end_of_text, "content": END_OF_TEXT, "special": True, **flags}
-    document = {
-        "version": "1.0",
-        "added_tokens": [end_of_text],
-        "pre_tokenizer": pre_tokenizer,
-        "decoder": decoder,
-        "model": model,
-    }
-    return json.dumps(document).encode()
-
-
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}

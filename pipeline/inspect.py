@@ -21,7 +21,7 @@ from rich.text import Text
 
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport, printable
-from pipeline.scan import Advance, DocumentFinder, blocks, each_shard
+from pipeline.scan import Advance, DocumentFinder, blocks, each_shard, entropy_nats
 from pipeline.shards import Manifest, Shard, check_sizes, map_shard, read_path
 from pipeline.tokenizer import TokenIds, Tokenizer, from_spec
 
@@ -35,7 +35,7 @@ FILE_WIDTH = 120  # of tables whose width no terminal sets
 
 def run(path: Path, as_json: bool) -> None:
     """Write what is in `path` to stdout. Raises UserError for what is neither dataset, shard nor checkpoint."""
-    is_model = any(path.glob("*.safetensors"))
+    is_model = (path / "config.json").is_file() or any(path.glob("*.safetensors"))
     description = describe_model(path) if is_model else describe_dataset(path)
     if as_json:
         sys.stdout.write(json.dumps(description) + "\n")
@@ -134,7 +134,6 @@ def describe_counts(counts: Counts, tokenizer: Tokenizer | None) -> dict[str, An
     """A split's figures; those that need the vocabulary are left out where there is none."""
     inside = counts.ids[:-1]
     tokens, there = int(counts.ids.sum()), np.flatnonzero(inside)
-    share = inside[there] / inside.sum()
     described: dict[str, Any] = {
         "tokens": tokens,
         "documents": counts.lengths.total(),
@@ -142,7 +141,7 @@ def describe_counts(counts: Counts, tokenizer: Tokenizer | None) -> dict[str, An
         "distinct_ids": len(there),
         "highest_id": int(there[-1]) if len(there) else None,
         "ids_outside_vocabulary": int(counts.ids[-1]),
-        "unigram_entropy_nats": float(-(share * np.log(share)).sum()),
+        "unigram_entropy_nats": entropy_nats(inside),
     }
     token_bytes = tokenizer.token_bytes() if tokenizer else None
     if token_bytes is not None:
@@ -193,21 +192,19 @@ def describe_model(folder: Path) -> dict[str, Any]:
     import torch
 
     from pipeline import checkpoint
-    from pipeline.config import from_dict
     from pipeline.model import GPT
 
+    found = checkpoint.identify(folder, verified=False)
+    spec = found.tokenizer.spec()
     described: dict[str, Any] = {"path": str(folder), "kind": "Hugging Face GPT-2 folder"}
     if (folder / checkpoint.DESCRIPTION).is_file():
         saved = checkpoint.read_description(folder)
-        model, spec = from_dict(saved.config).model, saved.tokenizer
         told = ("step", "tokens", "val_loss", "program", "dataset", "config")
         described |= {"kind": "checkpoint", **{name: getattr(saved, name) for name in told}}
     else:
-        model, tokenizer = checkpoint.identify(folder)
-        spec = tokenizer.spec()
-        described["config"] = {"model": asdict(model)}
+        described["config"] = {"model": asdict(found.config)}
     with torch.device("meta"):
-        described["parameters"] = GPT(model, spec["vocab_size"]).parameter_count()
+        described["parameters"] = GPT(found.config, found.tokenizer.vocab_size).parameter_count()
     described["tokenizer"] = vocabulary(spec)
     described["files"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     return described

@@ -1,11 +1,10 @@
 """The talk of the program, all of it on stderr: log lines and progress.
 
 On a terminal long work shows a bar. Into a file it writes a plain line every `LINE_INTERVAL_S`, because people follow
-SLURM logs, and never a control character. Under torchrun only rank 0 talks; the others speak up when something is wrong.
+SLURM logs, and never a control character. Of several ranks only 0 talks; the others speak up when something is wrong.
 """
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,10 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from pipeline import launch
+
 LINE_INTERVAL_S = 10.0
+LAYOUT = "\n\t\u00a0\u3000"  # what a text is laid out with: a terminal takes none of it for a command
 
 logger = logging.getLogger("pipeline")
 console = Console(stderr=True, highlight=False)
@@ -30,17 +32,13 @@ class _ConsoleHandler(logging.Handler):
         console.print(self.format(record), markup=False, soft_wrap=True)
 
 
-def rank() -> int:
-    """This process's number among those torchrun started; 0 where it started none."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def configure() -> None:
     """Send the log to stderr; a rank other than 0 keeps to warnings and says who it is."""
     handler = _ConsoleHandler() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s" if rank() == 0 else f"[rank {rank()}] %(message)s"))
+    rank = launch.rank()
+    handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s" if rank else "%(message)s"))
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    logger.setLevel(logging.WARNING if rank else logging.INFO)
     logger.propagate = False
 
 
@@ -57,9 +55,11 @@ def also_to_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def printable(text: str) -> str:
-    """`text` with its control characters escaped: what comes out of a file may be written to command the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, keep: str = "") -> str:
+    """`text` with its control characters escaped, but for those in `keep`: what comes out of a file may be written to
+    command the terminal.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 class ProgressReport:

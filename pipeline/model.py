@@ -4,7 +4,6 @@ Shapes: B sequences, T tokens, C = n_embd, H heads, D = C / H per head, V = voca
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,29 +17,6 @@ LAYER_NORM_EPSILON = 1e-5
 INIT_STD = 0.02
 
 
-@dataclass
-class KeyValueCache:
-    """Keys and values of the tokens seen so far: one (B, H, block_size, D) pair a layer, of which `length` tokens are filled."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    length: int = 0
-
-    @classmethod
-    def empty(cls, model: "GPT", batch_size: int) -> "KeyValueCache":
-        config, weight = model.config, model.transformer.wte.weight
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        layers = range(config.n_layer)
-        return cls([weight.new_empty(shape) for _ in layers], [weight.new_empty(shape) for _ in layers])
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the (B, H, T, D) keys and values of T new tokens; returns those of every token so far."""
-        end = self.length + key.size(2)
-        self.keys[layer][:, :, self.length : end] = key
-        self.values[layer][:, :, self.length : end] = value
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-
 class LayerNorm(nn.LayerNorm):
     """Gains and biases in the type of the input: sharded ones may arrive in bfloat16, beside a float32 residual stream."""
 
@@ -52,31 +28,25 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         B, T, C = x.shape
         query, key, value = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2)
         )
-        seen = cache.length if cache else 0
-        if cache:
-            key, value = cache.append(self.layer, key, value)
-        if mask is None and seen and T > 1:
-            mask = _causal_mask(T, seen, x.device)
         y = F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=T > 1 and not seen and mask is None,
+            is_causal=mask is None,
         )
         out: Tensor = self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
         return out
@@ -97,22 +67,22 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm: each branch reads a normalised copy of the residual stream and adds to it."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.recompute = config.activation_checkpointing == "block"
         self.ln_1 = LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.ln_2 = LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self.branches, x, cache, mask, use_reentrant=False)
+            out: Tensor = checkpoint(self.branches, x, mask, use_reentrant=False)
             return out
-        return self.branches(x, cache, mask)
+        return self.branches(x, mask)
 
-    def branches(self, x: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, mask)
+    def branches(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -125,21 +95,18 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
 
-    def forward(self, ids: Tensor, cache: KeyValueCache | None, documents: Tensor | None = None) -> Tensor:
-        seen = cache.length if cache else 0
-        positions = torch.arange(seen, seen + ids.size(1), device=ids.device)
+    def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        positions = torch.arange(ids.size(1), device=ids.device)
         mask = None
         if documents is not None:
             mask = _document_mask(documents)
             positions = mask.sum(dim=3).squeeze(1) - 1
         x = self.drop(self.wte(ids) + self.wpe(positions))
         for block in self.h:
-            x = block(x, cache, mask)
-        if cache:
-            cache.length += ids.size(1)
+            x = block(x, mask)
         out: Tensor = self.ln_f(x)
         return out
 
@@ -189,18 +156,12 @@ class GPT(nn.Module):
 
         Tokens with different numbers in `documents` (B, T) do not see each other, and positions count from 0 in each.
         """
-        logits = F.linear(self.transformer(ids, None, documents), self.lm_head.weight, self.logit_bias)
+        logits = F.linear(self.transformer(ids, documents), self.lm_head.weight, self.logit_bias)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    def next_logits(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits (B, V) of the token after `ids` (B, T). With a cache, `ids` holds only what the cache has not seen."""
-        last = self.transformer(ids, cache)[:, -1]
-        logits: Tensor = self.lm_head(last)
-        return logits[:, : self.vocab_size].float()
 
     def logits(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) after every token of `ids`."""
-        logits: Tensor = self.lm_head(self.transformer(ids, None, documents))
+        logits: Tensor = self.lm_head(self.transformer(ids, documents))
         return logits[..., : self.vocab_size].float()
 
     def parameter_count(self) -> int:
@@ -218,9 +179,13 @@ class GPT(nn.Module):
         return 6 * (self.parameter_count() - embeddings) + attention
 
 
-def _causal_mask(new: int, seen: int, device: torch.device) -> Tensor:
-    """(new, seen + new), true where a new token may look: at all seen tokens, at itself and at new ones before it."""
-    return torch.ones(new, seen + new, dtype=torch.bool, device=device).tril(diagonal=seen)
+def document_numbers(ids: Tensor, end_of_text: int) -> Tensor:
+    """(B, T), the number of each token's document in its window.
+
+    End-of-text opens a document here, also where the shards have it at the end of the one before: as a target it is
+    predicted from the document it ends, as an input it is what `sample` starts a text from.
+    """
+    return (ids == end_of_text).cumsum(dim=1)
 
 
 def _document_mask(documents: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pipeline.byte_pairs import MOST_IDS, Merges, make_encoding, merges_in, published_for, read_ranks
 from pipeline.errors import UserError
-from pipeline.files import hash_bytes
+from pipeline.files import hash_bytes, read_limited
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
@@ -28,6 +28,7 @@ TOKENIZER_NAMES = (*TIKTOKEN_NAMES, "char", "byte", "word", "bpe:N", PATHS)
 UNICODE_CODE_POINTS = 0x110000
 GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken"
 
+MOST_VOCABULARY_BYTES = 1 << 26  # of a file that is read whole; twice the largest tokenizer.json in use
 RANKS_FILE, JSON_FILE, WORDS_FILE = "vocabulary.tiktoken", "tokenizer.json", "vocabulary.json"
 # A word, a line's end, or any other character that is no space. Marks belong to the letters they stand on.
 WORD_PATTERN = r"[\p{L}\p{M}\p{N}_]+|\n|[^\s\p{L}\p{M}\p{N}_]"
@@ -123,15 +124,17 @@ class JsonTokenizer:
             _check_added(self.document)
             _mark_special(self.document, end_of_text)
             self.vocab_size = _checked_size(self.vocabulary())
-            self._merges = merges_in(self.document)
-            if self._merges is None or end_of_text in self._merges.ids:
-                self._merges = None
+            self.merges = merges_in(self.document)
+            if self.merges is None or end_of_text in self.merges.ids:
+                self.merges = None
                 self._engine = _library(self.document)
             else:
-                self._read(self._merges)
+                self._read(self.merges)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        except Exception as error:  # the library raises nothing more special
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # the library raises nothing more special, and a Rust panic is no Exception
             said = f"{type(error).__name__}: {error}"
             raise UserError(f"{name} is not a tokenizer.json that can be read ({said}): save it again") from None
         if not 0 <= end_of_text < self.vocab_size:
@@ -146,12 +149,11 @@ class JsonTokenizer:
 
     def vocabulary(self) -> dict[str, int]:
         """Every token as the file writes it, with its id."""
-        added = {entry["content"]: entry["id"] for entry in self.document.get("added_tokens", ())}
-        return _model_vocabulary(self.document) | added
+        return vocabulary_in(self.document)
 
     def encode(self, text: str) -> TokenIds:
         with _lone_surrogates_refused():
-            if self._merges is not None:
+            if self.merges is not None:
                 ids: TokenIds = np.take(self._ids, self._engine.encode_to_numpy(text, disallowed_special=()))
                 return ids
             text.encode()
@@ -170,12 +172,12 @@ class JsonTokenizer:
         return ids
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        if self._merges is not None:
+        if self.merges is not None:
             return b"".join(map(self._pieces.__getitem__, ids))
         return str(self._engine.decode(ids, skip_special_tokens=False)).encode()
 
     def token_bytes(self) -> npt.NDArray[np.int64] | None:
-        return _lengths(self._pieces, self.end_of_text) if self._merges is not None else None
+        return _lengths(self._pieces, self.end_of_text) if self.merges is not None else None
 
     def spec(self) -> dict[str, Any]:
         return _spec(self, fingerprint=hash_bytes(self.content + b"\n%d" % self.end_of_text))
@@ -302,7 +304,7 @@ def from_spec(spec: dict[str, Any], folder: Path) -> Tokenizer:
         return rebuild(spec, {})
     if not (folder / file).is_file():
         raise UserError(f"{folder} has no {file}, which holds the vocabulary {name}: restore it beside what needs it")
-    return rebuild(spec, {file: (folder / file).read_bytes()})
+    return rebuild(spec, {file: read_limited(folder / file, MOST_VOCABULARY_BYTES)})
 
 
 def rebuild(spec: dict[str, Any], files: Mapping[str, bytes]) -> Tokenizer:
@@ -315,6 +317,17 @@ def rebuild(spec: dict[str, Any], files: Mapping[str, bytes]) -> Tokenizer:
             f"{spec.get('fingerprint')} were recorded, found {tokenizer.vocab_size} and {tokenizer.spec()['fingerprint']}"
         )
     return tokenizer
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a text to go on from. Raises UserError where there are none."""
+    try:
+        ids: list[int] = tokenizer.encode(prompt).tolist()
+    except ValueError as error:
+        raise UserError(f"the tokenizer refuses the prompt ({error}): give another") from None
+    if not ids:
+        raise UserError("the prompt has no tokens: give some text, or no prompt to start a new document")
+    return ids
 
 
 def vocabulary_file(name: str) -> str | None:
@@ -399,11 +412,16 @@ def _word_pattern() -> Any:
 def _read_words(content: bytes) -> list[str]:
     try:
         words = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{WORDS_FILE} is not JSON ({error}): restore it") from None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{WORDS_FILE} is not a list of words: restore it")
     return words
+
+
+def vocabulary_in(document: dict[str, Any]) -> dict[str, int]:
+    """Every token of a tokenizer.json, as the file writes it, with its id."""
+    return _model_vocabulary(document) | {entry["content"]: entry["id"] for entry in document.get("added_tokens", ())}
 
 
 def _model_vocabulary(document: dict[str, Any]) -> dict[str, int]:
@@ -415,6 +433,8 @@ def _model_vocabulary(document: dict[str, Any]) -> dict[str, int]:
 
 def _checked_size(vocabulary: dict[str, int]) -> int:
     ids = set(vocabulary.values())
+    if not all(type(i) is int for i in ids):
+        raise UserError("an id is no whole number: save the file again")
     if len(ids) < len(vocabulary) or min(ids) < 0 or max(ids) >= MOST_IDS:
         raise UserError(f"an id is there twice, or one is not in 0 .. {MOST_IDS - 1}: save the file again")
     return max(ids) + 1

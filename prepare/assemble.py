@@ -16,6 +16,7 @@ import xxhash
 
 from pipeline.errors import UserError
 from pipeline.files import publish, write_atomic
+from pipeline.scan import entropy_nats
 from pipeline.shards import SPLITS, Shard
 from pipeline.tokenizer import TokenIds, Tokenizer, token_dtype
 from prepare.parts import Part
@@ -280,14 +281,9 @@ def statistics(assembly: Assembly, plans: Sequence[ShardPlan], shards: Sequence[
             counts.load(assembly.parts / f"{plan.name}.counts")
     found: dict[str, Any] = {
         "bytes_per_token": round(sum(shard.bytes or 0 for shard in shards) / sum(shard.tokens for shard in shards), 4),
-        "unigram_entropy_nats": round(_entropy(counts.unigrams), 4),
+        "unigram_entropy_nats": round(entropy_nats(counts.unigrams), 4),
     }
     if len(counts.bigrams):
         first = counts.bigrams.sum(axis=1)
-        found["bigram_entropy_nats"] = round(_entropy(counts.bigrams.ravel()) - _entropy(first), 4)
+        found["bigram_entropy_nats"] = round(entropy_nats(counts.bigrams.ravel()) - entropy_nats(first), 4)
     return found
-
-
-def _entropy(counts: npt.NDArray[np.int64]) -> float:
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())

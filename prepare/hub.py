@@ -57,7 +57,7 @@ class HubParquet:
 
     def stamps(self) -> dict[str, Any]:
         return {
-            name: [self.about["revision"], path.stat().st_size]
+            f"{self.about['repository']}/{name}": [self.about["revision"], path.stat().st_size]
             for name, path in zip(self.names, self.paths, strict=True)
         }
 

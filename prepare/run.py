@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from pipeline.errors import UserError
 from pipeline.files import Held, hash_file, one_writer
 from pipeline.log import ProgressReport, logger
 from pipeline.shards import MANIFEST_NAME, load_manifest
-from pipeline.tokenizer import Tokenizer, from_spec, token_dtype
-from prepare.corpus import Corpus, default_name, open_corpus
+from pipeline.tokenizer import Tokenizer, token_dtype
+from prepare.corpus import Corpus, default_name, hub_source, is_named, open_corpus
 from prepare.encode import load
 from prepare.finish import changed_sources, finish
 from prepare.journal import Journal, Plan, Share, tasks_of
@@ -28,6 +29,7 @@ from prepare.local import stamped_hash
 from prepare.options import PrepareOptions, check, choices, default_fraction
 from prepare.pieces import pieces
 from prepare.readers import STDIN_SPOOL, LongDocument, Refused, release
+from prepare.storage import is_url
 from prepare.vocabulary import is_file, learn_vocabulary, learns_from_corpus, open_vocabulary
 from prepare.work import encode_share
 from prepare.workers import Workers
@@ -46,12 +48,31 @@ def run(options: PrepareOptions) -> Path:
     """Prepare the dataset, or go on with it, unless it is there already; returns its folder."""
     started = time.monotonic()
     share = check(options)
-    dataset = Path(options.data_dir) / (options.name or default_name((options.sources or [""])[0]))
+    dataset = dataset_folder(options)
     corpus = open_corpus(options.sources, options.text_field, dataset)
     with Workers(options.workers or available_cores()) as workers:
         _run(options, share, corpus, dataset, workers)
     logger.info("took %s s", f"{time.monotonic() - started:,.1f}")
     return dataset
+
+
+def dataset_folder(options: PrepareOptions) -> Path:
+    return Path(options.data_dir) / (options.name or default_name((options.sources or [""])[0]))
+
+
+def check_before(options: PrepareOptions, tasks: int) -> tuple[Path, list[Path]]:
+    """What is known of a preparation before its `tasks` jobs start: the dataset's folder and the local sources.
+
+    Raises UserError. What lies behind a network is not asked for, as the jobs' nodes may have another one.
+    """
+    if options.task_id is not None or "-" in options.sources:
+        raise UserError("--task-id and stdin (-) are not for a job: SLURM numbers its tasks, and nobody feeds it text")
+    check(replace(options, task_id=0, tasks=tasks))
+    dataset = dataset_folder(options)
+    local = [source for source in options.sources if not (hub_source(source) or is_named(source) or is_url(source))]
+    if local:
+        open_corpus(local, options.text_field, dataset)
+    return dataset, [Path(source) for source in local]
 
 
 def _run(options: PrepareOptions, share: Share, corpus: Corpus, dataset: Path, workers: Workers) -> None:
@@ -217,13 +238,12 @@ def _blocks(document: bytes | LongDocument) -> Iterator[bytes]:
 def _encode(plan: Plan, share: Share, corpus: Corpus, dataset: Path, workers: Workers) -> None:
     """Encode this task's units; its share of the sources' files is hashed meanwhile."""
     journal = Journal(dataset)
-    tokenizer = from_spec(plan.tokenizer, journal.staged)
     known = journal.known_hashes()
     paths = [path for path in corpus.files()[share.task :: share.tasks] if str(path) not in known]
     with ThreadPoolExecutor(HASH_THREADS) as hashing, ThreadPoolExecutor(1) as noting:
         noted = noting.submit(journal.note_hashes, paths, share.task, hashing.map(stamped_hash, paths))
         try:
-            encode_share(journal, plan, tokenizer, corpus.items(), share, workers)
+            encode_share(journal, plan, corpus.items(), share, workers)
             noted.result()
         finally:
             hashing.shutdown(cancel_futures=True)

@@ -1,11 +1,9 @@
 """What `--tokenizer` names -> a tokenizer: a published vocabulary, a file of the user's, or one learnt from the corpus."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pipeline.byte_pairs import PUBLISHED, published_for, read_ranks, write_ranks
 from pipeline.errors import UserError
@@ -23,6 +21,7 @@ from pipeline.tokenizer import (
     split_words,
     unknown_name,
 )
+from pipeline.tokenizer_files import has_vocabulary, open_json
 
 LEAST_BPE, MOST_BPE = 257, 1_000_000  # the 256 bytes and end-of-text; five times the largest in use
 # With <|unk|> and <|endoftext|> just what two bytes an id can hold.
@@ -31,8 +30,6 @@ MOST_WORDS = (1 << 16) - 2
 MOST_COUNTED = 1 << 21
 # One text handed to the trainer: a document may be a book of hundreds of MB, and the trainer holds what it is handed.
 PIECE_CHARACTERS = 1 << 20
-# What ends a text in the vocabularies in use, the ones meant for whole documents first.
-ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 
 
 def check_name(name: str) -> str:
@@ -62,10 +59,9 @@ def open_vocabulary(name: str) -> Tokenizer:
         return BytePairTokenizer(name, _fetch(name))
     path = _file(name)
     try:
-        content = path.read_bytes()
+        return _open_ranks(path, path.read_bytes()) if path.suffix == ".tiktoken" else open_json(path)
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
-    return _open_ranks(path, content) if path.suffix == ".tiktoken" else _open_json(path, content)
 
 
 def learn_vocabulary(name: str, documents: Iterator[str]) -> Tokenizer:
@@ -90,8 +86,8 @@ def _bpe_size(name: str) -> int:
 
 def _file(name: str) -> Path:
     path = Path(name)
-    if path.is_dir() and (path / JSON_FILE).is_file():
-        return path / JSON_FILE
+    if path.is_dir() and has_vocabulary(path):
+        return path / JSON_FILE  # also where vocab.json and merges.txt take its place
     if path.suffix not in (".json", ".tiktoken"):
         raise UserError(unknown_name(name))
     if not path.is_file():
@@ -126,36 +122,6 @@ def _open_ranks(path: Path, content: bytes) -> Tokenizer:
             path, f"{len(ranks):,}", END_OF_TEXT,
         )  # fmt: skip
     return BytePairTokenizer(path.name, content)
-
-
-def _open_json(path: Path, content: bytes) -> Tokenizer:
-    # With any id first: which one it is takes the vocabulary, which takes a file that can be read.
-    try:
-        vocabulary = JsonTokenizer(path.name, content, 0).vocabulary()
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    beside = (_end_of_text_in(path.with_name(file)) for file in ("tokenizer_config.json", "special_tokens_map.json"))
-    wanted = (*ENDS_OF_TEXT, *(token for token in beside if token is not None))
-    for token in wanted:
-        if token in vocabulary:
-            return JsonTokenizer(path.name, content, vocabulary[token])
-    raise UserError(
-        f"{path} has no token that ends a text: looked for {', '.join(wanted)}; "
-        "name one as eos_token in a tokenizer_config.json beside it"
-    )
-
-
-def _end_of_text_in(path: Path) -> str | None:
-    """The eos_token that a file beside a tokenizer.json names."""
-    if not path.is_file():
-        return None
-    try:
-        document: Any = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): mend it, or move it away") from None
-    token = document.get("eos_token") if isinstance(document, dict) else None
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
 
 
 def _learn_words(documents: Iterator[str]) -> Tokenizer:

@@ -6,7 +6,6 @@ from itertools import islice
 
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport, logger
-from pipeline.tokenizer import Tokenizer
 from prepare.encode import Encoder, Task, UnitEncoder, encode
 from prepare.engine import EngineFault, can_be_faster
 from prepare.journal import Journal, Plan, Share
@@ -15,11 +14,9 @@ from prepare.readers import Item, OneUnit, Texts, Unit, release
 from prepare.workers import Workers
 
 
-def encode_share(
-    journal: Journal, plan: Plan, tokenizer: Tokenizer, items: list[Item], share: Share, workers: Workers
-) -> None:
+def encode_share(journal: Journal, plan: Plan, items: list[Item], share: Share, workers: Workers) -> None:
     """Encode every unit of a task's items, with gigatoken while it does what tiktoken does."""
-    fast = can_be_faster(tokenizer) and not journal.distrusted()
+    fast = can_be_faster(plan.tokenizer["name"]) and not journal.distrusted()
     try:
         _encode_missing(journal, plan, items, share, workers, fast)
     except EngineFault as fault:

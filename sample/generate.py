@@ -1,65 +1,71 @@
-"""The next token, and the loop that asks for it.
+"""The loop that asks for the next token.
 
-Tokens are (B, T) ids of B samples that share one prompt. The model sees at most `block_size` tokens: when its key-value
-cache is full, the older half of the window is forgotten and the newer half is read again at the first positions.
+The model sees at most `block_size` tokens: when they are full, the older half of the window is forgotten and the newer
+half is read again at the first positions.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+import xxhash
 from torch import Tensor
 
-from pipeline.model import GPT, KeyValueCache
+from pipeline.decoder import Decoder
+from pipeline.errors import UserError
+from sample.choice import Choice, choose
+
+DRAWN_AT_ONCE = 128  # random numbers a sample
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How a token is drawn: temperature 0 takes the likeliest; top_k 0 and top_p 1 leave every token in."""
+class Tokens(NamedTuple):
+    """The next id of every sample, and the natural logarithms of what the model itself gave them, where asked for."""
 
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
+    ids: list[int]
+    log_probabilities: list[float]
 
 
 @torch.inference_mode()
 def generate(
-    model: GPT, prompt: list[int], samples: int, max_new_tokens: int, choice: Choice, generator: torch.Generator
-) -> Iterator[list[int]]:
-    """Yields, token after token, the next id of each of `samples` continuations of `prompt`, which is not empty."""
-    block_size = model.config.block_size
-    ids = torch.tensor([prompt[-block_size:]], device=generator.device).repeat(samples, 1)
-    cache = KeyValueCache.empty(model, samples)
-    unseen = ids
-    for _ in range(max_new_tokens):
-        if cache.length + unseen.size(1) > block_size:
-            cache.length = 0
-            unseen = ids = ids[:, -max(1, block_size // 2) :]
-        chosen = choose(model.next_logits(unseen, cache), choice, generator)
-        unseen = chosen.unsqueeze(1)
-        ids = torch.cat([ids, unseen], dim=1)
-        yield chosen.tolist()
+    decoder: Decoder, prompt: list[int], max_new_tokens: int, choice: Choice, seed: int, scored: bool = False
+) -> Iterator[Tokens]:
+    """Yields, token after token, how each of the decoder's samples goes on after `prompt`, which is not empty.
+
+    Raises UserError where the model's logits are no numbers.
+    """
+    block_size = decoder.block_size
+    ids = torch.tensor([prompt], device=decoder.device)
+    logits = decoder.prefill(ids[:, -block_size:])
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite, so its weights are damaged: take another checkpoint")
+    ids = ids.expand(decoder.samples, -1)
+    seen = None
+    if choice.repetition_penalty != 1:
+        seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+    numbers = uniforms(seed, decoder.samples, decoder.device)
+    for count in range(1, max_new_tokens + 1):
+        chosen = choose(logits, choice, seen, next(numbers))
+        yield Tokens(chosen.tolist(), log_probabilities(logits, chosen).tolist() if scored else [])
+        if count == max_new_tokens:
+            return
+        column = chosen.unsqueeze(1)
+        if seen is not None:
+            seen.scatter_(1, column, True)
+        ids = torch.cat([ids[:, -block_size:], column], dim=1)
+        full = decoder.length == block_size
+        logits = decoder.prefill(ids[:, -max(1, block_size // 2) :]) if full else decoder.step(chosen)
 
 
-def choose(logits: Tensor, choice: Choice, generator: torch.Generator) -> Tensor:
-    """One id for each row of `logits` (B, V)."""
-    if choice.temperature == 0:
-        return logits.argmax(dim=-1)
-    return torch.multinomial(probabilities(logits, choice), 1, generator=generator).squeeze(1)
+def log_probabilities(logits: Tensor, chosen: Tensor) -> Tensor:
+    """(B,): natural logarithms of the probabilities that `logits` (B, V) give to the ids `chosen` (B,)."""
+    return logits.gather(1, chosen.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)
 
 
-def probabilities(logits: Tensor, choice: Choice) -> Tensor:
-    """(B, V): softmax of logits / temperature over the top_k likeliest, then over the smallest set that holds top_p."""
-    logits = logits / choice.temperature
-    if 0 < choice.top_k < logits.size(-1):
-        smallest_kept = logits.topk(choice.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
-    if choice.top_p < 1:
-        # Nucleus sampling (Holtzman et al. 2020): a token stays while those before it hold less than top_p.
-        sorted_logits, order = logits.sort(descending=True)
-        sorted_probabilities = F.softmax(sorted_logits, dim=-1)
-        held_before = sorted_probabilities.cumsum(dim=-1) - sorted_probabilities
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, held_before >= choice.top_p)
-        logits = logits.masked_fill(dropped, -torch.inf)
-    return F.softmax(logits, dim=-1)
+def uniforms(seed: int, samples: int, device: torch.device) -> Iterator[Tensor]:
+    """Endless rows (samples,) of random numbers from [0, 1). Those of sample i are the same, however many samples there are."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has nothing wider
+    seeds = [xxhash.xxh3_64_intdigest(b"sample:%d:%d" % (seed, sample)) for sample in range(samples)]
+    generators = [torch.Generator().manual_seed(own) for own in seeds]
+    while True:
+        drawn = [torch.rand(DRAWN_AT_ONCE, generator=generator, dtype=dtype) for generator in generators]
+        yield from torch.stack(drawn, dim=1).to(device)

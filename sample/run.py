@@ -1,53 +1,22 @@
 """A checkpoint and prompts -> text on stdout."""
 
-import codecs
-import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from pipeline import checkpoint
-from pipeline.device import DTYPES, pick_device, pick_dtype
+from pipeline.decoder import Decoder
+from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import UserError
-from pipeline.log import logger
-from pipeline.tokenizer import Tokenizer
-from sample.generate import Choice, generate
+from pipeline.log import LAYOUT, logger, printable
+from pipeline.tokenizer import Tokenizer, encode_prompt
+from sample.continuation import Continuation, grow
+from sample.generate import generate
+from sample.interactive import ask, at_terminal
+from sample.options import SampleOptions, check, read_prompts
 
-RUNS = Path("runs")
-REPLACEMENT = "\ufffd".encode()
 SEPARATOR = "\n---------------\n"
-_RANGES = {
-    "--num-samples": "wanted 1 or more",
-    "--max-new-tokens": "wanted 1 or more",
-    "--temperature": "wanted 0 (the likeliest token) or a positive number",
-    "--top-k": "wanted 0 (off) or more",
-    "--top-p": "wanted more than 0 and at most 1 (off)",
-    "--seed": "wanted 0 to 2**63 - 1",
-}
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """The options of `pipeline sample`; no prompt at all means the start of a document."""
-
-    ckpt: str
-    prompts: list[str] = field(default_factory=list)
-    prompt_file: Path | None = None
-    num_samples: int = 1
-    max_new_tokens: int = 200
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    json: bool = False
-    run_dir: Path | None = None
 
 
 def run(options: SampleOptions) -> None:
@@ -61,99 +30,109 @@ def run(options: SampleOptions) -> None:
 
 def write_samples(options: SampleOptions) -> None:
     """`run`, for as long as somebody reads."""
-    _check(options)
-    prompts = _prompts(options)
-    folder = checkpoint.resolve(options.ckpt, options.run_dir, RUNS)
+    check(options)
+    prompts = [] if options.interactive else read_prompts(options)
+    folder = checkpoint.resolve(options.ckpt, options.run_dir)
+    decoder, tokenizer = load(folder, options)
+    encoded = [_encode(prompt, tokenizer) for prompt in prompts]
+    seed = int.from_bytes(os.urandom(4)) if options.seed is None else options.seed
+    logger.info("seed %d", seed)
+    writer = Writer(decoder, tokenizer, options)
+    if options.interactive:
+        converse(writer, seed)
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        writer.write(prompt, ids, seed)
+
+
+def load(folder: Path, options: SampleOptions) -> tuple[Decoder, Tokenizer]:
+    """The decoder holds weights of its own: those that were read are let go here."""
     device = pick_device(options.device)
     model, tokenizer = checkpoint.load_model(folder)
-    encoded = [_encode(prompt, tokenizer) for prompt in prompts]
-    dtype, _ = pick_dtype(options.dtype, device, model.config.n_embd)
-    model = model.to(device, dtype).eval()
-    seed = int.from_bytes(os.urandom(4)) if options.seed is None else options.seed
-    logger.info("%s on %s in %s, seed %d", folder, device, str(dtype).removeprefix("torch."), seed)
-    generator = torch.Generator(device).manual_seed(seed)
-    choice = Choice(options.temperature, options.top_k, options.top_p)
-    for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        steps = generate(model, ids, options.num_samples, options.max_new_tokens, choice, generator)
-        # One sample is written as it grows; of several, which grow side by side, one is written after the other.
-        alone = options.num_samples == 1
-        samples = [(step[0] for step in steps)] if alone else [iter(tokens) for tokens in zip(*steps, strict=True)]
-        for number, tokens in enumerate(samples):
-            until_end = itertools.takewhile(lambda token: token != tokenizer.end_of_text, tokens)
-            if options.json:
-                _write_json(prompt, list(until_end), tokenizer)
-            else:
-                context = ids if prompt else []
-                _write_text(prompt, added_text(context, until_end, tokenizer), separate=bool(index or number))
+    dtype, why = pick_dtype(options.dtype, device, model.config.n_embd)
+    logger.info("%s on %s in %s: %s", folder, device, str(dtype).removeprefix("torch."), why)
+    return Decoder(model.to(device), options.num_samples, dtype), tokenizer
 
 
-def _check(options: SampleOptions) -> None:
-    limits = {
-        "--num-samples": options.num_samples >= 1,
-        "--max-new-tokens": options.max_new_tokens >= 1,
-        "--temperature": 0 <= options.temperature < float("inf"),
-        "--top-k": options.top_k >= 0,
-        "--top-p": 0 < options.top_p <= 1,
-        "--seed": 0 <= (options.seed or 0) < 1 << 63,
-    }
-    for name, fits in limits.items():
-        if not fits:
-            found = getattr(options, name[2:].replace("-", "_"))
-            raise UserError(f"{name} {found} is out of range: {_RANGES[name]}")
-    if options.dtype != "auto" and options.dtype not in DTYPES:
-        raise UserError(f"--dtype {options.dtype!r} is not one of auto, {', '.join(DTYPES)}")
-
-
-def _prompts(options: SampleOptions) -> list[str | None]:
-    """The prompts asked for; None, the start of a document, where there is none."""
-    prompts: list[str | None] = list(options.prompts)
-    if options.prompt_file is not None:
+def converse(writer: "Writer", seed: int) -> None:
+    """Answer line after line, each a prompt of its own: the model was trained on documents, not on conversations."""
+    if at_terminal():
+        logger.info("every line is a new prompt, an empty one begins a document; Ctrl-C stops a text, Ctrl-D leaves")
+    for number, line in enumerate(ask()):
+        prompt = line or None
+        if at_terminal():
+            writer.separator = ""  # the next sign sets texts apart
         try:
-            prompts.append(options.prompt_file.read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file {options.prompt_file} cannot be read as UTF-8 text: {error}") from None
-    return prompts or [None]
+            writer.write(prompt, _encode(prompt, writer.tokenizer), (seed + number) % (1 << 63))
+        except UserError as error:
+            logger.error("error: %s", printable(str(error)))
+        except KeyboardInterrupt:
+            if not at_terminal():
+                raise
+            sys.stdout.write("\n")
 
 
 def _encode(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
-    if prompt is None:
-        return [tokenizer.end_of_text]
-    try:
-        ids: list[int] = tokenizer.encode(prompt).tolist()
-    except ValueError as error:
-        raise UserError(f"the tokenizer refuses the prompt ({error}): give another") from None
-    if not ids:
-        raise UserError("the prompt has no tokens: give some text, or leave --prompt out to start a new document")
-    return ids
+    return [tokenizer.end_of_text] if prompt is None else encode_prompt(prompt, tokenizer)
 
 
-def _write_json(prompt: str | None, tokens: list[int], tokenizer: Tokenizer) -> None:
-    text = tokenizer.decode_bytes(tokens).decode("utf-8", errors="replace")
-    sys.stdout.write(json.dumps({"prompt": prompt or "", "text": text, "token_ids": tokens}) + "\n")
-    sys.stdout.flush()
+class Writer:
+    """Writes the samples of one prompt after the other: as text, set apart by lines, or as JSON objects."""
 
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, options: SampleOptions) -> None:
+        self.decoder, self.tokenizer, self.options = decoder, tokenizer, options
+        self.separator = ""
+        self.told_of_window = False
 
-def _write_text(prompt: str | None, added: Iterator[bytes], separate: bool) -> None:
-    """Prompt and continuation, each token as it comes; a character is held back until its last byte is there."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    sys.stdout.write((SEPARATOR if separate else "") + (prompt or ""))
-    for piece in added:
-        sys.stdout.write(decoder.decode(piece))
+    def write(self, prompt: str | None, ids: list[int], seed: int) -> None:
+        """What the model makes of `ids`, which are the prompt's, or end-of-text where there is none."""
+        options = self.options
+        texts = [Continuation(self.tokenizer, ids if prompt else [], options.stop) for _ in range(options.num_samples)]
+        steps = generate(self.decoder, ids, options.max_new_tokens, options.choice, seed, scored=options.json)
+        alone = options.num_samples == 1 and not options.json
+        if alone:  # written as it grows; of several, which grow side by side, one is written after the other
+            self._begin(prompt)
+        shown = 0
+        for _ in grow(texts, steps):
+            if alone:
+                self._put("".join(texts[0].pieces[shown:]))
+                shown = len(texts[0].pieces)
+        for text in texts:
+            if options.json:
+                self._put_object(prompt, text)
+                continue
+            if not alone:
+                self._begin(prompt)
+                self._put(text.text)
+            self._put("\n")
+        self._tell_of_window(len(ids), max(len(text.token_ids) for text in texts))
+
+    def _begin(self, prompt: str | None) -> None:
+        self._put(self.separator + (prompt or ""))
+        self.separator = SEPARATOR
+
+    def _put(self, text: str) -> None:
+        """Exactly, into a file or a pipe. On a terminal nothing that a model writes is a command."""
+        sys.stdout.write(printable(text, keep=LAYOUT) if sys.stdout.isatty() else text)
         sys.stdout.flush()
-    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
-    sys.stdout.flush()
 
+    def _put_object(self, prompt: str | None, text: Continuation) -> None:
+        document = {
+            "prompt": prompt or "",
+            "text": text.text,
+            "token_ids": text.token_ids,
+            "log_probabilities": text.log_probabilities,
+            "finish_reason": text.finish_reason,
+        }
+        sys.stdout.write(json.dumps(document) + "\n")
+        sys.stdout.flush()
 
-def added_text(context: list[int], tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[bytes]:
-    """What each of `tokens` adds to the text behind `context`: in some vocabularies the space depends on both sides.
-
-    Hugging Face's decoders give U+FFFD for a character whose last byte is still to come; it waits for that.
-    """
-    shown, held = context[-1:], list[int]()
-    for token in tokens:
-        held.append(token)
-        before, after = tokenizer.decode_bytes(shown), tokenizer.decode_bytes(shown + held)
-        if not after.endswith(REPLACEMENT):
-            yield after[len(before) :]
-            shown, held = held, []
-    yield tokenizer.decode_bytes(shown + held)[len(tokenizer.decode_bytes(shown)) :]
+    def _tell_of_window(self, prompt: int, drawn: int) -> None:
+        """Once a run, and after a text: in its middle the line would tear it. The last token drawn was not read again."""
+        block_size = self.decoder.block_size
+        if prompt + max(0, drawn - 1) > block_size and not self.told_of_window:
+            self.told_of_window = True
+            logger.info(
+                "a text of %d tokens is longer than the model's context of %d: what it wrote last, it wrote seeing only the "
+                "%d to %d tokens before it",
+                prompt + drawn, block_size, max(1, block_size // 2), block_size,
+            )  # fmt: skip

@@ -1,5 +1,6 @@
 """What several test files need: small datasets on disk, a tiny config, and a way to run the program for real."""
 
+import gzip
 import itertools
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import pytest
 
 from pipeline.config import Config, from_dict
@@ -21,6 +23,7 @@ from pipeline.shards import Manifest, Shard
 from pipeline.tokenizer import GPT2_RANKS, BytePairTokenizer, ByteTokenizer, JsonTokenizer, Tokenizer
 from prepare.vocabulary import learn_vocabulary
 
+pytest_plugins = ["slurm_cluster"]
 ROOT = Path(__file__).parents[1]
 # Prose, code, scripts and what pre-tokenizers disagree about.
 ALPHABET = "abE '\"’sdmtlvre019½ \t\n\r\u00a0\u2003.,-_(){}<|>/éßñΩжǅʰ中日한😀\u200d\u0301\x00\x1f\u2028"
@@ -155,6 +158,24 @@ def write_documents(folder: Path, splits: dict[str, list[list[str]]]) -> Path:
     return folder
 
 
+def write_jsonl(folder: Path, texts: list[str]) -> Path:
+    (folder / "c.jsonl").write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))
+    return folder / "c.jsonl"
+
+
+def write_gz(folder: Path, texts: list[str]) -> Path:
+    """A stream, of which no unit can be read without those before it."""
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(write_jsonl(folder, texts).read_bytes(), 1))
+    return folder / "c.jsonl.gz"
+
+
+def write_text_files(folder: Path, texts: list[str]) -> Path:
+    (folder / "c").mkdir()
+    for i, text in enumerate(texts):
+        (folder / "c" / f"{i:06}.txt").write_bytes(text.encode())
+    return folder / "c"
+
+
 def ids_of(documents: int, length: int = 40, seed: int = 0, before: bool = False) -> npt.NDArray[np.uint16]:
     """Documents of GPT-2 ids in which each follows from the one before, end-of-text after or before each."""
     steps = np.random.default_rng(seed).integers(1, 4, size=(documents, length))
@@ -205,6 +226,23 @@ def tiny(tmp_path: Path) -> Path:
     """A folder with the dataset data/tiny in it."""
     write_dataset(tmp_path / "data" / "tiny")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/run in it, trained for ten steps on the bytes A to r; to be read only."""
+    from train.run import run
+
+    folder = tmp_path_factory.mktemp("trained")
+    write_dataset(folder / "data" / "tiny")
+    run(tiny_config(folder))
+    return folder
+
+
+@pytest.fixture
+def inside(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(trained)
+    return trained
 
 
 def run_program(*arguments: str, cwd: Path, ranks: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:

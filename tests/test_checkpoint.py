@@ -122,6 +122,11 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
             assert restored.state[theirs][kind].stride() == value.stride()
 
 
+def test_whoever_may_read_one_file_may_read_them_all(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_description_holds_the_contract(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path)
     document = json.loads((folder / "checkpoint.json").read_text())
@@ -222,6 +227,30 @@ def test_weights_of_another_shape_are_refused_before_they_are_read(tmp_path: Pat
         checkpoint.load_weights(deeper, folder)
 
 
+def test_a_model_that_no_memory_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file may be as large as it says and take no room on the disk: whatever is not written is a hole."""
+    folder, _ = saved(tmp_path)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 100, "SC_PHYS_PAGES": 100}.__getitem__)
+    with pytest.raises(UserError, match=r"wants 0 GB of memory for its weights, this machine has 0 GB"):
+        checkpoint.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda moment: moment.to(torch.int8), "exp_avg.transformer.wpe.weight is I8"),
+        (lambda moment: moment.t().contiguous(), r"exp_avg.transformer.wpe.weight is \(32, 24\), wanted \(24, 32\)"),
+    ],
+)
+def test_optimizer_state_of_another_kind_is_refused(tmp_path: Path, change: Any, reason: str) -> None:
+    folder, model = saved(tmp_path)
+    state = load_file(folder / "training_state.safetensors")
+    key = "exp_avg.transformer.wpe.weight"
+    save_file(state | {key: change(state[key])}, folder / "training_state.safetensors")
+    with pytest.raises(UserError, match=reason):
+        checkpoint.load_optimizer(build(model, Config().optimizer), model, folder)
+
+
 def test_foreign_folders_are_refused_for_a_reason(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither checkpoint.json nor a Hugging Face config.json"):
         checkpoint.load_model(tmp_path)
@@ -230,7 +259,12 @@ def test_foreign_folders_are_refused_for_a_reason(tmp_path: Path) -> None:
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"activation_function": "relu"}, "activation_function='relu'"),
         ({"vocab_size": 1000}, "its vocabulary is unknown"),
-        ({"n_embd": "x"}, "does not describe a GPT-2 model"),
+        ({"vocab_size": 50304}, "its vocabulary is unknown"),
+        ({"n_embd": "x"}, "has n_embd='x', wanted a whole number"),
+        ({"n_head": 3}, "n_embd=8, which is not a multiple of n_head=3"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ({"add_cross_attention": True}, "add_cross_attention=True"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06, this program has 1e-05 only"),
         ({"n_inner": 7}, "n_inner=7"),
         ({}, "only safetensors are read"),
     ):
@@ -241,10 +275,9 @@ def test_foreign_folders_are_refused_for_a_reason(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a JSON object"):
         checkpoint.load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(gpt2))
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match="its weights in several files"):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="only safetensors are read, pickled weights .* never"):
         checkpoint.load_model(tmp_path)
-    (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(UserError, match="not a whole safetensors file"):
         checkpoint.load_model(tmp_path)
@@ -268,13 +301,13 @@ def test_a_vocabulary_travels_in_the_folder_under_its_hash(tmp_path: Path, name:
         checkpoint.load_model(folder)
 
 
-@pytest.mark.parametrize(("key", "value"), [("n_head", 4), ("block_size", 12), ("bias", False), ("tie_weights", False)])
+@pytest.mark.parametrize(("key", "value"), [("n_head", 4), ("block_size", 48), ("bias", False), ("tie_weights", False)])
 def test_initial_weights_must_mean_the_same(tmp_path: Path, key: str, value: Any) -> None:
     folder, model = saved(tmp_path)
     fresh = GPT(SMALL, 257)
     checkpoint.load_initial_weights(fresh, ByteTokenizer().spec(), folder)
     assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
-    with pytest.raises(UserError, match=f"has {key}=.*set model.{key}="):
+    with pytest.raises(UserError, match=f"has {key}=.*: add model.{key}="):
         checkpoint.load_initial_weights(GPT(replace(SMALL, **{key: value}), 257), ByteTokenizer().spec(), folder)
     with pytest.raises(UserError, match="has the vocabulary byte of 257 tokens, the dataset has another one"):
         checkpoint.load_initial_weights(fresh, CharTokenizer("abc").spec(), folder)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(
     command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
 )
+SUBMISSIONS = [["submit"], *(["submit", str(command.name)] for command in cli.submit.registered_commands)]
 HEAVY = ("torch", "datasets", "pyarrow", "transformers", "tensorboard", "tiktoken")
 
 HELP = f"""
@@ -24,7 +25,8 @@ main()
 print("heavy:", *(name for name in {HEAVY} if name in sys.modules))
 """
 FAILING = """
-from pipeline import cli, config, errors
+from pipeline import cli, config, errors, launch
+launch.SILENCE_S = 0.0
 def fail(*_):
     raise {error}
 config.load = fail
@@ -56,7 +58,9 @@ def _restored_logger() -> Iterator[None]:
 # ---- help ----
 
 
-@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)], ids=lambda command: " ".join(command))
+@pytest.mark.parametrize(
+    "command", [[], *([command] for command in COMMANDS), *SUBMISSIONS], ids=lambda command: " ".join(command)
+)
 def test_help_answers_without_a_heavy_import(command: list[str]) -> None:
     done = python("-c", HELP, *command, "--help")
     assert done.returncode == 0, done.stderr
@@ -69,14 +73,21 @@ def test_help_answers_without_a_heavy_import(command: list[str]) -> None:
 
 def test_the_programs_help_names_every_command() -> None:
     lines = [line.split() for line in run("--help").stdout.splitlines()]
-    assert {"prepare", "train", "sample", "quickstart"} <= set(COMMANDS)
-    for command in COMMANDS:
+    assert {"prepare", "train", "sample", "eval", "quickstart"} <= set(COMMANDS)
+    for command in [*COMMANDS, "submit"]:
         assert any(line[:1] == [command] and len(line) > 3 for line in lines), f"{command} has no help line"
 
 
 def test_version() -> None:
     done = run("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"pipeline {pipeline.__version__}\n", "")
+
+
+def test_train_prints_its_runs_folder_whatever_its_other_options_without_a_heavy_import(tmp_path: Path) -> None:
+    arguments = ["train", "quickstart", "--resume", "must", "run.dir=here", "--print-run-dir"]
+    done = python("-c", HELP, *arguments, cwd=tmp_path)
+    assert done.stdout.splitlines() == [str(tmp_path / "here" / "quickstart"), "heavy:"]
+    assert not (tmp_path / "here").exists()
 
 
 # ---- what the user can mend ----
@@ -90,6 +101,9 @@ def test_version() -> None:
         (["train", "--reusme", "auto"], "No such option: --reusme"),
         (["prepare"], "Missing argument 'SOURCE...'"),
         (["sample"], "Missing option '--ckpt'"),
+        (["doctor"], "Missing option '--slurm'"),
+        (["submit", "trian"], "No such command 'trian'."),
+        (["submit", "train", "--nodes", "0", "--gpus-per-node", "8", "--time", "60"], "Invalid value for '--nodes'"),
         (["sample", "--ckpt", "latest", "--top-k", "many"], "Invalid value for '--top-k'"),
         (["train", "gpt3"], "no config 'gpt3': it is neither a file nor one of the presets gpt2-124m, "),
         (["train", "nope.key=1"], "unknown section [nope] (there are: "),

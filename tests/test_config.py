@@ -39,7 +39,7 @@ KEYS = {
     "schedule.kind", "schedule.warmup_steps", "schedule.decay_steps",
     "train.max_steps", "train.tokens_per_step", "train.micro_batch_size", "train.max_bad_steps",
     "train.spike_z_score", "train.spike_window",
-    "eval.every_steps", "eval.batches",
+    "eval.every_steps", "eval.batches", "eval.sample_prompt",
     "checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume",
     "log.every_steps", "log.tensorboard",
     "parallel.strategy", "parallel.check_every_steps",

@@ -75,7 +75,7 @@ def prepared(source: Path, name: str, workers: int) -> dict[str, bytes]:
 
 def by_tiktoken(source: Path) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prepare.work.can_be_faster", lambda tokenizer: False)
+        patch.setattr("prepare.work.can_be_faster", lambda name: False)
         return prepared(source, "by_tiktoken", 1)
 
 
@@ -195,6 +195,7 @@ def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch, tells_its
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -213,7 +214,7 @@ def test_one_fault_starts_over_with_tiktoken(
 ) -> None:
     monkeypatch.setattr("pipeline.log.logger.propagate", True)
     monkeypatch.setattr(engine, "_new_gigatoken", build)
-    monkeypatch.setattr("prepare.work.can_be_faster", lambda tokenizer: True)
+    monkeypatch.setattr("prepare.work.can_be_faster", lambda name: True)
     assert prepared(source, "faulty", 1) == by_tiktoken(source)
     (line,) = (
         record.getMessage() for record in caplog.records if "starting over with tiktoken alone" in record.getMessage()
@@ -274,10 +275,10 @@ def test_a_fault_is_told_and_an_interrupt_is_not_one(monkeypatch: pytest.MonkeyP
 
 def test_without_the_package_all_is_as_before(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    assert not can_be_faster(REFERENCE)
+    assert not can_be_faster(REFERENCE.name)
     for workers in (1, 2):
         assert prepared(source, f"w{workers}", workers) == by_tiktoken(source)
 
 
 def test_it_is_for_one_vocabulary() -> None:
-    assert not can_be_faster(ByteTokenizer())
+    assert not can_be_faster(ByteTokenizer().name)

@@ -200,6 +200,7 @@ def test_a_checkpoint_is_described(tiny: Path, capsys: pytest.CaptureFixture[str
     assert "step" in text and "n_layer 2, n_head 2" in text and f"{found['parameters']:,}" in text
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     config = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=16)

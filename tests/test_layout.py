@@ -12,21 +12,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("pipeline", "prepare", "train", "sample")
+PACKAGES = ("pipeline", "prepare", "train", "sample", "score")
 STAGES = PACKAGES[1:]
 WITHOUT_TORCH = (
     "errors",
+    "launch",
     "log",
     "files",
+    "rendezvous",
     "config",
     "byte_pairs",
     "tokenizer",
+    "tokenizer_files",
     "foreign",
     "shards",
     "scan",
     "duplicates",
+    "places",
+    "sbatch",
+    "shell",
+    "mistakes",
+    "doctor",
+    "submit",
 )
-MAPPED = (*PACKAGES, "configs", "slurm", "benchmarks")
+MAPPED = (*PACKAGES, "configs", "slurm", "containers", "benchmarks")
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 MAX_FUNCTION_LINES = 60

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from pipeline.config import ModelConfig, load
 from pipeline.huggingface import config_json, from_folder_layout, to_folder_layout
-from pipeline.model import GPT, KeyValueCache
+from pipeline.model import GPT
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=48)
 VOCAB_SIZE = 1000  # padded to 1024 inside
@@ -28,7 +28,9 @@ def small_model(config: ModelConfig = SMALL, vocab_size: int = VOCAB_SIZE) -> GP
 
 def transformers_twin(model: GPT) -> Any:
     transformers = pytest.importorskip("transformers")
-    twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config_json(model, 0), attn_implementation="eager"))
+    twin = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**config_json(model.config, model.vocab_size, 0), attn_implementation="eager")
+    )
     weights = {name: to_folder_layout(model, name, parameter) for name, parameter in model.named_parameters()}
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
@@ -93,7 +95,7 @@ def test_initial_loss_is_that_of_a_uniform_guess_over_the_real_vocabulary() -> N
 def test_padding_changes_neither_loss_nor_gradients_and_never_moves() -> None:
     model = small_model()
     ids = torch.randint(0, VOCAB_SIZE, (4, 49))
-    hidden = model.transformer(ids[:, :-1], None)
+    hidden = model.transformer(ids[:, :-1])
     exact = F.cross_entropy((hidden @ model.lm_head.weight[:VOCAB_SIZE].t()).flatten(0, 1), ids[:, 1:].flatten())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     loss = model(ids[:, :-1], ids[:, 1:])
@@ -102,7 +104,7 @@ def test_padding_changes_neither_loss_nor_gradients_and_never_moves() -> None:
     optimizer.step()
     assert model.lm_head.weight.shape[0] == 1024
     assert not model.lm_head.weight[VOCAB_SIZE:].any()
-    assert model.logits(ids[:, :48]).shape[-1] == VOCAB_SIZE == model.next_logits(ids[:, :5]).shape[-1]
+    assert model.logits(ids[:, :48]).shape[-1] == VOCAB_SIZE
 
 
 def test_a_token_sees_itself_and_the_past_only() -> None:
@@ -113,17 +115,6 @@ def test_a_token_sees_itself_and_the_past_only() -> None:
     before, after = model.logits(ids), model.logits(changed)
     assert torch.equal(before[:, :12], after[:, :12])
     assert (before[:, 12:] != after[:, 12:]).any(dim=-1).all()
-
-
-@pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, 1, 1, 8, 3]])
-def test_cached_logits_equal_uncached_ones_however_the_tokens_arrive(pieces: list[int]) -> None:
-    model = small_model()
-    ids = torch.randint(0, VOCAB_SIZE, (3, 20))
-    cache, at = KeyValueCache.empty(model, 3), 0
-    for piece in pieces:
-        at += piece
-        logits = model.next_logits(ids[:, at - piece : at], cache)
-        torch.testing.assert_close(logits, model.next_logits(ids[:, :at]), atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation() -> None:

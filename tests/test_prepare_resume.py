@@ -18,7 +18,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import die_at
+from conftest import die_at, write_gz, write_jsonl, write_text_files
 
 from pipeline.errors import UserError
 from pipeline.shards import MANIFEST_NAME, load_manifest
@@ -39,27 +39,9 @@ def make_texts(count: int, seed: int = 0) -> list[str]:
     return texts
 
 
-def write_jsonl(folder: Path, texts: list[str]) -> Path:
-    (folder / "c.jsonl").write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))
-    return folder / "c.jsonl"
-
-
 def write_parquet(folder: Path, texts: list[str]) -> Path:
     pq.write_table(pa.table({"text": texts}), folder / "c.parquet", row_group_size=len(texts) // 3)
     return folder / "c.parquet"
-
-
-def write_folder(folder: Path, texts: list[str]) -> Path:
-    (folder / "c").mkdir()
-    for i, text in enumerate(texts):
-        (folder / "c" / f"{i:06}.txt").write_bytes(text.encode())
-    return folder / "c"
-
-
-def write_gz(folder: Path, texts: list[str]) -> Path:
-    """A stream, of which no unit can be read without those before it."""
-    (folder / "c.jsonl.gz").write_bytes(gzip.compress(write_jsonl(folder, texts).read_bytes(), 1))
-    return folder / "c.jsonl.gz"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -138,7 +120,7 @@ def test_killed_midway_it_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("workers", [1, 2, 3])
-@pytest.mark.parametrize("write", [write_jsonl, write_parquet, write_folder, write_gz])
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet, write_text_files, write_gz])
 def test_killed_at_random_moments(tmp_path: Path, write: Callable[..., Path], workers: int) -> None:
     """Six kills each, 72 in all: of the parent alone, of all its processes, or of one of its workers."""
     source = write(tmp_path, make_texts(8000))

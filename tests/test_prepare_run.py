@@ -1,7 +1,6 @@
 """Whole preparations: shards read back with np.memmap and compared with tiktoken on sources read independently."""
 
 import fcntl
-import gzip
 import io
 import json
 import random
@@ -18,6 +17,7 @@ import pytest
 import tiktoken
 import xxhash
 import zstandard
+from conftest import write_gz, write_jsonl, write_text_files
 
 from pipeline.byte_pairs import write_ranks
 from pipeline.errors import UserError
@@ -129,11 +129,6 @@ def test_the_manifest_counts_what_is_in_the_files(tmp_path: Path, jsonl: Path, d
     }
 
 
-def _as_jsonl(folder: Path, texts: list[str]) -> Path:
-    (folder / "c.jsonl").write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))
-    return folder / "c.jsonl"
-
-
 def _as_one_row_group(folder: Path, texts: list[str]) -> Path:
     pq.write_table(pa.table({"text": texts}), folder / "c.parquet", use_dictionary=False)
     return folder / "c.parquet"
@@ -144,20 +139,8 @@ def _as_row_groups(folder: Path, texts: list[str]) -> Path:
     return folder / "c.parquet"
 
 
-def _as_folder(folder: Path, texts: list[str]) -> Path:
-    (folder / "c").mkdir()
-    for i, text in enumerate(texts):
-        (folder / "c" / f"{i:04}.txt").write_bytes(text.encode())
-    return folder / "c"
-
-
-def _as_gz(folder: Path, texts: list[str]) -> Path:
-    (folder / "c.jsonl.gz").write_bytes(gzip.compress(_as_jsonl(folder, texts).read_bytes()))
-    return folder / "c.jsonl.gz"
-
-
 def _as_zst(folder: Path, texts: list[str]) -> Path:
-    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(_as_jsonl(folder, texts).read_bytes()))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(write_jsonl(folder, texts).read_bytes()))
     return folder / "c.jsonl.zst"
 
 
@@ -166,13 +149,10 @@ def _as_json(folder: Path, texts: list[str]) -> Path:
     return folder / "c.json"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write",
-    [_as_jsonl]
-    + [
-        pytest.param(write, marks=pytest.mark.slow)
-        for write in (_as_one_row_group, _as_row_groups, _as_folder, _as_gz, _as_zst, _as_json)
-    ],
+    [write_jsonl, _as_one_row_group, _as_row_groups, write_text_files, write_gz, _as_zst, _as_json],
 )
 def test_the_bytes_are_the_same_for_any_number_of_workers_and_any_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, documents: list[str]
@@ -185,13 +165,13 @@ def test_the_bytes_are_the_same_for_any_number_of_workers_and_any_form(
     }
     assert made[1] == made[2] == made[3]
     assert len(made[1]) > 3
-    reference = contents(prepare(tmp_path, _as_jsonl(tmp_path, documents), name="reference", shard_tokens=3000))
+    reference = contents(prepare(tmp_path, write_jsonl(tmp_path, documents), name="reference", shard_tokens=3000))
     assert made[1] == reference
 
 
 def test_duplicates_stay_on_one_side(tmp_path: Path) -> None:
     texts = [f"text number {i % 40}" for i in range(200)]
-    folder = prepare(tmp_path, _as_jsonl(tmp_path, texts), val_fraction=0.3)
+    folder = prepare(tmp_path, write_jsonl(tmp_path, texts), val_fraction=0.3)
     train, val = ({tuple(ids) for ids in read_split(folder, split)} for split in ("train", "val"))
     assert train
     assert val
@@ -216,7 +196,7 @@ def test_one_document_is_cut_in_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("fraction", [0.0001, 0.9999])
 def test_small_corpora_have_both_splits(tmp_path: Path, count: int, fraction: float) -> None:
-    source = _as_jsonl(tmp_path, [f"document {i}" for i in range(count)])
+    source = write_jsonl(tmp_path, [f"document {i}" for i in range(count)])
     folder = prepare(tmp_path, source, val_fraction=fraction)
     splits = [read_split(folder, split) for split in ("train", "val")]
     assert sorted(map(len, splits)) == [1, count - 1]
@@ -224,19 +204,20 @@ def test_small_corpora_have_both_splits(tmp_path: Path, count: int, fraction: fl
 
 def test_no_workable_split_leaves_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"all 4 documents .* identical"):
-        prepare(tmp_path, _as_jsonl(tmp_path, ["same"] * 4))
+        prepare(tmp_path, write_jsonl(tmp_path, ["same"] * 4))
     with pytest.raises(UserError, match="corpus is empty"):
-        prepare(tmp_path, _as_jsonl(tmp_path, ["", ""]), name="empty")
+        prepare(tmp_path, write_jsonl(tmp_path, ["", ""]), name="empty")
     assert not list((tmp_path / "data").rglob(MANIFEST_NAME))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 2, 17, 199, 500])
 def test_limit_docs_takes_the_first_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jsonl: Path, documents: list[str], limit: int
 ) -> None:
     monkeypatch.setattr(readers, "SMALLEST_UNIT_BYTES", 2048)
     made = [contents(prepare(tmp_path, jsonl, name=f"w{n}", workers=n, limit_docs=limit)) for n in (1, 2)]
-    alone = _as_jsonl(tmp_path, documents[:limit])
+    alone = write_jsonl(tmp_path, documents[:limit])
     assert made[0] == made[1] == contents(prepare(tmp_path, alone, name="alone"))
 
 
@@ -245,7 +226,7 @@ def test_a_vocabulary_is_learnt_from_the_documents_that_are_taken(
     tmp_path: Path, jsonl: Path, documents: list[str], name: str
 ) -> None:
     limited = prepare(tmp_path, jsonl, name="limited", tokenizer=name, limit_docs=20)
-    alone = prepare(tmp_path, _as_jsonl(tmp_path, documents[:20]), name="alone", tokenizer=name)
+    alone = prepare(tmp_path, write_jsonl(tmp_path, documents[:20]), name="alone", tokenizer=name)
     assert load_manifest(limited).tokenizer == load_manifest(alone).tokenizer
     assert contents(limited) == contents(alone)
 
@@ -432,7 +413,7 @@ def test_a_data_dir_that_is_a_file_is_one_line(tmp_path: Path, jsonl: Path) -> N
 
 
 def test_importing_the_stage_loads_nothing_heavy() -> None:
-    heavy = {"torch", "pyarrow", "datasets", "tiktoken", "train", "sample"}
+    heavy = {"torch", "pyarrow", "datasets", "tiktoken", "train", "sample", "score"}
     script = f"import sys, prepare.run; print(*(sys.modules.keys() & {heavy}))"
     loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
     assert loaded.stdout.split() == []

@@ -234,6 +234,7 @@ def test_a_bad_checksum_is_not_taken_for_an_end(tmp_path: Path) -> None:
         documents(tmp_path, tmp_path / "a.jsonl.gz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
 def test_a_bomb_meets_the_limit(tmp_path: Path, name: str, suffix: str) -> None:
@@ -295,6 +296,7 @@ def outcome(read: Callable[[], readers.Document]) -> str | None:
     return f"({document.reason})" if isinstance(document, readers.Refused) else whole(document)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 2, 7, 1000])
 def test_damaged_json_gives_the_same_text_long_or_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int

@@ -70,6 +70,7 @@ def write_corpus(folder: Path) -> None:
     (folder / ".hidden.txt").write_text("not read")
 
 
+@pytest.mark.slow
 def test_what_lies_in_s3_is_read_as_what_lies_here(
     tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +96,7 @@ def test_what_the_server_tells_is_recorded_and_what_changes_is_seen(tmp_path: Pa
         found.record(str)
 
 
+@pytest.mark.slow
 def test_a_workers_process_reads_what_the_parent_planned(tmp_path: Path, bucket: Any) -> None:
     """A unit travels as bytes; the other process has only the environment."""
     import pickle
@@ -110,6 +112,7 @@ def test_a_workers_process_reads_what_the_parent_planned(tmp_path: Path, bucket:
     assert result.stdout == "[(0, b'far')]\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "words"),
     [

@@ -65,6 +65,7 @@ def test_a_spike_sends_the_run_back_past_its_samples(tiny: Path, bad_batches: se
     assert max(row["grad_norm"] for row in rows(config)) < 100, "no bad batch reached the weights"
 
 
+@pytest.mark.slow
 def test_the_weights_are_those_of_a_run_that_never_had_the_samples(tiny: Path, bad_batches: set[int]) -> None:
     config = spiky_config(tiny)
     run(config)

@@ -171,7 +171,7 @@ def test_token_bytes_add_up_to_the_text(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("name", ["bpe:512", "merges.json"])
 def test_a_byte_level_tokenizer_json_gives_the_ids_of_hugging_faces_library(tokenizer: Tokenizer) -> None:
-    assert isinstance(tokenizer, JsonTokenizer) and tokenizer._merges is not None
+    assert isinstance(tokenizer, JsonTokenizer) and tokenizer.merges is not None
     library = Library.from_str(tokenizer.content.decode())
     library.encode_special_tokens = True
     for text in (*TEXTS, *random_texts(2000), *prose()):

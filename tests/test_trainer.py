@@ -88,7 +88,9 @@ def test_fifty_steps_equal_an_independent_trainer(tiny: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = tiny_config(tiny, train={"max_steps": 50}, optimizer={"grad_clip": 0.5}, schedule={"warmup_steps": 5})
     ours = trainer_of(config)
-    twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config_json(ours.model, 0)))
+    twin = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**config_json(ours.model.config, ours.model.vocab_size, 0))
+    )
     stored = {name: to_folder_layout(ours.model, name, tensor) for name, tensor in weights(ours).items()}
     twin.load_state_dict(stored, strict=False)
     twin.tie_weights()

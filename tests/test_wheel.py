@@ -36,27 +36,42 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sources(folder: Path) -> set[str]:
-    packages = ("pipeline", "prepare", "train", "sample")
+    packages = ("pipeline", "prepare", "train", "sample", "score")
     return {str(path.relative_to(folder)) for package in packages for path in (folder / package).rglob("*.py")}
 
 
 def test_the_wheel_holds_the_packages_the_presets_and_the_rank_table(installed: Path) -> None:
     assert sources(installed) == sources(ROOT)
-    for inside, outside in (("pipeline/configs", "configs"), ("pipeline", "pipeline")):
-        for path in (*(ROOT / outside).glob("*.toml"), *(ROOT / outside).glob("*.tiktoken")):
+    for inside, outside in (("pipeline/configs", "configs"), ("pipeline/slurm", "slurm"), ("pipeline", "pipeline")):
+        for path in (path for kind in ("toml", "sbatch", "tiktoken") for path in (ROOT / outside).glob(f"*.{kind}")):
             assert (installed / inside / path.name).read_bytes() == path.read_bytes()
     assert (installed / "pipeline" / "gpt2.tiktoken").is_file()
     assert (installed / "pipeline" / "configs" / "gpt2-124m.toml").is_file()
+    assert (installed / "pipeline" / "slurm" / "train.sbatch").is_file()
 
 
 def test_the_wheel_holds_nothing_else(installed: Path) -> None:
     tops = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
-    assert tops == {"pipeline", "prepare", "train", "sample"}
+    assert tops == {"pipeline", "prepare", "train", "sample", "score"}
 
 
 def test_the_wheel_declares_the_command(installed: Path) -> None:
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "pipeline = pipeline.cli:main" in entry_points.read_text()
+
+
+def test_an_installed_program_finds_its_batch_scripts_from_any_folder(installed: Path, tmp_path: Path) -> None:
+    arguments = ["prepare", "stdlib", "--tasks", "2", "--time", "60", "--dry-run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "submit", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "\n#SBATCH --array=0-1\n" in done.stdout
+    assert f"{installed}/pipeline/slurm/merge.sbatch data/stdlib" in done.stderr
 
 
 def test_an_installed_program_finds_its_presets_from_any_folder(installed: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,12 @@ class Metrics:
                 if name != "step" and value is not None:
                     self._tensorboard.add_scalar(name, value, row["step"])
             self._tensorboard.flush()  # or a kill would take up to two minutes of rows that metrics.jsonl has
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Show `text` in TensorBoard, as it is: to Markdown it is code. metrics.jsonl has numbers only."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_text(name, textwrap.indent(text, "    ", lambda line: True), step)
+            self._tensorboard.flush()
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Replace status.json. `state` is running, done, stopped or failed."""

@@ -42,14 +42,17 @@ class Source:
 
 
 class Mixture:
-    """The datasets a config names, each with its loader. Raises UserError where they do not go together."""
+    """The datasets a config names, each with its loader. Raises UserError where they do not go together.
 
-    def __init__(self, config: Config) -> None:
+    `folders`: where they are, if not where the config says.
+    """
+
+    def __init__(self, config: Config, folders: list[Path] | None = None) -> None:
         self.block_size = config.model.block_size
         turns = apportion([entry.weight for entry in config.datasets])
         self.sources = []
-        for number, (entry, own_turns) in enumerate(zip(config.datasets, turns, strict=True)):
-            folder = config.dataset_dir(entry.dataset)
+        folders = folders or [config.dataset_dir(entry.dataset) for entry in config.datasets]
+        for number, (entry, folder, own_turns) in enumerate(zip(config.datasets, folders, turns, strict=True)):
             manifest = load_manifest(folder)
             # A seed of its own, so that no two sources go through their windows in the same order.
             loader = Loader(TokenReader(folder, manifest, "train"), self.block_size, config.run.seed + number)

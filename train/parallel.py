@@ -15,9 +15,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.checkpoint import uninitialised
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.model import GPT
+from pipeline.sharding import whole
 
 
 def mesh_of(strategy: str, world: World) -> DeviceMesh | None:
@@ -97,6 +99,19 @@ def reshard(model: nn.Module) -> None:
     """Let go of the gathered weights that a forward pass keeps for a backward pass, where none comes."""
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+def whole_model(model: GPT, world: World) -> GPT | None:
+    """On rank 0 the model with all of its weights: itself, or of a sharded one a copy on the CPU. All ranks call it."""
+    if not isinstance(model, FSDPModule):
+        return model if world.is_first else None
+    copy = uninitialised(model.config, model.vocab_size) if world.is_first else None
+    copies = dict(copy.named_parameters()) if copy else {}
+    for name, parameter in model.named_parameters():
+        gathered = whole(parameter.detach())
+        if copy:
+            copies[name].detach().copy_(gathered)
+    return copy
 
 
 def in_words(strategy: str, mesh: DeviceMesh | None, world: World) -> str:

@@ -16,12 +16,12 @@ from pipeline.errors import EXIT_INTERRUPTED, UserError
 from pipeline.files import one_writer, write_atomic
 from pipeline.log import also_to_file, logger
 from pipeline.model import GPT
-from train import parallel, resume
+from train import parallel, resume, staging
 from train.metrics import Metrics
 from train.mixture import Mixture
 from train.replicas import check_replicas
 from train.stop import StopRequest
-from train.trainer import Trainer
+from train.trainer import Preview, Trainer
 
 # What the position in the data and the shape of the weights follow from: it cannot change between two starts of a run.
 FIXED_KEYS = (
@@ -30,18 +30,21 @@ FIXED_KEYS = (
 )  # fmt: skip
 
 
-def run(config: Config, dry_run: bool = False) -> str:
-    """Train, or with `dry_run` check everything and write nothing. Returns why the run stopped before its last step,
+def run(config: Config, dry_run: bool = False, stage_to: Path | None = None, preview: Preview | None = None) -> str:
+    """Train, or with `dry_run` check everything and write nothing. `stage_to` is the folder on each node's own disk for
+    copies of the datasets, `preview` goes on from eval.sample_prompt. Returns why the run stopped before its last step,
     empty where it is done. Raises UserError, Diverged.
     """
     world = distributed.start(config.run.device)
     try:
-        return run_on(world, config, dry_run)
+        return run_on(world, config, dry_run, stage_to, preview)
     finally:
         distributed.stop()
 
 
-def run_on(world: World, config: Config, dry_run: bool) -> str:
+def run_on(
+    world: World, config: Config, dry_run: bool, stage_to: Path | None = None, preview: Preview | None = None
+) -> str:
     """`run`, on ranks that have found each other."""
     with world.fail_together():
         mixture = Mixture(config)
@@ -49,10 +52,12 @@ def run_on(world: World, config: Config, dry_run: bool) -> str:
             resume.candidates(config.run_dir / "checkpoints", config.checkpoint.resume)
     world.check_agreement("the dataset", mixture.fingerprint)
     world.check_agreement("the config", to_dict(config))
+    if stage_to is not None:
+        mixture = staging.stage(mixture, config, world, stage_to, dry_run)
     mesh = parallel.mesh_of(config.parallel.strategy, world)
     with ExitStack() as stack:
         with world.fail_together():
-            trainer, introduction = assemble(config, world, mixture, mesh)
+            trainer, introduction = assemble(config, world, mixture, mesh, preview)
             if world.is_first and not dry_run:
                 stack.enter_context(one_writer(config.run_dir))
                 stack.enter_context(also_to_file(config.run_dir / "log.txt"))
@@ -71,7 +76,9 @@ def run_on(world: World, config: Config, dry_run: bool) -> str:
         return train(trainer)
 
 
-def assemble(config: Config, world: World, mixture: Mixture, mesh: DeviceMesh | None = None) -> tuple[Trainer, str]:
+def assemble(
+    config: Config, world: World, mixture: Mixture, mesh: DeviceMesh | None = None, preview: Preview | None = None
+) -> tuple[Trainer, str]:
     """The trainer of a run, and the first lines of its log: what it is and what it will do."""
     threads = share_threads(world.local_size)
     dtype, why_dtype = pick_dtype(config.run.dtype, world.device, config.model.n_embd)
@@ -81,7 +88,7 @@ def assemble(config: Config, world: World, mixture: Mixture, mesh: DeviceMesh | 
     torch.manual_seed(config.run.seed)
     model = GPT(config.model, mixture.tokenizer["vocab_size"])
     parallel.place(model, world, mesh, dtype, compiled)
-    trainer = Trainer(config, world, model, mixture, dtype)
+    trainer = Trainer(config, world, model, mixture, dtype, preview)
     introduction = [
         f"run {config.run_dir}: {world.size} rank(s) on {world.device.type}, {threads} thread(s) each",
         f"parallel {parallel.in_words(config.parallel.strategy, mesh, world)}",
@@ -134,7 +141,9 @@ def put_weights_in(trainer: Trainer, start: Path | None) -> None:
         trainer.restore(start)
         logger.info("from %s: step %d of %d", start, trainer.step, config.train.max_steps)
     elif config.model.init_from:
-        checkpoint.load_initial_weights(trainer.model, trainer.mixture.tokenizer, Path(config.model.init_from))
+        checkpoint.load_initial_weights(
+            trainer.model, trainer.mixture.tokenizer, checkpoint.model_folder(config.model.init_from)
+        )
         logger.info("initial weights: %s", config.model.init_from)
 
 

@@ -18,10 +18,14 @@ from pipeline.errors import UserError
 
 # A save is given twice the time the last one took; before any was made, this many seconds.
 FIRST_SAVE_S = 30.0
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopRequest:
-    """Listens inside its `with`. SIGTERM may come twice (SLURM's own and torchrun's copy); a second SIGINT stops now."""
+    """Listens inside its `with`. SIGTERM may come twice (SLURM's own and torchrun's copy); a second SIGINT stops now.
+
+    SIGUSR2 is what `sbatch --signal=USR2@300` sends the ranks that srun started; torchrun would not pass it on.
+    """
 
     def __init__(self) -> None:
         self._signal = ""
@@ -36,7 +40,7 @@ class StopRequest:
             ) from None
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._notice) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

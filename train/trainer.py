@@ -2,10 +2,11 @@
 
 import json
 import math
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -14,13 +15,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeline import checkpoint
 from pipeline.config import Config, accumulation_steps, to_dict
+from pipeline.device import autocast
 from pipeline.distributed import World
-from pipeline.errors import Diverged
-from pipeline.log import ProgressReport, logger
-from pipeline.model import GPT
+from pipeline.errors import Diverged, UserError
+from pipeline.log import LAYOUT, ProgressReport, logger, printable
+from pipeline.model import GPT, document_numbers
 from pipeline.sharding import whole
 from pipeline.shards import TokenReader
-from pipeline.tokenizer import from_spec
+from pipeline.tokenizer import Tokenizer, encode_prompt, from_spec
 from train import optimizer as optimizers
 from train import parallel
 from train.loader import evaluation_starts, windows_at
@@ -55,14 +57,30 @@ class Agreement:
     save_failed: bool
 
 
+class Preview(Protocol):
+    """Text with which a model goes on after a prompt. Stages do not know each other: who calls `run` brings it."""
+
+    def __call__(self, model: GPT, dtype: torch.dtype, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str: ...
+
+
 class Trainer:
     """A model on its way through `train.max_steps` optimizer steps; `step` counts the completed ones."""
 
-    def __init__(self, config: Config, world: World, model: GPT, mixture: Mixture, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        model: GPT,
+        mixture: Mixture,
+        dtype: torch.dtype,
+        preview: Preview | None = None,
+    ) -> None:
         self.config, self.world, self.model, self.mixture, self.dtype = config, world, model, mixture, dtype
         train = config.train
         self.accumulation = accumulation_steps(config, world.size)
         self.tokenizer = from_spec(mixture.tokenizer, mixture.sources[0].folder)
+        self.preview = preview if config.eval.sample_prompt else None
+        self.prompt = self.encoded_prompt() if self.preview else []
         self.batches = Prefetcher(mixture, train.micro_batch_size, train.micro_batch_size * world.size, world.device)
         self.val = [TokenReader(source.folder, source.manifest, "val") for source in mixture.sources]
         val_windows = config.eval.batches * train.micro_batch_size
@@ -130,17 +148,13 @@ class Trainer:
         return self._to_device(self.batches.batch(self.first_sample + place * size))
 
     def documents(self, inputs: Tensor) -> Tensor | None:
-        """The number of each token's document in its window, or None where attention may cross documents.
-
-        End-of-text opens a document here, also where the shards have it at the end of the one before: as a target it is
-        predicted from the document it ends, as an input it is what `sample` starts a text from.
-        """
+        """The number of each token's document in its window, or None where attention may cross documents."""
         if not self.config.data.document_mask:
             return None
-        return (inputs == self.tokenizer.end_of_text).cumsum(dim=1)
+        return document_numbers(inputs, self.tokenizer.end_of_text)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return autocast(self.world.device, self.dtype)
 
     @property
     def first_sample(self) -> int:
@@ -182,6 +196,35 @@ class Trainer:
         self.last_evaluation_s = time.monotonic() - started
         return sum(source.share * loss for source, loss in zip(self.mixture.sources, self.val_losses, strict=True))
 
+    def encoded_prompt(self) -> list[int]:
+        """The ids of eval.sample_prompt. Raises UserError, now and not at the first evaluation."""
+        try:
+            return encode_prompt(self.config.eval.sample_prompt, self.tokenizer)
+        except UserError as error:
+            raise UserError(f"eval.sample_prompt: {error}") from None
+
+    def show_sample(self, metrics: Metrics | None) -> None:
+        """Let rank 0 go on from eval.sample_prompt, for TensorBoard and the log. Training takes no notice: the random numbers
+        follow from the seed and the step, and are nobody else's.
+        """
+        if self.preview is None:
+            return
+        started = time.monotonic()
+        model = parallel.whole_model(self.model, self.world)
+        if model and metrics:
+            seed = xxhash.xxh3_64_intdigest(b"sample:%d:%d" % (self.config.run.seed, self.step))
+            # A copy is on the CPU, which may compute in nothing less.
+            dtype = self.dtype if model is self.model else torch.float32
+            try:
+                more = self.preview(model, dtype, self.tokenizer, self.prompt, seed)
+                text = self.config.eval.sample_prompt + more
+            except UserError as error:  # no reason to end a run
+                text = f"no sample: {error}"
+            shown = printable(text, keep=LAYOUT)
+            metrics.write_text("sample", shown, self.step)
+            logger.info("step %d: sample\n%s", self.step, textwrap.indent(shown, "    "))
+        self.last_evaluation_s += time.monotonic() - started
+
     def fit(self, metrics: Metrics | None, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged. `metrics`: rank 0 only."""
         config, reason = self.config, ""
@@ -220,6 +263,8 @@ class Trainer:
         val_loss = self.evaluate() if evaluating else None
         if metrics and (evaluating or self.is_due(config.log.every_steps)):
             metrics.write(self.row(result, val_loss))
+        if evaluating:
+            self.show_sample(metrics)
         if planned or agreed.reason or agreed.save_now:
             self.save(val_loss)
         return agreed.reason

@@ -1,5 +1,6 @@
 """The tokenizer of a checkpoint's folder, opened offline by transformers: the same ids and the same text as ours."""
 
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 from conftest import ALPHABET, TOKENIZERS, prose, tokenizer_named
 
 from pipeline.byte_pairs import merges_in, write_ranks
-from pipeline.huggingface import tokenizer_files
 from pipeline.tokenizer import BytePairTokenizer, JsonTokenizer
+from pipeline.tokenizer_files import tokenizer_files
 from prepare.vocabulary import open_vocabulary
 
 transformers = pytest.importorskip("transformers")
@@ -26,7 +27,12 @@ def twin_of(name: str, folder: Path) -> "transformers.PreTrainedTokenizerBase":
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+LARGE = ("cl100k_base", "o200k_base")  # a second each, to find their merges
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in TOKENIZERS]
+)
 def test_transformers_encodes_and_decodes_as_ours_does(name: str, tmp_path: Path) -> None:
     ours, twin = tokenizer_named(name), twin_of(name, tmp_path)
     end_of_text = ours.decode_bytes([ours.end_of_text]).decode()
@@ -43,6 +49,28 @@ def test_transformers_encodes_and_decodes_as_ours_does(name: str, tmp_path: Path
     assert twin.eos_token_id == ours.end_of_text and twin.eos_token == end_of_text
     assert twin.encode(end_of_text, add_special_tokens=False) == [ours.end_of_text]
     assert max(twin.get_vocab().values()) < ours.vocab_size
+
+
+def library_pieces(count: int) -> list[str]:
+    """Paragraphs of the standard library's source, docstrings and comments: all with more than ASCII, then others."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (path for path in sorted(root.rglob("*.py")) if "site-packages" not in path.parts)
+    texts = (path.read_bytes().decode("utf-8", errors="ignore") for path in files)
+    pieces = list(dict.fromkeys(piece for text in texts for piece in text.split("\n\n") if piece))
+    strange = [piece for piece in pieces if not piece.isascii()][: count // 2]
+    plain = [piece for piece in pieces if piece.isascii()][: count - len(strange)]
+    return [*strange, *plain]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base", "bpe:512"])
+def test_ten_thousand_real_documents_are_the_same_to_transformers(name: str, tmp_path: Path) -> None:
+    ours, twin = tokenizer_named(name), twin_of(name, tmp_path)
+    texts = [text.replace("<|endoftext|>", "") for text in library_pieces(10_000)]
+    assert len(texts) == 10_000 and sum(not text.isascii() for text in texts) > 100
+    theirs = twin(texts, add_special_tokens=False)["input_ids"]
+    assert theirs == [ours.encode(text).tolist() for text in texts]
+    assert twin.batch_decode(theirs) == [ours.decode_bytes(ids).decode() for ids in theirs] == texts
 
 
 def test_unknown_words_and_their_token_are_the_same_to_transformers(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""Tokens -> text that may be shown: whole characters, up to a stop string, and why it ended."""
+
+import codecs
+from collections.abc import Iterator, Sequence
+
+from pipeline.tokenizer import Tokenizer
+from sample.generate import Tokens
+
+REPLACEMENT = "\ufffd".encode()
+
+
+class AddedText:
+    """What each token adds to the text behind `context`: in some vocabularies the space depends on both sides.
+
+    Hugging Face's decoders give U+FFFD for a character whose last byte is still to come; it waits for that.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
+        self.tokenizer = tokenizer
+        self.shown, self.held = context[-1:], list[int]()
+
+    def add(self, token: int) -> bytes:
+        self.held.append(token)
+        if self._text().endswith(REPLACEMENT):
+            return b""
+        piece = self.rest()
+        self.shown, self.held = self.held, []
+        return piece
+
+    def rest(self) -> bytes:
+        """Of the tokens that wait."""
+        return self._text()[len(self.tokenizer.decode_bytes(self.shown)) :]
+
+    def _text(self) -> bytes:
+        return self.tokenizer.decode_bytes(self.shown + self.held)
+
+
+class Continuation:
+    """One sample as it grows. `pieces` of text are final: what might begin a stop string, or a character, waits.
+
+    `token_ids` are all that were drawn but for end-of-text; where a stop string ended the text, they reach past it.
+    `finish_reason` is empty while the sample grows.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: list[int], stops: Sequence[str] = ()) -> None:
+        self.end_of_text, self.stops = tokenizer.end_of_text, stops
+        self.pieces, self.finish_reason = list[str](), ""
+        self.token_ids, self.log_probabilities = list[int](), list[float]()
+        self._added = AddedText(tokenizer, context)
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._waiting = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def add(self, token: int, log_probability: float | None = None) -> None:
+        """Go on with `token`, unless the sample has ended."""
+        if self.finish_reason:
+            return
+        if token == self.end_of_text:
+            self.end("end_of_text")
+            return
+        self.token_ids.append(token)
+        if log_probability is not None:
+            self.log_probabilities.append(log_probability)
+        self._take(self._characters.decode(self._added.add(token)))
+
+    def end(self, reason: str) -> None:
+        """Let go of what waits, unless the sample has ended."""
+        if self.finish_reason:
+            return
+        self._take(self._characters.decode(self._added.rest(), final=True))
+        if not self.finish_reason:
+            self.pieces.append(self._waiting)
+            self.finish_reason = reason
+
+    def _take(self, more: str) -> None:
+        """Add text up to a stop string, or to what might become one. The stop string that is complete first counts."""
+        self._waiting += more
+        found = [(at + len(stop), at) for stop in self.stops if (at := self._waiting.find(stop)) >= 0]
+        if found:
+            self.pieces.append(self._waiting[: min(found)[1]])
+            self.finish_reason = "stop"
+            return
+        ready = len(self._waiting) - max((overlap(self._waiting, stop) for stop in self.stops), default=0)
+        self.pieces.append(self._waiting[:ready])
+        self._waiting = self._waiting[ready:]
+
+
+def overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+
+
+def grow(texts: Sequence[Continuation], steps: Iterator[Tokens]) -> Iterator[None]:
+    """Let every text go on until all have ended, or the steps have; yields after each change."""
+    for ids, log_probabilities in steps:
+        for text, token, *scores in zip(texts, ids, *([log_probabilities] if log_probabilities else []), strict=True):
+            text.add(token, *scores)
+        yield
+        if all(text.finish_reason for text in texts):
+            return
+    for text in texts:
+        text.end("length")
+    yield

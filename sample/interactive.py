@@ -1,0 +1,70 @@
+"""Prompts from whoever sits at the terminal, line after line."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+SIGN = "> "
+REMEMBERED_LINES = 1000
+
+
+def at_terminal() -> bool:
+    """Whether there is somebody to ask; else lines come down a pipe, and are read to its end."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def ask() -> Iterator[str]:
+    """Every line that is typed, until Ctrl-D. Ctrl-C at the sign begins the line anew. Raises UserError."""
+    if not at_terminal():
+        yield from _piped_lines()
+        return
+    with _history(history_file()):
+        while True:
+            try:
+                line = input(SIGN)
+            except KeyboardInterrupt:
+                sys.stdout.write("\n")
+                continue
+            except EOFError:
+                sys.stdout.write("\n")
+                return
+            yield line
+
+
+def history_file() -> Path:
+    """Where the XDG base directory specification has what should outlive a restart and is no setting."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(state) if state.startswith("/") else Path("~/.local/state").expanduser()) / "pipeline" / "history"
+
+
+def _piped_lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            yield line.removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"a line of the input is not UTF-8: {error}") from None
+
+
+@contextmanager
+def _history(path: Path) -> Iterator[None]:
+    """Lines of earlier starts at the arrow keys, for their owner's eyes only. Without readline, or a place to write, none."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    readline.set_history_length(REMEMBERED_LINES)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.chmod(0o600)
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            readline.write_history_file(path)
