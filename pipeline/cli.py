@@ -356,9 +356,21 @@ app.add_typer(submit, name="submit")
 Walltime = Annotated[
     str, typer.Option("--time", help="At most so long at a time: minutes, h:mm:ss or days-h:mm:ss.", show_default=False)
 ]
-CpusPerTask = Annotated[int | None, typer.Option(min=1, help="Cores on each node.")]
+CpusPerTask = Annotated[
+    int | None,
+    typer.Option(min=1, help="Cores on each node; by default the script's number, or 4 a GPU if that is more."),
+]
 Partition = Annotated[str, typer.Option(help="The partition.")]
 Account = Annotated[str, typer.Option(help="Who pays.")]
+Others = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sbatch",
+        metavar="OPTION=VALUE",
+        help="Any other option of sbatch, such as qos=long or mem=0; may be given several times.",
+        show_default=False,
+    ),
+]
 PrintOnly = Annotated[
     bool, typer.Option("--dry-run", help="Check, and print the script instead: sbatch takes it as it is.")
 ]
@@ -368,7 +380,9 @@ PrintOnly = Annotated[
 def submit_train(
     time: Walltime,
     nodes: Annotated[int, typer.Option(min=1, help="How many nodes.", show_default=False)],
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs on each, 0 for none.", show_default=False)],
+    gpus_per_node: Annotated[
+        str, typer.Option(metavar="[TYPE:]N", help="GPUs on each, 0 for none.", show_default=False)
+    ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -378,6 +392,7 @@ def submit_train(
     cpus_per_task: CpusPerTask = None,
     partition: Partition = "",
     account: Account = "",
+    sbatch: Others = None,
     array: Annotated[
         str, typer.Option(help="Many runs: 0-7, 1,3,5 or 0-15%4. %a in the arguments is each one's number.")
     ] = "",
@@ -391,7 +406,9 @@ def submit_train(
     from pipeline import submit as submission
 
     parsed = _parsed("train", arguments or [])
-    job = submission.Job(time, nodes, gpus_per_node, cpus_per_task, partition, account, job_name, array, after)
+    job = submission.Job(
+        time, nodes, gpus_per_node, cpus_per_task, partition, account, job_name, array, after, tuple(sbatch or [])
+    )
     config_arguments = _config_arguments(parsed["arguments"], parsed["resume"])
     submission.train(arguments or [], config_arguments, parsed["stage"], job, dry_run)
 
@@ -406,6 +423,7 @@ def submit_prepare(
     cpus_per_task: CpusPerTask = None,
     partition: Partition = "",
     account: Account = "",
+    sbatch: Others = None,
     job_name: Annotated[str, typer.Option(help="By default the dataset's name.")] = "",
     dry_run: PrintOnly = False,
 ) -> None:
@@ -415,7 +433,7 @@ def submit_prepare(
     from prepare.run import check_before
 
     dataset, sources = check_before(PrepareOptions(**_parsed("prepare", arguments)), tasks)
-    job = submission.Job(time, 1, 0, cpus_per_task, partition, account, job_name)
+    job = submission.Job(time, 1, "0", cpus_per_task, partition, account, job_name, others=tuple(sbatch or []))
     submission.prepare(arguments, dataset, sources, tasks, job, dry_run)
 
 

@@ -171,9 +171,12 @@ def unexpanded_directives(script: BatchScript) -> Iterator[Finding]:
 
 
 def log_folder(script: BatchScript) -> Iterator[Finding]:
-    chdir = script.directive("chdir")
+    chdir, named = script.directive("chdir"), script.directive("job-name")
     for directive in filter(None, (script.directive("output"), script.directive("error"))):
-        folder = directive.value.rpartition("/")[0]
+        pattern = sbatch.file_name(directive.value, {"%x": named.value} if named else {})
+        folder = pattern.rpartition("/")[0]
+        # Nobody makes a folder of a job's number before sbatch gives it; one of another pattern may be there.
+        numbered = re.search(r"%\d*[Aj]", folder)
         if not folder or "$" in folder or folder.startswith("~"):
             continue
         if NODE_LOCAL.match(directive.value):
@@ -181,10 +184,11 @@ def log_folder(script: BatchScript) -> Iterator[Finding]:
                 directive.line, "warning", "log-on-node", f"the log goes to {folder}",
                 "that is a folder of the node, gone or out of reach after the job", "name one that all nodes share",
             )  # fmt: skip
-        elif "%" in folder or not (Path(chdir.value if chdir else "") / folder).is_dir():
+        elif numbered or ("%" not in folder and not (Path(chdir.value if chdir else "") / folder).is_dir()):
             yield Finding(
                 directive.line, "error", "log-folder", f"the log's folder {folder} is not there",
-                "SLURM does not make it, and the job dies at its start without a word", f"mkdir -p {folder} before sbatch",
+                "SLURM does not make it, and the job dies at its start without a word",
+                "leave the job's number to the file's name" if numbered else f"mkdir -p {folder} before sbatch",
             )  # fmt: skip
 
 

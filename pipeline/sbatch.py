@@ -1,5 +1,6 @@
 """Batch scripts: their `#SBATCH` lines as sbatch reads them, and ours with a site's values filled in."""
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -42,6 +43,11 @@ def directives(text: str) -> list[Directive]:
         if line.startswith("#SBATCH"):
             found += _options(number, line.removeprefix("#SBATCH"))
     return found
+
+
+def values(text: str) -> dict[str, str]:
+    """What a script asks for, by the options' names."""
+    return {directive.name: directive.value for directive in directives(text)}
 
 
 def first_command(text: str) -> int:
@@ -109,6 +115,12 @@ def elements(array: str) -> list[int]:
             return []
         numbers += range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1))
     return numbers
+
+
+def file_name(pattern: str, known: Mapping[str, str]) -> str:
+    """A pattern of `--output` with what is known of %x, %j, %A and %a in it, and %u, who submits. Others stay."""
+    known = {"%u": os.environ.get("USER", "%u"), **known}
+    return re.sub("|".join(known), lambda match: known[match[0]], pattern)
 
 
 def find(name: str) -> Path:

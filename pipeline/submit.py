@@ -27,6 +27,18 @@ from pipeline.shards import Manifest, load_manifest
 # Float32 weights and AdamW's two moments.
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 LEAVING_S = 60
+SLURMS_LOG = "slurm-%j.out"
+# A rank computes on one and reads ahead on another; the rest is for NCCL's threads and for saving.
+CORES_PER_GPU = 4
+# How what --sbatch may not set begins, as the checks rest on it, and what sets it here.
+_OWN = {f"{name}=": f"--{name}" for name in ("job-name", "cpus-per-task", "time", "partition", "account")}
+_OF_TRAIN = {
+    **_OWN, "nodes=": "--nodes", "gpus": "--gpus-per-node", "gres=gpu": "--gpus-per-node", "array=": "--array",
+    "dependency=": "--after",
+}  # fmt: skip
+_OF_PREPARE = {**_OWN, "nodes=": "--tasks", "array=": "--tasks"}
+# Of what SLURM tells a job, all that is not of that job alone.
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_WORKING_CLUSTER")
 
 
 @dataclass(frozen=True)
@@ -35,28 +47,42 @@ class Job:
 
     time: str
     nodes: int = 1
-    gpus_per_node: int = 0
+    gpus_per_node: str = "0"  # [TYPE:]N
     cpus_per_task: int | None = None
     partition: str = ""
     account: str = ""
     job_name: str = ""
     array: str = ""
     after: str = ""  # the job that has to end well before
+    others: tuple[str, ...] = ()  # OPTION=VALUE, as the site wants them
 
     @property
     def options(self) -> dict[str, str]:
         """By sbatch's names."""
         every = {
-            "job-name": self.job_name, "nodes": str(self.nodes), "gpus-per-node": str(self.gpus_per_node or ""),
+            "job-name": self.job_name, "nodes": str(self.nodes), "gpus-per-node": self.gpus_per_node if self.gpus else "",
             "cpus-per-task": str(self.cpus_per_task or ""), "time": self.time, "partition": self.partition,
             "account": self.account, "array": self.array, "dependency": self.after and f"afterok:{self.after}",
+            # Else it would wait for ever once that job has failed, and take the place of the next try.
+            "kill-on-invalid-dep": self.after and "yes",
         }  # fmt: skip
-        return {name: value for name, value in every.items() if value}
+        others = {name: value for name, _, value in (other.partition("=") for other in self.others)}
+        return {name: value for name, value in every.items() if value} | others
+
+    @property
+    def gpus(self) -> int:
+        """How many on each node, of whatever type."""
+        match = re.fullmatch(r"(?:[\w.-]+:)?(\d+)", self.gpus_per_node)
+        if match is None:
+            raise UserError(
+                f"--gpus-per-node {self.gpus_per_node} is no number of GPUs: wanted N or TYPE:N, such as 8 or h100:4"
+            )
+        return int(match[1])
 
     @property
     def ranks(self) -> int:
         """Processes that train, as train.sbatch starts them: one for each GPU, or one on a node without."""
-        told = os.environ.get("RANKS_PER_NODE") or str(self.gpus_per_node or 1)
+        told = os.environ.get("RANKS_PER_NODE") or str(self.gpus or 1)
         if not told.isdigit() or int(told) < 1:
             raise UserError(f"RANKS_PER_NODE={told} is no number of processes: unset it, or set it to 1 or more")
         return self.nodes * int(told)
@@ -71,13 +97,8 @@ class Script:
 
     def log(self, job_id: str) -> str:
         """Where SLURM writes the log, `*` standing for the number of an array's element."""
-        known = {"%x": self.options["job-name"], "%j": job_id, "%A": job_id, "%a": "*"}
-        return re.sub("|".join(known), lambda match: known[match[0]], _log_pattern(self.text))
-
-
-def _log_pattern(text: str) -> str:
-    outputs = [directive.value for directive in sbatch.directives(text) if directive.name == "output"]
-    return outputs[-1] if outputs else "slurm-%j.out"  # SLURM's own
+        pattern = sbatch.values(self.text).get("output", SLURMS_LOG)
+        return sbatch.file_name(pattern, {"%x": self.options["job-name"], "%j": job_id, "%A": job_id, "%a": "*"})
 
 
 def train(arguments: list[str], config_arguments: list[str], stage: str | None, job: Job, dry_run: bool) -> None:
@@ -92,15 +113,21 @@ def train(arguments: list[str], config_arguments: list[str], stage: str | None, 
         )
     # Of seed-0, seed-1 ... the job is named seed.
     shared_name = os.path.commonprefix([run.run.name for run in runs])  # noqa: RUF071
+    job = replace(job, cpus_per_task=job.cpus_per_task or _cpus_for(job))
     named = replace(job, job_name=job.job_name or shared_name.rstrip("-_.") or "train")
     script = _fill("train.sbatch", named, arguments, max(map(_measured_lead_s, runs), default=0))
     folders = [Path(), *(run.run_dir for run in runs)]
-    faults += [*_job_faults(job, script, dry_run), *places.unwritable(folders), *_taken(script, runs)]
+    faults += [*_job_faults(job, _OF_TRAIN, script, dry_run), *places.unwritable(folders), *_taken(script, runs)]
     faults += [fault for run in _alike(runs) for fault in _run_faults(run, job)]
     if faults:
         raise UserError("; ".join(dict.fromkeys(faults)))
     data = [run.dataset_dir(entry.dataset) for run in runs for entry in run.datasets]
     _warn(script, [*folders, *data, *_interpreter()])
+    if (cores := _cpus(script.text)) * job.nodes < job.ranks:
+        logger.warning(
+            "warning: %d core(s) for the %d ranks of a node: each trains and reads its data on a part of one; "
+            "raise --cpus-per-task", cores, job.ranks // job.nodes,
+        )  # fmt: skip
     for run in _alike(runs):
         logger.info("%s", "\n".join(_arithmetic(run, job)))
     if dry_run:
@@ -108,7 +135,7 @@ def train(arguments: list[str], config_arguments: list[str], stage: str | None, 
         return
     job_id = _submit(script)
     _say(job_id, [
-        f"job {job_id} ({named.job_name}) is in the queue",
+        f"job {job_id} ({named.job_name}) is in the queue{_waiting(job)}",
         f"follow   tail -F {script.log(job_id)}",
         f"run      {runs[0].run_dir}{f' and {len(runs) - 1} more' if runs[1:] else ''}: status.json, metrics.jsonl, tb/",
         f"stop     scancel --batch --signal=TERM {job_id}     saves, and does not come back",
@@ -123,7 +150,11 @@ def prepare(arguments: list[str], dataset: Path, sources: list[Path], tasks: int
     """
     job = replace(job, job_name=job.job_name or dataset.name, array=f"0-{tasks - 1}" if tasks > 1 else "")
     script = _fill("prepare.sbatch", job, arguments)
-    faults = [*_job_faults(job, script, dry_run), *places.unwritable([Path(), dataset]), *_taken(script, [])]
+    faults = [
+        *_job_faults(job, _OF_PREPARE, script, dry_run),
+        *places.unwritable([Path(), dataset]),
+        *_taken(script, []),
+    ]
     if holding := holder(dataset):
         faults.append(f"{dataset} is being written by {holding}: wait for it, or choose another --name")
     if faults:
@@ -156,6 +187,10 @@ def prepare(arguments: list[str], dataset: Path, sources: list[Path], tasks: int
     ])  # fmt: skip
 
 
+def _waiting(job: Job) -> str:
+    return f", and waits for job {job.after}: if that fails, SLURM cancels this one" if job.after else ""
+
+
 def _say(job_id: str, lines: list[str]) -> None:
     """The number to stdout, for scripts; the rest to people."""
     sys.stdout.write(f"{job_id}\n")
@@ -169,9 +204,9 @@ def _say(job_id: str, lines: list[str]) -> None:
 def _fill(name: str, job: Job, arguments: list[str], lead_s: int = 0) -> Script:
     text = sbatch.find(name).read_text(encoding="utf-8")
     options = job.options
-    values = {directive.name: directive.value for directive in sbatch.directives(text)}
+    values = sbatch.values(text) | options
     if job.array:
-        options["output"] = _log_pattern(text).replace("%j", "%A_%a")
+        options["output"] = values.get("output", SLURMS_LOG).replace("%j", "%A_%a")
     if "signal" in values and lead_s > sbatch.early_signal(values["signal"]).lead_s:
         options["signal"] = f"{values['signal'].partition('@')[0]}@{lead_s}"
     prologue = [
@@ -200,14 +235,28 @@ def _submit(script: Script, *extra: str) -> str:
     # On the command line too, since SBATCH_* variables of the environment win over a script's own lines.
     options = [f"--{name}={value}" for name, value in script.options.items()]
     done = subprocess.run(
-        ["sbatch", "--parsable", *options, *extra], input=script.text, capture_output=True, text=True, check=False
-    )
+        ["sbatch", "--parsable", *options, *extra],
+        input=script.text, env=_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
     said = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
     if done.returncode:
         raise UserError(f"sbatch refuses the job: {said or f'exit code {done.returncode}'}")
     if said:
         logger.warning("warning: sbatch says: %s", said)
     return done.stdout.strip().partition(";")[0]  # behind it the cluster's name, where there are several
+
+
+def _environment() -> dict[str, str]:
+    """This one without what SLURM says of the job, or the shell of salloc, in which submit runs.
+
+    sbatch hands it on, and the new job's SLURM neither sets nor unsets what does not concern it: an array's number, a
+    restart count, the memory or the cores of a step would be taken for the new job's own.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        return dict(os.environ)
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in _OF_THE_CLUSTER
+    }
 
 
 def _warn(script: Script, paths: list[Path]) -> None:
@@ -240,7 +289,7 @@ def _alike(runs: list[Config]) -> list[Config]:
     return list({replace(run, run=replace(run.run, name="", seed=0)): run for run in runs}.values())
 
 
-def _job_faults(job: Job, script: Script, dry_run: bool) -> Iterator[str]:
+def _job_faults(job: Job, own: dict[str, str], script: Script, dry_run: bool) -> Iterator[str]:
     if not dry_run and shutil.which("sbatch") is None:
         yield "there is no sbatch here: submit on a login node, or print the script with --dry-run"
     limit_s = sbatch.seconds(job.time)
@@ -248,6 +297,11 @@ def _job_faults(job: Job, script: Script, dry_run: bool) -> Iterator[str]:
         yield f"--time {job.time} is no time: wanted minutes, h:mm:ss or days-h:mm:ss, such as 24:00:00"
     if "/" in job.job_name:
         yield f"--job-name {job.job_name}: the log is named after it, and would lie in a folder that is not there"
+    for other in job.others:
+        if instead := next((option for start, option in own.items() if other.startswith(start)), ""):
+            yield f"--sbatch {other} is not taken, as submit has an option for it: give {instead}"
+        elif not re.fullmatch(r"[a-z][a-z-]+=\S.*", other):
+            yield f"--sbatch {other} is no option of sbatch's: wanted OPTION=VALUE, such as qos=long"
     # The script is ours, but a site may have changed it.
     yield from (_in_words(finding) for finding in mistakes.examine(script.text) if finding.level == "error")
     yield from _partition_faults(job, limit_s, _cpus(script.text))
@@ -255,8 +309,13 @@ def _job_faults(job: Job, script: Script, dry_run: bool) -> Iterator[str]:
 
 def _cpus(text: str) -> int:
     """What a script, which has one task a node, asks of each node; 1 where it does not say."""
-    counts = [directive.value for directive in sbatch.directives(text) if directive.name == "cpus-per-task"]
-    return int(counts[-1]) if counts and counts[-1].isdigit() else 1
+    count = sbatch.values(text).get("cpus-per-task", "")
+    return int(count) if count.isdigit() else 1
+
+
+def _cpus_for(job: Job) -> int:
+    """What the script asks for, or more where the GPUs of a node need it."""
+    return max(_cpus(sbatch.find("train.sbatch").read_text(encoding="utf-8")), CORES_PER_GPU * job.gpus)
 
 
 def _in_words(finding: mistakes.Finding) -> str:
@@ -270,7 +329,8 @@ def _walltime(time: str) -> str:
 
 def _partition_faults(job: Job, limit_s: int | None, cpus: int) -> Iterator[str]:
     """What SLURM, where it is at hand, has against the partition; a job too large for it would wait for ever."""
-    listed = _ask("sinfo", "--noheader", "--exact", "--format=%P|%l|%D|%c")
+    # --all: a hidden partition takes jobs as any other.
+    listed = _ask("sinfo", "--all", "--noheader", "--exact", "--format=%P|%l|%D|%c")
     rows = re.findall(r"^(\S+?)(\*?)\|(\S+)\|(\d+)\|(\d+)$", listed, flags=re.MULTILINE)
     limits = {name: limit for name, _, limit, _, _ in rows}
     default = next((name for name, star, *_ in rows if star), "")
@@ -302,7 +362,8 @@ def _ask(*command: str) -> str:
 def _taken(script: Script, runs: list[Config]) -> Iterator[str]:
     """Another job, or another process, at the same work."""
     name = script.options.get("job-name", "")
-    queue = _ask("squeue", "--noheader", f"--user={os.getuid()}", f"--name={name}", "--format=%A|%T|%Z") if name else ""
+    ours = ("--all", f"--user={os.getuid()}", f"--name={name}")
+    queue = _ask("squeue", "--noheader", *ours, "--format=%A|%T|%Z") if name else ""
     same = {tuple(line.split("|")[:2]) for line in queue.splitlines() if line.split("|")[2:] == [str(Path.cwd())]}
     for job_id, state in sorted(same):
         yield (
@@ -321,7 +382,7 @@ def _run_faults(config: Config, job: Job) -> Iterator[str]:
         configs.accumulation_steps(config, job.ranks)
     except UserError as error:
         yield str(error)
-    if config.run.device.startswith("cuda") and not job.gpus_per_node:
+    if config.run.device.startswith("cuda") and not job.gpus:
         yield f"run.device={config.run.device} with --gpus-per-node 0: ask for GPUs, or leave run.device at auto"
     if not job.after:
         yield from _data_faults(config)
@@ -355,7 +416,7 @@ def _data_faults(config: Config) -> Iterator[str]:
 
 def _arithmetic(config: Config, job: Job) -> Iterator[str]:
     """How the step, the run and the disk add up, with every factor."""
-    gpus = f"{job.gpus_per_node} GPU(s) each" if job.gpus_per_node else "no GPUs"
+    gpus = f"{job.gpus} GPU(s) each" if job.gpus else "no GPUs"
     accumulation = configs.accumulation_steps(config, job.ranks)
     yield f"{job.nodes} node(s), {gpus}: {job.ranks} rank(s), for {_walltime(job.time)} at a time"
     yield (

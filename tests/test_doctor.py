@@ -254,6 +254,16 @@ def test_a_log_folder_that_is_there_is_fine(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "logs").mkdir()
     assert mistakes.examine(edited(("%x-%j.out", "logs/%x-%j.out"))) == []
+    monkeypatch.setenv("USER", "me")
+    (tmp_path / "logs-me" / "pretrain").mkdir(parents=True)
+    assert mistakes.examine(edited(("%x-%j.out", "logs-%u/%x/%j.out"))) == []
+    assert mistakes.examine(edited(("%x-%j.out", "logs-%N/%j.out"))) == []  # each node may have one
+    (finding,) = mistakes.examine(edited(("%x-%j.out", "other-%u/%j.out")))
+    assert (finding.what, finding.mend) == (
+        "the log's folder other-me is not there", "mkdir -p other-me before sbatch"
+    )  # fmt: skip
+    (finding,) = mistakes.examine(edited(("%x-%j.out", "logs/%A/%a.out")))
+    assert finding.mend == "leave the job's number to the file's name"
     in_another = edited(("%x-%j.out", "logs/%x-%j.out\n#SBATCH -D logs"))
     assert [finding.rule for finding in mistakes.examine(in_another)] == ["log-folder"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_program, tiny_config
-from slurm_cluster import Cluster, status_of, write_config
+from slurm_cluster import Cluster, status_of, unpack_packages, write_config
 
 from pipeline import cli, log, places, sbatch, submit
 from pipeline.config import ModelConfig, from_arguments, to_toml
@@ -28,9 +28,15 @@ if [[ -e refuse && $* == *"$(cat refuse.only 2>/dev/null)"* ]]; then cat refuse 
 number=$((41 + $(ls sbatch.*.args 2>/dev/null | wc -l) + 1))
 printf '%s\\n' "$@" >sbatch.$number.args
 cat >sbatch.$number.script
+env >sbatch.$number.env
 echo "$number;cluster"
 """
-FAKE_LIST = '#!/bin/bash\ncat "$(basename "$0").rows" 2>/dev/null\n'
+# What SLURM hides is in rows of its own.
+FAKE_LIST = """#!/bin/bash
+name=$(basename "$0")
+cat "$name.rows" 2>/dev/null
+[[ " $* " != *" --all "* ]] || cat "$name.hidden" 2>/dev/null
+"""
 JOB = submit.Job("24:00:00", nodes=2)
 
 
@@ -77,12 +83,12 @@ def test_the_printed_script_holds_the_sites_values_and_the_arguments(
 ) -> None:
     hostile = 'data.dataset=it\'s a "name" with %j, $HOME and `tick`'
     (site / "data" / "tiny").rename(site / "data" / hostile.partition("=")[2])
-    job = submit.Job("1-12", 2, 8, 32, "gpu", "physics")
+    job = submit.Job("1-12", 2, "h100:8", 32, "gpu", "physics")
     submitted(["tiny.toml", "train.tokens_per_step=2048", hostile], job, dry_run=True)
     script = capsys.readouterr().out
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert options(script).items() >= {
-        "job-name": "run", "nodes": "2", "gpus-per-node": "8", "cpus-per-task": "32", "time": "1-12", "partition": "gpu",
+        "job-name": "run", "nodes": "2", "gpus-per-node": "h100:8", "cpus-per-task": "32", "time": "1-12", "partition": "gpu",
         "account": "physics", "ntasks-per-node": "1", "requeue": "", "output": "%x-%j.out",
     }.items()  # fmt: skip
     assert examine(script) == []
@@ -119,7 +125,7 @@ def test_the_plan_is_printed_without_sbatch(
     site: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(site))
-    submitted(["tiny.toml"], replace(JOB, gpus_per_node=2, time="90"), dry_run=True)
+    submitted(["tiny.toml"], replace(JOB, gpus_per_node="a100:2", time="90"), dry_run=True)
     assert "2 node(s), 2 GPU(s) each: 4 rank(s), for 1:30:00 at a time" in caplog.text
     assert "tokens_per_step 128 = micro_batch_size 2 x block_size 16 x accumulation 1 x 4 rank(s)" in caplog.text
     assert "20,000 train tokens; 10 steps take 1,280 tokens, 0.06 epoch(s)" in caplog.text
@@ -157,6 +163,22 @@ def test_submitting_prints_the_id_and_how_to_follow(
         assert line in caplog.text
 
 
+def test_a_job_that_submits_hands_on_nothing_of_itself(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_QOS": "long", "MINE": "1"}
+    own = ["ARRAY_JOB_ID", "ARRAY_TASK_ID", "STEP_ID", "RESTART_COUNT", "MEM_PER_CPU", "CPU_BIND", "GPUS_ON_NODE"]
+    for name, value in (kept | {f"SLURM_{name}": "3" for name in own}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    submitted(["tiny.toml"], JOB, dry_run=False)
+    # Outside a job it is the user's own choice.
+    assert "SLURM_CPU_BIND=3" in (site / "sbatch.42.env").read_text().splitlines()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    submitted(["tiny.toml"], JOB, dry_run=False)
+    handed = (site / "sbatch.43.env").read_text().splitlines()
+    assert {f"{name}={value}" for name, value in kept.items()} <= set(handed)
+    assert [line for line in handed if line.startswith("SLURM_")] == ["SLURM_CONF=/etc/slurm.conf"]
+
+
 def test_what_sbatch_says_comes_in_one_line(site: Path) -> None:
     (site / "refuse").write_text("sbatch: error: Batch job submission failed:\nsbatch: error: Invalid account\n")
     assert faults(["tiny.toml"], dry_run=False) == (
@@ -179,6 +201,70 @@ def test_an_array_has_a_run_and_a_log_for_each_element(
     for array in ("many", "0-999999999"):
         assert f"--array {array} names no elements" in faults(["tiny.toml"], replace(JOB, array=array))
     assert "run.seed wants a whole number, found 'x1'" in faults(["tiny.toml", "run.seed=x%a", "run.name=%a"], job)
+
+
+# --- what a site wants ---
+
+
+def test_other_options_of_sbatch_go_into_the_script_and_onto_the_command_line(
+    site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (site / "logs-me").mkdir()
+    monkeypatch.setenv("USER", "me")
+    more = {"qos": "long", "mem": "0", "constraint": "a100&nvlink", "output": "logs-%u/%x-%j.out"}
+    given = [word for name, value in more.items() for word in ("--sbatch", f"{name}={value}")]
+    job = ["--nodes", "2", "--gpus-per-node", "h100:4", "--time", "60", "--sbatch", "signal=B:USR2@600"]
+    assert call(monkeypatch, "submit", "train", "tiny.toml", "train.tokens_per_step=256", *given, *job) == 0
+    assert "tail -F logs-me/run-42.out" in capsys.readouterr().err
+    script = (site / "sbatch.42.script").read_text()
+    assert options(script).items() >= {**more, "gpus-per-node": "h100:4", "signal": "B:USR2@600"}.items()
+    assert script.count("--mem") == 1  # in the place of the line that proposes it
+    given_on = (site / "sbatch.42.args").read_text().splitlines()
+    assert {f"--{name}={value}" for name, value in more.items()} <= set(given_on)
+    assert examine(script) == []
+
+    assert call(monkeypatch, "submit", "prepare", "stdlib", "--time", "60", "--tasks", "2", *given) == 0
+    array, merge = (options((site / f"sbatch.{number}.script").read_text()) for number in (43, 44))
+    assert array["output"] == "logs-%u/%x-%A_%a.out" and merge["output"] == "logs-%u/%x-%j.out"
+    assert array["qos"] == merge["qos"] == "long"
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ("time=60", "is not taken, as submit has an option for it: give --time"),
+        ("dependency=afterok:7", "is not taken, as submit has an option for it: give --after"),
+        ("gpus-per-task=1", "is not taken, as submit has an option for it: give --gpus-per-node"),
+        ("gres=gpu:h100:4", "is not taken, as submit has an option for it: give --gpus-per-node"),
+        ("--qos=long", "is no option of sbatch's: wanted OPTION=VALUE, such as qos=long"),
+        ("exclusive", "is no option of sbatch's: wanted OPTION=VALUE, such as qos=long"),
+        ("qos=", "is no option of sbatch's: wanted OPTION=VALUE, such as qos=long"),
+        ("qos=a\nhostname", "is no option of sbatch's: wanted OPTION=VALUE, such as qos=long"),
+    ],
+)
+def test_an_option_that_submit_sets_itself_or_cannot_read_is_refused(site: Path, other: str, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        submitted(["tiny.toml"], replace(JOB, others=(other,)), dry_run=True)
+    assert str(error.value).startswith(f"--sbatch {other} {told}")
+    submitted(["tiny.toml"], replace(JOB, others=("gres=nvme:1", "time-min=10")), dry_run=True)
+
+
+@pytest.mark.parametrize("gpus", ["-1", "all", "h100:", "h100", "a:1,b:1", "8.0", ""])
+def test_gpus_are_a_number_of_a_type_or_of_any(site: Path, gpus: str) -> None:
+    assert faults(["tiny.toml"], replace(JOB, gpus_per_node=gpus)) == (
+        f"--gpus-per-node {gpus} is no number of GPUs: wanted N or TYPE:N, such as 8 or h100:4"
+    )
+
+
+def test_each_rank_has_cores_and_a_user_who_asks_for_fewer_is_warned(
+    site: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for gpus, given, cores in (("0", None, "8"), ("2", None, "8"), ("8", None, "32"), ("8", 8, "8"), ("8", 7, "7")):
+        assert "core(s) for" not in caplog.text
+        job = replace(JOB, gpus_per_node=gpus, cpus_per_task=given)
+        submitted(["tiny.toml", "train.tokens_per_step=512"], job, dry_run=True)
+        assert options(capsys.readouterr().out)["cpus-per-task"] == cores
+    assert "warning: 7 core(s) for the 8 ranks of a node: " in caplog.text
 
 
 # --- what is wrong ---
@@ -236,6 +322,20 @@ def test_a_partition_that_would_keep_the_job_waiting_for_ever_is_told(site: Path
     (site / "sinfo.rows").write_text("short*|30:00|2|8\nlong|infinite|3|8\nlong|infinite|1|16\n")
     assert faults(["tiny.toml", "train.tokens_per_step=256"], job) == told
     submitted(["tiny.toml"], replace(JOB, partition="short,long"), dry_run=True)  # SLURM may take the long one
+
+
+def test_a_hidden_partition_takes_jobs_too_and_the_default_stays(
+    site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (site / "sinfo.rows").write_text("short*|30:00|2|8\n")
+    (site / "sinfo.hidden").write_text("private|2-00:00:00|2|8\n")
+    submitted(["tiny.toml"], replace(JOB, partition="private"), dry_run=True)
+    assert options(capsys.readouterr().out)["partition"] == "private"
+    assert faults(["tiny.toml"]) == "--time 24:00:00 is over the limit of partition short, 30:00"
+    (site / "squeue.hidden").write_text(f"7|PENDING|{site}\n")
+    assert "job 7, named run and submitted from here, is pending already" in faults(
+        ["tiny.toml"], replace(JOB, partition="private")
+    )
 
 
 def test_a_run_that_is_in_the_queue_or_at_work_is_told(site: Path) -> None:
@@ -451,8 +551,11 @@ def test_training_may_wait_for_a_dataset_that_is_not_there_yet(
     assert call(monkeypatch, "submit", *given) == 2
     assert "no dataset at" in capsys.readouterr().err
     assert call(monkeypatch, "submit", *given, "--after", "17") == 0
-    assert capsys.readouterr().out == "42\n"
-    assert options((site / "sbatch.42.script").read_text())["dependency"] == "afterok:17"
+    out, err = capsys.readouterr()
+    assert out == "42\n" and "and waits for job 17: if that fails, SLURM cancels this one" in err
+    # Else it would be in the queue for ever, and the same command be refused.
+    wanted = {"dependency": "afterok:17", "kill-on-invalid-dep": "yes"}
+    assert options((site / "sbatch.42.script").read_text()).items() >= wanted.items()
 
 
 def test_options_of_train_go_along_and_are_checked(
@@ -468,6 +571,40 @@ def test_options_of_train_go_along_and_are_checked(
 
 
 # --- on a real SLURM ---
+
+
+def test_where_slurm_cannot_be_had_its_tests_skip_and_fail_in_ci(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("PIPELINE_TESTS_NEED_SLURM", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="this system has no apt-get"):
+        unpack_packages(tmp_path)
+    (tmp_path / "dpkg").touch(mode=0o755)
+    (tmp_path / "apt-get").write_text("#!/bin/sh\necho no network >&2\nexit 100\n")
+    (tmp_path / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PIPELINE_TESTS_NEED_SLURM", "1")
+    with pytest.raises(pytest.fail.Exception, match="cannot download SLURM: no network"):
+        unpack_packages(tmp_path)
+    assert "export PIPELINE_TESTS_NEED_SLURM=1" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.slow
+def test_training_behind_a_preparation_that_fails_leaves_the_queue(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    write_config(cluster.folder, "behind")
+    failing = cluster.call("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=exit 3")
+    given = ["behind.toml", "--nodes", "1", "--gpus-per-node", "0", "--cpus-per-task", "1", "--time", "30"]
+    done = run_program("submit", "train", *given, "--after", failing, "--sbatch", "mem=0", cwd=cluster.folder)
+    assert done.returncode == 0, done.stderr
+    cluster.call("scontrol", "release", failing)
+    end = cluster.wait(done.stdout.strip())
+    assert (end["JobState"], end["Reason"]) == ("CANCELLED", "DependencyNeverSatisfied")
+    again = run_program("submit", "train", *given, "--dry-run", cwd=cluster.folder)
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.slow
