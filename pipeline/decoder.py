@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.device import memory
 from pipeline.errors import UserError
-from pipeline.model import GPT, LAYER_NORM_EPSILON, Block
+from pipeline.model import GPT, LAYER_NORM_EPSILON, Block, finite
 
 Operation = Callable[[Tensor], Tensor]
 
@@ -27,7 +27,7 @@ class Decoder:
     """S continuations: `prefill` reads the text before them, each `step` one more token of every one.
 
     Keys and values have their memory from the start; of block_size tokens, `length` are filled. Raises UserError for more
-    samples than any of it would hold.
+    samples than any of it would hold, and where logits are not finite.
     """
 
     def __init__(self, model: GPT, samples: int, dtype: torch.dtype = torch.float32) -> None:
@@ -80,7 +80,7 @@ class Decoder:
             x = x + layer.attn_c_proj(y.transpose(1, 2).reshape(B, T, -1))
             x = x + layer.mlp_c_proj(F.gelu(layer.c_fc(layer.ln_2(x)), approximate="tanh"))
         self.length = end
-        return self.lm_head(self.ln_f(x[:, -1]))[:, : self.vocab_size].float()
+        return finite(self.lm_head(self.ln_f(x[:, -1])))[:, : self.vocab_size].float()
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,11 @@ def test_log_probabilities_equal_transformers_of_the_same_folder(
             "--temperature 1e-30 .* wanted 0 .the likeliest token., or 0.001 or",
         ),
         (SampleOptions("latest", min_p=1.5), "--min-p 1.5 is out of range: wanted 0 .off. to 1"),
-        (SampleOptions("latest", repetition_penalty=0.0), "--repetition-penalty 0.0"),
+        (
+            SampleOptions("latest", repetition_penalty=1e-40),
+            "--repetition-penalty 1e-40 is out of range: wanted 0.01 to 100; 1 is off",
+        ),
+        (SampleOptions("latest", repetition_penalty=101.0), "--repetition-penalty 101.0"),
         (SampleOptions("latest", repetition_penalty=float("nan")), "--repetition-penalty nan"),
         (SampleOptions("latest", seed=-1), "--seed -1"),
         (SampleOptions("latest", stop=["a", ""]), "--stop wants some text, found none"),

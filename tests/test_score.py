@@ -112,6 +112,14 @@ def test_packed_documents_score_as_each_one_alone(tmp_path: Path) -> None:
     assert packed == pytest.approx(total / tokens, abs=1e-5)
 
 
+def test_a_damaged_model_has_no_loss(tmp_path: Path) -> None:
+    model = model_with_opinions()
+    with torch.no_grad():
+        model.transformer.wpe.weight[6] = torch.nan
+    with pytest.raises(UserError, match="logits are not finite, so its weights are damaged"):
+        split_loss(scorer_of(model), reader_of(tmp_path, [["longer than six"]]), BLOCK_SIZE)
+
+
 @pytest.mark.parametrize("stride", [1, 3, 7, 8])
 def test_every_token_but_the_first_is_scored_once(tmp_path: Path, stride: int) -> None:
     """Ids that are their own positions, in two shards, of every length up to four windows."""
