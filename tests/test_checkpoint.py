@@ -309,7 +309,7 @@ def test_initial_weights_must_mean_the_same(tmp_path: Path, key: str, value: Any
     assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
     with pytest.raises(UserError, match=f"has {key}=.*: add model.{key}="):
         checkpoint.load_initial_weights(GPT(replace(SMALL, **{key: value}), 257), ByteTokenizer().spec(), folder)
-    with pytest.raises(UserError, match="has the vocabulary byte of 257 tokens, the dataset has another one"):
+    with pytest.raises(UserError, match="byte of 257 tokens, of which 256 ends a text, the dataset has another one"):
         checkpoint.load_initial_weights(fresh, CharTokenizer("abc").spec(), folder)
 
 

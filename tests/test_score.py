@@ -327,7 +327,7 @@ def test_one_vocabulary_under_two_names_is_the_same(tmp_path: Path, capsys: pyte
         ({"tasks": ("x",), "limit": 0}, "--limit 0 is out of range"),
         ({"data": "nowhere"}, "no dataset at .*nowhere"),
         ({"data": "one"}, "val split has 1 token"),
-        ({"data": "chars"}, r"chars has the vocabulary char of 3 tokens, .* another one \(byte, 257\): prepare"),
+        ({"data": "chars"}, r"chars has the vocabulary char of 3 tokens, .* another one \(byte, 257, 256\): prepare"),
         ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),
     ],
 )
