@@ -99,13 +99,6 @@ class State:
             whole(tensor)
 
 
-def save(
-    checkpoints: Path, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, description: Description
-) -> Path:
-    """`write` of the state as it is now."""
-    return write(checkpoints, State.of(model, optimizer), model, tokenizer, description)
-
-
 def write(
     checkpoints: Path, state: State, model: GPT, tokenizer: Tokenizer, description: Description, best: bool = False
 ) -> Path:

@@ -166,7 +166,12 @@ def test_samples_that_end_do_not_spoil_the_others(inside: Path, capsys: pytest.C
 def test_nothing_is_generated_once_every_sample_has_ended(
     inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dictate(monkeypatch, [72, 256], [256, 33])
+    def said(*_: object, **__: object) -> Iterator[Tokens]:
+        for ids in ([72, 256], [256, 33]):
+            yield Tokens(ids, [-1.0, -1.0])
+        pytest.fail("a third token was asked for")
+
+    monkeypatch.setattr(sample, "generate", said)
     rows = objects(SampleOptions("latest", num_samples=2, max_new_tokens=10**9, seed=1, json=True), capsys)
     assert [(row["text"], row["finish_reason"]) for row in rows] == [("H", "end_of_text"), ("", "end_of_text")]
 

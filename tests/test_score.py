@@ -175,7 +175,8 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer, **data: Any) -> Path:
     """A checkpoint of ours, of step 3, whose config has `data`."""
     config = from_dict({"model": asdict(model.config), "data": data})
     description = checkpoint.Description(3, 300, to_dict(config), tokenizer.spec(), "d")
-    return checkpoint.save(folder, model, torch.optim.AdamW(model.parameters()), tokenizer, description)
+    state = checkpoint.State.of(model, torch.optim.AdamW(model.parameters()))
+    return checkpoint.write(folder, state, model, tokenizer, description)
 
 
 def report(capsys: pytest.CaptureFixture[str], **options: Any) -> dict[str, Any]:
