@@ -39,7 +39,7 @@ def main() -> None:
         checkpoints = Path(folder)
         for _ in range(arguments.turns):
             started = time.perf_counter()
-            checkpoint.save(checkpoints, model, optimizer, tokenizer, description)
+            checkpoint.write(checkpoints, State.of(model, optimizer), model, tokenizer, description)
             waited.append(time.perf_counter() - started)
             started = time.perf_counter()
             saver.start(

@@ -5,6 +5,7 @@ token has one way of coming about the two are the same, and `merges_of` tells wh
 """
 
 import base64
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -17,6 +18,9 @@ from pipeline.errors import UserError
 
 # Ids and ranks are below it: eighty times the largest vocabulary in use, and what a list of tokens can be held for.
 MOST_IDS = 1 << 24
+# `merges_of` takes a quarter of a microsecond for each squared byte of a token, so one of 64 kB would take it ten minutes.
+# All of GPT-2's tokens have 2.5 million of them, o200k_base's 12.8 million, each with a longest token of 128 bytes.
+MOST_SQUARED_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ def read_ranks(table: bytes) -> dict[bytes, int]:
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise UserError(f"the .tiktoken file has no token for byte 0x{missing[0]:02x}: wanted all 256, for any text")
+    if _are_too_long(ranks):
+        raise UserError(f"the .tiktoken file has tokens of up to {max(map(len, ranks)):,} bytes: wanted shorter ones")
     return dict(sorted(ranks.items(), key=lambda item: item[1]))
 
 
@@ -122,6 +128,11 @@ def make_encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> Any:
 
     unused = {"<|endoftext|>": max(ranks.values(), default=0) + 1}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused)
+
+
+def _are_too_long(tokens: Iterable[bytes | str]) -> bool:
+    """Whether `merges_of` would take minutes for them: nobody learns such tokens, but a file may hold them."""
+    return sum(len(token) ** 2 for token in tokens) > MOST_SQUARED_BYTES
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -168,6 +179,8 @@ def merges_in(document: dict[str, Any]) -> Merges | None:
     tokens = [*byte_symbols().values(), *(left + right for left, right in pairs)]
     if model.get("ignore_merges"):  # a piece that is a token is taken whole, however it would come about
         tokens += sorted(model["vocab"].keys() - set(tokens), key=model["vocab"].__getitem__)
+    if _are_too_long(tokens):
+        return None
     try:
         ids = np.array([model["vocab"][token] for token in tokens])
         ranks = {symbol_bytes(token): rank for rank, token in enumerate(tokens)}

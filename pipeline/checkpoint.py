@@ -99,13 +99,6 @@ class State:
             whole(tensor)
 
 
-def save(
-    checkpoints: Path, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, description: Description
-) -> Path:
-    """`write` of the state as it is now."""
-    return write(checkpoints, State.of(model, optimizer), model, tokenizer, description)
-
-
 def write(
     checkpoints: Path, state: State, model: GPT, tokenizer: Tokenizer, description: Description, best: bool = False
 ) -> Path:
@@ -364,8 +357,9 @@ def load_initial_weights(model: GPT, tokenizer_spec: dict[str, Any], folder: Pat
     if tokenizer_spec["fingerprint"] not in fingerprints(folder, found.tokenizer):
         name = found.tokenizer.name if found.tokenizer.name in ("gpt2", "byte") else folder
         raise UserError(
-            f"{folder} has the vocabulary {found.tokenizer.name} of {found.tokenizer.vocab_size} tokens, the dataset has another "
-            f"one ({tokenizer_spec['name']}, {tokenizer_spec['vocab_size']}): prepare the data with --tokenizer {name}"
+            f"{folder} has the vocabulary {found.tokenizer.name} of {found.tokenizer.vocab_size} tokens, of which "
+            f"{found.tokenizer.end_of_text} ends a text, the dataset has another one ({tokenizer_spec['name']}, "
+            f"{tokenizer_spec['vocab_size']}, {tokenizer_spec['end_of_text']}): prepare the data with --tokenizer {name}"
         )
     theirs, ours = asdict(found.config), asdict(model.config)
     differing = [key for key in ("n_layer", "n_head", "n_embd", "bias", "tie_weights") if theirs[key] != ours[key]]

@@ -3,6 +3,8 @@
 import errno
 import os
 import shlex
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -28,6 +30,7 @@ app = typer.Typer(
 def main() -> None:
     """Run one command. Exit codes: 0 done, 2 the user can mend it (one line on stderr), 3 diverged, 1 our bug."""
     log.configure()
+    _settle_encoding()
     try:
         if app(standalone_mode=False) == EXIT_INTERRUPTED:  # how the parser reports Ctrl-C
             _leave("interrupted", EXIT_INTERRUPTED)
@@ -49,6 +52,15 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         _leave(f"{error.format_message()} (see pipeline --help)", EXIT_USER)
+
+
+def _settle_encoding() -> None:
+    """Text on stdout is UTF-8 in a file or a pipe, whatever the locale; a terminal shows what it has no sign for escaped."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        at_terminal = sys.stdout.isatty()
+        sys.stdout.reconfigure(
+            encoding=None if at_terminal else "utf-8", errors="backslashreplace" if at_terminal else None
+        )
 
 
 def _leave(message: str, code: int) -> NoReturn:

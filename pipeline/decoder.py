@@ -9,7 +9,7 @@ Shapes: S samples, B rows (1 or S), T tokens, C = n_embd, H heads, D = C / H per
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import cast
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.device import memory
 from pipeline.errors import UserError
-from pipeline.model import GPT, LAYER_NORM_EPSILON, Block
+from pipeline.model import GPT, LAYER_NORM_EPSILON, Block, finite
 
 Operation = Callable[[Tensor], Tensor]
 
@@ -27,7 +27,7 @@ class Decoder:
     """S continuations: `prefill` reads the text before them, each `step` one more token of every one.
 
     Keys and values have their memory from the start; of block_size tokens, `length` are filled. Raises UserError for more
-    samples than any of it would hold.
+    samples than any of it would hold, and where logits are not finite.
     """
 
     def __init__(self, model: GPT, samples: int, dtype: torch.dtype = torch.float32) -> None:
@@ -80,7 +80,7 @@ class Decoder:
             x = x + layer.attn_c_proj(y.transpose(1, 2).reshape(B, T, -1))
             x = x + layer.mlp_c_proj(F.gelu(layer.c_fc(layer.ln_2(x)), approximate="tanh"))
         self.length = end
-        return self.lm_head(self.ln_f(x[:, -1]))[:, : self.vocab_size].float()
+        return finite(self.lm_head(self.ln_f(x[:, -1])))[:, : self.vocab_size].float()
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,7 @@ def product(linear: nn.Linear, dtype: torch.dtype, rows: int) -> Operation:
             weight = weight.t().contiguous().t()
         return partial(F.linear, weight=weight, bias=bias)
     if weight.device.type == "cpu" and _onednn_multiplies(dtype):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        multiply = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: multiply(x, packed, bias, "none", [], "")
+        return _packed(weight, bias, rows)
     return partial(F.linear, weight=weight, bias=bias)
 
 
@@ -135,9 +133,19 @@ def in_dtype(module: nn.Linear | nn.LayerNorm, dtype: torch.dtype) -> tuple[Tens
     return module.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
 
 
+def _packed(weight: Tensor, bias: Tensor | None, rows: int) -> Operation:
+    """A product by oneDNN's kernels, in whose own layout the weight is copied."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: multiply(x, packed, bias, "none", [], "")
+
+
+@cache
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Private names, so their absence in another build of torch means "no" and not a crash."""
-    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
-    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
+    """Private operators: where a build of torch lacks one, or has it otherwise, the trial says "no" and nothing crashes."""
+    ones = torch.ones(1, 16, dtype=dtype)
+    try:
+        fast = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return fast and torch.equal(_packed(torch.eye(16, dtype=dtype), ones[0], 1)(ones), ones + 1)
+    except (AttributeError, TypeError, RuntimeError):
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -103,7 +103,7 @@ def start(device_name: str) -> World:
     place = launch.placement()
     if ":" in device_name and place.local_size > 1:
         raise UserError(
-            f"run.device={device_name} is one GPU for {place.local_size} ranks: use run.device=cuda, and each takes its own"
+            f"device {device_name} is one GPU for {place.local_size} ranks: use device cuda, and each takes its own"
         )
     # Under srun --gpus-per-task=1 each task sees its own GPU alone.
     sees_one = place.by_srun and torch.cuda.device_count() == 1

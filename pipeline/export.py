@@ -80,6 +80,8 @@ def _check_free(to: Path) -> None:
 
 def _check_range(model: GPT, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{name} holds numbers that are not finite, so it is damaged: take another checkpoint")
         if not parameter.to(dtype).isfinite().all():
             raise UserError(
                 f"{name} holds numbers that are not finite in {str(dtype).removeprefix('torch.')}: try bfloat16"

@@ -3,6 +3,7 @@
 Only a config, safetensors and the tokenizer's files cross from the Hub: neither programs nor pickles.
 """
 
+import errno
 import logging
 import re
 import sys
@@ -15,6 +16,7 @@ FILES = (
     "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
 )  # fmt: skip
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"hf:(?P<repository>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
 
 
@@ -25,18 +27,22 @@ def model_folder(name: str) -> Path:
         raise UserError(f"{name!r} does not name a Hub model: wanted hf:ORG/NAME[@REVISION], such as hf:gpt2")
     repository, revision = parts["repository"], parts["revision"]
     try:
-        folder = _snapshot(repository, revision, cached=False)
-    except Exception as error:  # the Hub's, the network's and the cache's own; what is in the cache will do
-        try:
-            folder = _snapshot(repository, revision, cached=True)
-        except Exception:
-            cause = error.__cause__ or error
-            said = " ".join(str(cause).split())[:200]
-            raise UserError(
-                f"model {repository} is neither in the cache nor could it be fetched ({type(cause).__name__}: {said}): "
-                f"check its name and the network, or bring it here with: hf download {repository}"
-            ) from None
-        logger.info("%s: the Hub did not answer; what its cache has is used", name)
+        return _snapshot(repository, revision, cached=False)
+    except Exception as error:  # the Hub's, the network's and the cache's own
+        cause = error.__cause__ or error
+    if isinstance(cause, OSError) and cause.errno in DISK_IS_FULL:
+        raise cause
+    said = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+    try:
+        folder = _snapshot(repository, revision, cached=True)
+    except Exception:
+        raise UserError(
+            f"model {repository} is neither in the cache nor could it be fetched ({said}): "
+            f"check its name and the network, or bring it here with: hf download {repository}"
+        ) from None
+    if not any(folder.glob("model*.safetensors")):
+        raise UserError(f"model {repository} was not brought whole, its weights are missing ({said}): mend that first")
+    logger.info("%s could not be fetched (%s); what the cache has is used", name, said)
     return folder
 
 

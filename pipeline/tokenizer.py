@@ -180,10 +180,15 @@ class JsonTokenizer:
         return _lengths(self._pieces, self.end_of_text) if self.merges is not None else None
 
     def spec(self) -> dict[str, Any]:
-        return _spec(self, fingerprint=hash_bytes(self.content + b"\n%d" % self.end_of_text))
+        return _spec(self, fingerprint=json_fingerprint(self.content, self.end_of_text))
 
     def files(self) -> dict[str, bytes]:
         return {JSON_FILE: self.content}
+
+
+def json_fingerprint(content: bytes, end_of_text: int) -> str:
+    """What a spec calls a tokenizer.json with this end-of-text."""
+    return hash_bytes(content + b"\n%d" % end_of_text)
 
 
 class CharTokenizer:

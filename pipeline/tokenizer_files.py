@@ -22,12 +22,13 @@ from pipeline.tokenizer import (
     JsonTokenizer,
     Tokenizer,
     WordTokenizer,
+    json_fingerprint,
     vocabulary_in,
 )
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"  # the two files that were there before tokenizer.json
-# What ends a text in the vocabularies in use, the ones meant for whole documents first.
+# What ends a text where the folder does not say, the ones meant for whole documents first.
 ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 
 
@@ -46,16 +47,14 @@ def has_vocabulary(folder: Path) -> bool:
 
 def open_json(path: Path) -> JsonTokenizer:
     """The vocabulary in a tokenizer.json, or in the two files in its place, with the end-of-text that its folder names."""
-    content = read_limited(path, MOST_VOCABULARY_BYTES) if path.is_file() else _document_of_pairs(path.parent)
+    content = _content(path)
     try:
-        vocabulary = vocabulary_in(json.loads(content))
-    except Exception:  # whatever is wrong, the next line says it better
+        document = json.loads(content)
+        vocabulary = vocabulary_in(document)
+        content = _unadorned(document, content)
+    except Exception:  # whatever is wrong, the next lines say it better
         vocabulary = {}
-    wanted = [*ENDS_OF_TEXT]
-    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
-        token = _beside(path, name).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        wanted += [token] if isinstance(token, str) else []
+    wanted = [*_named_ends(path), *ENDS_OF_TEXT]
     end_of_text = next((token for token in wanted if token in vocabulary), None)
     try:
         tokenizer = JsonTokenizer(path.name, content, 0 if end_of_text is None else vocabulary[end_of_text])
@@ -84,7 +83,30 @@ def fingerprints(folder: Path, tokenizer: Tokenizer) -> set[str]:
     from_file = open_folder(folder)
     if from_file is not None and from_file.end_of_text == tokenizer.end_of_text:
         found.add(from_file.spec()["fingerprint"])
+        # The first datasets hold the file as it lies there, with what it adds around a text; their ids are the same.
+        found.add(json_fingerprint(_content(folder / JSON_FILE), tokenizer.end_of_text))
     return found
+
+
+def _content(path: Path) -> bytes:
+    return read_limited(path, MOST_VOCABULARY_BYTES) if path.is_file() else _document_of_pairs(path.parent)
+
+
+def _unadorned(document: dict[str, Any], content: bytes) -> bytes:
+    """A tokenizer.json without what it adds around a text, such as Llama 3's <|begin_of_text|> before it: no document of a
+    dataset has that, so no other program should put it before a prompt. GPT-2's ByteLevel adds nothing.
+    """
+    match document.get("post_processor"):
+        case None | {"type": "ByteLevel"}:
+            return content
+    return json.dumps(document | {"post_processor": None}, ensure_ascii=False).encode()
+
+
+def _named_ends(path: Path) -> list[str]:
+    """The tokens that the files beside a tokenizer.json call the end of a text."""
+    tokens = [_beside(path, name).get("eos_token") for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS)]
+    tokens = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+    return [token for token in tokens if isinstance(token, str)]
 
 
 def _ids(merges: Merges) -> dict[bytes, int]:

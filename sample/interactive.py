@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -42,6 +43,8 @@ def history_file() -> Path:
 
 
 def _piped_lines() -> Iterator[str]:
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # as a prompt file, whatever the locale
     try:
         for line in sys.stdin:
             yield line.removesuffix("\n")

@@ -9,7 +9,9 @@ from pipeline.errors import UserError
 from sample.choice import Choice
 
 STDIN = Path("-")
-MIN_TEMPERATURE = 1e-3  # below it a float32 may overflow, and all the probability is with one token long before
+# Beyond these a float32 may overflow, and all the probability is with one token, or a few, long before.
+MIN_TEMPERATURE = 1e-3
+MIN_PENALTY, MAX_PENALTY = 0.01, 100
 _RANGES = {
     "--num-samples": "wanted 1 or more",
     "--max-new-tokens": "wanted 1 or more",
@@ -17,7 +19,7 @@ _RANGES = {
     "--top-k": "wanted 0 (off) or more",
     "--top-p": "wanted more than 0 and at most 1 (off)",
     "--min-p": "wanted 0 (off) to 1",
-    "--repetition-penalty": "wanted more than 0; 1 is off, and 1.2 is a lot",
+    "--repetition-penalty": f"wanted {MIN_PENALTY} to {MAX_PENALTY}; 1 is off, and 1.2 is a lot",
     "--seed": "wanted 0 to 2**63 - 1",
 }
 
@@ -58,7 +60,7 @@ def check(options: SampleOptions) -> None:
         "--top-k": options.top_k >= 0,
         "--top-p": 0 < options.top_p <= 1,
         "--min-p": 0 <= options.min_p <= 1,
-        "--repetition-penalty": 0 < options.repetition_penalty < float("inf"),
+        "--repetition-penalty": MIN_PENALTY <= options.repetition_penalty <= MAX_PENALTY,
         "--seed": 0 <= (options.seed or 0) < 1 << 63,
     }
     faults = [

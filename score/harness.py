@@ -163,9 +163,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness has no types
     def _share(self, batches: list[list[int]], answer: Callable[[list[int]], list[Answer]]) -> list[Answer]:
         """The answers to all requests in their order: each rank works out those of its batches, and gets the others'."""
         own: dict[int, Answer] = {}
-        with ProgressReport("tasks", len(batches), "batches") as progress:
-            for batch in batches[self.world.rank :: self.world.size]:
-                own |= zip(batch, answer(batch), strict=True)
-                progress.advance(self.world.size)
+        error = ""
+        try:
+            with ProgressReport("tasks", len(batches), "batches") as progress:
+                for batch in batches[self.world.rank :: self.world.size]:
+                    own |= zip(batch, answer(batch), strict=True)
+                    progress.advance(self.world.size)
+        except UserError as raised:
+            error = str(raised)
+        for said in filter(None, self.world.gather(error)):
+            raise UserError(said)  # on every rank, the one that tells the user among them
         every = {number: given for part in self.world.gather(own) for number, given in part.items()}
         return [every[number] for number in sorted(every)]

@@ -25,7 +25,7 @@ from pipeline.device import autocast
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport
-from pipeline.model import GPT, document_numbers
+from pipeline.model import GPT, document_numbers, finite
 from pipeline.shards import TokenReader
 
 
@@ -50,7 +50,7 @@ class Scorer:
         with self.autocast():
             hidden = self.model.transformer(ids, documents)
             logits: Tensor = self.model.lm_head(hidden[where])
-        return logits[:, : self.model.vocab_size].float()
+        return finite(logits[:, : self.model.vocab_size].float())
 
 
 @dataclass(frozen=True)

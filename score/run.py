@@ -158,8 +158,9 @@ def check_vocabulary(subject: Subject, folder: Path, manifest: Manifest) -> None
     ours, theirs = subject.tokenizer.spec(), manifest.tokenizer
     if theirs["fingerprint"] not in fingerprints(subject.folder, subject.tokenizer):
         raise UserError(
-            f"{folder} has the vocabulary {theirs['name']} of {theirs['vocab_size']:,} tokens, {subject.folder} another one "
-            f"({ours['name']}, {ours['vocab_size']:,}): prepare the text with the checkpoint's tokenizer"
+            f"{folder} has the vocabulary {theirs['name']} of {theirs['vocab_size']:,} tokens, of which "
+            f"{theirs['end_of_text']} ends a text, {subject.folder} another one ({ours['name']}, {ours['vocab_size']:,}, "
+            f"{ours['end_of_text']}): prepare the text with the checkpoint's tokenizer"
         )
 
 

@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.config import Config, from_dict
 from pipeline.files import hash_file
 from pipeline.shards import Manifest, Shard
 from pipeline.tokenizer import GPT2_RANKS, BytePairTokenizer, ByteTokenizer, JsonTokenizer, Tokenizer
+from pipeline.tokenizer_files import open_json
 from prepare.vocabulary import learn_vocabulary
 
 pytest_plugins = ["slurm_cluster"]
@@ -54,11 +56,16 @@ def tokenizer_named(name: str) -> Tokenizer:
         return BytePairTokenizer(name, b"".join(table.splitlines(keepends=True)[:1000]))
     if name in ("cl100k_base", "o200k_base"):
         return BytePairTokenizer(name, table)
+    if name == "template.json":
+        with tempfile.TemporaryDirectory() as folder:
+            write_template_json(Path(folder))
+            return open_json(Path(folder) / "tokenizer.json")
     return JsonTokenizer("tokenizer.json", *{"merges.json": shuffled_json, "unigram.json": unigram_json}[name]())
 
 
 TOKENIZERS = (
     "gpt2", "cl100k_base", "o200k_base", "own.tiktoken", "char", "byte", "word", "bpe:512", "merges.json", "unigram.json",
+    "template.json",
 )  # fmt: skip
 
 
@@ -81,6 +88,34 @@ def shuffled_json() -> tuple[bytes, int]:
         ],
     }
     return json.dumps(document).encode(), ids[511]
+
+
+def write_template_json(folder: Path) -> None:
+    """A folder in Llama 3's manner: a token before every text, and one of several that might end a text named as doing so."""
+    import json
+
+    content, _ = shuffled_json()
+    document = json.loads(content)
+    added = document["added_tokens"][0]
+    for token in ("<|begin|>", "<|endoftext|>"):
+        document["model"]["vocab"][token] = max(document["model"]["vocab"].values()) + 1
+        document["added_tokens"].append(added | {"id": document["model"]["vocab"][token], "content": token})
+    begin = {"id": "<|begin|>", "ids": [document["model"]["vocab"]["<|begin|>"]], "tokens": ["<|begin|>"]}
+    template = [{"SpecialToken": {"id": "<|begin|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    document["post_processor"] = {
+        "type": "Sequence",
+        "processors": [
+            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
+            {
+                "type": "TemplateProcessing",
+                "single": template,
+                "pair": template,
+                "special_tokens": {"<|begin|>": begin},
+            },
+        ],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<|begin|>", "eos_token": "</s>"}')
 
 
 def unigram_json() -> tuple[bytes, int]:

@@ -128,6 +128,11 @@ def test_a_table_that_cannot_write_every_text_is_refused() -> None:
         read_ranks(b"")
 
 
+def test_a_table_of_tokens_too_long_to_find_their_merges_is_refused() -> None:
+    with pytest.raises(UserError, match="tokens of up to 65,536 bytes: wanted shorter ones"):
+        read_ranks(write_ranks({**BYTES, b"a" * 65536: 256}))
+
+
 def test_every_byte_has_a_printable_symbol() -> None:
     token = bytes(range(256))
     assert len(set(symbols(token))) == 256 and symbols(token).isprintable()

@@ -13,7 +13,7 @@ from conftest import tokenizer_named
 from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint
-from pipeline.checkpoint import Description
+from pipeline.checkpoint import Description, State
 from pipeline.config import Config, ModelConfig, to_dict
 from pipeline.errors import UserError
 from pipeline.model import GPT
@@ -48,7 +48,8 @@ def saved(
 ) -> tuple[Path, GPT]:
     tokenizer = tokenizer or ByteTokenizer()
     model, optimizer = trained_model(config, tokenizer.vocab_size)
-    return checkpoint.save(folder, model, optimizer, tokenizer, description(model, tokenizer, step)), model
+    state = State.of(model, optimizer)
+    return checkpoint.write(folder, state, model, tokenizer, description(model, tokenizer, step)), model
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -111,7 +112,8 @@ def test_no_padding_row_is_saved(tmp_path: Path) -> None:
 
 def test_optimizer_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     model, optimizer = trained_model()
-    folder = checkpoint.save(tmp_path, model, optimizer, ByteTokenizer(), description(model, ByteTokenizer()))
+    state = State.of(model, optimizer)
+    folder = checkpoint.write(tmp_path, state, model, ByteTokenizer(), description(model, ByteTokenizer()))
     twin = GPT(SMALL, 257)
     restored = build(twin, Config().optimizer)
     checkpoint.load_weights(twin, folder)
@@ -309,7 +311,7 @@ def test_initial_weights_must_mean_the_same(tmp_path: Path, key: str, value: Any
     assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
     with pytest.raises(UserError, match=f"has {key}=.*: add model.{key}="):
         checkpoint.load_initial_weights(GPT(replace(SMALL, **{key: value}), 257), ByteTokenizer().spec(), folder)
-    with pytest.raises(UserError, match="has the vocabulary byte of 257 tokens, the dataset has another one"):
+    with pytest.raises(UserError, match="byte of 257 tokens, of which 256 ends a text, the dataset has another one"):
         checkpoint.load_initial_weights(fresh, CharTokenizer("abc").spec(), folder)
 
 
@@ -343,6 +345,7 @@ def test_going_back_leaves_later_checkpoints_behind_whole(tmp_path: Path) -> Non
 def test_an_optimizer_that_never_stepped_comes_back(tmp_path: Path) -> None:
     model = GPT(SMALL, 257)
     optimizer = build(model, Config().optimizer)
-    folder = checkpoint.save(tmp_path, model, optimizer, ByteTokenizer(), description(model, ByteTokenizer()))
+    state = State.of(model, optimizer)
+    folder = checkpoint.write(tmp_path, state, model, ByteTokenizer(), description(model, ByteTokenizer()))
     checkpoint.load_optimizer(optimizer, model, folder)
     assert not any(optimizer.state.values())

@@ -54,6 +54,21 @@ def test_every_logit_is_the_models(
     assert_close(decoded(model, ids, 5), wanted, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("operator", ["_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_private_operator_of_another_signature_is_not_used(
+    operator: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other:
+        default = staticmethod(lambda x, packed: x)
+
+        def __call__(self, one: int, two: int, three: int) -> None: ...
+
+    monkeypatch.setattr(torch.ops.mkldnn, operator, Other())
+    found = decoder._onednn_multiplies.__wrapped__(dtype)
+    assert not found or (dtype == torch.float32 and operator == "_is_mkldnn_bf16_supported")
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 def test_in_bfloat16_the_logits_are_as_near_to_float32_as_the_models_own(samples: int) -> None:
     model, ids = model_with_opinions(), texts(samples, 16)

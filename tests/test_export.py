@@ -182,6 +182,15 @@ def test_numbers_past_float16_are_refused(tmp_path: Path) -> None:
         run(ExportOptions(str(tmp_path), tmp_path / "out", "float16"))
 
 
+def test_weights_that_are_damaged_are_not_said_to_be_out_of_range(tmp_path: Path) -> None:
+    model = GPT(SMALL, 512)
+    with torch.no_grad():
+        model.transformer.wpe.weight[0, 0] = torch.nan
+    checkpoint.write_model(tmp_path, model, tokenizer_named("bpe:512"))
+    with pytest.raises(UserError, match=r"transformer.wpe.weight holds numbers that are not finite, so it is damaged"):
+        run(ExportOptions(str(tmp_path), tmp_path / "out", "float16"))
+
+
 # ---- GGUF ----
 
 

@@ -172,9 +172,19 @@ def test_generating_takes_no_global_random_number() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_weights_that_are_not_finite_are_said_to_be_damaged() -> None:
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "choice",
+    [GREEDY, Choice(), Choice(top_k=0), Choice(top_k=0, top_p=0.9), Choice(min_p=0.1, repetition_penalty=1.5)],
+    ids=["greedy", "top_k", "all", "top_p", "min_p"],
+)
+def test_weights_that_are_not_finite_are_said_to_be_damaged_when_they_are_met(choice: Choice, number: float) -> None:
+    """Those of position 6, behind a prompt of 2 tokens, are met when the fifth new one has been read."""
     model = model_with_opinions()
     with torch.no_grad():
-        model.transformer.ln_f.weight[3] = torch.nan
-    with pytest.raises(UserError, match="logits are not finite, so its weights are damaged: take another"):
-        next(generate(Decoder(model, 1), [1], 5, GREEDY, 0))
+        model.transformer.wpe.weight[6] = number
+    for samples in (1, 3):
+        steps = generate(Decoder(model, samples), [1, 2], 20, choice, 0)
+        assert len(list(itertools.islice(steps, 5))) == 5
+        with pytest.raises(UserError, match="logits are not finite, so its weights are damaged: take another"):
+            next(steps)

@@ -310,6 +310,48 @@ def test_what_a_model_cannot_do_is_refused_and_never_guessed(kind: str, argument
         asks(kind, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("loglikelihood", ("a", "b" * 9)),
+        ("loglikelihood_rolling", ("b" * 9,)),
+        ("generate_until", ("a", {"until": [], "max_gen_toks": 20})),
+    ],
+)
+def test_a_damaged_model_gets_no_marks_and_every_rank_hears_of_it(kind: str, arguments: tuple[Any, ...]) -> None:
+    from score.harness import HarnessModel
+
+    heard: list[Any] = []
+
+    class First(World):
+        def gather(self, value: Any) -> list[Any]:
+            heard.append(value)
+            return [value, ""]
+
+    model = model_with_opinions(block_size=BLOCK_SIZE)
+    with torch.no_grad():
+        model.transformer.wpe.weight[6] = torch.nan
+    world = First(rank=0, size=2, local_size=2, device=torch.device("cpu"))
+    harness = HarnessModel(Scorer(model, torch.float32, 3, world), ByteTokenizer())
+    with pytest.raises(UserError, match="logits are not finite"):
+        getattr(harness, kind)(requests_of(kind, [arguments]))
+    (said,) = heard
+    assert "logits are not finite" in said
+
+
+def test_what_another_rank_could_not_do_is_an_error_here_too() -> None:
+    from score.harness import HarnessModel
+
+    class Other(World):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, "rank 1 found damage"]
+
+    world = Other(rank=0, size=2, local_size=2, device=torch.device("cpu"))
+    model = HarnessModel(Scorer(model_with_opinions(), torch.float32, 2, world), ByteTokenizer())
+    with pytest.raises(UserError, match="rank 1 found damage"):
+        model._share([[0], [1]], lambda batch: batch)
+
+
 class Second(World):
     """The second of two ranks; the first one's answers are left out."""
 

@@ -183,6 +183,15 @@ def tokenizer(change: Callable[[dict[str, Any]], object]) -> Harm:
     return apply
 
 
+def endless_token(document: dict[str, Any]) -> None:
+    """One of 64 kB, by merges: finding how ranks would merge its bytes would take minutes."""
+    model = document["model"]
+    model["vocab"]["<|endoftext|>"] = 511
+    for length in (2**power for power in range(16)):
+        model["vocab"]["Q" * length * 2] = len(model["vocab"])
+        model["merges"].append(["Q" * length] * 2)
+
+
 def description(change: Callable[[dict[str, Any]], object]) -> Harm:
     """A changed checkpoint.json; its own hash is left out, as anybody can compute it."""
 
@@ -306,6 +315,7 @@ THEIRS: dict[str, tuple[Harm, str]] = {
     "a vocabulary that is a number": (tokenizer(at("model", "vocab", value=7)), "tokenizer.json"),
     "merges of nothing": (tokenizer(at("model", "merges", value=[["!", "no such"]])), "tokenizer.json"),
     "merges that are a text": (tokenizer(at("model", "merges", value="abc")), "tokenizer.json"),
+    "a token of 64 kB": (tokenizer(endless_token), "has 512 rows for the 528 tokens of its vocabulary"),
     "a regex that is none": (
         tokenizer(
             at(

@@ -93,9 +93,10 @@ def test_the_same_line_twice_gives_two_texts_and_a_seed_repeats_both(
 
 
 def test_a_pipe_of_other_bytes_is_one_line(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe_in(monkeypatch, b"\xff\n")
-    with pytest.raises(UserError, match="a line of the input is not UTF-8"):
-        list(interactive.ask())
+    for lenient in ("utf-8", "latin-1"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), lenient, "surrogateescape"))
+        with pytest.raises(UserError, match="a line of the input is not UTF-8"):
+            list(interactive.ask())
 
 
 def test_ctrl_c_ends_a_program_that_reads_a_pipe(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:

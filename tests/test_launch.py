@@ -186,6 +186,14 @@ def test_without_a_c_compiler_nothing_is_compiled_and_the_reason_is_told(monkeyp
     assert should_compile("auto", torch.device("cuda"))[0]
 
 
+def test_one_gpu_for_several_ranks_is_refused_in_words_of_any_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "placement", lambda: Placement(size=2, local_size=2))
+    with pytest.raises(
+        UserError, match=r"^device cuda:0 is one GPU for 2 ranks: use device cuda, and each takes its own"
+    ):
+        distributed.start("cuda:0")
+
+
 @pytest.mark.parametrize("seen", [1, 8], ids=["bound to its own", "all visible"])
 def test_a_rank_of_srun_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch, seen: int) -> None:
     """With --gpus-per-task=1 SLURM hides the others. Stand-ins: there is no GPU here."""

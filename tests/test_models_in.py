@@ -1,5 +1,6 @@
 """Models from elsewhere, written by transformers: the same logits here, whatever their files; or one line that says why not."""
 
+import errno
 import json
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,10 +11,10 @@ from typing import Any, ClassVar
 import huggingface_hub
 import pytest
 import torch
-from conftest import overrides, prose, run_program, tiny_config, tokenizer_named
+from conftest import overrides, prose, run_program, tiny_config, tokenizer_named, write_template_json
 from huggingface_hub.utils import filter_repo_objects
 
-from pipeline import checkpoint, hub
+from pipeline import checkpoint, cli, hub
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes
@@ -78,6 +79,23 @@ def test_a_new_run_starts_from_foreign_weights_with_fewer_positions(tmp_path: Pa
         same_logits(model, twin, block_size)
 
 
+def test_data_of_the_file_as_it_lies_is_of_the_folders_vocabulary_and_of_another_end_is_not(tmp_path: Path) -> None:
+    """The first datasets kept what a tokenizer.json adds around a text, and took <|endoftext|> wherever there was one."""
+    write_template_json(tmp_path)
+    opened = tokenizer_named("template.json")
+    foreign(tmp_path, vocab_size=opened.vocab_size)
+    model = GPT(SHAPE, opened.vocab_size)
+    content = (tmp_path / "tokenizer.json").read_bytes()
+    for spec in (opened.spec(), JsonTokenizer("tokenizer.json", content, opened.end_of_text).spec()):
+        checkpoint.load_initial_weights(model, spec, tmp_path)
+    other_end = json.loads(content)["model"]["vocab"]["<|endoftext|>"]
+    wanted = (
+        f"of which {opened.end_of_text} ends a text, .* another one .tokenizer.json, {opened.vocab_size}, {other_end}.:"
+    )
+    with pytest.raises(UserError, match=wanted):
+        checkpoint.load_initial_weights(model, JsonTokenizer("tokenizer.json", content, other_end).spec(), tmp_path)
+
+
 def test_every_key_that_differs_is_told_with_what_to_paste(tmp_path: Path) -> None:
     foreign(tmp_path)
     with_vocabulary(tmp_path)
@@ -137,7 +155,7 @@ def test_gpt2s_vocabulary_is_known_by_its_content(tmp_path: Path, files: str) ->
     checkpoint.load_initial_weights(fresh, BytePairTokenizer("gpt2").spec(), tmp_path)
     if files != "none":  # data that was prepared with the folder's own files is of the same vocabulary
         checkpoint.load_initial_weights(fresh, open_vocabulary(str(tmp_path)).spec(), tmp_path)
-    with pytest.raises(UserError, match="has the vocabulary gpt2 of 50257 tokens, the dataset has another"):
+    with pytest.raises(UserError, match="gpt2 of 50257 tokens, of which 50256 ends a text, the dataset has another"):
         checkpoint.load_initial_weights(fresh, tokenizer_named("bpe:512").spec(), tmp_path)
 
 
@@ -181,6 +199,41 @@ def test_the_hubs_cache_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         same_logits(checkpoint.load_model(checkpoint.resolve(name, None, tmp_path))[0], twin, 24)
     with pytest.raises(UserError, match=r"model org/other is neither in the cache .*ConnectionError: no route to host"):
         checkpoint.model_folder("hf:org/other")
+
+
+def broken_download(monkeypatch: pytest.MonkeyPatch, folder: Path, error: Exception) -> None:
+    """The network's edge: a download ends so, and what it left is in the cache."""
+
+    def fetch(*_: Any, local_files_only: bool, **__: Any) -> str:
+        if not local_files_only:
+            raise error
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_not_told_as_the_hubs_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    foreign(tmp_path)
+    broken_download(monkeypatch, tmp_path, OSError(number, "full"))
+    with pytest.raises(OSError, match="full") as caught:
+        checkpoint.model_folder("hf:org/small")
+    assert caught.value.errno == number and number in cli.THE_MACHINES_FAULTS
+
+
+def test_what_a_broken_download_left_is_used_where_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken_download(monkeypatch, tmp_path, ConnectionError("no route\nto host"))
+    said = r"ConnectionError: no route to host"
+    with pytest.raises(UserError, match=rf"org/small was not brought whole, its weights are missing \({said}\)"):
+        checkpoint.model_folder("hf:org/small")
+    foreign(tmp_path)
+    with caplog.at_level("INFO", "pipeline"):
+        assert checkpoint.model_folder("hf:org/small") == tmp_path
+    assert f"hf:org/small could not be fetched ({said}); what the cache has is used" in caplog.text
 
 
 def test_only_what_is_read_crosses_from_the_hub() -> None:

@@ -108,14 +108,24 @@ def test_a_sample_is_computed_in_the_type_of_training(tiny: Path, dtype: str) ->
     assert seen == [(getattr(torch, dtype), [*b"ABC"])]
 
 
-def test_no_sample_is_a_reason_to_end_a_run(tiny: Path) -> None:
+@pytest.mark.parametrize("error", [UserError, torch.OutOfMemoryError])
+def test_no_sample_is_a_reason_to_end_a_run(tiny: Path, error: type[Exception]) -> None:
     def refuse(*_: object) -> str:
-        raise UserError("the logits are\x1b not finite")
+        raise error("the GPU is\x1b full")
 
     config = sampling_config(tiny)
     assert run(config, preview=refuse) == ""
-    assert logged(config)[0] == (3, "no sample: the logits are\\x1b not finite")
+    assert logged(config)[0] == (3, "no sample: the GPU is\\x1b full")
     assert rows(config)[-1]["step"] == 10
+
+
+def test_a_sample_of_damaged_weights_is_said_to_be_none(tiny: Path) -> None:
+    tokenizer = ByteTokenizer()
+    model = GPT(tiny_config(tiny).model, tokenizer.vocab_size)
+    with torch.no_grad():
+        model.transformer.wpe.weight[6] = torch.nan
+    with pytest.raises(UserError, match="logits are not finite"):
+        preview(model, torch.float32, tokenizer, [65], seed=1)
 
 
 def test_what_the_terminal_would_obey_is_escaped(tiny: Path) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_program
+from conftest import ROOT, run_program
 
 from pipeline import cli, log
 from pipeline.errors import UserError
@@ -28,6 +30,35 @@ def test_text_goes_to_stdout_and_talk_to_stderr(trained: Path) -> None:
     assert result.stdout.startswith("ABC") and len(result.stdout) > 20
     assert "step_00000010" in result.stderr and "seed 1" in result.stderr
     assert run_program("sample", "--ckpt", "best", *options, cwd=trained).stdout == result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii:strict"])
+def test_a_pipe_carries_utf8_both_ways_whatever_the_locale(trained: Path, encoding: str) -> None:
+    lines = "\ufeff東京\nnaïve\n".encode()
+    command = [sys.executable, "-m", "pipeline", "sample", "--ckpt", "latest", "--max-new-tokens", "3", "--seed", "1"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": encoding}
+    result = subprocess.run(
+        [*command, "--interactive"], input=lines, cwd=trained, env=variables, capture_output=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.decode().split(sample.SEPARATOR)
+    assert first.startswith("東京") and second.startswith("naïve")
+
+
+@pytest.mark.parametrize(("at_terminal", "wanted"), [(True, b"na\xefve \\u6771"), (False, "naïve 東".encode())])
+def test_a_terminal_without_a_sign_for_a_character_shows_it_escaped(
+    monkeypatch: pytest.MonkeyPatch, at_terminal: bool, wanted: bytes
+) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(out, "isatty", lambda: at_terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["pipeline", "sample", "--ckpt", "latest"])
+    monkeypatch.setattr(log, "configure", lambda: None)
+    monkeypatch.setattr(sample, "run", lambda _: out.write("naïve 東"))
+    cli.main()
+    out.flush()
+    assert out.buffer.getvalue() == wanted  # type: ignore[attr-defined]
 
 
 def written(options: SampleOptions, capsys: pytest.CaptureFixture[str]) -> str:
@@ -135,7 +166,12 @@ def test_samples_that_end_do_not_spoil_the_others(inside: Path, capsys: pytest.C
 def test_nothing_is_generated_once_every_sample_has_ended(
     inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dictate(monkeypatch, [72, 256], [256, 33])
+    def said(*_: object, **__: object) -> Iterator[Tokens]:
+        for ids in ([72, 256], [256, 33]):
+            yield Tokens(ids, [-1.0, -1.0])
+        pytest.fail("a third token was asked for")
+
+    monkeypatch.setattr(sample, "generate", said)
     rows = objects(SampleOptions("latest", num_samples=2, max_new_tokens=10**9, seed=1, json=True), capsys)
     assert [(row["text"], row["finish_reason"]) for row in rows] == [("H", "end_of_text"), ("", "end_of_text")]
 
@@ -227,7 +263,11 @@ def test_log_probabilities_equal_transformers_of_the_same_folder(
             "--temperature 1e-30 .* wanted 0 .the likeliest token., or 0.001 or",
         ),
         (SampleOptions("latest", min_p=1.5), "--min-p 1.5 is out of range: wanted 0 .off. to 1"),
-        (SampleOptions("latest", repetition_penalty=0.0), "--repetition-penalty 0.0"),
+        (
+            SampleOptions("latest", repetition_penalty=1e-40),
+            "--repetition-penalty 1e-40 is out of range: wanted 0.01 to 100; 1 is off",
+        ),
+        (SampleOptions("latest", repetition_penalty=101.0), "--repetition-penalty 101.0"),
         (SampleOptions("latest", repetition_penalty=float("nan")), "--repetition-penalty nan"),
         (SampleOptions("latest", seed=-1), "--seed -1"),
         (SampleOptions("latest", stop=["a", ""]), "--stop wants some text, found none"),

@@ -112,6 +112,14 @@ def test_packed_documents_score_as_each_one_alone(tmp_path: Path) -> None:
     assert packed == pytest.approx(total / tokens, abs=1e-5)
 
 
+def test_a_damaged_model_has_no_loss(tmp_path: Path) -> None:
+    model = model_with_opinions()
+    with torch.no_grad():
+        model.transformer.wpe.weight[6] = torch.nan
+    with pytest.raises(UserError, match="logits are not finite, so its weights are damaged"):
+        split_loss(scorer_of(model), reader_of(tmp_path, [["longer than six"]]), BLOCK_SIZE)
+
+
 @pytest.mark.parametrize("stride", [1, 3, 7, 8])
 def test_every_token_but_the_first_is_scored_once(tmp_path: Path, stride: int) -> None:
     """Ids that are their own positions, in two shards, of every length up to four windows."""
@@ -167,7 +175,8 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer, **data: Any) -> Path:
     """A checkpoint of ours, of step 3, whose config has `data`."""
     config = from_dict({"model": asdict(model.config), "data": data})
     description = checkpoint.Description(3, 300, to_dict(config), tokenizer.spec(), "d")
-    return checkpoint.save(folder, model, torch.optim.AdamW(model.parameters()), tokenizer, description)
+    state = checkpoint.State.of(model, torch.optim.AdamW(model.parameters()))
+    return checkpoint.write(folder, state, model, tokenizer, description)
 
 
 def report(capsys: pytest.CaptureFixture[str], **options: Any) -> dict[str, Any]:
@@ -319,7 +328,7 @@ def test_one_vocabulary_under_two_names_is_the_same(tmp_path: Path, capsys: pyte
         ({"tasks": ("x",), "limit": 0}, "--limit 0 is out of range"),
         ({"data": "nowhere"}, "no dataset at .*nowhere"),
         ({"data": "one"}, "val split has 1 token"),
-        ({"data": "chars"}, r"chars has the vocabulary char of 3 tokens, .* another one \(byte, 257\): prepare"),
+        ({"data": "chars"}, r"chars has the vocabulary char of 3 tokens, .* another one \(byte, 257, 256\): prepare"),
         ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),
     ],
 )

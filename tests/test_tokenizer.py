@@ -207,6 +207,19 @@ def test_an_ordinary_added_token_is_found_and_one_that_ends_texts_is_not() -> No
     assert tokenizer.decode_bytes(ids) == b"a    b<|endoftext|>"
 
 
+def test_tokens_too_long_to_prove_are_left_to_hugging_faces_library() -> None:
+    """Of 8 kB one takes 15 s, of 64 kB ten minutes; the longest in use have 128 bytes."""
+    document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
+    document["model"]["vocab"]["<|endoftext|>"] = 511
+    for length in (2**power for power in range(13)):
+        document["model"]["vocab"]["Q" * length * 2] = len(document["model"]["vocab"])
+        document["model"]["merges"].append(["Q" * length] * 2)
+    tokenizer = JsonTokenizer("own.json", json.dumps(document).encode(), 511)
+    assert tokenizer.merges is None
+    ids = tokenizer.encode("a" + "Q" * 8195)
+    assert len(ids) == 4 and tokenizer.decode_bytes(ids.tolist()) == b"a" + b"Q" * 8195
+
+
 def test_merges_that_ranks_cannot_stand_for_are_left_to_hugging_faces_library() -> None:
     """`abc` by (a, bc) where ranks would join (ab, c): the file's own order has to be kept."""
     document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])

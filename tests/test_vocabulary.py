@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiktoken
-from conftest import ROOT, prose, tiny_config, tokenizer_named
+from conftest import ROOT, prose, tiny_config, tokenizer_named, write_template_json
 
 from pipeline import checkpoint
 from pipeline.byte_pairs import PUBLISHED, merges_in, read_ranks, write_ranks
@@ -132,6 +132,22 @@ def test_the_end_of_text_may_be_named_beside_it(tmp_path: Path, file: str, token
     (tmp_path / file).write_text("{")
     with pytest.raises(UserError, match=f"{file} is not JSON"):
         open_vocabulary(str(tmp_path))
+
+
+def test_of_several_tokens_that_might_end_a_text_the_folder_names_the_one(tmp_path: Path) -> None:
+    write_template_json(tmp_path)
+    config, special = tmp_path / "tokenizer_config.json", tmp_path / "special_tokens_map.json"
+
+    def found() -> str:
+        tokenizer = open_vocabulary(str(tmp_path))
+        return tokenizer.decode_bytes([tokenizer.end_of_text]).decode()
+
+    special.write_text('{"eos_token": "<|begin|>"}')
+    assert found() == "</s>"
+    config.write_text('{"eos_token": "<no such token>"}')
+    assert found() == "<|begin|>"
+    special.unlink()
+    assert found() == "<|endoftext|>"
 
 
 def test_a_tokenizer_json_that_is_none_is_named(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ class Trainer:
             try:
                 more = self.preview(model, dtype, self.tokenizer, self.prompt, seed)
                 text = self.config.eval.sample_prompt + more
-            except UserError as error:  # no reason to end a run
+            except (UserError, torch.OutOfMemoryError) as error:  # no reason to end a run
                 text = f"no sample: {error}"
             shown = printable(text, keep=LAYOUT)
             metrics.write_text("sample", shown, self.step)
