@@ -127,7 +127,16 @@ def test_gradients_travel_once_a_step_and_not_once_a_micro_batch(tiny: Path) -> 
 
 
 def test_a_fault_of_one_rank_ends_both_with_one_line(tiny: Path) -> None:
-    (tiny / "sitecustomize.py").write_text("import os, sys\nif os.environ.get('RANK') == '1': os.chdir('/')\n")
+    """And is slow to say it: torchrun would have ended it by then, as soon as the other one has left."""
+    (tiny / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    os.chdir('/')\n"
+        "    from pipeline import distributed\n"
+        "    gather, stop = distributed.World.gather, distributed.stop\n"
+        "    distributed.World.gather = lambda *a: (gather(*a), time.sleep(2))[0]\n"
+        "    distributed.stop = lambda: (time.sleep(2), stop())\n"
+    )
     config = tiny_config(tiny)
     config = replace(config, data=replace(config.data, data_dir="data"), run=replace(config.run, dir="runs"))
     result = run_program("train", "quickstart", *overrides(config), cwd=tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}")
