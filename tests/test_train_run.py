@@ -22,6 +22,7 @@ from pipeline.config import Config, from_dict, to_dict
 from pipeline.errors import UserError
 from pipeline.files import one_writer
 from train.run import run
+from train.stop import StopRequest
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
@@ -265,6 +266,16 @@ def test_signals_are_the_callers_again_after_training(tiny: Path) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     run(tiny_config(tiny))
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_rank_that_is_to_outlive_the_others_still_does_after_training() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with StopRequest():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pipeline import checkpoint, distributed, launch
 from pipeline.config import Config, from_dict, to_dict, to_toml
 from pipeline.device import pick_dtype, share_threads, should_compile
 from pipeline.distributed import World
-from pipeline.errors import EXIT_INTERRUPTED, UserError
+from pipeline.errors import EXIT_INTERRUPTED, Diverged, UserError
 from pipeline.files import one_writer, write_atomic
 from pipeline.log import also_to_file, logger
 from pipeline.model import GPT
@@ -167,6 +167,8 @@ def train(trainer: Trainer) -> str:
         state = "stopped" if reason else "done"
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, Diverged):  # every rank leaves, and the first has yet to say why
+            launch.outlive_others()
         raise
     finally:
         trainer.batches.close()
