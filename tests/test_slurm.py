@@ -83,7 +83,7 @@ esac
 
 @pytest.fixture
 def pretend(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Starts a training script as SLURM would, in `tmp_path`; srun, scontrol and squeue are stand-ins steered by variables."""
+    """Starts a batch script as SLURM would, in `tmp_path`; srun, scontrol and squeue are stand-ins steered by variables."""
     commands = tmp_path / "bin"
     commands.mkdir()
     stand_ins = {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "squeue": FAKE_SQUEUE, "node-python": FAKE_PYTHON}
@@ -185,6 +185,15 @@ def test_a_node_starts_a_rank_for_each_of_its_gpus(
     assert f"--nnodes=2 --nproc-per-node={ranks} " in agent
     assert "is_host=0," in agent and "--local-addr=10.0.0.2 " in agent
     assert agent.endswith("-m pipeline train tiny.toml optimizer.lr=1e-3\n")
+
+
+@pytest.mark.slow
+def test_so_is_a_preparation_which_would_else_make_the_share_of_an_element(pretend: Pretend, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("To be, or not to be, that is the question.\n" * 50)
+    others = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
+    arguments = ["corpus.txt", "--name", "whole", "--tokenizer", "byte", "--workers", "1"]
+    assert ended(pretend(*arguments, script=PREPARE, **others))[0] == 0
+    assert (tmp_path / "data" / "whole" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(
