@@ -114,15 +114,7 @@ def start(device_name: str) -> World:
         raise UserError(
             f"run.device={device_name} is one GPU for {place.local_size} ranks: use run.device=cuda, and each takes its own"
         )
-    # Under srun --gpus-per-task=1 each task sees its own GPU alone.
-    sees_one = place.by_srun and torch.cuda.device_count() == 1
-    try:
-        device = pick_device(device_name, 0 if sees_one else place.local_rank)
-        if device_name == "auto" and device.type == "cpu":
-            _refuse_unseen_gpus()
-    except UserError:
-        launch.wait_for_turn()
-        raise
+    device = _own_device(device_name, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if place.size == 1:
@@ -144,6 +136,21 @@ def start(device_name: str) -> World:
         world_size=place.size,
     )
     return World(place.rank, place.size, place.local_size, device, place.local_rank, PrefixStore("world", store))
+
+
+def _own_device(name: str, place: Placement) -> torch.device:
+    """This rank's GPU, or the device that all share. What is wrong with a node one of its ranks says, as a UserError."""
+    # Under srun --gpus-per-task=1 each task sees its own GPU alone.
+    sees_one = place.by_srun and torch.cuda.device_count() == 1
+    try:
+        # Of the node's last rank, so that all find the same.
+        device = pick_device(name, 0 if sees_one else place.local_size - 1)
+        if name == "auto" and device.type == "cpu":
+            _refuse_unseen_gpus()
+    except UserError:
+        launch.wait_for_turn()
+        raise
+    return pick_device(name, 0 if sees_one else place.local_rank)
 
 
 def _refuse_unseen_gpus() -> None:
