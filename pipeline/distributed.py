@@ -19,9 +19,12 @@ from pipeline import launch
 from pipeline.device import pick_device
 from pipeline.errors import EXIT_USER, UserError
 from pipeline.launch import Placement
+from pipeline.log import logger
 
 # Start-up waits for the slowest node to import torch from a shared filesystem; a step that hangs longer is dead.
 TIMEOUT = datetime.timedelta(minutes=30)
+# Told before the ranks meet: one of them is often why they meet at one site and hang at another.
+NETWORK_SETTINGS = ("NCCL_", "GLOO_", "TORCH_")
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,8 @@ class World:
         """Ends every rank unless `value` is equal on all of them; rank 0 raises the UserError that says so."""
         values = self.gather(value)
         odd = next((rank for rank, other in enumerate(values) if other != values[0]), None)
-        if odd is not None and not self.is_first:
-            launch.leave(EXIT_USER)
         if odd is not None:
+            self._leave_to(0)
             raise UserError(f"ranks disagree about {what}: rank 0 has {values[0]}, rank {odd} has {values[odd]}")
 
     @contextmanager
@@ -81,9 +83,16 @@ class World:
         if patience is not None:
             self._await_all(patience)
         failed = [rank for rank, text in enumerate(self.gather(error and str(error))) if text is not None]
-        if failed and error is not None and failed[0] == self.rank:
-            raise error
         if failed:
+            self._leave_to(failed[0])
+        if error is not None:
+            raise error
+
+    def _leave_to(self, speaker: int) -> None:
+        """End every rank but `speaker`, which is to say why. None leaves before all outlive others: the line would be lost."""
+        launch.outlive_others()
+        self.barrier()
+        if self.rank != speaker:
             launch.leave(EXIT_USER)
 
     def _await_all(self, patience: datetime.timedelta) -> None:
@@ -105,9 +114,7 @@ def start(device_name: str) -> World:
         raise UserError(
             f"device {device_name} is one GPU for {place.local_size} ranks: use device cuda, and each takes its own"
         )
-    # Under srun --gpus-per-task=1 each task sees its own GPU alone.
-    sees_one = place.by_srun and torch.cuda.device_count() == 1
-    device = pick_device(device_name, 0 if sees_one else place.local_rank)
+    device = _own_device(device_name, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if place.size == 1:
@@ -116,15 +123,44 @@ def start(device_name: str) -> World:
         raise UserError(
             f"mps runs one process, found {place.size} ranks: use run.device=cpu, or start without torchrun"
         )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(NETWORK_SETTINGS)]
+    if settings:
+        logger.info("%d ranks over %s, with %s", place.size, backend, " ".join(settings))
     store = _srun_store(place) if place.by_srun else _torchrun_store(place)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        backend,
         timeout=TIMEOUT,
         store=store,
         rank=place.rank,
         world_size=place.size,
     )
     return World(place.rank, place.size, place.local_size, device, place.local_rank, PrefixStore("world", store))
+
+
+def _own_device(name: str, place: Placement) -> torch.device:
+    """This rank's GPU, or the device that all share. What is wrong with a node one of its ranks says, as a UserError."""
+    # Under srun --gpus-per-task=1 each task sees its own GPU alone.
+    sees_one = place.by_srun and torch.cuda.device_count() == 1
+    try:
+        # Of the node's last rank, so that all find the same.
+        device = pick_device(name, 0 if sees_one else place.local_size - 1)
+        if name == "auto" and device.type == "cpu":
+            _refuse_unseen_gpus()
+    except UserError:
+        launch.wait_for_turn()
+        raise
+    return pick_device(name, 0 if sees_one else place.local_rank)
+
+
+def _refuse_unseen_gpus() -> None:
+    """Else the job would train on a CPU without a word; among nodes that do see theirs it would hang, gloo beside NCCL."""
+    if gpus := launch.gpus_here():
+        node = launch.node_name()
+        raise UserError(
+            f"SLURM gave this job {gpus} GPU(s) on {node}, but torch {torch.__version__} sees none: install a torch built "
+            f"for them; where nvidia-smi sees none either, submit again with --exclude={node}; run.device=cpu does without"
+        )
 
 
 def _torchrun_store(place: Placement) -> Store:
@@ -144,14 +180,12 @@ def _srun_store(place: Placement) -> Store:
     try:
         socket.getaddrinfo(host, port)
     except OSError as error:
-        if place.rank:  # where the first node does not know its own name either, rank 0 says it for all
-            launch.stay_silent()
-        if place.local_rank:
-            launch.leave(EXIT_USER)
+        launch.wait_for_turn()  # the first node may not know its own name either
         raise UserError(
-            f"{host}, where the ranks are to meet, does not resolve on {socket.gethostname()} ({error.strerror}): "
+            f"{host}, where the ranks are to meet, does not resolve on {launch.node_name()} ({error.strerror}): "
             "set MASTER_ADDR to an address of the first node that every node reaches"
         ) from None
+    logger.info("waiting for %d ranks of srun at %s:%d", place.size, host, port)
     try:
         store: Store = next(rendezvous(f"tcp://{host}:{port}", place.rank, place.size, timeout=TIMEOUT))[0]
         return store

@@ -7,15 +7,19 @@ keeps the new name across a power cut.
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import xxhash
 
 from pipeline.errors import UserError
+from pipeline.log import logger
 
 HASH_BLOCK_BYTES = 1 << 22
+LOOK_AGAIN_S = 0.5
 
 
 def sync(path: Path) -> None:
@@ -71,11 +75,11 @@ class Held(UserError):
 
 
 @contextmanager
-def one_writer(folder: Path, name: str = ".lock", shared: bool = False) -> Iterator[None]:
+def one_writer(folder: Path, name: str = ".lock", shared: bool = False, patience_s: float = 0.0) -> Iterator[None]:
     """Hold `folder` against a second writer; shared, against one that holds it alone.
 
     The lock is the kernel's (flock), so it goes with its process and is never stale. Raises Held, which
-    says who holds it.
+    says who holds it, where that one does not let go within `patience_s`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,21 +87,34 @@ def one_writer(folder: Path, name: str = ".lock", shared: bool = False) -> Itera
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another place") from None
     with file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline, told = time.monotonic() + patience_s, False
+        while not _is_locked(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, folder):
             file.seek(0)
-            holder = file.read().strip()
-            raise Held(f"{folder} is being written by {holder}: wait for it, or choose another name") from None
-        except OSError as error:
-            raise UserError(
-                f"{folder} lies on a file system that cannot lock files ({error.strerror}): choose another place, "
-                "or mount it with locks (Lustre: -o flock)"
-            ) from None
+            taken = f"{folder} is being written by {file.read().strip()}"
+            if time.monotonic() >= deadline:
+                raise Held(f"{taken}: wait for it, or choose another name")
+            if not told:
+                logger.info("%s: waiting", taken)
+            told = True
+            time.sleep(LOOK_AGAIN_S)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _is_locked(file: TextIO, operation: int, folder: Path) -> bool:
+    """Whether the lock could be had."""
+    try:
+        fcntl.flock(file, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{folder} lies on a file system that cannot lock files ({error.strerror}): choose another place, "
+            "or mount it with locks (Lustre: -o flock)"
+        ) from None
+    return True
 
 
 def holder(folder: Path, name: str = ".lock") -> str:

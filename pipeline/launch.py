@@ -9,6 +9,7 @@ neither    a world of one
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -45,23 +46,38 @@ def placement() -> Placement:
     return _claimed()
 
 
-def leave(code: int) -> NoReturn:
-    """Exit with this code, also where the launcher kills this rank meanwhile because another one has left already."""
+def outlive_others() -> None:
+    """From here on this rank ends by itself: a launcher tells the others to end once one of them has left."""
     if _claimed().size > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit with this code, also where another rank has left already."""
+    outlive_others()
     sys.exit(code)
 
 
-def stay_silent() -> None:
-    """Let the first rank say what is wrong before this one does or leaves."""
-    signal.signal(signal.SIGTERM, lambda *_: leave(EXIT_USER))
-    time.sleep(SILENCE_S)
+def wait_for_turn() -> None:
+    """Before a word about what every rank of this node has: the first rank speaks at once, the first of another node where
+    nobody has meanwhile, and the others never do.
+    """
+    if rank():
+        _stay_silent()
+    if _claimed().local_rank:
+        leave_to_first()
+    outlive_others()
 
 
 def leave_to_first() -> NoReturn:
     """End this rank without a word: the first one has the same trouble, and says so."""
-    stay_silent()
+    _stay_silent()
     leave(EXIT_USER)
+
+
+def _stay_silent() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: leave(EXIT_USER))
+    time.sleep(SILENCE_S)
 
 
 def meeting_point() -> tuple[str, int]:
@@ -83,6 +99,21 @@ def tasks_per_node(text: str) -> list[int]:
     """How many tasks each node of a step has: `4(x2),1` is 4, 4, 1."""
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(count) for count, times in counts for _ in range(int(times or 1))]
+
+
+def node_name() -> str:
+    """This machine, as SLURM calls it where it is one of its nodes."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def gpus_here() -> int:
+    """The GPUs of this node that SLURM gave the job; 0 where it gave none, or is not there."""
+    return _number("SLURM_GPUS_ON_NODE", 0)
+
+
+def was_requeued() -> bool:
+    """Whether SLURM has started this job before."""
+    return _number("SLURM_RESTART_COUNT", 0) > 0
 
 
 def cores_per_rank() -> int | None:
@@ -122,7 +153,8 @@ def _refuse_two_launchers() -> None:
     raise UserError(
         f"srun started {tasks} tasks on {nodes} node(s), but RANK={told.rank} and WORLD_SIZE={told.size} say otherwise: "
         f"torchrun wants one task a node (srun --ntasks-per-node=1) and to be told of all nodes (--nnodes={nodes}); "
-        "one task a rank wants no torchrun, and RANK and WORLD_SIZE unset"
+        "one task a rank wants no torchrun, and RANK and WORLD_SIZE unset; a shell of srun --pty wants --ntasks=1, or "
+        "SLURM_STEP_NUM_TASKS unset"
     )
 
 

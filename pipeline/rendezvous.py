@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 
-from pipeline import log
+from pipeline import launch, log
 from pipeline.errors import EXIT_USER, UserError
 
 # Nodes may begin apart: a prolog, a disk that is slow to hand out Python. The host stays for those that begin last.
@@ -27,8 +27,8 @@ def check(endpoint: str, node: int, nodes: int, reach_s: float = REACH_S, welcom
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise UserError(
-            f"node {_own_name()} does not find the rendezvous host {host!r} ({error.strerror}): set RDZV_HOST to a name or "
-            "address of the job's first node that all its nodes find"
+            f"node {launch.node_name()} does not find the rendezvous host {host!r} ({error.strerror}): set RDZV_HOST to "
+            "a name or address of the job's first node that all its nodes find"
         ) from None
     own = str(found[0][4][0])
     return welcome(int(port), nodes - 1, welcome_s) or own if node == 0 else reach(host, int(port), reach_s)
@@ -41,10 +41,12 @@ def welcome(port: int, guests: int, patience_s: float) -> str:
     """
     deadline, came_to = time.monotonic() + patience_s, ""
     try:
-        listener = socket.create_server(("", port))
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        listener = socket.create_server(("", port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise UserError(
-            f"port {port} of node {_own_name()} is not to be had ({error.strerror}): submit again, each job has its own"
+            f"port {port} of node {launch.node_name()} is not to be had ({error.strerror}): submit again, each job has its own"
         ) from None
     with listener:
         for _ in range(guests):
@@ -54,7 +56,7 @@ def welcome(port: int, guests: int, patience_s: float) -> str:
             except TimeoutError:
                 break
             with connection:
-                came_to = connection.getsockname()[0]
+                came_to = connection.getsockname()[0].removeprefix("::ffff:")
                 connection.settimeout(RETRY_S)
                 try:
                     connection.recv(1)  # the guest goes first: the side that does keeps the port busy for a while
@@ -73,14 +75,11 @@ def reach(host: str, port: int, patience_s: float) -> str:
         except OSError as error:
             if time.monotonic() + RETRY_S > deadline:
                 raise UserError(
-                    f"node {_own_name()} cannot reach the rendezvous host {host}:{port} ({error}): set RDZV_HOST to an address "
-                    "of the job's first node in the network that the nodes share, and let them reach each other's ports"
+                    f"node {launch.node_name()} cannot reach the rendezvous host {host}:{port} ({error}): set RDZV_HOST to "
+                    "an address of the job's first node in the network that the nodes share, and let them reach each "
+                    "other's ports"
                 ) from None
         time.sleep(RETRY_S)
-
-
-def _own_name() -> str:
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def main() -> None:

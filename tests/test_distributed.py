@@ -14,6 +14,14 @@ from pipeline import checkpoint
 from pipeline.config import Config
 
 pytestmark = pytest.mark.slow
+# By the time that this rank says why all of them end, torchrun would have ended it, as soon as another one had left.
+SLOW_TO_SAY = """
+import os, time
+if os.environ.get("RANK") == "{rank}":
+    from pipeline import distributed
+    stop, gather = distributed.stop, distributed.World.gather
+    distributed.stop = lambda: (time.sleep(5), stop())
+"""
 NOISE = "attn.c_attn.bias"  # see test_trainer.py: its gradient is rounding alone, and Adam blows that up
 
 
@@ -127,7 +135,10 @@ def test_gradients_travel_once_a_step_and_not_once_a_micro_batch(tiny: Path) -> 
 
 
 def test_a_fault_of_one_rank_ends_both_with_one_line(tiny: Path) -> None:
-    (tiny / "sitecustomize.py").write_text("import os, sys\nif os.environ.get('RANK') == '1': os.chdir('/')\n")
+    (tiny / "sitecustomize.py").write_text(
+        SLOW_TO_SAY.format(rank=1)
+        + "    os.chdir('/')\n    distributed.World.gather = lambda *a: (gather(*a), time.sleep(2))[0]\n"
+    )
     config = tiny_config(tiny)
     config = replace(config, data=replace(config.data, data_dir="data"), run=replace(config.run, dir="runs"))
     result = run_program("train", "quickstart", *overrides(config), cwd=tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}")
@@ -135,6 +146,14 @@ def test_a_fault_of_one_rank_ends_both_with_one_line(tiny: Path) -> None:
     lines = [line for line in result.stderr.splitlines() if "error: " in line and "ChildFailed" not in line]
     assert [line for line in lines if "no dataset at data/tiny" in line] == [lines[0]], result.stderr
     assert "[rank 1] error:" in lines[0]
+
+
+def test_a_divergence_is_told(tiny: Path) -> None:
+    (tiny / "sitecustomize.py").write_text(SLOW_TO_SAY.format(rank=0))
+    config = tiny_config(tiny, optimizer={"lr": 1e30}, train={"max_bad_steps": 2})
+    result = run_program("train", "quickstart", *overrides(config), cwd=tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}")
+    assert result.returncode != 0
+    assert result.stderr.count("error: 2 steps in a row") == 1, result.stderr
 
 
 def test_ranks_that_do_not_divide_the_batch_are_told_what_does_once(tiny: Path) -> None:

@@ -104,6 +104,18 @@ def test_a_second_writer_is_told_who_holds_the_folder_until_that_one_is_killed(t
         assert (folder / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
+def test_a_writer_with_patience_waits_so_long_and_says_once_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.files.LOOK_AGAIN_S", 0.01)
+    caplog.set_level("INFO", "pipeline")
+    with one_writer(tmp_path), pytest.raises(UserError, match="wait for it"), one_writer(tmp_path, patience_s=0.05):
+        pass
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path} is being written by process {os.getpid()} on {socket.gethostname()}: waiting"
+    ]
+
+
 def test_a_folder_is_free_again_after_its_writer_failed(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), one_writer(tmp_path):
         raise ZeroDivisionError

@@ -103,11 +103,15 @@ def of_torchrun(agents: int, local_rank: int = 0) -> dict[str, str]:
         (of_torchrun(16) | step(0, "8(x2)", 0, 0), "srun started 16 tasks on 2 node(s), but RANK=0 and WORLD_SIZE=16"),
         (of_torchrun(1) | step(0, "1(x2)", 0, 0), "to be told of all nodes (--nnodes=2)"),
         ({"RANK": "0", "WORLD_SIZE": "1"} | step(0, "8(x2)", 0, 0), "RANK and WORLD_SIZE unset"),
+        (of_torchrun(1) | step(0, "8", 0, 0), "a shell of srun --pty wants --ntasks=1, or SLURM_STEP_NUM_TASKS unset"),
         ({"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "0"} | BATCH, "mpirun started 16 processes"),
         ({"PMI_SIZE": "16", "PMI_RANK": "0"} | step(0, "1(x2)", 0, 0), "with srun and one task a rank"),
     ],
-    ids=["torchrun in every task", "a torchrun alone on each node", "left over", "mpirun", "mpirun over srun"],
-)
+    ids=[
+        "torchrun in every task", "a torchrun alone on each node", "left over", "torchrun in a shell of srun --pty", "mpirun",
+        "mpirun over srun",
+    ],
+)  # fmt: skip
 def test_launchers_that_contradict_each_other_are_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
 ) -> None:
@@ -194,6 +198,16 @@ def test_one_gpu_for_several_ranks_is_refused_in_words_of_any_command(monkeypatc
         distributed.start("cuda:0")
 
 
+def test_more_ranks_than_gpus_are_refused_by_the_first_though_it_would_have_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    started(monkeypatch, of_torchrun(1))
+    with pytest.raises(UserError, match="cuda:7 was asked for, but there are 4 CUDA"):
+        distributed.start("auto")
+
+
 @pytest.mark.parametrize("seen", [1, 8], ids=["bound to its own", "all visible"])
 def test_a_rank_of_srun_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch, seen: int) -> None:
     """With --gpus-per-task=1 SLURM hides the others. Stand-ins: there is no GPU here."""
@@ -207,6 +221,40 @@ def test_a_rank_of_srun_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch, seen:
     world = distributed.start("auto")
     assert taken == [world.device] == [torch.device("cuda", 0 if seen == 1 else 3)]
     assert (world.rank, world.size, world.local_rank, world.local_size) == (11, 16, 3, 8)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, step(0, "8(x2)", 0, 0), step(8, "8(x2)", 1, 0)], ids=["alone", "rank 0", "rank 8"]
+)
+def test_a_job_with_gpus_does_not_fall_back_to_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, no_gpu: None, variables: dict[str, str]
+) -> None:
+    started(monkeypatch, variables)
+    with pytest.raises(UserError) as refusal:
+        distributed.start("auto")
+    assert str(refusal.value).startswith(
+        f"SLURM gave this job 8 GPU(s) on n2, but torch {torch.__version__} sees none: "
+    )
+    assert "--exclude=n2" in str(refusal.value) and "run.device=cpu" in str(refusal.value)
+
+
+def test_of_a_node_without_its_gpus_one_rank_speaks_and_the_cpu_may_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, no_gpu: None
+) -> None:
+    assert distributed.start("cpu").device.type == "cpu"
+    started(monkeypatch, step(9, "8(x2)", 1, 1))
+    for device in ("auto", "cuda"):
+        with pytest.raises(SystemExit) as left:
+            distributed.start(device)
+        assert left.value.code == 2
 
 
 # --- the batch script ---
@@ -260,9 +308,11 @@ def complaints(stderr: str) -> list[str]:
 def srun_run(cluster: Cluster) -> Path:
     """The folder of a run that two nodes trained without torchrun, two ranks on each."""
     config = write_config(cluster.folder, "srun")
-    code, stderr = srun(cluster, *train(cluster, "srun.toml"))
+    code, stderr = srun(cluster, *train(cluster, "srun.toml"), GLOO_SOCKET_IFNAME="lo")
     assert code == 0, stderr
     assert stderr.count("4 rank(s) on cpu") == stderr.count("done at step 30") == 1  # one rank talks
+    assert len(re.findall(r"^4 ranks over gloo, with .*GLOO_SOCKET_IFNAME=lo", stderr, flags=re.MULTILINE)) == 1
+    assert len(re.findall(r"^waiting for 4 ranks of srun at 127.0.0.1:2\d{4}$", stderr, flags=re.MULTILINE)) == 1
     return config.run_dir
 
 
@@ -314,6 +364,16 @@ def test_a_first_node_that_does_not_resolve_is_one_line_that_names_it(cluster: C
 
 
 @pytest.mark.slow
+def test_a_node_that_does_not_see_its_gpus_is_named_once_and_none_waits_for_it(cluster: Cluster) -> None:
+    write_config(cluster.folder, "lost-gpus")
+    command = shlex.join(train(cluster, "lost-gpus.toml", "run.device=auto"))
+    lost = f"[[ $SLURMD_NODENAME == n1 ]] || export SLURM_GPUS_ON_NODE=8; exec {command}"
+    code, stderr = srun(cluster, "bash", "-c", lost, CUDA_VISIBLE_DEVICES="")
+    assert code and len(complaints(stderr)) == 1, stderr
+    assert "[rank 2] error: SLURM gave this job 8 GPU(s) on n2, but torch" in stderr
+
+
+@pytest.mark.slow
 def test_torchrun_in_every_task_is_refused_in_one_line(cluster: Cluster) -> None:
     torchrun = [cluster.environment["PYTHON"], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
     code, stderr = srun(cluster, *torchrun, "-m", "pipeline", "train", "quickstart", nodes=1)
@@ -323,24 +383,41 @@ def test_torchrun_in_every_task_is_refused_in_one_line(cluster: Cluster) -> None
     assert "error: srun started 2 tasks on 1 node(s), but RANK=0 and WORLD_SIZE=1 say otherwise" in ours[0]
 
 
+def start_slow_run(cluster: Cluster, name: str) -> tuple[str, Path]:
+    """A job at its tenth step, which ends once a signal has come, so that the run is not over before; and the run's folder."""
+    config = write_config(cluster.folder, name)
+    slow = cluster.folder / "slow"
+    slow.mkdir(exist_ok=True)
+    (slow / "sitecustomize.py").write_text(SLOW_FROM_STEP_TEN)
+    (cluster.folder / "step-ten").unlink(missing_ok=True)
+    variables = f"--export=ALL,MASTER_ADDR=127.0.0.1,PYTHONPATH={slow}:{ROOT}"
+    options = ("--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", variables)
+    job = cluster.call("sbatch", *options, str(TRAIN_SRUN), f"{name}.toml")
+    wait_until("step ten is at work", (cluster.folder / "step-ten").exists)
+    return job, config.run_dir
+
+
+@pytest.mark.slow
+def test_scancel_ends_a_job_of_srun_for_good_and_saves(cluster: Cluster) -> None:
+    job, run_dir = start_slow_run(cluster, "srun-cancelled")
+    cluster.call("scancel", job)
+    end = cluster.wait(job)
+    wait_until("the nodes are cleared", lambda: cluster.node_states() == ["idle", "idle"])
+    assert (cluster.job(job)["JobState"], end["Restarts"]) == ("CANCELLED", "0"), cluster.log(job)
+    assert status_of(run_dir) == ("stopped", 10), cluster.log(job)
+
+
 @pytest.mark.slow
 def test_the_warning_signal_to_the_ranks_saves_requeues_and_leaves_the_curve_as_it_was(
     cluster: Cluster, srun_run: Path
 ) -> None:
     """Sent as --signal=USR2@300 does it: to every process of the step, and not to the batch script."""
-    config = write_config(cluster.folder, "srun-warned")
-    # Stops for a signal, but not before its tenth step: it must not be over before the signal comes.
-    (cluster.folder / "slow").mkdir()
-    (cluster.folder / "slow" / "sitecustomize.py").write_text(SLOW_FROM_STEP_TEN)
-    variables = f"--export=ALL,MASTER_ADDR=127.0.0.1,PYTHONPATH={cluster.folder / 'slow'}:{ROOT}"
-    options = ("--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", variables)
-    job = cluster.call("sbatch", *options, str(TRAIN_SRUN), "srun-warned.toml")
-    wait_until("step ten is at work", (cluster.folder / "step-ten").exists)
+    job, run_dir = start_slow_run(cluster, "srun-warned")
     cluster.call("scancel", "--signal=USR2", job)
     cluster.wait_requeued(job)
-    assert status_of(config.run_dir) == ("stopped", 10), cluster.log(job)
+    assert status_of(run_dir) == ("stopped", 10), cluster.log(job)
     cluster.go_on(job)
     end = cluster.wait(job)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
-    assert status_of(config.run_dir) == ("done", 30)
-    assert losses(config.run_dir) == pytest.approx(losses(srun_run), rel=1e-4)
+    assert status_of(run_dir) == ("done", 30)
+    assert losses(run_dir) == pytest.approx(losses(srun_run), rel=1e-4)

@@ -28,6 +28,14 @@ def test_a_node_alone_waits_for_nobody_and_leaves_the_port_free() -> None:
     assert rendezvous.check(endpoint, 0, 1) in ("127.0.0.1", "::1")
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_nodes_that_reach_each_other_by_ipv6_alone_do_so() -> None:
+    endpoint = f"::1:{free_ports(1)[0]}"
+    with ThreadPoolExecutor(2) as nodes:
+        found = list(nodes.map(lambda node: rendezvous.check(endpoint, node, 2, reach_s=10.0, welcome_s=10.0), (1, 0)))
+    assert found == ["::1"] * 2
+
+
 def test_a_host_that_does_not_resolve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

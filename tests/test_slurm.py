@@ -13,12 +13,16 @@ import pytest
 from conftest import ROOT
 from slurm_cluster import EVAL, MERGE, PREPARE, SAMPLE, SCRIPTS, TRAIN, wait_until
 
+TRAIN_SRUN = ROOT / "slurm" / "train-srun.sbatch"
+both = pytest.mark.parametrize("script", [TRAIN, TRAIN_SRUN], ids=lambda path: path.name)
+
 # --- the files ---
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_bash_parses_the_script(script: Path) -> None:
+@pytest.mark.parametrize("script", [*SCRIPTS, TRAIN_SRUN], ids=lambda path: path.name)
+def test_bash_parses_the_script_and_it_leaves_the_step_of_another_job(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
+    assert 'unset "${!SLURM_STEP_@}"' in script.read_text()
 
 
 def directives(script: Path) -> dict[str, str]:
@@ -46,7 +50,7 @@ FAKE_SRUN = """#!/bin/bash
 env >srun.env
 printf '%s\\n' "$@" >srun.args
 # What the second node would run: srun's own options up to "bash", then the command.
-(until [[ $1 == bash ]]; do shift; done; PYTHON=node-python SLURM_NODEID=1 SLURMD_NODENAME=n2 "$@") >srun.agent
+(until [[ $1 == bash || $# == 0 ]]; do shift; done; PYTHON=node-python SLURM_NODEID=1 SLURMD_NODENAME=n2 "$@") >srun.agent
 if [[ ${SRUN_WAITS:-} ]]; then
     touch srun.waits
     until [[ -e $PIPELINE_STOP_FILE ]]; do sleep 0.05; done
@@ -71,14 +75,15 @@ esac
 FAKE_SQUEUE = """#!/bin/bash
 case "$*" in
     *PreemptTime*) echo "${PREEMPTED:-N/A}   " ;;
-    *) echo 2030-01-01T00:00:00 ;;
+    *%K*) echo "${ARRAY_INDEX:-N/A}" ;;
+    *) if [[ ${SLURM_TIME_FORMAT:-standard} == standard ]]; then echo 2030-01-01T00:00:00; else echo 00:00; fi ;;
 esac
 """
 
 
 @pytest.fixture
 def pretend(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Starts train.sbatch as SLURM would, in `tmp_path`; srun, scontrol and squeue are stand-ins steered by variables."""
+    """Starts a batch script as SLURM would, in `tmp_path`; srun, scontrol and squeue are stand-ins steered by variables."""
     commands = tmp_path / "bin"
     commands.mkdir()
     stand_ins = {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "squeue": FAKE_SQUEUE, "node-python": FAKE_PYTHON}
@@ -90,14 +95,14 @@ def pretend(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     fixed = {
         "PATH": f"{commands}:{os.environ['PATH']}", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "TZ": "UTC",
         "SLURM_JOB_ID": "70", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "4",
-        "SLURM_SUBMIT_DIR": str(tmp_path), "SRUN_STATE": "stopped", "SRUN_STEP": "1",
+        "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_SUBMIT_DIR": str(tmp_path), "SRUN_STATE": "stopped", "SRUN_STEP": "1",
         "SLURM_NODEID": "0", "SLURMD_NODENAME": "n1",
     }  # fmt: skip
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str, **variables: str) -> "subprocess.Popen[str]":
+    def start(*arguments: str, script: Path = TRAIN, **variables: str) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
-            ["bash", str(TRAIN), *(arguments or ("tiny.toml",))],
+            ["bash", str(script), *(arguments or ("tiny.toml",))],
             cwd=tmp_path, env=inherited | fixed | variables, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
@@ -124,11 +129,34 @@ def requeued(folder: Path) -> list[str]:
     return path.read_text().split() if path.exists() else []
 
 
-def test_a_stopped_run_is_queued_again_and_a_done_one_is_not(pretend: Pretend, tmp_path: Path) -> None:
-    assert ended(pretend())[0] == 0
+@both
+def test_a_stopped_run_is_queued_again_and_a_done_one_is_not(pretend: Pretend, tmp_path: Path, script: Path) -> None:
+    assert ended(pretend(script=script))[0] == 0
     assert requeued(tmp_path) == ["70"]
-    assert ended(pretend(SRUN_STATE="done", SLURM_RESTART_COUNT="1"))[0] == 0
+    assert ended(pretend(script=script, SRUN_STATE="done", SLURM_RESTART_COUNT="1"))[0] == 0
     assert requeued(tmp_path) == ["70"]
+
+
+@both
+def test_the_tasks_get_what_is_set_here_and_the_deadline_whatever_the_sites_and_the_users_formats(
+    pretend: Pretend, tmp_path: Path, script: Path
+) -> None:
+    assert ended(pretend(script=script, SLURM_EXPORT_ENV="NONE", SLURM_TIME_FORMAT="relative"))[0] == 0
+    tasks = (tmp_path / "srun.env").read_text().splitlines()
+    assert {"SLURM_EXPORT_ENV=ALL", f"PIPELINE_DEADLINE={1893456000 - 60}"} <= set(
+        tasks
+    )  # 2030, less a minute to leave
+
+
+@both
+def test_a_job_submitted_from_inside_an_arrays_element_is_itself(
+    pretend: Pretend, tmp_path: Path, script: Path
+) -> None:
+    others = {"SLURM_ARRAY_JOB_ID": "60", "SLURM_ARRAY_TASK_ID": "3", "SLURM_STEP_NUM_TASKS": "8"}
+    assert ended(pretend("tiny.toml", "data.dataset=100%a", script=script, **others))[0] == 0
+    assert requeued(tmp_path) == ["70"]
+    assert (tmp_path / "srun.args").read_text().splitlines()[-1] == "data.dataset=100%a"
+    assert not re.findall("^SLURM_(?:ARRAY|STEP)_.*", (tmp_path / "srun.env").read_text(), flags=re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -141,7 +169,6 @@ def test_each_start_has_its_own_rendezvous_and_the_ranks_know_when_to_stop(prete
     assert (first["RDZV_ID"], second["RDZV_ID"]) == ("70-0", "70-1")
     assert first["RDZV_ENDPOINT"].startswith("localhost:2") and first["RDZV_ENDPOINT"] != second["RDZV_ENDPOINT"]
     assert first["PIPELINE_STOP_FILE"] == str(tmp_path / "runs" / "tiny" / ".stop-70-0")
-    assert int(first["PIPELINE_DEADLINE"]) == 1893456000 - 60  # 2030-01-01 UTC, less the minute to leave in
     assert first["SRUN_CPUS_PER_TASK"] == "4"
 
 
@@ -160,17 +187,45 @@ def test_a_node_starts_a_rank_for_each_of_its_gpus(
     assert agent.endswith("-m pipeline train tiny.toml optimizer.lr=1e-3\n")
 
 
-def test_an_array_element_has_a_run_of_its_own_and_requeues_only_itself(pretend: Pretend, tmp_path: Path) -> None:
-    element = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}
-    assert ended(pretend("tiny.toml", "run.seed=%a", **element))[0] == 0
+@pytest.mark.slow
+def test_so_is_a_preparation_which_would_else_make_the_share_of_an_element(pretend: Pretend, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("To be, or not to be, that is the question.\n" * 50)
+    others = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
+    arguments = ["corpus.txt", "--name", "whole", "--tokenizer", "byte", "--workers", "1"]
+    assert ended(pretend(*arguments, script=PREPARE, **others))[0] == 0
+    assert (tmp_path / "data" / "whole" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tasks"),
+    [("8", {"SLURM_NTASKS_PER_NODE": "1"}), ("1", {"SLURM_NTASKS_PER_NODE": "8"}), ("8", {})],
+    ids=["idle GPUs", "shared GPU", "tasks not told"],
+)
+def test_under_srun_each_task_has_a_gpu(pretend: Pretend, tmp_path: Path, gpus: str, tasks: dict[str, str]) -> None:
+    code, errors = ended(pretend(script=TRAIN_SRUN, SLURM_GPUS_ON_NODE=gpus, **tasks))
+    number = tasks.get("SLURM_NTASKS_PER_NODE", "1")
+    assert (code, len(errors.splitlines())) == (2, 1)
+    assert f"error: {gpus} GPU(s) a node for {number} task(s)" in errors
+    assert not (tmp_path / "srun.args").exists()
+    told = {"SLURM_TASKS_PER_NODE": f"{gpus}(x2)"} | dict.fromkeys(tasks, gpus)
+    assert ended(pretend(script=TRAIN_SRUN, SLURM_GPUS_ON_NODE=gpus, **told))[0] == 0
+
+
+@both
+def test_an_array_element_has_a_run_of_its_own_and_requeues_only_itself(
+    pretend: Pretend, tmp_path: Path, script: Path
+) -> None:
+    element = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3", "ARRAY_INDEX": "3"}
+    assert ended(pretend("tiny.toml", "run.seed=%a", script=script, **element))[0] == 0
     assert requeued(tmp_path) == ["70_3"]
     assert (tmp_path / "srun.args").read_text().splitlines()[-1] == "run.seed=3"
 
 
-def test_a_failure_is_not_queued_again_and_keeps_its_exit_code(pretend: Pretend, tmp_path: Path) -> None:
-    code, errors = ended(pretend(SRUN_STATE="failed", SRUN_EXIT="3"))
+@both
+def test_a_failure_is_not_queued_again_and_keeps_its_exit_code(pretend: Pretend, tmp_path: Path, script: Path) -> None:
+    code, errors = ended(pretend(script=script, SRUN_STATE="failed", SRUN_EXIT="3"))
     assert code == 3
-    assert "not queued again" in errors
+    assert ("not queued again" in errors) == (script == TRAIN)  # there torchrun's code says less than a rank's own
     assert requeued(tmp_path) == []
 
 
@@ -182,8 +237,9 @@ def test_a_preempted_run_that_saved_in_its_grace_is_queued_again(pretend: Preten
     assert requeued(tmp_path) == ["70"]
 
 
-def test_a_dry_run_does_not_come_back(pretend: Pretend, tmp_path: Path) -> None:
-    assert ended(pretend("tiny.toml", "--dry-run"))[0] == 0
+@both
+def test_a_dry_run_does_not_come_back(pretend: Pretend, tmp_path: Path, script: Path) -> None:
+    assert ended(pretend("tiny.toml", "--dry-run", script=script))[0] == 0
     assert requeued(tmp_path) == []
 
 
@@ -203,8 +259,9 @@ def test_a_rendezvous_host_that_does_not_resolve_is_one_line(pretend: Pretend, t
     assert not (tmp_path / "srun.args").exists()
 
 
-def test_a_misspelt_key_starts_nothing(pretend: Pretend, tmp_path: Path) -> None:
-    code, errors = ended(pretend("tiny.toml", "trian.max_steps=3"))
+@both
+def test_a_misspelt_key_starts_nothing(pretend: Pretend, tmp_path: Path, script: Path) -> None:
+    code, errors = ended(pretend("tiny.toml", "trian.max_steps=3", script=script))
     assert (code, errors.splitlines()) == (2, ["error: unknown section [trian] (did you mean train?)"])
     assert not (tmp_path / "srun.args").exists()
 

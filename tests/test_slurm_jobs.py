@@ -187,6 +187,16 @@ def test_a_limit_of_one_minute_is_enough_for_a_step_and_a_save(cluster: Cluster,
 
 
 @pytest.mark.slow
+def test_a_site_that_exports_little_of_the_environment_trains_alike(cluster: Cluster, two_node_run: Path) -> None:
+    """Where sbatch's --export is not ALL, srun hands the tasks no more than that, and nothing that the script sets."""
+    config = write_config(cluster.folder, "exported")
+    environment = "--export=PATH,LD_LIBRARY_PATH,PYTHON,PYTHONPATH,OMP_NUM_THREADS"
+    job = cluster.submit(TRAIN, "exported.toml", nodes=2, options=[environment])
+    assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
+    assert losses(config.run_dir) == pytest.approx(losses(two_node_run), rel=1e-5)
+
+
+@pytest.mark.slow
 def test_a_job_that_fails_is_not_queued_again(cluster: Cluster) -> None:
     misspelt = cluster.submit(TRAIN, "quickstart", "trian.max_steps=3", nodes=2)
     write_config(cluster.folder, "no-data", dataset="nowhere")
@@ -243,8 +253,10 @@ def test_a_sample_job_writes_text_apart_from_its_talk(cluster: Cluster, two_node
 
 @pytest.mark.slow
 def test_an_eval_job_writes_figures_apart_from_its_talk(cluster: Cluster, two_node_run: Path) -> None:
+    """Also submitted from inside another job, of whose step it has the variables."""
     checkpoint = two_node_run / "checkpoints" / "step_00000030"
-    options = ["--export=ALL,RANKS_PER_NODE=2"]
+    step = "SLURM_STEP_NUM_TASKS=8,SLURM_STEP_NUM_NODES=1,SLURM_STEP_TASKS_PER_NODE=8"
+    options = [f"--export=ALL,RANKS_PER_NODE=2,{step}"]
     job = cluster.submit(EVAL, f"--ckpt={checkpoint}", "--data=tiny", "--json", options=options)
     assert cluster.wait(job)["JobState"] == "COMPLETED"
     assert json.loads(cluster.log(job))["loss"] > 0

@@ -24,6 +24,7 @@ from conftest import (
 )  # fmt: skip
 from safetensors.torch import load_file
 
+from pipeline import files
 from pipeline.config import Config
 from pipeline.distributed import World
 from pipeline.errors import UserError
@@ -161,7 +162,7 @@ def test_killed_at_any_change_of_the_disk_it_leaves_a_whole_copy_or_none(tiny: P
 def test_a_second_job_of_the_node_waits_and_takes_the_first_ones_copy(
     tiny: Path, copies: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr(files, "LOOK_AGAIN_S", 0.05)
     config = tiny_config(tiny)
     local = tiny / "local"
     found: list[Path] = []
@@ -169,7 +170,7 @@ def test_a_second_job_of_the_node_waits_and_takes_the_first_ones_copy(
     one = staging.Staging(tiny / "data" / "tiny", load_manifest(tiny / "data" / "tiny"), target_of(config, local))
     with one_writer(local, f".{one.target.name}.lock"):
         second.start()
-        second.join(timeout=3 * staging.LOOK_AGAIN_S)
+        second.join(timeout=3 * files.LOOK_AGAIN_S)
         assert second.is_alive() and not copies  # it stands at the lock
         folder = local / "by-hand"
         folder.mkdir()

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import tomllib
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from safetensors.torch import load_file
 from pipeline import checkpoint
 from pipeline.config import Config, from_dict, to_dict
 from pipeline.errors import UserError
+from pipeline.files import one_writer
 from train.run import run
+from train.stop import StopRequest
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
@@ -264,6 +268,16 @@ def test_signals_are_the_callers_again_after_training(tiny: Path) -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_a_rank_that_is_to_outlive_the_others_still_does_after_training() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with StopRequest():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_one_line(tiny: Path) -> None:
     """/dev/full takes no byte; a run folder under it cannot be made."""
@@ -279,11 +293,32 @@ def test_deadline_that_is_no_time_is_one_line(tiny: Path, monkeypatch: pytest.Mo
 
 
 def test_deadline_stops_before_it_and_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIPELINE_DEADLINE", "1")  # 1970
+    monkeypatch.setenv("PIPELINE_DEADLINE", str(time.time() + 5))  # less than twice a first save
     config = tiny_config(tiny)
     run(config)
     assert status(config)["state"] == "stopped" and status(config)["step"] == 1
     assert status(config)["reason"].startswith("deadline")
+
+
+def test_a_deadline_long_past_at_the_start_is_told_and_not_heeded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another job's, say: each start would make one step and be queued again."""
+    monkeypatch.setenv("PIPELINE_DEADLINE", str(time.time() - 70))
+    config = tiny_config(tiny)
+    run(config)
+    assert status(config)["state"] == "done"
+    assert (config.run_dir / "log.txt").read_text().count("s ago: not heeded") == 1
+
+
+def test_a_requeued_job_waits_for_what_is_left_of_its_last_start(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tiny)
+    with ExitStack() as last_start:
+        last_start.enter_context(one_writer(config.run_dir))
+        with pytest.raises(UserError, match="is being written by process"):
+            run(config)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        monkeypatch.setattr("pipeline.files.time.sleep", lambda _: last_start.close())
+        run(config)
+    assert status(config)["state"] == "done"
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from pipeline import checkpoint, distributed
+from pipeline import checkpoint, distributed, launch
 from pipeline.config import Config, from_dict, to_dict, to_toml
 from pipeline.device import pick_dtype, share_threads, should_compile
 from pipeline.distributed import World
-from pipeline.errors import EXIT_INTERRUPTED, UserError
+from pipeline.errors import EXIT_INTERRUPTED, Diverged, UserError
 from pipeline.files import one_writer, write_atomic
 from pipeline.log import also_to_file, logger
 from pipeline.model import GPT
@@ -28,6 +28,9 @@ FIXED_KEYS = (
     "run.seed", "train.tokens_per_step", "model.arch", "model.n_layer", "model.n_head", "model.n_embd",
     "model.block_size", "model.bias", "model.tie_weights", "data.document_mask",
 )  # fmt: skip
+# Of a job that SLURM started again because a node was lost, a rank may still write there, and a file server holds the lock of
+# a dead one until its lease is over (NFS: 90 s).
+LAST_START_S = 300.0
 
 
 def run(config: Config, dry_run: bool = False, stage_to: Path | None = None, preview: Preview | None = None) -> str:
@@ -59,7 +62,8 @@ def run_on(
         with world.fail_together():
             trainer, introduction = assemble(config, world, mixture, mesh, preview)
             if world.is_first and not dry_run:
-                stack.enter_context(one_writer(config.run_dir))
+                patience_s = LAST_START_S if launch.was_requeued() else 0.0
+                stack.enter_context(one_writer(config.run_dir, patience_s=patience_s))
                 stack.enter_context(also_to_file(config.run_dir / "log.txt"))
             logger.info("%s", introduction)
             start = start_point(config, mixture, dry_run) if world.is_first else None
@@ -163,6 +167,8 @@ def train(trainer: Trainer) -> str:
         state = "stopped" if reason else "done"
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, Diverged):  # every rank leaves, and the first has yet to say why
+            launch.outlive_others()
         raise
     finally:
         trainer.batches.close()

@@ -9,11 +9,9 @@ removed but damaged copies, as sites wipe such disks when a job ends. Checkpoint
 and fingerprints are the copies' own, so a run may go on with or without this.
 """
 
+import math
 import os
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +22,7 @@ from pipeline import foreign
 from pipeline.config import Config
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.files import HASH_BLOCK_BYTES, Held, one_writer, publish, sync
+from pipeline.files import HASH_BLOCK_BYTES, one_writer, publish, sync
 from pipeline.log import ProgressReport, logger
 from pipeline.shards import MANIFEST_NAME, Manifest, Shard, check_sizes
 from pipeline.tokenizer import vocabulary_file
@@ -34,7 +32,6 @@ MARK = ".staged"
 FINGERPRINT_DIGITS = 12
 # The slowest node may be that much later than the fastest: terabytes from a busy file system.
 PATIENCE = timedelta(hours=12)
-LOOK_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ def check_space(stagings: list[Staging]) -> None:
 
 def copy(staging: Staging, still_to_come: list[Staging]) -> None:
     """Make the copy, unless another job has done so meanwhile; `still_to_come` begins with it."""
-    with held(staging.target):
+    with one_writer(staging.target.parent, f".{staging.target.name}.lock", patience_s=math.inf):
         if staging.is_whole():
             return
         partial = staging.target.with_name(f".{staging.target.name}.partial")
@@ -151,22 +148,6 @@ def copy(staging: Staging, still_to_come: list[Staging]) -> None:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk should not stay full
             raise
-
-
-@contextmanager
-def held(target: Path) -> Iterator[None]:
-    """Hold a copy against other jobs of this node, after those that hold it now."""
-    told = False
-    while True:
-        try:
-            with one_writer(target.parent, f".{target.name}.lock"):
-                yield
-                return
-        except Held as error:
-            if not told:
-                logger.info("stage: %s", str(error).partition(":")[0])
-            told = True
-            time.sleep(LOOK_AGAIN_S)
 
 
 def fill(staging: Staging, folder: Path) -> None:

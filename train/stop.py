@@ -7,6 +7,7 @@ is saved inside a signal handler, where half a step may be in flight.
     PIPELINE_DEADLINE    Unix time by which the run must be saved, such as the end of a SLURM job
 """
 
+import math
 import os
 import signal
 import time
@@ -14,10 +15,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
+from pipeline import launch
 from pipeline.errors import UserError
+from pipeline.log import logger
 
 # A save is given twice the time the last one took; before any was made, this many seconds.
 FIRST_SAVE_S = 30.0
+# The batch scripts set the deadline that much before the job's end. One longer past at the start is another job's, and would
+# stop every start of the run after a step.
+LEAVING_S = 60.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -38,6 +44,11 @@ class StopRequest:
             raise UserError(
                 f"PIPELINE_DEADLINE={deadline!r} is no time: wanted seconds since 1970, as `date +%s` prints"
             ) from None
+        past_s = time.time() - self._deadline
+        if past_s > LEAVING_S:
+            if launch.rank() == 0:
+                logger.warning("warning: PIPELINE_DEADLINE=%s was %.0f s ago: not heeded", deadline, past_s)
+            self._deadline = math.inf
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._notice) for number in SIGNALS}
@@ -45,7 +56,8 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) != signal.SIG_IGN:  # else this rank is to outlive others
+                signal.signal(number, handler)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
