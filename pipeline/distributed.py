@@ -91,7 +91,7 @@ class World:
     def _leave_to(self, speaker: int) -> None:
         """End every rank but `speaker`, which is to say why. None leaves before all outlive others: the line would be lost."""
         launch.outlive_others()
-        self.barrier()
+        self.gather(None)
         if self.rank != speaker:
             launch.leave(EXIT_USER)
 

@@ -190,16 +190,6 @@ def test_without_a_c_compiler_nothing_is_compiled_and_the_reason_is_told(monkeyp
     assert should_compile("auto", torch.device("cuda"))[0]
 
 
-def test_more_ranks_than_gpus_are_refused_by_the_first_though_it_would_have_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    started(monkeypatch, of_torchrun(1))
-    with pytest.raises(UserError, match="cuda:7 was asked for, but there are 4 CUDA"):
-        distributed.start("auto")
-
-
 @pytest.mark.parametrize("seen", [1, 8], ids=["bound to its own", "all visible"])
 def test_a_rank_of_srun_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch, seen: int) -> None:
     """With --gpus-per-task=1 SLURM hides the others. Stand-ins: there is no GPU here."""
@@ -213,6 +203,16 @@ def test_a_rank_of_srun_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch, seen:
     world = distributed.start("auto")
     assert taken == [world.device] == [torch.device("cuda", 0 if seen == 1 else 3)]
     assert (world.rank, world.size, world.local_rank, world.local_size) == (11, 16, 3, 8)
+
+
+def test_more_ranks_than_gpus_are_refused_by_the_first_though_it_would_have_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    started(monkeypatch, of_torchrun(1))
+    with pytest.raises(UserError, match="cuda:7 was asked for, but there are 4 CUDA"):
+        distributed.start("auto")
 
 
 @pytest.fixture
