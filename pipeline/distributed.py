@@ -65,7 +65,7 @@ class World:
         values = self.gather(value)
         odd = next((rank for rank, other in enumerate(values) if other != values[0]), None)
         if odd is not None:
-            self._leave_to(0)
+            self.leave_to(0)
             raise UserError(f"ranks disagree about {what}: rank 0 has {values[0]}, rank {odd} has {values[odd]}")
 
     @contextmanager
@@ -84,14 +84,14 @@ class World:
             self._await_all(patience)
         failed = [rank for rank, text in enumerate(self.gather(error and str(error))) if text is not None]
         if failed:
-            self._leave_to(failed[0])
+            self.leave_to(failed[0])
         if error is not None:
             raise error
 
-    def _leave_to(self, speaker: int) -> None:
+    def leave_to(self, speaker: int) -> None:
         """End every rank but `speaker`, which is to say why. None leaves before all outlive others: the line would be lost."""
         launch.outlive_others()
-        self.barrier()
+        self.gather(None)
         if self.rank != speaker:
             launch.leave(EXIT_USER)
 
@@ -110,10 +110,6 @@ def start(device_name: str) -> World:
     Raises UserError for the device, and where the ranks cannot meet.
     """
     place = launch.placement()
-    if ":" in device_name and place.local_size > 1:
-        raise UserError(
-            f"device {device_name} is one GPU for {place.local_size} ranks: use device cuda, and each takes its own"
-        )
     device = _own_device(device_name, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -143,6 +139,10 @@ def _own_device(name: str, place: Placement) -> torch.device:
     # Under srun --gpus-per-task=1 each task sees its own GPU alone.
     sees_one = place.by_srun and torch.cuda.device_count() == 1
     try:
+        if ":" in name and place.local_size > 1:
+            raise UserError(
+                f"device {name} is one GPU for {place.local_size} ranks: use device cuda, and each takes its own"
+            )
         # Of the node's last rank, so that all find the same.
         device = pick_device(name, 0 if sees_one else place.local_size - 1)
         if name == "auto" and device.type == "cpu":

@@ -59,13 +59,12 @@ def leave(code: int) -> NoReturn:
 
 
 def wait_for_turn() -> None:
-    """Before a word about what every rank of this node has: the first rank speaks at once, the first of another node where
-    nobody has meanwhile, and the others never do.
+    """Before a word about what other ranks may have too: the first rank speaks at once, the first of another node later, the
+    others last. Once one has spoken and left, its launcher ends those that wait.
     """
-    if rank():
-        _stay_silent()
-    if _claimed().local_rank:
-        leave_to_first()
+    for number in (rank(), _claimed().local_rank):
+        if number:
+            _stay_silent()
     outlive_others()
 
 

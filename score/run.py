@@ -9,11 +9,11 @@ from typing import Any
 
 import orjson
 
-from pipeline import checkpoint, distributed, launch
+from pipeline import checkpoint, distributed
 from pipeline.config import Config, from_dict
 from pipeline.device import DTYPES, pick_dtype, share_threads
 from pipeline.distributed import World
-from pipeline.errors import EXIT_USER, UserError
+from pipeline.errors import UserError
 from pipeline.log import logger
 from pipeline.shards import SPLITS, Manifest, TokenReader, load_manifest
 from pipeline.tokenizer import Tokenizer
@@ -216,8 +216,7 @@ def marks(subject: Subject, loaded_tasks: dict[str, Any], limit: int | None) -> 
     try:
         return run_tasks(HarnessModel(subject.scorer, subject.tokenizer), loaded_tasks, limit)
     except UserError:
-        if not subject.scorer.world.is_first:
-            launch.leave(EXIT_USER)
+        subject.scorer.world.leave_to(0)
         raise
 
 

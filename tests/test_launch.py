@@ -198,16 +198,6 @@ def test_one_gpu_for_several_ranks_is_refused_in_words_of_any_command(monkeypatc
         distributed.start("cuda:0")
 
 
-def test_more_ranks_than_gpus_are_refused_by_the_first_though_it_would_have_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    started(monkeypatch, of_torchrun(1))
-    with pytest.raises(UserError, match="cuda:7 was asked for, but there are 4 CUDA"):
-        distributed.start("auto")
-
-
 @pytest.mark.parametrize("seen", [1, 8], ids=["bound to its own", "all visible"])
 def test_a_rank_of_srun_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch, seen: int) -> None:
     """With --gpus-per-task=1 SLURM hides the others. Stand-ins: there is no GPU here."""
@@ -223,6 +213,16 @@ def test_a_rank_of_srun_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch, seen:
     assert (world.rank, world.size, world.local_rank, world.local_size) == (11, 16, 3, 8)
 
 
+def test_more_ranks_than_gpus_are_refused_by_the_first_though_it_would_have_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    started(monkeypatch, of_torchrun(1))
+    with pytest.raises(UserError, match="cuda:7 was asked for, but there are 4 CUDA"):
+        distributed.start("auto")
+
+
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -232,29 +232,31 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "variables", [{}, step(0, "8(x2)", 0, 0), step(8, "8(x2)", 1, 0)], ids=["alone", "rank 0", "rank 8"]
+    ("variables", "waits"),
+    [({}, 0), (step(0, "8(x2)", 0, 0), 0), (step(8, "8(x2)", 1, 0), 1), (step(9, "8(x2)", 1, 1), 2)],
+    ids=["alone", "first", "first of its node", "another"],
 )
-def test_a_job_with_gpus_does_not_fall_back_to_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, no_gpu: None, variables: dict[str, str]
+def test_a_job_with_gpus_does_not_fall_back_to_the_cpu_and_one_rank_says_so_before_the_others(
+    monkeypatch: pytest.MonkeyPatch, no_gpu: None, variables: dict[str, str], waits: int
 ) -> None:
+    """One whose own GPU alone is broken speaks too, in the end."""
+    waited: list[float] = []
+    monkeypatch.setattr("pipeline.launch.time.sleep", waited.append)
     started(monkeypatch, variables)
-    with pytest.raises(UserError) as refusal:
-        distributed.start("auto")
-    assert str(refusal.value).startswith(
-        f"SLURM gave this job 8 GPU(s) on n2, but torch {torch.__version__} sees none: "
-    )
-    assert "--exclude=n2" in str(refusal.value) and "run.device=cpu" in str(refusal.value)
+    for device in ("auto", "cuda"):
+        with pytest.raises(UserError) as refusal:
+            distributed.start(device)
+        assert f"torch {torch.__version__} sees no" in str(refusal.value)
+        assert len(waited) == waits
+        waited.clear()
 
 
-def test_of_a_node_without_its_gpus_one_rank_speaks_and_the_cpu_may_be_asked_for(
+def test_a_node_without_its_gpus_is_named_and_the_cpu_may_be_asked_for(
     monkeypatch: pytest.MonkeyPatch, no_gpu: None
 ) -> None:
     assert distributed.start("cpu").device.type == "cpu"
-    started(monkeypatch, step(9, "8(x2)", 1, 1))
-    for device in ("auto", "cuda"):
-        with pytest.raises(SystemExit) as left:
-            distributed.start(device)
-        assert left.value.code == 2
+    with pytest.raises(UserError, match=r"^SLURM gave this job 8 GPU\(s\) on n2, .*--exclude=n2; run.device=cpu"):
+        distributed.start("auto")
 
 
 # --- the batch script ---
