@@ -365,7 +365,7 @@ def test_a_first_node_that_does_not_resolve_is_one_line_that_names_it(cluster: C
     assert "set MASTER_ADDR" in stderr
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_node_that_does_not_see_its_gpus_is_named_once_and_none_waits_for_it(cluster: Cluster) -> None:
     write_config(cluster.folder, "lost-gpus")
     command = shlex.join(train(cluster, "lost-gpus.toml", "run.device=auto"))
@@ -399,7 +399,7 @@ def start_slow_run(cluster: Cluster, name: str) -> tuple[str, Path]:
     return job, config.run_dir
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_scancel_ends_a_job_of_srun_for_good_and_saves(cluster: Cluster) -> None:
     job, run_dir = start_slow_run(cluster, "srun-cancelled")
     cluster.call("scancel", job)
@@ -409,7 +409,7 @@ def test_scancel_ends_a_job_of_srun_for_good_and_saves(cluster: Cluster) -> None
     assert status_of(run_dir) == ("stopped", 10), cluster.log(job)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_warning_signal_to_the_ranks_saves_requeues_and_leaves_the_curve_as_it_was(
     cluster: Cluster, srun_run: Path
 ) -> None:

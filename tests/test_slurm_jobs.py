@@ -186,7 +186,7 @@ def test_a_limit_of_one_minute_is_enough_for_a_step_and_a_save(cluster: Cluster,
     assert losses(config.run_dir) == pytest.approx(losses(two_node_run), rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_site_that_exports_little_of_the_environment_trains_alike(cluster: Cluster, two_node_run: Path) -> None:
     """Where sbatch's --export is not ALL, srun hands the tasks no more than that, and nothing that the script sets."""
     config = write_config(cluster.folder, "exported")
@@ -209,7 +209,7 @@ def test_a_job_that_fails_is_not_queued_again(cluster: Cluster) -> None:
     assert cluster.log(no_data).count("no dataset at") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_job_that_comes_back_twice_without_a_checkpoint_ends(cluster: Cluster) -> None:
     write_config(cluster.folder, "unlucky")
     job = cluster.submit(TRAIN, "unlucky.toml", nodes=2)
@@ -222,7 +222,7 @@ def test_a_job_that_comes_back_twice_without_a_checkpoint_ends(cluster: Cluster)
     assert "made no checkpoint after none" in cluster.log(job)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_run_that_diverges_is_not_queued_again(cluster: Cluster) -> None:
     config = write_config(cluster.folder, "diverging")
     job = cluster.submit(TRAIN, "diverging.toml", "optimizer.lr=1e30", "train.max_bad_steps=2", nodes=2)
