@@ -12,3 +12,8 @@ class UserError(Exception):
 
 class Diverged(Exception):
     """Training produced too many losses or gradients that are not finite. The command exits with code 3."""
+
+
+def one_line(error: BaseException) -> str:
+    """What another library said, for use in a line of ours."""
+    return " ".join(str(error).split()) or type(error).__name__

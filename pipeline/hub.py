@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.log import logger
 
 FILES = (
@@ -32,7 +32,7 @@ def model_folder(name: str) -> Path:
         cause = error.__cause__ or error
     if isinstance(cause, OSError) and cause.errno in DISK_IS_FULL:
         raise cause
-    said = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+    said = f"{type(cause).__name__}: {one_line(cause)[:200]}"
     try:
         folder = _snapshot(repository, revision, cached=True)
     except Exception:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.log import ProgressReport, logger
 from prepare.lines import LineText
 from prepare.offline import hub_records, offline_folder
@@ -28,7 +28,6 @@ from prepare.readers import (
     Texts,
     no_field,
     no_text,
-    one_line,
     spool_file,
 )
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from pipeline.errors import UserError
-from prepare.readers import BLOCK_BYTES, LONG_BYTES, NULL, Document, OneUnit, Refused, one_line, utf8
+from pipeline.errors import UserError, one_line
+from prepare.readers import BLOCK_BYTES, LONG_BYTES, NULL, Document, OneUnit, Refused, utf8
 from prepare.storage import describe, is_url, open_bytes, reading, shown
 
 # Rows of one step, and of one unit: what a dictionary repeats shows in no size that the file tells.

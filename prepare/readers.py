@@ -155,7 +155,3 @@ def no_text(place: str, text_field: str, value: Any) -> str:
     return (
         f"{place}: the field {text_field!r} holds {type(value).__name__}, wanted text; choose another with --text-field"
     )
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.log import logger
 from prepare.local import is_glob, readable
 from prepare.offline import load, offline_folder, url_record
 from prepare.plan import READABLE, SourceFile, kind, plan
-from prepare.readers import Item, one_line
+from prepare.readers import Item
 from prepare.storage import Remote, describe, filesystem, is_web, name_of, reading, remote_file, shown
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit, urlunsplit
 
-from pipeline.errors import UserError
-from prepare.readers import BLOCK_BYTES, one_line
+from pipeline.errors import UserError, one_line
+from prepare.readers import BLOCK_BYTES
 
 # One request for so much: at 4 MB the time to first byte no longer counts.
 REQUEST_BYTES = 4 << 20

@@ -143,9 +143,8 @@ def test_the_tasks_get_what_is_set_here_and_the_deadline_whatever_the_sites_and_
 ) -> None:
     assert ended(pretend(script=script, SLURM_EXPORT_ENV="NONE", SLURM_TIME_FORMAT="relative"))[0] == 0
     tasks = (tmp_path / "srun.env").read_text().splitlines()
-    assert {"SLURM_EXPORT_ENV=ALL", f"PIPELINE_DEADLINE={1893456000 - 60}"} <= set(
-        tasks
-    )  # 2030, less a minute to leave
+    deadline = 1893456000 - 60  # 2030, less a minute to leave
+    assert {"SLURM_EXPORT_ENV=ALL", f"PIPELINE_DEADLINE={deadline}"} <= set(tasks)
 
 
 @both
