@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline import checkpoint
-from pipeline.checkpoint import Description, State
-from pipeline.config import load, to_dict
-from pipeline.model import GPT
-from pipeline.tokenizer import BytePairTokenizer
-from train.optimizer import build
+from pipeline.checkpoint.folder import Description, State, write_checkpoint
+from pipeline.config.load import load_config, to_dict
+from pipeline.model.language_model import GPT
+from pipeline.vocabulary.byte_pair import BytePairTokenizer
+from train.optimizer.groups import build_optimizer
 from train.saving import Saver
 
 
@@ -25,9 +24,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write; the system's temporary folder if not given")
     arguments = parser.parse_args()
-    config, tokenizer = load("gpt2-124m", []), BytePairTokenizer("gpt2")
+    config, tokenizer = load_config("gpt2-124m", []), BytePairTokenizer("gpt2")
     model = GPT(config.model, tokenizer.vocab_size)
-    optimizer = build(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer)
     model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)).backward()
     optimizer.step()
     description = Description(step=1, tokens=8, config=to_dict(config), tokenizer=tokenizer.spec(), dataset="")
@@ -39,12 +38,12 @@ def main() -> None:
         checkpoints = Path(folder)
         for _ in range(arguments.turns):
             started = time.perf_counter()
-            checkpoint.write(checkpoints, State.of(model, optimizer), model, tokenizer, description)
+            write_checkpoint(checkpoints, State.of(model, optimizer), model, tokenizer, description)
             waited.append(time.perf_counter() - started)
             started = time.perf_counter()
             saver.start(
                 State.of(model, optimizer),
-                lambda state: checkpoint.write(checkpoints, state, model, tokenizer, description),
+                lambda state: write_checkpoint(checkpoints, state, model, tokenizer, description),
             )
             stalls.append(time.perf_counter() - started)
             saver.wait()

@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from pipeline.checkpoint import write_model
-from pipeline.config import load
-from pipeline.decoder import Decoder
-from pipeline.model import GPT
-from pipeline.tokenizer import BytePairTokenizer
+from pipeline.checkpoint.folder import write_model
+from pipeline.config.load import load_config
+from pipeline.model.decoder import Decoder
+from pipeline.model.language_model import GPT
+from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from sample.choice import Choice
 from sample.generate import generate
 
@@ -63,7 +63,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 def compare(folder: Path, dtype: torch.dtype, samples: int, new_tokens: int, rounds: int) -> str:
     """One row of the table."""
-    model = GPT(load("gpt2-124m", []).model, BytePairTokenizer("gpt2").vocab_size).to(dtype).eval()
+    model = GPT(load_config("gpt2-124m", []).model, BytePairTokenizer("gpt2").vocab_size).to(dtype).eval()
     runs = [
         floor(model, samples, new_tokens),
         theirs(folder, dtype, samples, new_tokens),
@@ -95,7 +95,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     tokenizer = BytePairTokenizer("gpt2")
     with tempfile.TemporaryDirectory() as name:
-        write_model(Path(name), GPT(load("gpt2-124m", []).model, tokenizer.vocab_size), tokenizer)
+        write_model(Path(name), GPT(load_config("gpt2-124m", []).model, tokenizer.vocab_size), tokenizer)
         for samples in (1, 8):
             for dtype in (torch.float32, torch.bfloat16):
                 row = compare(Path(name), dtype, samples, options.new_tokens, options.rounds)

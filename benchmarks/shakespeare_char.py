@@ -16,10 +16,11 @@ from pathlib import Path
 import orjson
 import torch
 
-from pipeline import checkpoint
-from pipeline.model import GPT
-from pipeline.shards import TokenReader, load_manifest
-from train.loader import evaluation_starts, windows_at
+from pipeline.checkpoint.find import find_checkpoint
+from pipeline.checkpoint.load import load_model
+from pipeline.dataset.shards import TokenReader, load_manifest
+from pipeline.dataset.windows import evaluation_starts, windows_at
+from pipeline.model.language_model import GPT
 
 BLOCK_SIZE = 64
 NANOGPT_FLAGS = [
@@ -44,7 +45,7 @@ def whole_split_loss(model: GPT, dataset: Path) -> float:
     total = 0.0
     with torch.no_grad():
         for at in range(0, len(starts), 128):
-            windows = windows_at(reader, starts[at : at + 128], BLOCK_SIZE)
+            windows = torch.from_numpy(windows_at(reader, starts[at : at + 128], BLOCK_SIZE))
             total += float(model.eval()(windows[:, :-1], windows[:, 1:])) * len(windows)
     return total / len(starts)
 
@@ -64,8 +65,8 @@ def train_ours(folder: Path, text: Path) -> tuple[float, float]:
         "0.1",
     ]
     seconds = run(prepare, folder) + run([*pipeline, "train", "shakespeare-char"], folder)
-    ckpt = checkpoint.resolve("latest", None, folder / "runs")
-    return seconds, whole_split_loss(checkpoint.load_model(ckpt)[0], folder / "data" / "shakespeare-char")
+    ckpt = find_checkpoint("latest", None, folder / "runs")
+    return seconds, whole_split_loss(load_model(ckpt)[0], folder / "data" / "shakespeare-char")
 
 
 def train_nanogpt(folder: Path, checkout: Path, text: Path, dataset: Path) -> tuple[float, float]:
@@ -82,7 +83,7 @@ def train_nanogpt(folder: Path, checkout: Path, text: Path, dataset: Path) -> tu
 def nanogpt_loss(home: Path, state: dict[str, torch.Tensor], dataset: Path) -> float:
     """Evaluated by its own model code in a process of its own, on the windows we evaluate on."""
     reader = TokenReader(dataset, load_manifest(dataset), "val")
-    windows = windows_at(reader, evaluation_starts(reader, BLOCK_SIZE, 0), BLOCK_SIZE)
+    windows = torch.from_numpy(windows_at(reader, evaluation_starts(reader, BLOCK_SIZE, 0), BLOCK_SIZE))
     torch.save({"state": state, "windows": windows}, home / "evaluate.pt")
     program = (
         "import torch; from model import GPT, GPTConfig; d = torch.load('evaluate.pt', weights_only=True); "

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import Config, from_dict
-from pipeline.distributed import World
+from pipeline.config.keys import Config
+from pipeline.config.load import from_dict
+from pipeline.dataset.mixture import Mixture
 from pipeline.log import configure
-from pipeline.model import GPT
+from pipeline.machine.ranks import World
+from pipeline.model.language_model import GPT
 from prepare.run import PrepareOptions
 from prepare.run import run as prepare
-from train.mixture import Mixture
-from train.optimizer import learning_rate
+from train.optimizer.schedule import learning_rate
 from train.run import assemble
 from train.trainer import Trainer
 
@@ -51,7 +52,7 @@ class PlainLoop:
     def step(self, number: int) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, self.trainer.config)
-        windows = self.trainer.mixture.batch(number * 16, 16)
+        windows = torch.from_numpy(self.trainer.mixture.batch(number * 16, 16))
         loss = self.model(windows[:, :-1], windows[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -2,6 +2,6 @@
 
 if __name__ == "__main__":
     # Below the test, because the workers of `prepare` import this module again and have no use for a command line.
-    from pipeline.cli import main
+    from pipeline.cli.main import main
 
     main()

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import UserError
-from prepare.journal import Share
-from prepare.vocabulary import check_name
+from prepare.encoding.vocabulary import check_name
+from prepare.unfinished.journal import Share
 
 
 @dataclass(frozen=True)

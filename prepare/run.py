@@ -16,22 +16,22 @@ from typing import Any
 
 import xxhash
 
+from pipeline.dataset.shards import MANIFEST_NAME, load_manifest
 from pipeline.errors import UserError
 from pipeline.files import Held, hash_file, one_writer
 from pipeline.log import ProgressReport, logger
-from pipeline.shards import MANIFEST_NAME, load_manifest
-from pipeline.tokenizer import Tokenizer, token_dtype
-from prepare.corpus import Corpus, default_name, hub_source, is_named, open_corpus
-from prepare.encode import load
-from prepare.finish import changed_sources, finish
-from prepare.journal import Journal, Plan, Share, tasks_of
-from prepare.local import stamped_hash
+from pipeline.vocabulary.tokenizer import Tokenizer, token_dtype
+from prepare.assembly.finish import changed_sources, finish
+from prepare.encoding.encode import load
+from prepare.encoding.pieces import pieces
+from prepare.encoding.vocabulary import is_file, learn_vocabulary, learns_from_corpus, open_vocabulary
+from prepare.encoding.work import encode_share
 from prepare.options import PrepareOptions, check, choices, default_fraction
-from prepare.pieces import pieces
-from prepare.readers import STDIN_SPOOL, LongDocument, Refused, release
-from prepare.storage import is_url
-from prepare.vocabulary import is_file, learn_vocabulary, learns_from_corpus, open_vocabulary
-from prepare.work import encode_share
+from prepare.sources.corpus import Corpus, default_name, hub_source, is_named, open_corpus
+from prepare.sources.local import stamped_hash
+from prepare.storage.files import is_url
+from prepare.unfinished.journal import Journal, Plan, Share, tasks_of
+from prepare.units import STDIN_SPOOL, LongDocument, Refused, release
 from prepare.workers import Workers
 
 # Hashing lets go of the interpreter's lock; two threads keep up with a disk and leave the processors to the workers.

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Iterator, Sequence
 
-from pipeline.tokenizer import Tokenizer
+from pipeline.vocabulary.tokenizer import Tokenizer
 from sample.generate import Tokens
 
 REPLACEMENT = "\ufffd".encode()

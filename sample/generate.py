@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pipeline.decoder import Decoder
+from pipeline.model.decoder import Decoder
 from sample.choice import Choice, choose
 
 DRAWN_AT_ONCE = 128  # random numbers a sample

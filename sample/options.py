@@ -4,8 +4,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.device import DTYPES
 from pipeline.errors import UserError
+from pipeline.machine.device import DTYPES
 from sample.choice import Choice
 
 STDIN = Path("-")

@@ -2,9 +2,9 @@
 
 import torch
 
-from pipeline.decoder import Decoder
-from pipeline.model import GPT
-from pipeline.tokenizer import Tokenizer
+from pipeline.model.decoder import Decoder
+from pipeline.model.language_model import GPT
+from pipeline.vocabulary.tokenizer import Tokenizer
 from sample.choice import Choice
 from sample.continuation import Continuation, grow
 from sample.generate import generate

@@ -5,12 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline import checkpoint
-from pipeline.decoder import Decoder
-from pipeline.device import pick_device, pick_dtype
+from pipeline.checkpoint.find import find_checkpoint
+from pipeline.checkpoint.load import load_model
 from pipeline.errors import UserError
 from pipeline.log import LAYOUT, logger, printable
-from pipeline.tokenizer import Tokenizer, encode_prompt
+from pipeline.machine.device import pick_device, pick_dtype
+from pipeline.model.decoder import Decoder
+from pipeline.vocabulary.tokenizer import Tokenizer, encode_prompt
 from sample.continuation import Continuation, grow
 from sample.generate import generate
 from sample.interactive import ask, at_terminal
@@ -32,7 +33,7 @@ def write_samples(options: SampleOptions) -> None:
     """`run`, for as long as somebody reads."""
     check(options)
     prompts = [] if options.interactive else read_prompts(options)
-    folder = checkpoint.resolve(options.ckpt, options.run_dir)
+    folder = find_checkpoint(options.ckpt, options.run_dir)
     decoder, tokenizer = load(folder, options)
     encoded = [_encode(prompt, tokenizer) for prompt in prompts]
     seed = int.from_bytes(os.urandom(4)) if options.seed is None else options.seed
@@ -47,7 +48,7 @@ def write_samples(options: SampleOptions) -> None:
 def load(folder: Path, options: SampleOptions) -> tuple[Decoder, Tokenizer]:
     """The decoder holds weights of its own: those that were read are let go here."""
     device = pick_device(options.device)
-    model, tokenizer = checkpoint.load_model(folder)
+    model, tokenizer = load_model(folder)
     dtype, why = pick_dtype(options.dtype, device, model.config.n_embd)
     logger.info("%s on %s in %s: %s", folder, device, str(dtype).removeprefix("torch."), why)
     return Decoder(model.to(device), options.num_samples, dtype), tokenizer

@@ -17,10 +17,10 @@ from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from pipeline.decoder import Decoder
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport
-from pipeline.tokenizer import END_OF_TEXT, Tokenizer
+from pipeline.model.decoder import Decoder
+from pipeline.vocabulary.tokenizer import END_OF_TEXT, Tokenizer
 from score.loss import Scorer
 
 # (the request's own text, tokens of the context, tokens of the continuation), as the harness hands them on.

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.device import autocast
-from pipeline.distributed import World
+from pipeline.dataset.shards import TokenReader
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport
-from pipeline.model import GPT, document_numbers, finite
-from pipeline.shards import TokenReader
+from pipeline.machine.device import autocast
+from pipeline.machine.ranks import World
+from pipeline.model.language_model import GPT, document_numbers, finite
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,19 @@ from typing import Any
 
 import orjson
 
-from pipeline import checkpoint, distributed
-from pipeline.config import Config, from_dict
-from pipeline.device import DTYPES, pick_dtype, share_threads
-from pipeline.distributed import World
+from pipeline.checkpoint.find import find_checkpoint
+from pipeline.checkpoint.folder import DESCRIPTION, Description, read_description
+from pipeline.checkpoint.load import load_model
+from pipeline.config.keys import Config
+from pipeline.config.load import from_dict
+from pipeline.dataset.shards import SPLITS, Manifest, TokenReader, load_manifest
 from pipeline.errors import UserError
 from pipeline.log import logger
-from pipeline.shards import SPLITS, Manifest, TokenReader, load_manifest
-from pipeline.tokenizer import Tokenizer
-from pipeline.tokenizer_files import fingerprints
+from pipeline.machine import ranks as distributed
+from pipeline.machine.device import DTYPES, pick_dtype, share_threads
+from pipeline.machine.ranks import World
+from pipeline.vocabulary.huggingface_files import fingerprints
+from pipeline.vocabulary.tokenizer import Tokenizer
 from score.loss import Score, Scorer, mean_score, split_loss
 
 
@@ -57,7 +61,7 @@ class Subject:
     folder: Path
     scorer: Scorer
     tokenizer: Tokenizer
-    description: checkpoint.Description | None
+    description: Description | None
 
     @property
     def config(self) -> Config | None:
@@ -81,7 +85,7 @@ def score(options: EvalOptions, world: World) -> dict[str, Any]:
     """`run` on ranks that have found each other: what --json prints, on every rank."""
     with world.fail_together():
         check(options)
-        found = checkpoint.resolve(options.ckpt, options.run_dir) if world.is_first else Path()
+        found = find_checkpoint(options.ckpt, options.run_dir) if world.is_first else Path()
     folder = world.gather(found)[0]  # training may move `latest` while the ranks start
     with world.fail_together():
         subject = load(folder, options, world)
@@ -117,8 +121,8 @@ def check(options: EvalOptions) -> None:
 def load(folder: Path, options: EvalOptions, world: World) -> Subject:
     """The model on this rank's device, its weights in float32 as they were trained."""
     share_threads(world.local_size)
-    description = checkpoint.read_description(folder) if (folder / checkpoint.DESCRIPTION).is_file() else None
-    model, tokenizer = checkpoint.load_model(folder)
+    description = read_description(folder) if (folder / DESCRIPTION).is_file() else None
+    model, tokenizer = load_model(folder)
     dtype, why = pick_dtype(options.dtype, world.device, model.config.n_embd)
     logger.info(
         "%s: %d rank(s) on %s, dtype %s: %s",

@@ -18,12 +18,16 @@ import numpy.typing as npt
 import orjson
 import pytest
 
-from pipeline.config import Config, from_dict
+from pipeline.config.keys import Config
+from pipeline.config.load import from_dict
+from pipeline.dataset.shards import Manifest, Shard
 from pipeline.files import hash_file
-from pipeline.shards import Manifest, Shard
-from pipeline.tokenizer import GPT2_RANKS, BytePairTokenizer, ByteTokenizer, JsonTokenizer, Tokenizer
-from pipeline.tokenizer_files import open_json
-from prepare.vocabulary import learn_vocabulary
+from pipeline.vocabulary.byte_pair import GPT2_RANKS, BytePairTokenizer
+from pipeline.vocabulary.char_byte_word import ByteTokenizer
+from pipeline.vocabulary.huggingface_files import open_json
+from pipeline.vocabulary.tokenizer import Tokenizer
+from pipeline.vocabulary.tokenizer_json import JsonTokenizer
+from prepare.encoding.vocabulary import learn_vocabulary
 
 pytest_plugins = ["slurm_cluster"]
 ROOT = Path(__file__).parents[1]
@@ -74,7 +78,7 @@ def shuffled_json() -> tuple[bytes, int]:
     import json
     import random
 
-    from pipeline.byte_pairs import _LLAMA3
+    from pipeline.vocabulary.merges import _LLAMA3
 
     document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
     ids = random.Random(0).sample(range(600), 512)
@@ -299,7 +303,7 @@ def run_program(*arguments: str, cwd: Path, ranks: int = 1, **environment: str) 
 
 def overrides(config: Config) -> list[str]:
     """`config` as the arguments of `pipeline train`, on top of a preset's name."""
-    from pipeline.config import to_dict, toml_value
+    from pipeline.config.load import to_dict, toml_value
 
     def text(value: Any) -> str:
         return value if isinstance(value, str) else toml_value(value)

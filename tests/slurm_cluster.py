@@ -21,7 +21,8 @@ from typing import NoReturn
 import pytest
 from conftest import ROOT, tiny_config, write_dataset
 
-from pipeline.config import Config, to_toml
+from pipeline.config.keys import Config
+from pipeline.config.load import to_toml
 
 TRAIN, PREPARE, MERGE, SAMPLE, EVAL = SCRIPTS = [
     ROOT / "slurm" / f"{name}.sbatch" for name in ("train", "prepare", "merge", "sample", "eval")

@@ -19,8 +19,9 @@ import pytest
 from conftest import ROOT, die_at, overrides, run_program, tiny_config
 from test_train_run import assert_identical, curve, renamed, status
 
-from pipeline import checkpoint
-from pipeline.config import Config
+from pipeline.checkpoint.folder import read_description, verify_files
+from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder, step_of
+from pipeline.config.keys import Config
 from train.run import run
 
 WORKERS = ("--nproc-per-node", "2")
@@ -223,9 +224,9 @@ def test_two_ranks_stop_at_one_step_save_and_exit_0(tiny: Path, how: str) -> Non
     assert launcher.returncode == 0, log
     told = {"SIGTERM": "another rank asked for it", "stop-file": "stop-file", "deadline": "deadline"}[how]
     assert status(config)["state"] == "stopped" and status(config)["reason"].startswith(told)
-    latest = checkpoint.named(config.run_dir / "checkpoints", "latest")
-    assert latest is not None and checkpoint.step_of(latest) == status(config)["step"]
-    checkpoint.verify(latest, checkpoint.read_description(latest))
+    latest = pointed_folder(config.run_dir / "checkpoints", "latest")
+    assert latest is not None and step_of(latest) == status(config)["step"]
+    verify_files(latest, read_description(latest))
 
 
 # ---- one process, held in the middle of a save ----
@@ -296,5 +297,5 @@ def test_a_second_sigint_does_not_wait_for_the_save(tiny: Path) -> None:
     _, log = process.communicate(timeout=60)
     assert process.returncode == 130, log
     assert "Traceback" not in log
-    assert checkpoint.folders(config.run_dir / "checkpoints") == []
+    assert checkpoint_folders(config.run_dir / "checkpoints") == []
     assert status(config)["state"] == "failed"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import textwrap
 import time
 from collections.abc import Iterator
@@ -10,16 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.files import write_atomic
 from pipeline.log import logger
-
-# Dense bfloat16 peaks in FLOP/s from the makers' data sheets, by a part of torch's device name; the longer names first.
-PEAK_FLOPS = {
-    "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12,
-    "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
 
 
 class Metrics:
@@ -97,14 +88,6 @@ class Throughput:
     def mfu(self) -> float | None:
         """Model FLOPs utilisation (Chowdhery et al. 2022), 0 to 1 of the peak of all ranks; None where it is unknown."""
         return self.tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak bfloat16 FLOP/s of a GPU, None where no figure is known: then there is no MFU to report."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

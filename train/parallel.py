@@ -15,11 +15,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.checkpoint import uninitialised
-from pipeline.distributed import World
+from pipeline.checkpoint.load import uninitialised
 from pipeline.errors import UserError
-from pipeline.model import GPT
-from pipeline.sharding import whole
+from pipeline.machine.ranks import World
+from pipeline.model.language_model import GPT
+from pipeline.model.sharding import whole
 
 
 def mesh_of(strategy: str, world: World) -> DeviceMesh | None:

@@ -5,10 +5,10 @@ from collections import Counter
 import torch
 import xxhash
 
-from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.model import GPT
-from pipeline.sharding import part, parts
+from pipeline.machine.ranks import World
+from pipeline.model.language_model import GPT
+from pipeline.model.sharding import part, parts
 
 
 def check_replicas(model: GPT, world: World, step: int) -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import checkpoint
-from pipeline.checkpoint import Description
+from pipeline.checkpoint.folder import DESCRIPTION, Description, read_description, verify_files
+from pipeline.checkpoint.pointers import checkpoint_folders, read_pointer, set_aside, step_of
 from pipeline.errors import UserError
 from pipeline.log import logger
 
@@ -14,14 +14,14 @@ def candidates(checkpoints: Path, resume: str) -> list[Path]:
 
     Raises UserError where checkpoint.resume forbids what is there, or names what is not.
     """
-    there = checkpoint.folders(checkpoints)
+    there = checkpoint_folders(checkpoints)
     if resume not in ("auto", "must", "never"):
         if not (checkpoints / resume).is_dir():
             names = ", ".join(folder.name for folder in there) or "none"
             raise UserError(f"no checkpoint {checkpoints / resume}: checkpoint.resume names it; there are: {names}")
         return [checkpoints / resume]
     latest = _latest(checkpoints)
-    found = [folder for folder in reversed(there) if latest is None or checkpoint.step_of(folder) <= latest]
+    found = [folder for folder in reversed(there) if latest is None or step_of(folder) <= latest]
     if latest is not None and not found:
         raise UserError(
             f"{checkpoints}/latest names step {latest}, and there is no checkpoint up to there: "
@@ -53,7 +53,7 @@ def start_point(checkpoints: Path, resume: str, check: Callable[[Description], N
             rejected.append((folder, error))
             continue
         for bad, fault in rejected:
-            name = bad.name if dry_run else checkpoint.set_aside(bad, "damaged").name
+            name = bad.name if dry_run else set_aside(bad, "damaged").name
             logger.warning("not used, and now %s: %s", name, fault)
         if rejected:
             logger.warning("going on from the one before: %s", folder)
@@ -67,13 +67,11 @@ def start_point(checkpoints: Path, resume: str, check: Callable[[Description], N
 def _check(folder: Path, check: Callable[[Description], None]) -> None:
     """Raises UserError unless every byte of a checkpoint is as it was written, under its own name, by this run."""
     try:
-        description = checkpoint.read_description(folder)
-        if description.step != checkpoint.step_of(folder):
-            raise UserError(
-                f"checkpoint {folder} is damaged: its {checkpoint.DESCRIPTION} is of step {description.step}"
-            )
+        description = read_description(folder)
+        if description.step != step_of(folder):
+            raise UserError(f"checkpoint {folder} is damaged: its {DESCRIPTION} is of step {description.step}")
         check(description)
-        checkpoint.verify(folder, description)
+        verify_files(folder, description)
     except OSError as error:
         raise UserError(f"checkpoint {folder} cannot be read: {error}") from None
 
@@ -81,8 +79,8 @@ def _check(folder: Path, check: Callable[[Description], None]) -> None:
 def _latest(checkpoints: Path) -> int | None:
     """The step that `latest` names, there or not; None, so that the newest is taken, where it tells nothing."""
     try:
-        folder = checkpoint.pointed_at(checkpoints, "latest")
+        folder = read_pointer(checkpoints, "latest")
     except UserError as error:
         logger.warning("%s; the newest checkpoint is taken", error)
         return None
-    return None if folder is None else checkpoint.step_of(folder)
+    return None if folder is None else step_of(folder)

@@ -8,17 +8,24 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from pipeline import checkpoint, distributed, launch
-from pipeline.config import Config, from_dict, to_dict, to_toml
-from pipeline.device import pick_dtype, share_threads, should_compile
-from pipeline.distributed import World
+from pipeline import launch
+from pipeline.checkpoint.find import find_model_folder
+from pipeline.checkpoint.folder import Description
+from pipeline.checkpoint.load import load_initial_weights
+from pipeline.checkpoint.pointers import set_aside_after
+from pipeline.config.keys import Config
+from pipeline.config.load import from_dict, to_dict, to_toml
+from pipeline.dataset.mixture import Mixture
 from pipeline.errors import EXIT_INTERRUPTED, Diverged, UserError
 from pipeline.files import one_writer, write_atomic
 from pipeline.log import also_to_file, logger
-from pipeline.model import GPT
-from train import parallel, resume, staging
+from pipeline.machine import ranks as distributed
+from pipeline.machine.device import pick_dtype, share_threads, should_compile
+from pipeline.machine.ranks import World
+from pipeline.model.language_model import GPT
+from train import parallel, resume
+from train.data import staging
 from train.metrics import Metrics
-from train.mixture import Mixture
 from train.replicas import check_replicas
 from train.stop import StopRequest
 from train.trainer import Preview, Trainer
@@ -132,7 +139,7 @@ def arithmetic(trainer: Trainer) -> list[str]:
 def start_point(config: Config, mixture: Mixture, dry_run: bool) -> Path | None:
     """The checkpoint to go on from, verified; None for a fresh start. Raises UserError where none there can be used."""
 
-    def check(saved: checkpoint.Description) -> None:
+    def check(saved: Description) -> None:
         check_resumable(saved, config, mixture)
 
     return resume.start_point(config.run_dir / "checkpoints", config.checkpoint.resume, check, dry_run)
@@ -145,9 +152,7 @@ def put_weights_in(trainer: Trainer, start: Path | None) -> None:
         trainer.restore(start)
         logger.info("from %s: step %d of %d", start, trainer.step, config.train.max_steps)
     elif config.model.init_from:
-        checkpoint.load_initial_weights(
-            trainer.model, trainer.mixture.tokenizer, checkpoint.model_folder(config.model.init_from)
-        )
+        load_initial_weights(trainer.model, trainer.mixture.tokenizer, find_model_folder(config.model.init_from))
         logger.info("initial weights: %s", config.model.init_from)
 
 
@@ -156,7 +161,7 @@ def train(trainer: Trainer) -> str:
     config, world = trainer.config, trainer.world
     metrics = None
     if world.is_first:
-        checkpoint.set_aside_after(trainer.checkpoints, trainer.step)
+        set_aside_after(trainer.checkpoints, trainer.step)
         metrics = Metrics(config.run_dir, trainer.step, config.log.tensorboard)
         write_atomic(config.run_dir / "config.toml", to_toml(config).encode())
         metrics.status("running", trainer.step)
@@ -186,7 +191,7 @@ def train(trainer: Trainer) -> str:
     return reason
 
 
-def check_resumable(saved: checkpoint.Description, config: Config, mixture: Mixture) -> None:
+def check_resumable(saved: Description, config: Config, mixture: Mixture) -> None:
     """Raises UserError where going on would not be the same run; says which other keys changed."""
     if saved.dataset != mixture.fingerprint:
         raise UserError(

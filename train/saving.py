@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import State
+from pipeline.checkpoint.folder import State
 from pipeline.errors import UserError
 from pipeline.log import logger
-from pipeline.sharding import whole
+from pipeline.model.sharding import whole
 
 
 class Saver:

@@ -13,22 +13,37 @@ import xxhash
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from pipeline import checkpoint
-from pipeline.config import Config, accumulation_steps, to_dict
-from pipeline.device import autocast
-from pipeline.distributed import World
+from pipeline.budget import accumulation_steps
+from pipeline.checkpoint.folder import (
+    Description,
+    State,
+    best_val_loss,
+    prune_checkpoints,
+    read_description,
+    verify_files,
+    write_checkpoint,
+)
+from pipeline.checkpoint.load import load_optimizer, load_weights
+from pipeline.checkpoint.pointers import checkpoint_folders, set_aside_after, set_pointer, step_of
+from pipeline.config.keys import Config
+from pipeline.config.load import to_dict
+from pipeline.dataset.mixture import Mixture
+from pipeline.dataset.shards import TokenReader
+from pipeline.dataset.windows import evaluation_starts, windows_at
 from pipeline.errors import Diverged, UserError
 from pipeline.log import LAYOUT, ProgressReport, logger, printable
-from pipeline.model import GPT, document_numbers
-from pipeline.sharding import whole
-from pipeline.shards import TokenReader
-from pipeline.tokenizer import Tokenizer, encode_prompt, from_spec
-from train import optimizer as optimizers
+from pipeline.machine.device import autocast, device_name
+from pipeline.machine.gpus import peak_flops
+from pipeline.machine.ranks import World
+from pipeline.model.language_model import GPT, document_numbers
+from pipeline.model.sharding import whole
+from pipeline.vocabulary.specs import from_spec
+from pipeline.vocabulary.tokenizer import Tokenizer, encode_prompt
 from train import parallel
-from train.loader import evaluation_starts, windows_at
-from train.metrics import Metrics, Throughput, peak_flops
-from train.mixture import Mixture
-from train.prefetch import Prefetcher
+from train.data.prefetch import Prefetcher
+from train.metrics import Metrics, Throughput
+from train.optimizer.groups import build_optimizer
+from train.optimizer.schedule import learning_rate
 from train.replicas import check_replicas
 from train.saving import Saver
 from train.spikes import SkippedSamples, SpikeGuard
@@ -89,11 +104,11 @@ class Trainer:
             for val in self.val
         ]
         self.val_losses: list[float] = []
-        self.optimizer = optimizers.build(model, config.optimizer)
+        self.optimizer = build_optimizer(model, config.optimizer)
         # Disabled, it passes everything through: only float16 needs its gradients scaled to stay above underflow.
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
         self.parallel: torch.nn.Module = model
-        peak = peak_flops(world.device)
+        peak = peak_flops(device_name(world.device))
         self.throughput = Throughput(train.tokens_per_step, model.flops_per_token(), peak and peak * world.size)
         self.checkpoints = config.run_dir / "checkpoints"
         self.save_now = config.run_dir / "save-now"
@@ -112,7 +127,7 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One optimizer step over `tokens_per_step` tokens; one that is not finite, or a spike, leaves the weights alone."""
         for group in self.optimizer.param_groups:
-            group["lr"] = optimizers.learning_rate(self.step, self.config)
+            group["lr"] = learning_rate(self.step, self.config)
         losses = torch.zeros((), device=self.world.device)
         for turn in range(self.accumulation):
             inputs, targets = self.micro_batch(turn)
@@ -184,7 +199,9 @@ class Trainer:
             place = first + self.world.rank
             # All ranks gather sharded weights in each turn: one that has no batch left repeats another, and counts it 0.
             source, starts = batches[place % len(batches)]
-            inputs, targets = self._to_device(windows_at(self.val[source], starts, self.config.model.block_size))
+            inputs, targets = self._to_device(
+                torch.from_numpy(windows_at(self.val[source], starts, self.config.model.block_size))
+            )
             with self.autocast():
                 loss = self.model(inputs, targets, self.documents(inputs)).cpu()
             totals[source] += loss * len(starts) if place < len(batches) else 0
@@ -237,7 +254,7 @@ class Trainer:
                     continue
                 self.judge(result)
                 if self.world.is_first and self.saver.unused:
-                    self.saver.reserve(checkpoint.State.of(self.model, self.optimizer))
+                    self.saver.reserve(State.of(self.model, self.optimizer))
                 self.step += 1
                 reason = self.between_steps(result, metrics, stop)
                 tokens_per_s = config.train.tokens_per_step / self.throughput.last_step_s
@@ -301,10 +318,10 @@ class Trainer:
         self.restore(target)
         row = {"step": self.step, "first_sample": self.first_sample, "samples": next_sample - self.first_sample}
         if self.world.is_first:  # before the row: a start from a later checkpoint would misread it
-            checkpoint.point(self.checkpoints, "latest", target)
+            set_pointer(self.checkpoints, "latest", target)
         self.skipped.add(row | {"spike_at": spike_step, "grad_norm": result.grad_norm}, on_disk=self.world.is_first)
         if metrics:
-            checkpoint.set_aside_after(self.checkpoints, self.step)
+            set_aside_after(self.checkpoints, self.step)
             metrics.rewind(self.step)
             logger.warning(
                 "step %d: gradient norm %.3g is a spike; back to step %d, past the %d samples from %d on",
@@ -320,10 +337,10 @@ class Trainer:
     def rewind_target(self) -> Path | None:
         """The newest checkpoint that every_steps called for, verified: one of a stop would lead elsewhere than without it."""
         every_steps = self.config.checkpoint.every_steps
-        planned = [path for path in checkpoint.folders(self.checkpoints) if checkpoint.step_of(path) % every_steps == 0]
+        planned = [path for path in checkpoint_folders(self.checkpoints) if step_of(path) % every_steps == 0]
         if not planned:
             return None
-        checkpoint.verify(planned[-1], checkpoint.read_description(planned[-1]))
+        verify_files(planned[-1], read_description(planned[-1]))
         return planned[-1]
 
     def agree(self, stop: StopRequest) -> Agreement:
@@ -340,11 +357,11 @@ class Trainer:
         measured = float("inf") if val_loss is None else val_loss
         best = measured < self.best_val_loss
         self.best_val_loss = min(measured, self.best_val_loss)
-        state = checkpoint.State.of(self.model, self.optimizer)
+        state = State.of(self.model, self.optimizer)
         if not self.world.is_first:
             state.hand_in()
             return
-        description = checkpoint.Description(
+        description = Description(
             step=self.step,
             tokens=self.step * self.config.train.tokens_per_step,
             config=to_dict(self.config),
@@ -357,25 +374,25 @@ class Trainer:
         )
         asked_for = self.save_now.exists()
 
-        def write(state: checkpoint.State) -> Path:
-            folder = checkpoint.write(self.checkpoints, state, self.model, self.tokenizer, description, best)
+        def write(state: State) -> Path:
+            folder = write_checkpoint(self.checkpoints, state, self.model, self.tokenizer, description, best)
             if asked_for:
                 self.save_now.unlink(missing_ok=True)
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.every_steps)
+            prune_checkpoints(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.every_steps)
             return folder
 
         self.saver.start(state, write)
 
     def restore(self, folder: Path) -> None:
         """Go on from a verified checkpoint: what is not in it follows from the seed and the step."""
-        description = checkpoint.read_description(folder)
-        checkpoint.load_weights(self.model, folder)
-        checkpoint.load_optimizer(self.optimizer, self.model, folder)
+        description = read_description(folder)
+        load_weights(self.model, folder)
+        load_optimizer(self.optimizer, self.model, folder)
         if description.scaler:  # empty where the run was not in float16
             self.scaler.load_state_dict(description.scaler)
         self.step, self.bad_steps = description.step, description.bad_steps
         self.spikes.restore(description.grad_norms)
-        self.best_val_loss = checkpoint.best_val_loss(self.checkpoints)
+        self.best_val_loss = best_val_loss(self.checkpoints)
 
     def row(self, result: StepResult, val_loss: float | None) -> dict[str, Any]:
         """A row of metrics.jsonl; the speeds are those since the last row."""

@@ -1,0 +1,118 @@
+"""A model as one GGUF file, the form that llama.cpp and what is built on it reads.
+
+Only GPT-2's way of cutting text can be named there: byte-pair vocabularies with it go across whole, others are refused.
+Matrices lie as torch has them, (out, in); every bias is there; what has one dimension, and the positions, stay float32.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint import layout_gpt2 as huggingface
+from pipeline.errors import UserError
+from pipeline.model.gpt2 import LAYER_NORM_EPSILON
+from pipeline.model.language_model import GPT
+from pipeline.vocabulary.huggingface_files import tokenizer_files
+from pipeline.vocabulary.merges import PUBLISHED
+from pipeline.vocabulary.tokenizer import JSON_FILE, Tokenizer
+from pipeline.vocabulary.tokenizer_json import JsonTokenizer
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens by their ids, None where an id has none; the merges in order; the ids of special tokens."""
+
+    tokens: list[str | None]
+    merges: list[str]
+    special: set[int]
+
+
+def write(path: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """Write model and vocabulary. Raises UserError for a vocabulary that GGUF has no name for."""
+    vocabulary = vocabulary_of(tokenizer)
+    gguf = _library()
+    kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[str(dtype).removeprefix("torch.")]
+    writer = gguf.GGUFWriter(path, "gpt2")
+    _describe(writer, name, model)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+    _add_vocabulary(writer, vocabulary, tokenizer.end_of_text)
+    _add_tensors(writer, model, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    """Raises UserError unless GPT-2's pattern and merges alone give the ids of every text."""
+    if not isinstance(tokenizer, JsonTokenizer):
+        content = tokenizer_files(tokenizer)[JSON_FILE]
+        tokenizer = JsonTokenizer(tokenizer.name, content, tokenizer.end_of_text)
+    pairs = tokenizer.document["model"].get("merges", ())
+    found = tokenizer.merges
+    if found is None or found.pattern != PUBLISHED["gpt2"].pattern or len(found.ranks) != 256 + len(pairs):
+        raise UserError(
+            f"GGUF cannot say how the vocabulary {tokenizer.name} cuts text: it carries byte-pair vocabularies with GPT-2's "
+            "pattern, such as gpt2 and bpe:N; export with --format safetensors"
+        )
+    tokens: list[str | None] = [None] * tokenizer.vocab_size
+    for token, number in tokenizer.vocabulary().items():
+        tokens[number] = token
+    special = {int(entry["id"]) for entry in tokenizer.document.get("added_tokens", ())}
+    return Vocabulary(tokens, [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs], special)
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("--format gguf needs the package gguf, which is not installed: pip install gguf") from None
+    return gguf
+
+
+def _describe(writer: Any, name: str, model: GPT) -> None:
+    config = model.config
+    writer.add_name(name)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(LAYER_NORM_EPSILON)
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary, end_of_text: int) -> None:
+    from gguf import TokenType
+
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"[PAD{i}]" if token is None else token for i, token in enumerate(vocabulary.tokens)])
+    types = {True: TokenType.UNUSED, False: TokenType.NORMAL}
+    writer.add_token_types(
+        [
+            TokenType.CONTROL if i in vocabulary.special else types[token is None]
+            for i, token in enumerate(vocabulary.tokens)
+        ]
+    )
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_bos_token_id(end_of_text)
+    writer.add_eos_token_id(end_of_text)
+    writer.add_add_bos_token(False)
+
+
+def _add_tensors(writer: Any, model: GPT, kind: str) -> None:
+    from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
+    from gguf.quants import quantize
+
+    names = get_tensor_name_map(MODEL_ARCH.GPT2, model.config.n_layer)
+    parameters = dict(model.named_parameters())
+    for name, shape in huggingface.folder_shapes(model.config, model.vocab_size).items():
+        tensor = parameters[name].detach() if name in parameters else torch.zeros(shape)
+        if name in huggingface.VOCABULARY_ROWS:
+            tensor = tensor[: model.vocab_size]
+        half = tensor.ndim == 2 and name != huggingface.POSITIONS
+        stored_as = GGMLQuantizationType[kind if half else "F32"]
+        data = quantize(tensor.float().contiguous().numpy(), stored_as)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=stored_as)

@@ -1,0 +1,248 @@
+"""A dataset on disk: shards of bare token ids, and the manifest that says what they are.
+
+    data/<name>/train_00000.bin ...   little-endian ids, no header: np.memmap(file, dtype=np.uint16) reads one
+    data/<name>/val_00000.bin ...
+    data/<name>/manifest.json         written last; a folder without it is not a dataset
+
+Documents follow each other, each ended by the end-of-text id. A document is never cut: a shard is closed by the document
+that fills it, so every shard ends with end-of-text.
+
+Shards of nanoGPT and llm.c are read too: they have no manifest, so one is made of what their files show.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from pipeline.dataset import foreign
+from pipeline.errors import UserError
+from pipeline.files import hash_bytes, write_atomic
+from pipeline.vocabulary.byte_pair import BytePairTokenizer
+from pipeline.vocabulary.tokenizer import token_dtype
+
+FORMAT_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of token ids. `bytes` counts the UTF-8 text it was made from; `hash` is XXH3-128 of the file.
+
+    Of another program's shard only `tokens` is known, and `hash` covers samples of it (`foreign.sample_hash`).
+    """
+
+    file: str
+    tokens: int
+    documents: int | None
+    bytes: int | None
+    hash: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a reader of the shards has to know, and where they came from.
+
+    `skipped` tells for each reason how many documents were left out (`count`) and the place of one (`example`);
+    `statistics` is what `prepare` measured of the tokens.
+    """
+
+    tokenizer: dict[str, Any]
+    dtype: str
+    splits: dict[str, list[Shard]]
+    sources: list[dict[str, Any]]
+    options: dict[str, Any]
+    val_rule: dict[str, Any]
+    skipped: dict[str, dict[str, Any]]
+    program: str
+    unusual: dict[str, dict[str, Any]] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT_VERSION
+    end_of_text: str = field(default="after each document")
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the content: equal fingerprints mean the same tokens in the same order under the same vocabulary."""
+        shards = {split: [shard.hash for shard in shards] for split, shards in self.splits.items()}
+        content = {"tokenizer": self.tokenizer, "dtype": self.dtype, "shards": shards}
+        return hash_bytes(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another program wrote the shards: there is no manifest on disk, and GPT-2's vocabulary is assumed."""
+        return self.program in foreign.HEADER_BYTES
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes before the first id of each shard."""
+        return foreign.HEADER_BYTES.get(self.program, 0)
+
+    @property
+    def remedy(self) -> str:
+        """What mends a damaged shard."""
+        return "fetch or write it again" if self.is_foreign else "restore it, or prepare again with --force"
+
+    def count(self, split: str, what: str) -> int:
+        """The sum over a split's shards of `what`: tokens, or, if prepared here, documents or bytes."""
+        return sum(getattr(shard, what) for shard in self.splits[split])
+
+    def save(self, folder: Path) -> None:
+        write_atomic(folder / MANIFEST_NAME, orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a dataset whose shards have their size. Raises UserError where it is missing, not whole, or
+    written otherwise.
+    """
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a dataset's manifest, or the headers of another program's shards, say; no promise is checked yet."""
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise UserError(f"no dataset at {folder}: prepare one with `pipeline prepare SOURCE --name {folder.name}`")
+    if not path.is_file():
+        if found := foreign.find(folder):
+            return _foreign_manifest(*found)
+        raise UserError(
+            f"{folder} is not a whole dataset: it has no {MANIFEST_NAME}, so its preparation did not finish; "
+            "run the same `pipeline prepare` command again"
+        )
+    try:
+        document = orjson.loads(path.read_bytes())
+        if document["format"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format {document['format']}, this program reads {FORMAT_VERSION}: prepare it again"
+            )
+        shards = document.pop("splits")
+        splits = {split: [Shard(**shard) for shard in shards[split]] for split in SPLITS}
+        manifest = Manifest(splits=splits, **document)
+        _check_form(folder, manifest)
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}): prepare the dataset again with --force"
+        ) from None
+    return manifest
+
+
+def read_path(path: Path) -> tuple[Path, Manifest]:
+    """A folder and what `read_manifest` says of it; a single shard is a dataset of that shard alone."""
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{path} is a run: name one of the folders in {path / 'checkpoints'}")
+    if not path.is_file():
+        return path, read_manifest(path)
+    folder = path.parent
+    if (folder / MANIFEST_NAME).is_file():
+        manifest = read_manifest(folder)
+        named = {split: [shard for shard in manifest.splits[split] if shard.file == path.name] for split in SPLITS}
+        alone = {split: shards for split, shards in named.items() if shards}
+        if not alone:
+            raise UserError(f"{path} is not named by the {MANIFEST_NAME} beside it: name one of its shards")
+        return folder, replace(manifest, splits=alone)
+    program = foreign.sniff(path)
+    if path.suffix != ".bin":
+        raise UserError(f"{path} is no shard: wanted a dataset's folder or a .bin file of token ids")
+    if program == foreign.NANOGPT:
+        foreign.refuse_pickled_vocabulary(folder)
+    return folder, _foreign_manifest(program, {"shard": [path]})
+
+
+def _foreign_manifest(program: str, files: dict[str, list[Path]]) -> Manifest:
+    tokenizer = BytePairTokenizer("gpt2")
+    splits = {
+        split: [
+            Shard(path.name, foreign.token_count(path, program), None, None, foreign.sample_hash(path))
+            for path in paths
+        ]
+        for split, paths in files.items()
+    }
+    return Manifest(
+        tokenizer=tokenizer.spec(),
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        splits=splits,
+        sources=[],
+        options={},
+        val_rule={},
+        skipped={},
+        program=program,
+        end_of_text=foreign.END_OF_TEXT_STANDS[program],
+    )
+
+
+def _check_form(folder: Path, manifest: Manifest) -> None:
+    if missing := {"vocab_size", "end_of_text"} - manifest.tokenizer.keys():
+        raise KeyError(max(missing))
+    vocab_size = manifest.tokenizer["vocab_size"]
+    wanted = token_dtype(vocab_size)
+    if manifest.dtype != wanted.name:
+        raise UserError(
+            f"{folder} holds {manifest.dtype} ids, but a vocabulary of {vocab_size} needs {wanted.name}: prepare it again"
+        )
+    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        if Path(shard.file).name != shard.file:
+            raise UserError(f"{folder / MANIFEST_NAME} names a shard outside its folder: {shard.file!r}")
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raises UserError for the first shard that is missing or of another size than its manifest says."""
+    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        if fault := size_fault(folder, manifest, shard):
+            raise UserError(f"{folder / shard.file} {fault}: {manifest.remedy}")
+
+
+def size_fault(folder: Path, manifest: Manifest, shard: Shard) -> str | None:
+    """What is wrong with a shard's size, None where it is as the manifest says."""
+    path = folder / shard.file
+    wanted = manifest.header_bytes + shard.tokens * np.dtype(manifest.dtype).itemsize
+    found = path.stat().st_size if path.is_file() else None
+    if found == wanted:
+        return None
+    return f"{'is missing' if found is None else f'has {found} bytes'}, the manifest wants {wanted} bytes"
+
+
+def map_shard(folder: Path, manifest: Manifest, shard: Shard) -> np.memmap[Any, np.dtype[Any]]:
+    """A shard's ids, memory-mapped: nothing is read until it is asked for."""
+    dtype = token_dtype(manifest.tokenizer["vocab_size"])
+    return np.memmap(folder / shard.file, dtype=dtype, mode="r", offset=manifest.header_bytes)
+
+
+class TokenReader:
+    """A split's shards as one flat array of ids."""
+
+    def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
+        shards = manifest.splits[split]
+        self._maps = [map_shard(folder, manifest, shard) for shard in shards]
+        self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
+        self._remedy = manifest.remedy
+        self.name = f"{folder}'s {split} split"
+        self.vocab_size: int = manifest.tokenizer["vocab_size"]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Ids [start, stop) of the split, across shard borders. Raises UserError for an id outside the vocabulary."""
+        parts, at = [], start
+        while at < stop:
+            shard = self._shard_of(at)
+            end = min(stop, int(self._starts[shard + 1]))
+            parts.append(self._maps[shard][at - self._starts[shard] : end - self._starts[shard]])
+            at = end
+        ids = np.concatenate(parts).astype(np.int64)
+        if ids.size and ids.max() >= self.vocab_size:
+            file = self._maps[self._shard_of(start + int(ids.argmax()))].filename
+            raise UserError(
+                f"{file} holds id {ids.max()}, but its vocabulary has {self.vocab_size}: "
+                f"the file is damaged or of another vocabulary; {self._remedy}"
+            )
+        return ids
+
+    def _shard_of(self, position: int) -> int:
+        return int(np.searchsorted(self._starts, position, side="right")) - 1

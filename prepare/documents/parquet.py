@@ -1,0 +1,261 @@
+"""Reading Parquet: a unit is a slice of rows of one row group.
+
+A file says of itself how large it is. What it says is held against its bytes before anything is read, and the rows of
+a step against the longest value its dictionary can repeat: a few KB of Parquet can unfold to terabytes.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from pipeline.errors import UserError, one_line
+from prepare.storage.files import describe, is_url, open_bytes, reading, shown
+from prepare.units import BLOCK_BYTES, LONG_BYTES, NULL, Document, OneUnit, Refused, utf8
+
+# Rows of one step, and of one unit: what a dictionary repeats shows in no size that the file tells.
+MOST_ROWS = 8192
+MOST_ROWS_IN_UNIT = 1 << 15
+# A step that may unfold to more takes fewer rows, down to one.
+STEP_BYTES = 16 << 20
+# A dictionary beyond this is not unpacked to look for its longest value.
+DICTIONARY_BYTES = 16 << 20
+# A row group that unfolds further is a bomb: text shrinks to a third, and a dictionary of a few texts is no corpus.
+MOST_UNFOLDING = 250
+FREE_BYTES = 256 << 20
+# Equal rows need next to no bytes; beyond this many they are a claim.
+ROWS_WITHOUT_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class ParquetRows(OneUnit):
+    """Rows [start, stop) of one row group, of which the file's row `first` is row 0. `batch` rows are read in a step."""
+
+    path: str
+    column: str
+    group: int
+    first: int
+    start: int
+    stop: int
+    batch: int
+    size: int
+
+    def documents(self) -> Iterator[tuple[int, Document]]:
+        row = self.start
+        with _faults(self.path, f"row group {self.group}"):
+            for rows in _row_group(self.path, self.column, self.group, self.batch).read(self.start, self.stop):
+                yield from enumerate(_documents(rows), start=row)
+                row += len(rows)
+
+    def place(self, position: int) -> str:
+        return f"{shown(self.path)} row {self.first + position}"
+
+
+@dataclass(frozen=True)
+class LongValue:
+    """A long document that lies in an Arrow buffer, which holds it anyway."""
+
+    content: Any
+
+    def blocks(self) -> Iterator[bytes]:
+        for at in range(0, len(self.content), BLOCK_BYTES):
+            yield self.content[at : at + BLOCK_BYTES].to_pybytes()
+
+
+def _documents(rows: Any) -> Iterator[Document]:
+    """The texts of an Arrow array, checked to be UTF-8 all at once where they are."""
+    import pyarrow as pa
+
+    try:
+        rows.validate(full=True)
+        known = True
+    except pa.ArrowInvalid:
+        known = False
+    contents = rows.cast(pa.large_binary())
+    if contents.nbytes > LONG_BYTES:
+        yield from (_document(scalar, known) for scalar in contents)
+        return
+    for content in contents.to_pylist():
+        yield Refused(NULL) if content is None else content if known else utf8(content)
+
+
+def _document(scalar: Any, known: bool) -> Document:
+    if not scalar.is_valid:
+        return Refused(NULL)
+    content = scalar.as_buffer()
+    if content.size > LONG_BYTES:  # whoever encodes it finds out whether it is UTF-8
+        return LongValue(content)
+    return content.to_pybytes() if known else utf8(content.to_pybytes())
+
+
+class _RowGroup:
+    """A place in one row group. Skipping rows costs as much as reading them, and pq.write_table's groups have 1 M rows.
+
+    Later units of a group lie further on, so a process that keeps its place reads each group once, not once a unit.
+    """
+
+    def __init__(self, path: str, column: str, group: int, batch: int) -> None:
+        self._file = _parquet_file(path)
+        chunk = _chunk(self._file, group, column)
+        self._most_bytes = max(MOST_UNFOLDING * chunk.total_compressed_size, FREE_BYTES)
+        self._words = f"{shown(path)} row group {group}"
+        batch = max(1, min(batch, STEP_BYTES // _longest_repeated(path, group, column, chunk)))
+        self._options = {"batch_size": batch, "row_groups": [group], "columns": [column], "use_threads": False}
+        self._rows: Any
+        self._rewind()
+
+    def read(self, start: int, stop: int) -> Iterator[Any]:
+        """Rows [start, stop) as Arrow arrays of at most a step's rows."""
+        if start < self._begin:
+            self._rewind()
+        while True:
+            first, last = max(start - self._begin, 0), stop - self._begin
+            if first < len(self._rows):
+                yield self._rows[first:last]
+            if last <= len(self._rows):
+                return
+            self._begin += len(self._rows)
+            self._rows = self._next()
+
+    def _rewind(self) -> None:
+        self._batches = self._file.iter_batches(**self._options)
+        self._begin = self._unfolded = 0
+        self._rows = self._next()
+
+    def _next(self) -> Any:
+        batch = next(self._batches, None)
+        if batch is None:
+            raise UserError(f"{self._words} ends after {self._begin} rows, it promises more; fetch or write it again")
+        rows = batch.column(0)
+        rows = rows.dictionary_decode() if hasattr(rows, "dictionary_decode") else rows
+        self._unfolded += rows.nbytes
+        if self._unfolded > self._most_bytes:
+            raise _bomb(self._words, self._unfolded, self._most_bytes)
+        return rows
+
+
+@lru_cache(maxsize=1)
+def _row_group(path: str, column: str, group: int, batch: int) -> _RowGroup:
+    return _RowGroup(path, column, group, batch)
+
+
+def _longest_repeated(path: str, group: int, column: str, chunk: Any) -> int:
+    """Bytes, or a bound of them, of the longest value in a chunk's dictionary, which any of its rows may repeat."""
+    import pyarrow as pa
+
+    if chunk.dictionary_page_offset is None:
+        return 1
+    page = _dictionary_bytes(path, chunk)
+    if page > DICTIONARY_BYTES:
+        return page
+    # As a dictionary a step of one row holds the dictionary page and nothing unfolded.
+    with _parquet_file(path, read_dictionary=[column]) as file:
+        batch = next(file.iter_batches(batch_size=1, row_groups=[group], columns=[column], use_threads=False), None)
+        rows = batch.column(0) if batch is not None else pa.array([])
+        if not pa.types.is_dictionary(rows.type) or not len(rows.dictionary):
+            return 1
+        values = rows.dictionary.cast(pa.large_binary()).to_pylist()
+        return max((len(value or b"") for value in values), default=0) or 1
+
+
+def _dictionary_bytes(path: str, chunk: Any) -> int:
+    """The unpacked size of a chunk's dictionary page, the second field of the Thrift struct it opens with."""
+    with open_bytes(path) as file:
+        file.seek(chunk.dictionary_page_offset)
+        head = file.read(32)
+    fields = re.match(rb"\x15[\x80-\xff]*[\x00-\x7f]\x15([\x80-\xff]*[\x00-\x7f])", head)
+    if fields is None:
+        return int(chunk.total_uncompressed_size)
+    number: int = sum((byte & 0x7F) << 7 * at for at, byte in enumerate(fields[1]))
+    return number >> 1  # an integer's sign is its last bit
+
+
+def plan_parquet(path: str, file_bytes: int, text_field: str, unit_bytes: int) -> Iterator[ParquetRows]:
+    with _faults(path, "the footer"), _parquet_file(path) as file:
+        _check_text_column(file.schema_arrow, path, text_field)
+        first = 0
+        for group in range(file.metadata.num_row_groups):
+            rows, size = _claims(file, path, file_bytes, group, text_field)
+            batch = max(1, min(MOST_ROWS, min(BLOCK_BYTES, unit_bytes) * rows // max(size, 1)))
+            rows_in_unit = min(max(batch, unit_bytes * rows // max(size, 1)), MOST_ROWS_IN_UNIT)
+            for start in range(0, rows, rows_in_unit):
+                stop = min(start + rows_in_unit, rows)
+                share = size * (stop - start) // rows
+                yield ParquetRows(path, text_field, group, first, start, stop, batch, share)
+            first += rows
+
+
+def _claims(file: Any, path: str, file_bytes: int, group: int, column: str) -> tuple[int, int]:
+    """The rows and the unpacked bytes of a row group's text, as far as the file's bytes can bear them out."""
+    rows, chunk = file.metadata.row_group(group).num_rows, _chunk(file, group, column)
+    packed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
+    words = f"{shown(path)} row group {group}"
+    if not 0 <= packed <= file_bytes or size < 0 or not 0 <= rows <= max(ROWS_WITHOUT_BYTES, size):
+        raise UserError(
+            f"{words} claims {rows:,} rows and {packed:,} packed bytes in a file of {file_bytes:,}: it is damaged; "
+            "fetch or write it again"
+        )
+    if size > max(MOST_UNFOLDING * packed, FREE_BYTES):
+        raise _bomb(words, size, max(MOST_UNFOLDING * packed, FREE_BYTES))
+    return rows, size
+
+
+def _bomb(words: str, size: int, limit: int) -> UserError:
+    return UserError(
+        f"{words} unfolds like a bomb: to {size:,} bytes or more, the limit is {MOST_UNFOLDING} times its packed size, "
+        f"here {limit:,}; write it again as JSONL if it is meant"
+    )
+
+
+def _chunk(file: Any, group: int, column: str) -> Any:
+    meta = file.metadata.row_group(group)
+    chunks = (meta.column(i) for i in range(meta.num_columns))
+    return next(chunk for chunk in chunks if chunk.path_in_schema == column)
+
+
+@contextmanager
+def _faults(path: str, part: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"cannot read {part} of {shown(path)} as Parquet: {one_line(error)}; fetch or write it again"
+        ) from None
+
+
+def _parquet_file(path: str, **options: Any) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    if is_url(path):
+        with reading(path):
+            if not describe(path).ranges:
+                raise UserError(f"{shown(path)} comes from a server that gives no ranges: pipeline fetch it first")
+            place: Any = open_bytes(path)
+    else:
+        place = path
+    try:
+        # Buffered and not pre-buffered: otherwise a whole column chunk, often the whole file, is held in memory.
+        return pyarrow.parquet.ParquetFile(place, pre_buffer=False, buffer_size=1 << 16, **options)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"cannot read {shown(path)} as Parquet: {one_line(error)}; fetch or write it again") from None
+
+
+def _check_text_column(schema: Any, path: str, text_field: str) -> None:
+    import pyarrow.types as kinds
+
+    if text_field not in schema.names:
+        there = ", ".join(schema.names)
+        raise UserError(
+            f"{shown(path)} has no column {text_field!r}; the columns there are: {there}; choose with --text-field"
+        )
+    kind = schema.field(text_field).type
+    value = kind.value_type if kinds.is_dictionary(kind) else kind
+    if not (kinds.is_string(value) or kinds.is_large_string(value) or kinds.is_string_view(value)):
+        raise UserError(
+            f"{shown(path)}: the column {text_field!r} holds {kind}, wanted text; choose another with --text-field"
+        )

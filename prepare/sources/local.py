@@ -1,0 +1,166 @@
+"""Sources on this machine: files, folders and globs of them, the standard library, and stdin."""
+
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field
+from functools import cached_property
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files import hash_bytes, hash_file
+from prepare.documents.lines import plan_lines
+from prepare.sources.plan import READABLE, SourceFile, kind, plan
+from prepare.storage.compressed import BYTE_ORDER_MARK
+from prepare.units import BLOCK_BYTES, Item
+
+# Folders with more files are recorded in the manifest as one entry.
+MOST_FILES_LISTED = 1000
+
+# Not in the embedded corpus: installed packages, tests, and folders that are tables or differ between Python versions.
+STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Local files of known suffixes, below `root` where they are a folder's. `about` marks a corpus recorded as one."""
+
+    paths: list[Path]
+    text_field: str
+    spool: Path
+    root: Path | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def items(self, unit_bytes: int) -> list[Item]:
+        files = (SourceFile(str(path), path.stat().st_size) for path in self.paths)
+        return list(plan(files, self.text_field, unit_bytes, str(self.spool)))
+
+    def files(self) -> list[Path]:
+        return self.paths
+
+    def file_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+    def stamps(self) -> dict[str, Any]:
+        return {str(path): stamp(path) for path in self.paths}
+
+    def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
+        if self.root is None or (not self.about and len(self.paths) <= MOST_FILES_LISTED):
+            return [{"path": str(path), "bytes": path.stat().st_size, "hash": hash_of(path)} for path in self.paths]
+        listing = "".join(f"{path.relative_to(self.root).as_posix()}\t{hash_of(path)}\n" for path in self.paths)
+        total = {"files": len(self.paths), "bytes": self.file_bytes(), "hash": hash_bytes(listing.encode())}
+        return [{"path": str(self.root), **self.about, **total}]
+
+
+class Stdin:
+    """Standard input, kept in a file so that it can be read more than once, and by several processes.
+
+    Where its first line that is not blank is a JSON object it is JSONL, else every line is a document.
+    """
+
+    def __init__(self, text_field: str, spool: Path) -> None:
+        self.text_field, self.spool = text_field, spool
+
+    def items(self, unit_bytes: int) -> list[Item]:
+        with self._spooled.open("rb") as file:
+            head = file.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+        text_field = self.text_field if _is_json_object(head) else None
+        return list(plan_lines(str(self._spooled), self.file_bytes(), text_field, unit_bytes))
+
+    def files(self) -> list[Path]:
+        return [self._spooled]
+
+    def file_bytes(self) -> int:
+        return self._spooled.stat().st_size
+
+    def stamps(self) -> dict[str, Any]:
+        return {"stdin": hash_file(self._spooled)}
+
+    def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
+        return [{"path": "-", "bytes": self.file_bytes(), "hash": hash_of(self._spooled)}]
+
+    @cached_property
+    def _spooled(self) -> Path:
+        with self.spool.open("wb") as file:
+            while block := sys.stdin.buffer.read(BLOCK_BYTES):
+                file.write(block)
+        return self.spool
+
+
+def open_files(source: str, text_field: str, spool: Path) -> Files | None:
+    """The files that a path or a glob names; None where it is neither."""
+    path = Path(source)
+    if path.is_file():
+        if not kind(path.name):
+            raise UserError(
+                f"{source} has the unknown suffix {''.join(path.suffixes[-2:])!r}: wanted one of {READABLE}"
+            )
+        return Files([path], text_field, spool)
+    if path.is_dir():
+        return Files(_readable(_walk(path), f"the folder {source}"), text_field, spool, root=path)
+    if is_glob(source):
+        # Path.glob takes no absolute pattern.
+        found = sorted(Path(match) for match in glob(source, recursive=True))  # noqa: PTH207
+        return Files(_readable(found, f"the glob {source}"), text_field, spool)
+    return None
+
+
+def open_stdlib(text_field: str, spool: Path) -> Files:
+    root = Path(sysconfig.get_path("stdlib"))
+    wanted = [path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py"]
+    python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    return Files(wanted, text_field, spool, root=root, about={"path": "stdlib", "python": python})
+
+
+def is_glob(text: str) -> bool:
+    return any(character in text for character in "*?[")
+
+
+def _walk(folder: Path, without: Set[str] = frozenset()) -> list[Path]:
+    """Every file below `folder` by its path; folders `without`, and hidden ones (.git, .cache), are not entered."""
+    paths = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
+        paths += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _readable(paths: list[Path], what: str) -> list[Path]:
+    files = [path for path in paths if path.is_file()]
+    return [Path(name) for name in readable([str(path) for path in files], what)]
+
+
+def readable(names: list[str], what: str) -> list[str]:
+    """The names that say what their file holds. Raises UserError where none does."""
+    known = [name for name in names if kind(name)]
+    if not known:
+        found = sorted({Path(name).suffix or Path(name).name for name in names})
+        listing = f"only {' '.join(found[:8])}" if found else "no files"
+        raise UserError(f"{what} holds nothing readable, found {listing}: wanted files of {READABLE}")
+    return known
+
+
+def stamp(path: Path) -> list[int]:
+    """A file's size and time of change."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def stamped_hash(path: Path) -> tuple[list[int], str]:
+    """The stamp is the one before the file was read, so that it never vouches for later content."""
+    before = stamp(path)
+    return before, hash_file(path)
+
+
+def _is_json_object(head: bytes) -> bool:
+    """Whether the first line is one; of a line too long to hold, by its first byte."""
+    if b"\n" not in head and len(head) >= BLOCK_BYTES // 2:
+        return head.startswith(b"{")
+    try:
+        return isinstance(json.loads(head.partition(b"\n")[0]), dict)
+    except ValueError:
+        return False

@@ -1,0 +1,244 @@
+"""Where bytes lie: a path of this machine or a URL, opened alike in whichever process reads them.
+
+S3 and its kind are reached through fsspec, with the credentials each of them finds by itself (AWS_* variables, for one);
+http(s) through requests, which tiktoken needs anyway.
+"""
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit, urlunsplit
+
+from pipeline.errors import UserError, one_line
+from prepare.units import BLOCK_BYTES
+
+# One request for so much: at 4 MB the time to first byte no longer counts.
+REQUEST_BYTES = 4 << 20
+# Pauses between tries after a fault of the network; the file systems themselves try again too.
+PAUSES_S = (0.5, 2.0)
+TIMEOUT_S = 60
+PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416
+# By protocol, the extra that brings it; every other one names its own package.
+EXTRAS = {"s3": "s3", "s3a": "s3"}
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What a server tells of a file. Without `ranges` it can only be read from its beginning."""
+
+    url: str
+    size: int
+    etag: str | None
+    ranges: bool
+
+
+def is_url(source: str) -> bool:
+    return "://" in source
+
+
+def name_of(path: str) -> str:
+    """The path without a URL's query, so that it ends in its suffixes; a file of this machine may have a ? in its name."""
+    return path.partition("?")[0] if is_url(path) else path
+
+
+def shown(path: str) -> str:
+    """A path or URL for people and manifests: a URL's query and user may hold keys."""
+    if not is_url(path):
+        return path
+    parts = urlsplit(path)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """What goes wrong while `path` is read becomes one line with its name."""
+    try:
+        yield
+    except OSError as error:
+        advice = "; check the address, the credentials and the network" if is_url(path) else ""
+        raise UserError(f"cannot read {shown(path)}: {error.strerror or one_line(error)}{advice}") from None
+
+
+def open_bytes(path: str) -> BinaryIO:
+    if not is_url(path):
+        return Path(path).open("rb")
+    found = describe(path)
+    if not found.ranges:
+        return _web_stream(path)
+    return cast(BinaryIO, io.BufferedReader(_RangeFile(path, found.size), REQUEST_BYTES))
+
+
+def blocks(path: str, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """The bytes [begin, end) of a file, none of the blocks empty."""
+    with reading(path), open_bytes(path) as file:
+        if begin:
+            file.seek(begin)
+        while block := file.read(BLOCK_BYTES if end is None else min(BLOCK_BYTES, end - begin)):
+            yield block
+            begin += len(block)
+
+
+def describe(url: str) -> Remote:
+    """Raises OSError where there is no such file."""
+    if is_web(url):
+        return _describe_web(url)
+    system, name = filesystem(url)
+    return remote_file(url, _told(url, lambda: system.info(name)))
+
+
+def remote_file(url: str, info: dict[str, Any]) -> Remote:
+    known = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "updated", "mtime")
+    etag = next((str(info[key]).strip('"') for key in known if info.get(key)), None)
+    return Remote(url, int(info.get("size") or 0), etag, ranges=True)
+
+
+def is_web(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the file's name there."""
+    from fsspec.core import url_to_fs
+    from fsspec.registry import known_implementations
+
+    protocol = url.partition("://")[0]
+    if protocol not in known_implementations or protocol == "memory":
+        raise UserError(f"{shown(url)}: no file system is called {protocol}; wanted s3://, gs://, az://, https://, ...")
+    try:
+        system, name = url_to_fs(url)
+    except ImportError as error:
+        missing = f"pip install 'gpt-pipeline[{EXTRAS[protocol]}]'" if protocol in EXTRAS else one_line(error)
+        raise UserError(f"{protocol}:// needs a package that is not installed: {missing}") from None
+    except Exception as error:  # each file system's own ways to refuse an address
+        raise UserError(f"{shown(url)} cannot be opened: {one_line(error)}") from None
+    return system, str(name)
+
+
+class _RangeFile(io.RawIOBase):
+    """A file behind a URL, read in ranges: a fault costs one range again, and nothing is held but the last one."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._fetch = _web_range(url) if is_web(url) else _fsspec_range(url)
+        self._url, self._size, self._at = url, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        content = _told(self._url, lambda: self._fetch(self._at, end))
+        if len(content) != end - self._at:
+            raise OSError(f"{len(content)} bytes came for the range {self._at} to {end}: did the file change?")
+        buffer[: len(content)] = content
+        self._at = end
+        return len(content)
+
+
+def _told(url: str, ask: Callable[[], Any]) -> Any:
+    """The answer to a request, asked again after a fault. Raises OSError, which every reader's caller expects."""
+    for pause in (*PAUSES_S, None):
+        try:
+            return ask()
+        except (FileNotFoundError, PermissionError) as error:
+            raise OSError(_words(error, url)) from None
+        except UserError:
+            raise
+        except Exception as error:  # what botocore, aiohttp, requests and the rest raise has no common kind
+            if pause is None:
+                raise OSError(_words(error, url)) from None
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _words(error: Exception, url: str) -> str:
+    secret = urlsplit(url).query
+    words = f"{type(error).__name__}: {one_line(error)}".replace(url, shown(url))
+    return words.replace(secret, "...") if secret else words
+
+
+def _fsspec_range(url: str) -> Callable[[int, int], bytes]:
+    system, name = filesystem(url)
+    return lambda begin, end: bytes(system.cat_file(name, start=begin, end=end))
+
+
+@cache
+def _web() -> Any:
+    import requests
+
+    session = requests.Session()
+    # Bytes as they are stored: a range of a packed transfer means nothing.
+    session.headers["Accept-Encoding"] = "identity"
+    return session
+
+
+def _answer(method: str, url: str, **options: Any) -> Any:
+    answer = _web().request(method, url, timeout=TIMEOUT_S, allow_redirects=True, **options)
+    if answer.status_code in (401, 403, 404, 410):  # asking again would not help
+        raise FileNotFoundError(f"{answer.status_code} {answer.reason}")
+    if answer.status_code != RANGE_NOT_SATISFIABLE:  # an empty file has no first byte
+        answer.raise_for_status()
+    return answer
+
+
+def _web_range(url: str) -> Callable[[int, int], bytes]:
+    return lambda begin, end: bytes(_answer("GET", url, headers={"Range": f"bytes={begin}-{end - 1}"}).content)
+
+
+def _describe_web(url: str) -> Remote:
+    """Asked by its first byte: addresses that are signed for GET refuse HEAD, and only an answer proves ranges."""
+    with _told(url, lambda: _answer("GET", url, headers={"Range": "bytes=0-0"}, stream=True)) as answer:
+        headers = answer.headers
+    etag = headers.get("ETag") or headers.get("Last-Modified")
+    total = headers.get("Content-Range", "").rpartition("/")[2]
+    ranges = answer.status_code == PARTIAL_CONTENT and total.isdecimal()
+    size = int(total) if ranges else int(headers.get("Content-Length", 0))
+    return Remote(url, size if answer.ok else 0, etag and etag.strip('"'), ranges)
+
+
+def _web_stream(url: str) -> BinaryIO:
+    answer = _told(url, lambda: _answer("GET", url, stream=True))
+    return cast(BinaryIO, io.BufferedReader(_AnswerBody(answer), BLOCK_BYTES))
+
+
+class _AnswerBody(io.RawIOBase):
+    """The body of an answer, of which the promised length has to come: a connection that breaks off is an error."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+        self._left = int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self._answer.raw.read(len(buffer))
+        except Exception as error:  # urllib3's own kinds
+            raise OSError(f"the connection broke off ({type(error).__name__})") from None
+        if self._left is not None:
+            self._left -= len(content)
+            if not content and self._left:
+                raise OSError(f"the connection broke off with {self._left} bytes to come")
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._answer.close()
+        super().close()

@@ -1,0 +1,293 @@
+"""Verify: what is whole passes, and each kind of damage is named with its shard and position, all of it at once."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+from conftest import (
+    GPT2_END,
+    ids_of,
+    llm_c,
+    run_program,
+    tiny_config,
+    write_documents,
+    write_llm_c,
+    write_nanogpt,
+)
+
+from observe.shared_documents import DocumentIndex, document_keys
+from observe.verify import run
+from pipeline.errors import UserError
+from pipeline.files import hash_file
+from pipeline.vocabulary.char_byte_word import ByteTokenizer
+
+END = ByteTokenizer.end_of_text
+SPLITS = {
+    "train": [["one document", "another one, twice as long"], ["the second shard's", "zwölf Zeichen"]],
+    "val": [["held out", "and this"]],
+}
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_documents(tmp_path / "data", SPLITS)
+
+
+def faults(path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The faults that are listed, without the folder's name."""
+    capsys.readouterr()
+    with pytest.raises(UserError) as caught:
+        run(path)
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.removeprefix("fault: ") for line in lines if line.startswith("fault: ")]
+    assert f"has {len(found)} fault(s), listed above: " in str(caught.value)
+    return [line.replace(f"{path}/", "") for line in found]
+
+
+def edit_ids(path: Path, position: int, value: int) -> None:
+    ids = np.fromfile(path, "<u2")
+    ids[position] = value
+    ids.tofile(path)
+
+
+def edit_manifest(folder: Path, split: str, number: int, **changes: object) -> None:
+    """Change what the manifest says of a shard; its hash is made right again."""
+    document = orjson.loads((folder / "manifest.json").read_bytes())
+    shard = document["splits"][split][number]
+    shard |= {"hash": hash_file(folder / shard["file"])} | changes
+    (folder / "manifest.json").write_bytes(orjson.dumps(document))
+
+
+def test_a_whole_dataset_passes(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in dataset.iterdir()}
+    run(dataset)
+    out = capsys.readouterr().out
+    tokens = sum(len(text.encode()) + 1 for shards in SPLITS.values() for shard in shards for text in shard)
+    assert out.startswith(f"verified: {dataset}: {tokens} tokens, 6 documents in 3 shard(s); ")
+    assert out.count("\n") == 1 and "no document is in both splits" in out
+    assert {path: path.read_bytes() for path in dataset.iterdir()} == before
+
+
+def test_a_flipped_bit_breaks_the_hash(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded = hash_file(dataset / "train_00001.bin")
+    edit_ids(dataset / "train_00001.bin", 3, ord("E"))
+    found = hash_file(dataset / "train_00001.bin")
+    assert faults(dataset, capsys) == [f"train_00001.bin has the hash {found}, the manifest wants {recorded}"]
+
+
+def test_every_fault_of_every_shard_is_listed(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_ids(dataset / "train_00000.bin", 5, END)
+    (dataset / "train_00001.bin").unlink()
+    (dataset / "val_00000.bin").write_bytes(b"123")
+    first, *others = faults(dataset, capsys)
+    assert first.startswith("train_00000.bin has the hash ")
+    assert others == [
+        "train_00000.bin holds 3 documents, the manifest wants 2",
+        "train_00000.bin holds 37 bytes of text, the manifest wants 38",
+        "train_00001.bin is missing, the manifest wants 68 bytes",
+        "val_00000.bin has 3 bytes, the manifest wants 36 bytes",
+    ]
+
+
+def test_swapped_shards_are_told_from_damaged_ones(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = dataset / "train_00000.bin", dataset / "train_00001.bin"
+    first.rename(dataset / "aside")
+    second.rename(first)
+    (dataset / "aside").rename(second)
+    assert faults(dataset, capsys) == [
+        "train_00000.bin holds what the manifest says of train_00001.bin: a wrong name",
+        "train_00001.bin holds what the manifest says of train_00000.bin: a wrong name",
+    ]
+
+
+def test_ids_outside_the_vocabulary_are_counted_and_the_first_is_placed(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for position, value in ((9, 300), (17, 65_535)):
+        edit_ids(dataset / "train_00000.bin", position, value)
+    edit_manifest(dataset, "train", 0, bytes=36)
+    assert faults(dataset, capsys) == [
+        "train_00000.bin holds 2 id(s) outside the vocabulary of 257; the first, at position 9, is 300"
+    ]
+
+
+def test_counts_of_the_manifest_are_counted_again(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_manifest(dataset, "train", 1, documents=3, bytes=30)
+    assert faults(dataset, capsys) == [
+        "train_00001.bin holds 2 documents, the manifest wants 3",
+        "train_00001.bin holds 32 bytes of text, the manifest wants 30",
+    ]
+
+
+def test_a_shard_ends_with_end_of_text(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_ids(dataset / "train_00001.bin", -1, ord("x"))
+    edit_manifest(dataset, "train", 1, documents=1, bytes=33)
+    assert faults(dataset, capsys) == [
+        "train_00001.bin does not end with end-of-text: its last id, at position 33, is 120"
+    ]
+
+
+def test_a_document_in_both_splits_is_placed_in_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    splits = {
+        "train": [["alone"], ["first", "shared by both", "x", "shared by both"], ["x", "x"]],
+        "val": [["only here"], ["also here", "x", "shared by both"]],
+    }
+    assert faults(write_documents(tmp_path, splits), capsys) == [
+        "train_00001.bin is in both splits: the document of 14 ids at position 6 is in val_00001.bin too, at 12; "
+        "and 2 more of this shard",
+        "train_00002.bin is in both splits: the document of 1 ids at position 0 is in val_00001.bin too, at 10; "
+        "and 1 more of this shard",
+    ]
+
+
+def test_the_halves_of_a_lone_document_may_be_equal(tmp_path: Path) -> None:
+    write_documents(tmp_path, {"train": [["ha"]], "val": [["ha"]]})
+    document = orjson.loads((tmp_path / "manifest.json").read_bytes())
+    document["val_rule"] = {"kind": "position", "fraction": 0.5}
+    (tmp_path / "manifest.json").write_bytes(orjson.dumps(document))
+    run(tmp_path)
+
+
+def test_the_vocabulary_is_the_one_that_was_recorded(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = orjson.loads((dataset / "manifest.json").read_bytes())
+    document["tokenizer"]["fingerprint"] = "other"
+    (dataset / "manifest.json").write_bytes(orjson.dumps(document))
+    (found,) = faults(dataset, capsys)
+    assert found.startswith("the byte vocabulary does not match its description")
+
+
+def test_other_files_in_the_folder_are_a_remark(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (dataset / "train_00002.bin.partial").touch()
+    (dataset / ".lock").touch()
+    run(dataset)
+    assert capsys.readouterr().out.startswith("remark: not named by the manifest: train_00002.bin.partial\nverified: ")
+
+
+def test_a_files_name_cannot_command_the_terminal(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (dataset / "a\x1b[2Jb").touch()
+    run(dataset)
+    assert "remark: not named by the manifest: a\\x1b[2Jb\n" in capsys.readouterr().out
+
+
+def test_a_single_shard_is_held_against_its_line_of_the_manifest(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_ids(dataset / "train_00001.bin", 3, ord("E"))
+    run(dataset / "train_00000.bin")
+    assert "2 documents in 1 shard(s)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"train_00001.bin has 1 fault\(s\)"):
+        run(dataset / "train_00001.bin")
+    (dataset / "train_00007.bin").touch()
+    with pytest.raises(UserError, match="train_00007.bin is not named by the manifest.json beside it"):
+        run(dataset / "train_00007.bin")
+
+
+def test_shards_larger_than_a_block_are_counted_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents, and ids of two bytes, that lie across the border of two blocks."""
+    monkeypatch.setattr("pipeline.dataset.scan.BLOCK_BYTES", 14)
+    run(write_documents(tmp_path / "whole", SPLITS))
+    with pytest.raises(UserError):
+        run(write_documents(tmp_path / "shared", {"train": [["long enough to be cut", "b"]], "val": [["c"], ["b"]]}))
+
+
+# ---- shards of others ----
+
+
+@pytest.mark.parametrize("write", [write_nanogpt, write_llm_c])
+def test_shards_of_others_are_checked_as_far_as_they_tell(
+    write: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(write(tmp_path))
+    out = capsys.readouterr().out
+    assert "keeps no hashes: damage that leaves ids in the vocabulary is not seen" in out
+    assert "every id is below 50,257, no document is in both splits" in out and "2,200 tokens, 55 documents" in out
+
+
+def test_a_document_in_both_of_nanogpts_files_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_nanogpt(tmp_path)
+    np.concatenate([ids_of(50, seed=1), ids_of(5, seed=2)[40:80]]).tofile(tmp_path / "train.bin")
+    assert faults(tmp_path, capsys) == [
+        "train.bin is in both splits: the document of 39 ids at position 2000 is in val.bin too, at 40"
+    ]
+
+
+def test_a_document_that_a_border_of_llm_cs_shards_cuts_is_left_out(tmp_path: Path) -> None:
+    """fineweb's val ends in the middle of the document that train goes on with; such halves prove nothing."""
+    cut = ids_of(4, before=True)
+    (tmp_path / "x_val_000000.bin").write_bytes(llm_c(np.append(cut, [GPT2_END, 7]).astype("<u2")))
+    (tmp_path / "x_train_000001.bin").write_bytes(llm_c(np.append([7], ids_of(4, seed=1, before=True)).astype("<u2")))
+    run(tmp_path)
+
+
+def test_an_id_that_gpt2_does_not_have_is_placed_behind_the_header(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ids_of(3, before=True)
+    ids[50] = 50_257
+    path = tmp_path / "x_train_000001.bin"
+    path.write_bytes(llm_c(ids))
+    assert faults(path, capsys) == [
+        f"{path} holds 1 id(s) outside the vocabulary of 50,257; the first, at position 50, is 50257"
+    ]
+
+
+# ---- documents by content ----
+
+
+def test_documents_with_equal_keys_are_told_apart_by_their_content() -> None:
+    """A key takes 16 ids of a document; these differ in others only."""
+    ids = np.zeros(3000, dtype="<u2")
+    starts, lengths = np.arange(0, 3000, 1000), np.full(3, 1000)
+    ids[1500], ids[2501] = 1, 1
+    assert len(set(document_keys(ids, starts, lengths).tolist())) == 1
+    index = DocumentIndex()
+    index.add("val", ids, starts[:2], lengths[:2])
+    index.sort()
+    assert [(start, *twin) for start, twin in index.find(ids, starts, lengths)] == [
+        (0, "val", 0, 1000), (1000, "val", 1000, 1000),
+    ]  # fmt: skip
+
+
+def test_twins_are_those_of_a_plain_set(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    train, val = ([[rng.choice("ab") for _ in range(rng.randint(1, 6))] for _ in range(200)] for _ in range(2))
+    index = DocumentIndex()
+    arrays = [np.array([ord(c) for text in texts for c in text], dtype="<u2") for texts in (train, val)]
+    lengths = [np.array([len(text) for text in texts]) for texts in (train, val)]
+    starts = [np.cumsum(column) - column for column in lengths]
+    index.add("val", arrays[1], starts[1], lengths[1])
+    index.sort()
+    found = [start for start, _ in index.find(arrays[0], starts[0], lengths[0])]
+    assert found == [int(start) for start, text in zip(starts[0], train, strict=True) if text in val]
+
+
+# ---- the command ----
+
+
+def test_the_exit_code_tells_and_torch_stays_out(dataset: Path) -> None:
+    done = run_program("verify", "data", cwd=dataset.parent)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("verified: data: ")
+    edit_ids(dataset / "train_00001.bin", 3, ord("E"))
+    done = run_program("verify", "data", cwd=dataset.parent)
+    assert done.returncode == 2 and done.stdout.startswith("fault: data/train_00001.bin has the hash")
+    assert done.stderr == "error: data has 1 fault(s), listed above: restore it, or prepare again with --force\n"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_held_against_its_hashes(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from train.run import run as train
+
+    config = tiny_config(tiny, train={"max_steps": 2}, eval={"every_steps": 0})
+    train(config)
+    folder = config.run_dir / "checkpoints" / "step_00000002"
+    run(folder)
+    assert capsys.readouterr().out.startswith(f"verified: {folder}: step 2, ")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(UserError, match="model.safetensors does not match its hash"):
+        run(folder)
+    with pytest.raises(UserError, match="is a run: name one of the folders in"):
+        run(config.run_dir)

@@ -1,0 +1,112 @@
+"""The decoder against the model it was made from."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from pipeline.config.keys import ModelConfig
+from pipeline.errors import UserError
+from pipeline.model import decoder
+from pipeline.model.decoder import Decoder
+from pipeline.model.language_model import GPT
+
+VOCAB_SIZE = 100  # no multiple of 64, so the head has padding
+
+
+def model_with_opinions(bias: bool = True, tie_weights: bool = True) -> GPT:
+    """Random weights large enough that the next token depends on all the tokens before it; no bias or gain is trivial."""
+    torch.manual_seed(0)
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=bias, tie_weights=tie_weights)
+    model = GPT(config, VOCAB_SIZE)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(8) if parameter.ndim == 2 else parameter.add_(torch.randn_like(parameter))
+            if name in ("transformer.wte.weight", "lm_head.weight"):
+                parameter[VOCAB_SIZE:] = 0
+    return model.eval()
+
+
+def texts(samples: int, length: int) -> Tensor:
+    return torch.randint(0, VOCAB_SIZE, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
+def decoded(model: GPT, ids: Tensor, prompt: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Logits (S, T - prompt + 1, V) from the end of the first `prompt` tokens of each row on."""
+    steps = Decoder(model, len(ids), dtype)
+    return torch.stack(
+        [steps.prefill(ids[:, :prompt]), *(steps.step(column) for column in ids[:, prompt:].unbind(1))], 1
+    )
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize(("bias", "tie_weights"), [(True, True), (False, False)])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_every_logit_is_the_models(
+    samples: int, bias: bool, tie_weights: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not onednn:
+        monkeypatch.setattr(decoder, "_onednn_multiplies", lambda dtype: False)
+    model, ids = model_with_opinions(bias, tie_weights), texts(samples, 16)
+    with torch.inference_mode():
+        wanted = model.logits(ids)[:, 4:]
+    assert wanted.std() > 1, "logits that hardly differ would equal anything"
+    assert_close(decoded(model, ids, 5), wanted, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("operator", ["_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_private_operator_of_another_signature_is_not_used(
+    operator: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other:
+        default = staticmethod(lambda x, packed: x)
+
+        def __call__(self, one: int, two: int, three: int) -> None: ...
+
+    monkeypatch.setattr(torch.ops.mkldnn, operator, Other())
+    found = decoder._onednn_multiplies.__wrapped__(dtype)
+    assert not found or (dtype == torch.float32 and operator == "_is_mkldnn_bf16_supported")
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_in_bfloat16_the_logits_are_as_near_to_float32_as_the_models_own(samples: int) -> None:
+    model, ids = model_with_opinions(), texts(samples, 16)
+    with torch.inference_mode():
+        exact = model.logits(ids)[:, 4:]
+        error = (decoded(model, ids, 5, torch.bfloat16) - exact).abs().mean()
+        own_error = (model.bfloat16().logits(ids)[:, 4:] - exact).abs().mean()
+    assert 0 < error < 1.5 * own_error
+
+
+def test_samples_share_one_reading_of_the_prompt_and_then_part() -> None:
+    model, prompt, ends = model_with_opinions(), texts(1, 6), texts(3, 4)
+    shared, apart = Decoder(model, 3), Decoder(model, 3)
+    assert_close(shared.prefill(prompt), apart.prefill(prompt.repeat(3, 1)))
+    for column in ends.unbind(1):
+        assert_close(shared.step(column), apart.step(column))
+
+
+def test_a_prefill_forgets_what_was_before() -> None:
+    model = model_with_opinions()
+    used, fresh = Decoder(model, 2), Decoder(model, 2)
+    used.prefill(texts(2, 16))
+    assert_close(used.prefill(texts(1, 3)), fresh.prefill(texts(1, 3)))
+    assert used.length == fresh.length == 3
+    assert_close(used.step(torch.tensor([1, 2])), fresh.step(torch.tensor([1, 2])))
+
+
+def test_more_samples_than_memory_holds_are_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"keys and values of 1,000,000,000 samples at once want 8,192 GB .*: take fewer"
+    ):
+        Decoder(model_with_opinions(), 1_000_000_000)
+
+
+def test_the_cache_is_memory_that_is_taken_once() -> None:
+    steps = Decoder(model_with_opinions(), 2)
+    caches = [layer.cache for layer in steps.layers]
+    steps.prefill(texts(1, 15))
+    steps.step(torch.tensor([1, 2]))
+    assert all(layer.cache is cache for layer, cache in zip(steps.layers, caches, strict=True))
+    assert caches[0].shape == (2, 2, 2, 16, 16)

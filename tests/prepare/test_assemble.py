@@ -1,0 +1,183 @@
+"""Parts -> shards: the split rule, where shards end, duplicates, and statistics against plain counting."""
+
+import math
+import random
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from pipeline.errors import UserError
+from pipeline.vocabulary.byte_pair import BytePairTokenizer
+from pipeline.vocabulary.char_byte_word import ByteTokenizer
+from prepare.assembly import duplicates
+from prepare.assembly.duplicates import mark_duplicates
+from prepare.assembly.shards import Assembly, plan_shards, statistics, write_shard, written_shard
+from prepare.assembly.splits import SplitRule, _cut, find_rule
+from prepare.encoding.encode import Encoder, Task, UnitEncoder
+from prepare.unfinished.parts import Part
+from prepare.units import Texts
+
+BYTES = ByteTokenizer()
+U2 = np.dtype("<u2")
+
+
+def make_parts(folder: Path, texts: list[str], in_part: int = 3) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    encoder = UnitEncoder(Encoder(BYTES.spec(), folder, folder, 0, False))
+    for item, at in enumerate(range(0, len(texts), in_part)):
+        unit = Texts(tuple(text.encode() for text in texts[at : at + in_part]), 1, "", at)
+        encoder.encode(Task(item, 0, True, unit, None))
+    return sorted(folder.glob("*.part"))
+
+
+def half(text: str) -> int:
+    return xxhash.xxh3_128_intdigest(text.encode(), 0) >> 64
+
+
+def assembly(folder: Path, rule: SplitRule, marks: Path | None = None) -> Assembly:
+    (folder / "shards").mkdir(exist_ok=True)
+    return Assembly(folder, folder / "shards", BYTES.vocab_size, BYTES.end_of_text, rule, marks)
+
+
+def documents_of(path: Path) -> list[str]:
+    ids = np.fromfile(path, U2)
+    assert ids[-1] == 256
+    return [bytes(each[:-1].astype(np.uint8)).decode() for each in np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1]]
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.999999])
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_a_small_corpus_has_both_splits_and_only_the_nearest_document_moves(
+    tmp_path: Path, fraction: float, count: int
+) -> None:
+    texts = [f"document {i}" for i in range(count)]
+    parts = make_parts(tmp_path, texts)
+    rule = find_rule(parts, BYTES, fraction, None)
+    hashes = np.array([[half(text), 0] for text in texts], np.uint64)
+    val = [text for text, chosen in zip(texts, rule.chosen("val", hashes), strict=True) if chosen]
+    ranked = sorted(texts, key=half)
+    assert val == ([ranked[0]] if fraction < 0.5 else [text for text in texts if text != ranked[-1]])
+    assert rule.record()["fraction"] == fraction
+
+
+@pytest.mark.parametrize(("texts", "words"), [(["same"] * 3, "all 3 documents"), (["x"], "single token")])
+def test_a_corpus_that_cannot_be_split_is_refused(tmp_path: Path, texts: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        find_rule(make_parts(tmp_path, texts), BYTES, 0.1, None)
+
+
+@pytest.mark.parametrize("fraction", [1e-18, 0.5, 0.999999])
+def test_a_document_of_two_characters_still_gives_both_splits(tmp_path: Path, fraction: float) -> None:
+    parts = make_parts(tmp_path, ["ab"])
+    rule = find_rule(parts, BYTES, fraction, None)
+    made = assembly(tmp_path, rule)
+    shards = [write_shard((made, plan)) for plan in plan_shards(parts, made, 10)]
+    assert [documents_of(tmp_path / "shards" / shard.file) for shard in shards] == [["a"], ["b"]]
+    assert [(shard.bytes, shard.documents) for shard in shards] == [(1, 1), (1, 1)]
+
+
+def test_a_lone_document_is_never_cut_inside_a_character(tmp_path: Path) -> None:
+    """GPT-2's vocabulary splits rare characters over several tokens."""
+    tokenizer = BytePairTokenizer("gpt2")
+    text = "ab" + "𒀀" * 5
+    ids = tokenizer.encode(text)
+    for fraction in np.linspace(0.02, 0.98, 40).tolist():
+        cut = _cut(ids, tokenizer, fraction)
+        assert 0 < cut < len(ids)
+        tokenizer.decode_bytes(ids[:cut].tolist()).decode()
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 30, 200, 10**9])
+def test_a_shard_is_closed_by_the_document_that_fills_it(tmp_path: Path, shard_tokens: int) -> None:
+    chance = random.Random(0)
+    texts = [f"{i} " + "x" * chance.randint(0, 40) for i in range(100)]
+    parts = make_parts(tmp_path, texts, in_part=7)
+    made = assembly(tmp_path, find_rule(parts, BYTES, 0.3, None))
+    plans = plan_shards(parts, made, shard_tokens)
+    for split in ("train", "val"):
+        mine = [text for text in texts if (half(text) < int(0.3 * 2**64)) == (split == "val")]
+        wanted: list[list[str]] = [[]]
+        for text in mine:
+            if sum(len(each) + 1 for each in wanted[-1]) >= shard_tokens:
+                wanted.append([])
+            wanted[-1].append(text)
+        shards = [write_shard((made, plan)) for plan in plans if plan.split == split]
+        assert [documents_of(tmp_path / "shards" / shard.file) for shard in shards] == wanted
+        assert [shard.documents for shard in shards] == [len(each) for each in wanted]
+        assert [shard.bytes for shard in shards] == [sum(map(len, each)) for each in wanted]
+        for shard in shards:
+            assert shard.hash == xxhash.xxh3_128_hexdigest((tmp_path / "shards" / shard.file).read_bytes())
+
+
+def test_long_runs_are_copied_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [chr(97 + i % 26) * (i * 7 % 50 + 1) for i in range(40)]
+    parts = make_parts(tmp_path, texts)
+    made = assembly(tmp_path, SplitRule("hash", 0.5, 2**63))
+    (train, val) = plan_shards(parts, made, 10**9)
+    whole = [write_shard((made, plan)) for plan in (train, val)]
+    monkeypatch.setattr("prepare.assembly.shards.TOKENS_AT_ONCE", 5)
+    assert [write_shard((made, plan)) for plan in (train, val)] == whole
+
+
+def test_a_written_shard_is_found_again(tmp_path: Path) -> None:
+    parts = make_parts(tmp_path, ["a", "b", "c", "d"])
+    made = assembly(tmp_path, SplitRule("hash", 0.5, 2**63))
+    plan = plan_shards(parts, made, 10)[0]
+    assert written_shard(made, plan) is None
+    assert write_shard((made, plan)) == written_shard(made, plan)
+
+
+@pytest.mark.parametrize("at_once", [2_000_000, 30, 1])
+def test_later_duplicates_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """In one file of hashes, in several, and in as many as there may be."""
+    monkeypatch.setattr(duplicates, "DOCUMENTS_AT_ONCE", at_once)
+    chance = random.Random(3)
+    texts = [f"text {chance.randint(0, 120)}" for _ in range(300)]
+    parts = make_parts(tmp_path, texts, in_part=11)
+    marks = mark_duplicates((Part(path, U2).hashes for path in parts), len(texts), tmp_path)
+    wanted = [text in texts[:i] for i, text in enumerate(texts)]
+    assert np.fromfile(marks, np.bool_).tolist() == wanted
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", *[".part"] * len(parts)]
+
+
+def test_duplicates_are_in_no_shard(tmp_path: Path) -> None:
+    texts = [f"text {i % 40}" for i in range(150)]
+    parts = make_parts(tmp_path, texts)
+    marks = mark_duplicates((Part(path, U2).hashes for path in parts), len(texts), tmp_path)
+    made = assembly(tmp_path, find_rule(parts, BYTES, 0.3, marks), marks)
+    shards = [write_shard((made, plan)) for plan in plan_shards(parts, made, 50)]
+    found = [text for shard in shards for text in documents_of(tmp_path / "shards" / shard.file)]
+    assert sorted(found) == sorted(set(texts))
+
+
+def test_duplicates_of_one_document_leave_a_lone_one(tmp_path: Path) -> None:
+    parts = make_parts(tmp_path, ["abcdefghij"] * 5)
+    marks = mark_duplicates((Part(path, U2).hashes for path in parts), 5, tmp_path)
+    made = assembly(tmp_path, find_rule(parts, BYTES, 0.2, marks), marks)
+    shards = [write_shard((made, plan)) for plan in plan_shards(parts, made, 50)]
+    assert [documents_of(tmp_path / "shards" / shard.file) for shard in shards] == [["abcdefgh"], ["ij"]]
+    assert [(shard.documents, shard.bytes) for shard in shards] == [(1, 8), (1, 2)]
+
+
+def test_entropies_are_those_of_plain_counting(tmp_path: Path) -> None:
+    texts = [f"the {i} cat {i * i} sat" for i in range(60)]
+    parts = make_parts(tmp_path, texts)
+    made = assembly(tmp_path, find_rule(parts, BYTES, 0.2, None))
+    plans = plan_shards(parts, made, 10**9)
+    shards = [write_shard((made, plan)) for plan in plans]
+    found = statistics(made, plans, shards)
+    ids = np.fromfile(tmp_path / "shards" / "train_00000.bin", U2).tolist()
+
+    def entropy(counts: Counter[object]) -> float:
+        total = sum(counts.values())
+        return -sum(n / total * math.log(n / total) for n in counts.values())
+
+    pairs = Counter(pairwise(ids))
+    assert found["unigram_entropy_nats"] == pytest.approx(entropy(Counter(ids)), abs=1e-4)
+    assert found["bigram_entropy_nats"] == pytest.approx(entropy(pairs) - entropy(Counter(ids[:-1])), abs=1e-4)
+    text_bytes = sum(len(text.encode()) for text in texts)
+    assert found["bytes_per_token"] == pytest.approx(text_bytes / (text_bytes + len(texts)), abs=1e-4)

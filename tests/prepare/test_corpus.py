@@ -1,0 +1,302 @@
+"""Sources: what is read, in which order, cut how; and each way they can be wrong."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import UserError
+from prepare.sources import corpus as corpora
+from prepare.sources.corpus import Corpus, default_name, open_corpus
+from prepare.units import Document, Refused, Unit
+
+
+def opened(tmp_path: Path, *sources: object, field: str = "text") -> Corpus:
+    return open_corpus([str(source) for source in sources], field, tmp_path / "dataset")
+
+
+def units(corpus: Corpus) -> list[Unit]:
+    """Every unit, sent to another process and back."""
+    return [pickle.loads(pickle.dumps(unit)) for item in corpus.items() for unit in item.units()]  # noqa: S301
+
+
+def whole(document: Document) -> str | None:
+    """A document's text, read twice where it comes in blocks; None for one that is left out."""
+    if isinstance(document, Refused):
+        return None
+    if isinstance(document, bytes):
+        return document.decode()
+    text = b"".join(document.blocks())
+    assert text == b"".join(document.blocks())
+    return text.decode()
+
+
+def documents(tmp_path: Path, *sources: object, field: str = "text") -> list[str | None]:
+    corpus = opened(tmp_path, *sources, field=field)
+    return [whole(document) for unit in units(corpus) for _, document in unit.documents()]
+
+
+def write_jsonl(path: Path, texts: list[str | None], end: bytes = b"\n") -> Path:
+    path.write_bytes(b"\n".join(orjson.dumps({"id": i, "text": text}) for i, text in enumerate(texts)) + end)
+    return path
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_units(monkeypatch, 64)
+
+
+def cut_units(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(corpora, "unit_bytes", lambda corpus_bytes: size)
+
+
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("één\r\nregel\n\n".encode())
+    assert documents(tmp_path, tmp_path / "a.txt") == ["één\r\nregel\n\n"]
+
+
+def test_several_sources_keep_the_order_given(tmp_path: Path) -> None:
+    (tmp_path / "b.md").write_text("b")
+    (tmp_path / "a.py").write_text("a")
+    lines = write_jsonl(tmp_path / "c.jsonl", ["c1", "c2"])
+    assert documents(tmp_path, tmp_path / "b.md", lines, tmp_path / "a.py") == ["b", "c1", "c2", "a"]
+
+
+def test_a_folder_is_walked_in_sorted_order_and_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    for name in ("z.txt", "sub/b.TXT", "sub/a.md", "picture.png", ".git/c.txt", "sub/.hidden.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    assert documents(tmp_path, folder) == ["sub/a.md", "sub/b.TXT", "z.txt"]
+    assert documents(tmp_path, folder / "**" / "*.[mt]*") == ["sub/a.md", "z.txt"]
+
+
+@pytest.mark.parametrize("end", [b"\n", b""])
+@pytest.mark.parametrize("length", [1, 20, 64, 300])
+def test_units_of_a_jsonl_file_share_no_line_and_lose_none(
+    tmp_path: Path, small_units: None, length: int, end: bytes
+) -> None:
+    texts: list[str | None] = [f"{i}:" + "é" * (length * (i % 3)) for i in range(40)]
+    path = write_jsonl(tmp_path / "a.jsonl", texts, end)
+    assert len(units(opened(tmp_path, path))) == -(-path.stat().st_size // 64)
+    assert documents(tmp_path, path) == texts
+
+
+@pytest.mark.parametrize("unit_bytes", range(1, 40))
+def test_any_cut_of_a_jsonl_file_gives_the_same_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text":"one"}\n\n{"text":"two"}\r\n  \n{"text":null}\n{"text":"\\n"}')
+    cut_units(monkeypatch, unit_bytes)
+    assert documents(tmp_path, tmp_path / "a.jsonl") == ["one", "two", None, "\n"]
+
+
+@pytest.mark.parametrize("row_group_size", [None, 7, 1])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_units_of_a_parquet_file_hold_each_row_once(
+    tmp_path: Path, small_units: None, row_group_size: int | None, compression: str
+) -> None:
+    texts = [f"row {i} " + "x" * (i % 5 * 40) if i % 10 else None for i in range(60)]
+    table = pa.table({"id": list(range(60)), "text": texts})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, row_group_size=row_group_size, compression=compression, use_dictionary=False)
+    found = units(opened(tmp_path, path))
+    assert len(found) > 20
+    assert documents(tmp_path, path) == texts
+    backwards = [whole(document) for unit in reversed(found) for _, document in reversed(list(unit.documents()))]
+    assert backwards == texts[::-1]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_text_of_every_kind_is_read(tmp_path: Path, kind: pa.DataType) -> None:
+    pq.write_table(pa.table({"body": pa.array(["a", "b", "a"]).cast(kind)}), tmp_path / "a.parquet")
+    assert documents(tmp_path, tmp_path / "a.parquet", field="body") == ["a", "b", "a"]
+
+
+def test_a_big_row_group_of_equal_rows_is_still_cut(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["same"] * 100_000}), tmp_path / "a.parquet")
+    (batch,) = opened(tmp_path, tmp_path / "a.parquet").items()
+    assert [item.stop - item.start for item in batch.items] == [32_768, 32_768, 32_768, 1_696]
+
+
+def test_stdlib_holds_the_standard_library_and_not_its_tests(tmp_path: Path) -> None:
+    found = opened(tmp_path, "stdlib")
+    names = [path.as_posix() for path in found.files()]
+    assert any(name.endswith("/argparse.py") for name in names)
+    assert not any("/site-packages/" in name or "/test/" in name or "/encodings/" in name for name in names)
+    assert names == sorted(names)
+    (entry,) = found.record(lambda path: path.name)
+    assert entry["path"] == "stdlib"
+    assert entry["files"] == len(names) > 300
+    assert entry["bytes"] == sum(Path(name).stat().st_size for name in names)
+
+
+def test_a_folder_of_thousands_of_files_is_recorded_as_one_entry_that_still_sees_a_change(tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(1001):
+        (folder / f"{i:04}.txt").write_text(str(i))
+    found = opened(tmp_path, folder)
+    (before,) = found.record(lambda path: path.read_text())
+    (after,) = found.record(lambda path: path.read_text() if path.stem != "0500" else "changed")
+    assert before["files"] == 1001
+    assert before["hash"] != after["hash"]
+
+
+def test_left_out_documents_say_why_and_where(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"abc\xe9def")
+    lines = [b'{"text":"a"}', b'{"text":"\xff"}', b'{"text":null}', b'{"text":"\\ud83d"}', b'{"text":""}']
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join(lines))
+    binary = pa.array([b"good", b"ab\xff", None], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, binary.buffers())
+    pq.write_table(pa.table({"text": text}), tmp_path / "c.parquet")
+    corpus = opened(tmp_path, *(tmp_path / name for name in ("a.txt", "b.jsonl", "c.parquet")))
+    found = [(unit.place(at), document) for unit in units(corpus) for at, document in unit.documents()]
+    assert found == [
+        (f"{tmp_path}/a.txt", Refused("not UTF-8")),
+        (f"{tmp_path}/b.jsonl at byte 0", b"a"),
+        (f"{tmp_path}/b.jsonl at byte 13", Refused("not UTF-8")),
+        (f"{tmp_path}/b.jsonl at byte 26", Refused("null")),
+        (f"{tmp_path}/b.jsonl at byte 40", Refused("lone surrogate")),
+        (f"{tmp_path}/b.jsonl at byte 58", b""),
+        (f"{tmp_path}/c.parquet row 0", b"good"),
+        (f"{tmp_path}/c.parquet row 1", Refused("not UTF-8")),
+        (f"{tmp_path}/c.parquet row 2", Refused("null")),
+    ]
+
+
+def test_what_python_writes_and_strict_json_forbids_in_another_field_harms_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"score": NaN, "text": "a"}\n{"title": "\\ud800", "text": "b"}\n')
+    assert documents(tmp_path, tmp_path / "a.jsonl") == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    text = "a" if name == "a.txt" else '{"text": "a"}'
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert documents(tmp_path, tmp_path / name) == ["a"]
+
+
+def test_small_files_share_units_in_their_order(tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    for i in range(300):
+        (tmp_path / "many" / f"{i:03}.txt").write_text(str(i))
+        write_jsonl(tmp_path / "many" / f"{i:03}.jsonl", [f"line {i}"])
+    (unit,) = units(opened(tmp_path, tmp_path / "many"))
+    found = [(unit.place(at), whole(document)) for at, document in unit.documents()]
+    assert found[:2] == [(f"{tmp_path}/many/000.jsonl at byte 0", "line 0"), (f"{tmp_path}/many/000.txt", "0")]
+    assert [text for _, text in found] == [text for i in range(300) for text in (f"line {i}", str(i))]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("stdlib", "stdlib"),
+        ("openwebtext", "openwebtext"),
+        ("fineweb-edu:sample-100BT", "fineweb-edu-sample-100BT"),
+        ("-", "stdin"),
+        ("some/where.jsonl.gz", "where"),
+        ("s3://bucket/folder/*.parquet", "folder"),
+        ("https://user:key@host/a/b.json.zst?signature=c", "b"),
+        ("s3://bucket", "bucket"),
+        ("hf:Org/Some-Name:config@main", "some-name"),
+        ("some where/My text (1).jsonl", "My-text-1"),
+        ("shelf/*.txt", "shelf"),
+        ("*.txt", "corpus"),
+    ],
+)
+def test_default_name(source: str, name: str) -> None:
+    assert default_name(source) == name
+
+
+def _bad_json(folder: Path) -> list[str]:
+    write_jsonl(folder / "a.jsonl", ["x" * 30] * 20, b"\n\nnot json\n")
+    return ["a.jsonl"]
+
+
+def _not_an_object(folder: Path) -> list[str]:
+    (folder / "a.jsonl").write_text('{"text": "a"}\n["b"]\n')
+    return ["a.jsonl"]
+
+
+def _no_field(folder: Path) -> list[str]:
+    (folder / "a.jsonl").write_text('{"text": "a"}\n{"body": "b", "url": "c"}\n')
+    return ["a.jsonl"]
+
+
+def _field_is_number(folder: Path) -> list[str]:
+    (folder / "a.jsonl").write_text('{"text": 7}\n')
+    return ["a.jsonl"]
+
+
+def _not_parquet(folder: Path) -> list[str]:
+    (folder / "a.parquet").write_text("no")
+    return ["a.parquet"]
+
+
+def _no_column(folder: Path) -> list[str]:
+    pq.write_table(pa.table({"body": ["a"], "url": ["b"]}), folder / "a.parquet")
+    return ["a.parquet"]
+
+
+def _column_of_numbers(folder: Path) -> list[str]:
+    pq.write_table(pa.table({"text": [1]}), folder / "a.parquet")
+    return ["a.parquet"]
+
+
+def _parquet_damaged_inside(folder: Path) -> list[str]:
+    pq.write_table(pa.table({"text": [f"text {i}" for i in range(1000)]}), folder / "a.parquet", compression="zstd")
+    content = bytearray((folder / "a.parquet").read_bytes())
+    content[100:200] = bytes(100)
+    (folder / "a.parquet").write_bytes(content)
+    return ["a.parquet"]
+
+
+def _nothing_readable(folder: Path) -> list[str]:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a.pdf").write_text("a")
+    return ["sub"]
+
+
+def _unknown_suffix(folder: Path) -> list[str]:
+    (folder / "a.docx").write_text("a")
+    return ["a.docx"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: [], ["no source", "stdlib"]),
+        (lambda folder: ["-", "-"], ["stdin", "twice"]),
+        (lambda folder: ["missing"], ["no source 'missing'", "folder", "openwebtext", "hf:ORG/NAME", "stdin"]),
+        (lambda folder: ["hf:nothing"], ["hf:nothing", "hf:ORG/NAME"]),
+        (lambda folder: ["*.txt"], ["glob *.txt", "no files", ".jsonl"]),
+        (_nothing_readable, ["folder sub", "only .pdf", ".parquet"]),
+        (_unknown_suffix, ["a.docx", "'.docx'", ".jsonl"]),
+        (_bad_json, ["a.jsonl line 22", "not JSON"]),
+        (_not_an_object, ["a.jsonl line 2", "not a JSON object", '["b"]']),
+        (_no_field, ["a.jsonl line 2", "no field 'text'", "body, url", "--text-field"]),
+        (_field_is_number, ["a.jsonl line 1", "'text' holds int", "wanted text"]),
+        (_not_parquet, ["a.parquet", "cannot read", "Parquet"]),
+        (_no_column, ["a.parquet", "no column 'text'", "body, url", "--text-field"]),
+        (_column_of_numbers, ["a.parquet", "'text' holds int64", "wanted text"]),
+        (_parquet_damaged_inside, ["a.parquet", "cannot read row group 0"]),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_told_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_units: None,
+    make: Callable[[Path], list[str]],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        documents(tmp_path, *make(tmp_path))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == [], message

@@ -1,0 +1,424 @@
+"""Whole preparations: shards read back with np.memmap and compared with tiktoken on sources read independently."""
+
+import fcntl
+import io
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiktoken
+import xxhash
+import zstandard
+from conftest import write_gz, write_jsonl, write_text_files
+
+from pipeline.dataset.shards import MANIFEST_NAME, load_manifest
+from pipeline.errors import UserError
+from pipeline.vocabulary.merges import write_ranks
+from pipeline.vocabulary.specs import from_spec
+from prepare import units as readers
+from prepare.options import default_fraction
+from prepare.run import PrepareOptions, run
+
+ROOT = Path(__file__).parents[2]
+END = 50256
+
+
+def make_documents(count: int, seed: int = 0) -> list[str]:
+    """Documents of mixed lengths and scripts, a few of them twice, one with the literal end-of-text."""
+    chance = random.Random(seed)
+    words = [
+        "the",
+        " cat",
+        " sat",
+        "\n\n",
+        "  ",
+        "naïve",
+        " 東京",
+        "🙂",
+        " 1234",
+        "def f(x):\n    return x",
+        "'ll",
+        "\t",
+    ]
+    found = ["".join(chance.choices(words, k=chance.randint(1, 120))) for _ in range(count)]
+    found[3] = "before <|endoftext|> after"
+    found[count // 2] = found[1]
+    return found
+
+
+@pytest.fixture
+def documents() -> list[str]:
+    return make_documents(200)
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path, documents: list[str]) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in documents))
+    return path
+
+
+def prepare(tmp_path: Path, *sources: object, **options: Any) -> Path:
+    options = {"data_dir": str(tmp_path / "data"), "workers": 1, **options}
+    return run(PrepareOptions([str(source) for source in sources], **options))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.bin"))}
+
+
+def read_split(folder: Path, split: str, end: int = END, dtype: type = np.uint16) -> list[list[int]]:
+    """The documents of a split, by nothing but the bytes on disk and the place of end-of-text."""
+    found = []
+    for path in sorted(folder.glob(f"{split}_*.bin")):
+        ids = np.memmap(path, dtype=dtype, mode="r")
+        assert ids[-1] == end
+        found += [piece[:-1].tolist() for piece in np.split(ids, np.flatnonzero(ids == end) + 1) if len(piece)]
+    return found
+
+
+def is_val(text: str, fraction: float, seed: int = 0) -> bool:
+    return (xxhash.xxh3_128_intdigest(text.encode(), seed) >> 64) < int(fraction * 2**64)
+
+
+def test_shards_hold_what_tiktoken_makes_of_each_document_in_order(
+    tmp_path: Path, jsonl: Path, documents: list[str]
+) -> None:
+    folder = prepare(tmp_path, jsonl, val_fraction=0.2, shard_tokens=2000)
+    ours = from_spec(load_manifest(folder).tokenizer, folder)
+    with_specials = tiktoken.Encoding(
+        "reference", pat_str=ours.pattern(), mergeable_ranks=ours.ranks(), special_tokens={"<|endoftext|>": END}
+    )
+    for split in ("train", "val"):
+        wanted = [with_specials.encode_ordinary(text) for text in documents if is_val(text, 0.2) == (split == "val")]
+        assert read_split(folder, split) == wanted
+    assert len(list(folder.glob("train_*.bin"))) > 3
+
+
+def test_the_manifest_counts_what_is_in_the_files(tmp_path: Path, jsonl: Path, documents: list[str]) -> None:
+    folder = prepare(tmp_path, jsonl, val_fraction=0.2, shard_tokens=2000, seed=3)
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    for split in ("train", "val"):
+        texts = [text for text in documents if is_val(text, 0.2, seed=3) == (split == "val")]
+        shards = manifest["splits"][split]
+        assert sum(shard["documents"] for shard in shards) == len(texts)
+        assert sum(shard["bytes"] for shard in shards) == sum(len(text.encode()) for text in texts)
+        for shard in shards:
+            content = (folder / shard["file"]).read_bytes()
+            ids = np.frombuffer(content, dtype=manifest["dtype"])
+            assert (shard["tokens"], shard["documents"]) == (len(ids), int((ids == END).sum()))
+            assert shard["hash"] == xxhash.xxh3_128_hexdigest(content)
+    content = jsonl.read_bytes()
+    assert manifest["sources"] == [
+        {"path": str(jsonl), "bytes": len(content), "hash": xxhash.xxh3_128_hexdigest(content)}
+    ]
+    assert manifest["options"]["seed"] == 3
+    assert manifest["val_rule"] == {
+        "kind": "hash",
+        "fraction": 0.2,
+        "threshold": int(0.2 * 2**64),
+        "hash": "xxh3_128, high half, seeded",
+    }
+
+
+def _as_one_row_group(folder: Path, texts: list[str]) -> Path:
+    pq.write_table(pa.table({"text": texts}), folder / "c.parquet", use_dictionary=False)
+    return folder / "c.parquet"
+
+
+def _as_row_groups(folder: Path, texts: list[str]) -> Path:
+    pq.write_table(pa.table({"text": texts}), folder / "c.parquet", row_group_size=30)
+    return folder / "c.parquet"
+
+
+def _as_zst(folder: Path, texts: list[str]) -> Path:
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(write_jsonl(folder, texts).read_bytes()))
+    return folder / "c.jsonl.zst"
+
+
+def _as_json(folder: Path, texts: list[str]) -> Path:
+    (folder / "c.json").write_bytes(orjson.dumps([{"text": text} for text in texts]))
+    return folder / "c.json"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "write",
+    [write_jsonl, _as_one_row_group, _as_row_groups, write_text_files, write_gz, _as_zst, _as_json],
+)
+def test_the_bytes_are_the_same_for_any_number_of_workers_and_any_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, documents: list[str]
+) -> None:
+    monkeypatch.setattr(readers, "SMALLEST_UNIT_BYTES", 4096)
+    source = write(tmp_path, documents)
+    made = {
+        workers: contents(prepare(tmp_path, source, name=f"w{workers}", workers=workers, shard_tokens=3000))
+        for workers in (1, 2, 3)
+    }
+    assert made[1] == made[2] == made[3]
+    assert len(made[1]) > 3
+    reference = contents(prepare(tmp_path, write_jsonl(tmp_path, documents), name="reference", shard_tokens=3000))
+    assert made[1] == reference
+
+
+def test_duplicates_stay_on_one_side(tmp_path: Path) -> None:
+    texts = [f"text number {i % 40}" for i in range(200)]
+    folder = prepare(tmp_path, write_jsonl(tmp_path, texts), val_fraction=0.3)
+    train, val = ({tuple(ids) for ids in read_split(folder, split)} for split in ("train", "val"))
+    assert train
+    assert val
+    assert not train & val
+    assert len(train | val) == 40
+
+
+def test_one_document_is_cut_in_two(tmp_path: Path) -> None:
+    text = "é" * 901 + "\n" * 99
+    (tmp_path / "book.txt").write_text(text)
+    folder = prepare(tmp_path, tmp_path / "book.txt", tokenizer="byte")
+    train, val = (read_split(folder, split, end=256) for split in ("train", "val"))
+    # 1,901 bytes: nine tenths are 1,710, which is where the 856th character begins.
+    assert [bytes(ids).decode() for ids in train] == [text[:855]]
+    assert [bytes(ids).decode() for ids in val] == [text[855:]]
+    manifest = load_manifest(folder)
+    assert manifest.val_rule == {"kind": "position", "fraction": 0.1, "threshold": 1710}
+    assert [manifest.count(split, "bytes") for split in ("train", "val")] == [1710, 191]
+    assert folder.name == "book"
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("fraction", [0.0001, 0.9999])
+def test_small_corpora_have_both_splits(tmp_path: Path, count: int, fraction: float) -> None:
+    source = write_jsonl(tmp_path, [f"document {i}" for i in range(count)])
+    folder = prepare(tmp_path, source, val_fraction=fraction)
+    splits = [read_split(folder, split) for split in ("train", "val")]
+    assert sorted(map(len, splits)) == [1, count - 1]
+
+
+def test_no_workable_split_leaves_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"all 4 documents .* identical"):
+        prepare(tmp_path, write_jsonl(tmp_path, ["same"] * 4))
+    with pytest.raises(UserError, match="corpus is empty"):
+        prepare(tmp_path, write_jsonl(tmp_path, ["", ""]), name="empty")
+    assert not list((tmp_path / "data").rglob(MANIFEST_NAME))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1, 2, 17, 199, 500])
+def test_limit_docs_takes_the_first_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jsonl: Path, documents: list[str], limit: int
+) -> None:
+    monkeypatch.setattr(readers, "SMALLEST_UNIT_BYTES", 2048)
+    made = [contents(prepare(tmp_path, jsonl, name=f"w{n}", workers=n, limit_docs=limit)) for n in (1, 2)]
+    alone = write_jsonl(tmp_path, documents[:limit])
+    assert made[0] == made[1] == contents(prepare(tmp_path, alone, name="alone"))
+
+
+@pytest.mark.parametrize("name", ["char", "word", "bpe:300"])
+def test_a_vocabulary_is_learnt_from_the_documents_that_are_taken(
+    tmp_path: Path, jsonl: Path, documents: list[str], name: str
+) -> None:
+    limited = prepare(tmp_path, jsonl, name="limited", tokenizer=name, limit_docs=20)
+    alone = prepare(tmp_path, write_jsonl(tmp_path, documents[:20]), name="alone", tokenizer=name)
+    assert load_manifest(limited).tokenizer == load_manifest(alone).tokenizer
+    assert contents(limited) == contents(alone)
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b'\n{"text": "a\\nb"}\n{"text": "c"}\n', ["a\nb", "c"]),
+        (b'first line\n\n{"text": "c"}\r\nlast', ["first line", '{"text": "c"}', "last"]),
+        (b"[1]\n2\n", ["[1]", "2"]),
+    ],
+)
+def test_stdin_is_json_lines_or_plain_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, wanted: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    folder = prepare(tmp_path, "-", tokenizer="byte")
+    found = [bytes(ids).decode() for split in ("train", "val") for ids in read_split(folder, split, end=256)]
+    assert sorted(found) == sorted(wanted)
+    assert folder.name == "stdin"
+    assert load_manifest(folder).sources == [
+        {"path": "-", "bytes": len(content), "hash": xxhash.xxh3_128_hexdigest(content)}
+    ]
+    assert {path.suffix for path in folder.iterdir() if path.name != ".lock"} == {".bin", ".json"}
+
+
+def test_a_bad_line_on_stdin_is_told_with_its_number_and_the_spool_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a"}\nplain\n')))
+    with pytest.raises(UserError, match="stdin line 2 is not JSON"):
+        prepare(tmp_path, "-")
+    assert {path.name for path in (tmp_path / "data" / "stdin").iterdir()} == {".lock", "unfinished"}
+
+
+@pytest.mark.parametrize("name", ["char", "byte"])
+def test_char_and_byte_datasets_read_back_as_text(tmp_path: Path, jsonl: Path, documents: list[str], name: str) -> None:
+    folder = prepare(tmp_path, jsonl, tokenizer=name, val_fraction=0.2)
+    tokenizer = from_spec(load_manifest(folder).tokenizer, folder)
+    for split in ("train", "val"):
+        found = [tokenizer.decode_bytes(ids).decode() for ids in read_split(folder, split, tokenizer.end_of_text)]
+        assert found == [text for text in documents if is_val(text, 0.2) == (split == "val")]
+    if name == "char":
+        assert tokenizer.vocab_size == len(set("".join(documents))) + 1
+
+
+def test_a_vocabulary_beyond_65536_is_written_as_uint32(tmp_path: Path, jsonl: Path, documents: list[str]) -> None:
+    (tmp_path / "high.tiktoken").write_bytes(write_ranks({bytes([i]): i + 99_000 for i in range(256)}))
+    folder = prepare(tmp_path, jsonl, tokenizer=str(tmp_path / "high.tiktoken"), val_fraction=0.2)
+    assert load_manifest(folder).dtype == "uint32"
+    found = [bytes(i - 99_000 for i in ids).decode() for ids in read_split(folder, "train", 99_256, np.uint32)]
+    assert found == [text for text in documents if not is_val(text, 0.2)]
+
+
+# ---- what is there already -------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_again_does_nothing(
+    tmp_path: Path, jsonl: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepare(tmp_path, jsonl)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"}
+    with caplog.at_level("INFO", "pipeline"):
+        monkeypatch.setattr("pipeline.log.logger.propagate", True)
+        prepare(tmp_path, jsonl, val_fraction=0.1)  # the default, said aloud
+    assert "already prepared" in caplog.text
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer": "byte"}, "tokenizer is 'gpt2' there and 'byte' here"),
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"val_fraction": 0.2}, "val_fraction is 0.1 there and 0.2 here"),
+        ({"limit_docs": 5}, "limit_docs is None there and 5 here"),
+    ],
+)
+def test_other_options_are_refused_and_named(tmp_path: Path, jsonl: Path, change: dict[str, Any], words: str) -> None:
+    before = contents(prepare(tmp_path, jsonl))
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path, jsonl, **change)
+    assert all(part in str(caught.value) for part in (words, "--force", "--name"))
+    assert contents(tmp_path / "data" / "corpus") == before
+
+
+def test_changed_sources_are_refused_and_force_starts_over(tmp_path: Path, jsonl: Path) -> None:
+    folder = prepare(tmp_path, jsonl, shard_tokens=1000)
+    (folder / "notes.bin").write_text("the user's own")
+    jsonl.write_bytes(b'{"text": "other one"}\n{"text": "other two"}\n')
+    with pytest.raises(UserError, match=r"sources differ.*corpus\.jsonl.*--force"):
+        prepare(tmp_path, jsonl, shard_tokens=1000)
+    prepare(tmp_path, jsonl, shard_tokens=1000, force=True)
+    assert sorted(contents(folder)) == ["notes.bin", "train_00000.bin", "val_00000.bin"]
+    assert load_manifest(folder).sources[0]["bytes"] == jsonl.stat().st_size
+
+
+def test_force_that_fails_leaves_the_earlier_dataset_whole(tmp_path: Path, jsonl: Path) -> None:
+    folder = prepare(tmp_path, jsonl)
+    before = contents(folder)
+    jsonl.write_bytes(jsonl.read_bytes() + b"not json\n")
+    with pytest.raises(UserError, match="line 201 is not JSON"):
+        prepare(tmp_path, jsonl, force=True)
+    load_manifest(folder)
+    assert contents(folder) == before
+
+
+def test_leftovers_are_cleared_and_foreign_files_are_not(tmp_path: Path, jsonl: Path) -> None:
+    folder = tmp_path / "data" / "corpus"
+    folder.mkdir(parents=True)
+    for name in (
+        "train_00000.bin",
+        "train_00007.bin",
+        "train.bin",
+        "film.partial",
+        "README.md",
+    ):
+        (folder / name).write_text("old")
+    prepare(tmp_path, jsonl)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        ".lock",
+        MANIFEST_NAME,
+        "train_00000.bin",
+        "val_00000.bin",
+        "train.bin",
+        "film.partial",
+        "README.md",
+    }
+
+
+def test_a_second_prepare_of_the_same_dataset_is_refused(tmp_path: Path, jsonl: Path) -> None:
+    folder = tmp_path / "data" / "corpus"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"is being written by .*wait for it"):
+            prepare(tmp_path, jsonl)
+    prepare(tmp_path, jsonl)
+
+
+# ---- bad options, and what the stage may load ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3': there are gpt2"),
+        ({"val_fraction": 0.0}, "--val-fraction 0.0 is not between 0 and 1"),
+        ({"val_fraction": 1.0}, "--val-fraction 1.0"),
+        ({"val_fraction": float("nan")}, "--val-fraction nan"),
+        ({"name": "../up"}, "--name '../up' is not a plain name"),
+        ({"name": ".hidden"}, "--name '.hidden'"),
+        ({"workers": 0}, "--workers 0 is below 1"),
+        ({"limit_docs": 0}, "--limit-docs 0 is below 1"),
+        ({"shard_tokens": 0}, "--shard-tokens 0 is below 1"),
+        ({"seed": -1}, "--seed -1"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_made(
+    tmp_path: Path, jsonl: Path, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path, jsonl, **options)
+    assert words in str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path, jsonl: Path) -> None:
+    with pytest.raises(UserError, match=r"gpt3.*val-fraction.*workers"):
+        prepare(tmp_path, jsonl, tokenizer="gpt3", val_fraction=2, workers=0)
+
+
+def test_a_missing_source_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no source"):
+        prepare(tmp_path, tmp_path / "missing.txt")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_data_dir_that_is_a_file_is_one_line(tmp_path: Path, jsonl: Path) -> None:
+    (tmp_path / "data").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*choose another place"):
+        prepare(tmp_path, jsonl)
+
+
+def test_importing_the_stage_loads_nothing_heavy() -> None:
+    heavy = {"torch", "pyarrow", "datasets", "tiktoken", "train", "sample", "score"}
+    script = f"import sys, prepare.run; print(*(sys.modules.keys() & {heavy}))"
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert loaded.stdout.split() == []
+
+
+@pytest.mark.parametrize(("file_bytes", "fraction"), [(4_000, 0.1), (10**9, 0.01), (24 * 10**9, 0.0005), (None, 0.01)])
+def test_the_default_share_of_val_follows_the_corpus_size(file_bytes: int | None, fraction: float) -> None:
+    assert default_fraction(file_bytes) == fraction

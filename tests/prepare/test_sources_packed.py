@@ -1,0 +1,324 @@
+"""Packed files and JSON: read to their end, cut anywhere, damaged anywhere, and never without a limit."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import zstandard
+from test_corpus import documents, opened, units, whole
+
+from pipeline.errors import UserError
+from prepare import units as readers
+from prepare.documents import jsontext, lines, streams
+from prepare.storage import compressed
+from prepare.storage import files as storage
+
+TEXTS = [f"text {i} " + 'é🙂 \n\t"\\' * (i % 7) for i in range(200)]
+JSONL = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
+Pack = Callable[[bytes], bytes]
+
+
+def two_members(content: bytes) -> bytes:
+    return gzip.compress(content[:1000]) + gzip.compress(b"") + gzip.compress(content[1000:]) + bytes(100)
+
+
+def zstd(content: bytes) -> bytes:
+    return zstandard.compress(content)
+
+
+def two_frames(content: bytes) -> bytes:
+    skippable = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    streamed = zstandard.ZstdCompressor().compressobj()  # a frame that does not tell its size
+    return zstd(content[:1000]) + skippable + streamed.compress(content[1000:]) + streamed.flush()
+
+
+packings = pytest.mark.parametrize(
+    ("suffix", "pack"), [(".gz", gzip.compress), (".gz", two_members), (".zst", zstd), (".zst", two_frames)]
+)
+
+
+@pytest.fixture(params=[16, 100, 1 << 20])
+def block_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Blocks so small that everything is cut somewhere, and documents and pieces so small that many are long."""
+    size: int = request.param
+    for module in (compressed, storage):
+        monkeypatch.setattr(module, "BLOCK_BYTES", size)
+    monkeypatch.setattr(compressed, "ZSTD_STEP_BYTES", size)
+    for module in (lines, streams, jsontext):
+        monkeypatch.setattr(module, "LONG_BYTES", size)
+    monkeypatch.setattr(streams, "PIECE_BYTES", size)
+    return size
+
+
+@packings
+def test_packed_jsonl_is_what_was_packed(tmp_path: Path, block_bytes: int, suffix: str, pack: Pack) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(pack(JSONL))
+    assert documents(tmp_path, path) == TEXTS
+    assert documents(tmp_path, path) == TEXTS, "the same units, every time"
+
+
+@packings
+def test_a_packed_text_is_one_document(tmp_path: Path, block_bytes: int, suffix: str, pack: Pack) -> None:
+    for name in ("a.txt", "b.PY", "c.md"):
+        (tmp_path / f"{name}{suffix}").write_bytes(pack(JSONL))
+    assert documents(tmp_path, *sorted(tmp_path.glob("*.*"))) == [JSONL.decode()] * 3
+
+
+def test_a_question_mark_in_a_files_name_is_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "what?.jsonl.gz").write_bytes(gzip.compress(JSONL))
+    assert documents(tmp_path, tmp_path / "what?.jsonl.gz") == TEXTS
+
+
+@pytest.mark.parametrize("blank", ["", " \r\n\t"])
+@pytest.mark.parametrize("packing", ["", ".gz"])
+def test_json_is_an_array_or_values_on_end(tmp_path: Path, block_bytes: int, packing: str, blank: str) -> None:
+    rows = [
+        {"nested": {"text": ["]}", {"text": 1}]}, "text": text, "more": [[], {}, None, 1e5, '\\"']} for text in TEXTS
+    ]
+    forms = {
+        "array": blank + "[" + f"{blank},{blank}".join(json.dumps(row) for row in rows) + blank + "]" + blank,
+        "strings": json.dumps(TEXTS, ensure_ascii=False),
+        "pretty": json.dumps(rows, indent=2),
+        "lines": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        "on_end": blank.join(json.dumps(row, indent=1) for row in rows),
+    }
+    for name, content in forms.items():
+        path = tmp_path / f"{name}.json{packing}"
+        path.write_bytes(gzip.compress(content.encode()) if packing else content.encode())
+        assert documents(tmp_path, path) == TEXTS, name
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [("[]", []), ("", []), (" ", []), ('{"text": "a"}', ["a"]), ('["a", null]', ["a", None])],
+)
+def test_small_json(tmp_path: Path, block_bytes: int, content: str, texts: list[str | None]) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert documents(tmp_path, tmp_path / "a.json") == texts
+
+
+def test_long_lines_of_a_plain_file(tmp_path: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(JSONL.replace(b"\n", b"\r\n").removesuffix(b"\n"))
+    for unit_bytes in (50, 333, 1 << 20):
+        monkeypatch.setattr("prepare.sources.corpus.unit_bytes", lambda corpus_bytes, size=unit_bytes: size)
+        assert documents(tmp_path, path) == TEXTS
+
+
+FAULTY_ROWS: list[tuple[str, str]] = [
+    ('{"text": null}', "null"),
+    ('{"text": "\\ud83d"}', "lone surrogate"),
+    ('{"text": "\\ud83d\\u0041"}', "lone surrogate"),
+    ('{"text": "\\udc00 and more"}', "lone surrogate"),
+    ('{"text": "\udcff"}', "not UTF-8"),
+    ('{"other": "\udcff", "text": "a"}', "not UTF-8"),
+    ('{"other" "a", "text": "\udcff"}', "not UTF-8"),
+    ('{"a": NaN, "text": "early", "text": "\\\\ud83d\\ud83d\\ude42"}', "\\ud83d🙂"),
+    ('{"t\\u0065xt": "a", "other": "\\ud800"}', "a"),
+    ('{"other": "a", "more": [{}]}', "has no field 'text'; the fields there are: other, more"),
+    ("{}", "has no field 'text'; the fields there are: none"),
+    ('{"text": [1, "a"]}', "the field 'text' holds list, wanted text"),
+    ('{"text": {"a": 1}}', "the field 'text' holds dict, wanted text"),
+    ('{"text": 1.5}', "the field 'text' holds float, wanted text"),
+    ('{"text": true}', "the field 'text' holds bool, wanted text"),
+    ('{"text": "a"', "is not JSON"),
+    ('{"text": "a}', "is not JSON"),
+    ('{"text" "a"}', "is not JSON"),
+    ('{"text": "a",}', "is not JSON"),
+    ('{"text": "\\x"}', "is not JSON"),
+    ('{"text": "a\tb"}', "is not JSON"),
+    ('{"text": "a"} 1', "is not JSON"),
+    ('{"text": "a", "b": [}}', "is not JSON"),
+    ('{"text": "a", "b": tru}', "is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("row", "words"), FAULTY_ROWS, ids=[row for row, _ in FAULTY_ROWS])
+@pytest.mark.parametrize("name", ["short.jsonl", "long.jsonl", "long.jsonl.gz"])
+def test_a_long_line_is_judged_as_a_short_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, row: str, words: str
+) -> None:
+    """The row is made long by white space, which changes nothing of what it says."""
+    if name.startswith("long"):
+        for module in (lines, streams):
+            monkeypatch.setattr(module, "LONG_BYTES", 64)
+        monkeypatch.setattr(streams, "PIECE_BYTES", 64)
+        monkeypatch.setattr(compressed, "BLOCK_BYTES", 64)
+        row = row[:1] + " " * 100 + row[1:]
+    content = b'{"text": "first"}\n' + row.encode(errors="surrogateescape") + b"\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+
+    def read() -> list[Any]:
+        found = units(opened(tmp_path, tmp_path / name))
+        return [document for unit in found for _, document in unit.documents()]
+
+    if "field" in words or "JSON" in words:
+        with pytest.raises(UserError) as caught:
+            read()
+        assert words in str(caught.value)
+        assert f"{tmp_path / name} line 2" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    else:
+        _, document = read()
+        assert (document.reason if isinstance(document, readers.Refused) else whole(document)) == words
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"text": "a"}', "wanted , or ]"),
+        ('[{"text": "a"} {"text": "b"}]', "wanted , or ]"),
+        ('[{"text": "a"},]', "wanted a value"),
+        ('[{"text": "a"}] 5', "wanted nothing behind the array"),
+        ('{"text": "a"}}', "wanted a value"),
+        ('{"text": ["a"}', "wanted brackets that match"),
+        ("[" * 2000, "brackets inside each other"),
+        ("hello", "wanted a value"),
+    ],
+)
+def test_broken_json_names_the_file_and_the_byte(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=r"a\.json is not JSON .* at byte \d+\)") as caught:
+        documents(tmp_path, tmp_path / "a.json")
+    assert words in str(caught.value)
+
+
+def test_a_wrong_element_of_an_array_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "a"}, 7]')
+    with pytest.raises(UserError, match=r"a\.json at byte 16 of its text is not a JSON object but 7"):
+        documents(tmp_path, tmp_path / "a.json")
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 0x55 for byte in content[middle : middle + 8]) + content[middle + 8 :]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.json"])
+@packings
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (cut, "truncated"),
+        (flipped, "is damaged near byte"),
+        (lambda content: content + b"rest", "is damaged near byte"),
+        (lambda content: b"plain text", "is damaged near byte"),
+    ],
+)
+def test_damage_names_the_file_and_the_place(
+    tmp_path: Path, name: str, suffix: str, pack: Pack, damage: Pack, words: str
+) -> None:
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(damage(pack(JSONL)))
+    with pytest.raises(UserError) as caught:
+        documents(tmp_path, path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert words in message
+    assert "\n" not in message
+
+
+def test_a_bad_checksum_is_not_taken_for_an_end(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(JSONL))
+    content[-8] ^= 1
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz is damaged .*incorrect data check"):
+        documents(tmp_path, tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_bomb_meets_the_limit(tmp_path: Path, name: str, suffix: str) -> None:
+    path = tmp_path / f"{name}{suffix}"
+    packer = zlib.compressobj(9, wbits=31) if suffix == ".gz" else zstandard.ZstdCompressor().compressobj()
+    path.write_bytes(b"".join([packer.compress(b" " * (1 << 20)) for _ in range(80)]) + packer.flush())
+    with pytest.raises(
+        UserError, match=r"unfolds like a bomb: [\d,]+ bytes of it gave [68]\d,\d+,\d+, the limit is 250 times"
+    ):
+        documents(tmp_path, path)
+
+
+def test_what_shrinks_well_but_is_small_is_no_bomb(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a" * 30_000_000))
+    (document,) = documents(tmp_path, tmp_path / "a.txt.gz")
+    assert document == "a" * 30_000_000
+
+
+def test_packed_parquet_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(
+        UserError, match=r"unknown suffix '\.parquet\.gz': wanted one of .* all but Parquet also packed"
+    ):
+        opened(tmp_path, tmp_path / "a.parquet.gz")
+
+
+def test_a_spooled_value_goes_when_it_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "LONG_BYTES", 1000)
+    monkeypatch.setattr(streams, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(compressed, "BLOCK_BYTES", 64)
+    monkeypatch.setattr("prepare.sources.corpus.unit_bytes", lambda corpus_bytes: 64)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + b"a" * 5000 + b'"}\n{"text": "b"}\n'))
+    long, short = units(opened(tmp_path, tmp_path / "a.jsonl.gz"))
+    (kept,) = (tmp_path / "dataset" / readers.SPOOL_FOLDER).iterdir()
+    assert kept.stat().st_size == 5012
+    assert [whole(document) for _, document in long.documents()] == ["a" * 5000]
+    readers.release(short)
+    assert kept.exists()
+    readers.release(long)
+    assert not kept.exists()
+
+
+def test_a_file_that_is_named_twice_is_read_twice(tmp_path: Path, block_bytes: int) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(JSONL))
+    found = units(opened(tmp_path, tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl.gz"))
+    texts = []
+    for unit in found:
+        texts += [whole(document) for _, document in unit.documents()]
+        readers.release(unit)
+    assert texts == TEXTS * 2
+
+
+def outcome(read: Callable[[], readers.Document]) -> str | None:
+    """A text, or why there is none; None for a UserError."""
+    try:
+        document = read()
+    except UserError:
+        return None
+    return f"({document.reason})" if isinstance(document, readers.Refused) else whole(document)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [1, 2, 7, 1000])
+def test_damaged_json_gives_the_same_text_long_or_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Random damage. What nests is not checked in a long value, so there it may give a text where a short one is refused."""
+    monkeypatch.setattr(storage, "BLOCK_BYTES", block)
+    monkeypatch.setattr(jsontext, "LONG_BYTES", 3)
+    random = Random(block)
+    row = '{"id": 1.5, "text": "a\\n\\u00e9\\ud83d\\ude42\\\\ 日本🙂", "more": [null, {"a": "}"}]}'.encode()
+    spoiled = [b'"', b"\\", b"\xff", b"\xc3", b"\0", b"\\ud83d", b"\\ude42", b"{", b"]", b",", b"text", b"\n", b"1"]
+    texts = 0
+    for _ in range(1500):
+        content = bytearray(row)
+        for _ in range(random.randint(1, 3)):
+            at = random.randrange(len(content))
+            content[at : at + random.randint(0, 3)] = random.choice([b"", *spoiled])
+        (tmp_path / "row").write_bytes(content)
+        short = outcome(partial(jsontext.parse, bytes(content), "text", str))
+        long = outcome(partial(jsontext.parse_long, str(tmp_path / "row"), 0, len(content), "text", str))
+        texts += short is not None
+        assert short in (long, None) or (short, long) == ("(not UTF-8)", None), content
+    assert 100 < texts < 1400

@@ -1,0 +1,333 @@
+"""Whole jobs of the batch scripts on a real two-node SLURM."""
+
+import json
+import os
+import re
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_program
+from slurm_cluster import (
+    EVAL,
+    LONG_STEPS,
+    MERGE,
+    PREPARE,
+    SAMPLE,
+    TRAIN,
+    Cluster,
+    check_same_weights,
+    losses,
+    status_of,
+    wait_until,
+    write_config,
+    write_long_config,
+)
+
+from pipeline.dataset.shards import load_manifest
+from prepare.run import PrepareOptions, run
+from prepare.unfinished.journal import Journal, Share
+
+
+def check_came_back(cluster: Cluster, job: str) -> None:
+    """The job was queued again once, and is done."""
+    end = cluster.wait(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_to_the_weights_of_one_process(cluster: Cluster, two_node_run: Path) -> None:
+    assert status_of(two_node_run) == ("done", 30)
+    alone = write_config(cluster.folder, "alone")
+    assert run_program("train", "alone.toml", cwd=cluster.folder).returncode == 0
+    check_same_weights(two_node_run, alone.run_dir)
+
+
+@pytest.mark.slow
+def test_the_warning_signal_saves_requeues_and_leaves_the_curve_as_it_was(cluster: Cluster, two_node_run: Path) -> None:
+    config = write_config(cluster.folder, "warned")
+    job = cluster.submit(TRAIN, "warned.toml", nodes=2)
+    # Before the first step, so that the run cannot be over before the signal comes: it stops after that step.
+    wait_until("the job starts", lambda: "start 0 of job" in cluster.log(job))
+    cluster.call("scancel", "--batch", "--signal=USR2", job)
+    cluster.wait_requeued(job)
+    assert status_of(config.run_dir) == ("stopped", 1)
+    cluster.go_on(job)
+    check_came_back(cluster, job)
+    assert status_of(config.run_dir) == ("done", 30)
+    assert "start 0 of job" in cluster.log(job) and "start 1 of job" in cluster.log(job)
+    assert losses(config.run_dir) == pytest.approx(losses(two_node_run), rel=1e-5)
+
+
+def start_long_run(cluster: Cluster, name: str, *options: str) -> tuple[str, Path]:
+    """A job whose training is past its first checkpoint and far from its end, and the run's folder."""
+    run_dir = write_long_config(cluster.folder, name).run_dir
+    job = cluster.submit(TRAIN, f"{name}.toml", nodes=2, options=options)
+    wait_until(f"{name} trains", lambda: logged_steps(run_dir) > 20)
+    return job, run_dir
+
+
+def logged_steps(run_dir: Path) -> int:
+    rows = run_dir / "metrics.jsonl"
+    return rows.read_bytes().count(b"\n") if rows.exists() else 0
+
+
+def stopped_at(run_dir: Path) -> int:
+    """The step at which a run was saved, in the middle of its training."""
+    state, step = status_of(run_dir)
+    assert state == "stopped" and 20 < step < LONG_STEPS
+    assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step_{step:08d}"
+    return step
+
+
+def check_done(run_dir: Path, curve: dict[int, float]) -> None:
+    assert status_of(run_dir) == ("done", LONG_STEPS)
+    assert losses(run_dir, LONG_STEPS) == pytest.approx(curve, rel=1e-5)
+
+
+def check_goes_on(cluster: Cluster, name: str, step: int) -> None:
+    """The same command again, to the end, from the checkpoint of this step."""
+    again = cluster.submit(TRAIN, f"{name}.toml", nodes=2)
+    end = cluster.wait(again)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "0"), cluster.log(again)
+    assert f"step_{step:08d}: step {step} of {LONG_STEPS}" in cluster.log(again)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(
+    ("how", "state"), [((), "CANCELLED"), (("--batch", "--signal=TERM"), "COMPLETED")], ids=["plain", "batch"]
+)
+def test_scancel_saves_and_the_same_command_goes_on(
+    cluster: Cluster, long_curve: dict[int, float], how: tuple[str, ...], state: str
+) -> None:
+    name = f"cancelled-{state}"
+    job, run_dir = start_long_run(cluster, name)
+    cluster.call("scancel", *how, job)
+    end = cluster.wait(job)
+    assert (end["JobState"], end["Restarts"]) == (state, "0"), cluster.log(job)
+    wait_until("the nodes are cleared", lambda: cluster.node_states() == ["idle", "idle"])
+    check_goes_on(cluster, name, stopped_at(run_dir))
+    check_done(run_dir, long_curve)
+
+
+@pytest.mark.campaign
+def test_a_requeue_by_the_administrator_saves_and_goes_on(cluster: Cluster, long_curve: dict[int, float]) -> None:
+    job, run_dir = start_long_run(cluster, "requeued")
+    cluster.call("scontrol", "requeue", job)
+    cluster.go_on(job)
+    stopped_at(run_dir)
+    check_came_back(cluster, job)
+    check_done(run_dir, long_curve)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("partition", ["all", "graceless"])
+def test_a_job_of_higher_priority_has_the_run_save_and_come_back(
+    cluster: Cluster, long_curve: dict[int, float], partition: str
+) -> None:
+    """With a GraceTime only the ranks are told, without one the script as well."""
+    job, run_dir = start_long_run(cluster, f"preempted-{partition}", f"--partition={partition}")
+    urgent = cluster.call("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
+    assert cluster.wait(urgent)["JobState"] == "COMPLETED"
+    stopped_at(run_dir)
+    cluster.go_on(job)
+    check_came_back(cluster, job)
+    check_done(run_dir, long_curve)
+
+
+@pytest.mark.campaign
+def test_a_rank_that_is_killed_fails_the_job_and_the_same_command_goes_on(
+    cluster: Cluster, long_curve: dict[int, float]
+) -> None:
+    job, run_dir = start_long_run(cluster, "killed")
+    os.kill(cluster.rank(job, 1), signal.SIGKILL)
+    end = cluster.wait(job)
+    assert (end["JobState"], end["Restarts"]) == ("FAILED", "0"), cluster.log(job)
+    assert "is not queued again" in cluster.log(job)
+    wait_until("the processes of both nodes are gone", lambda: not cluster.processes(job))
+    latest = (run_dir / "checkpoints" / "latest").read_text().strip()
+    assert latest >= "step_00000020"
+    check_goes_on(cluster, "killed", int(latest.removeprefix("step_")))
+    check_done(run_dir, long_curve)
+
+
+@pytest.mark.campaign
+def test_near_a_real_time_limit_slurms_signal_saves_and_requeues(
+    cluster: Cluster, long_curve: dict[int, float]
+) -> None:
+    # SLURM looks twice a minute, and counts half a minute in: the warning comes 50 to 80 s after the start.
+    job, run_dir = start_long_run(cluster, "warned-late", "--time=5", "--signal=B:USR2@220")
+    # That time passes without training, so that the run is in its middle and its curve a short one.
+    ranks = [cluster.rank(job, rank) for rank in (0, 1)]
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    try:
+        wait_until("SLURM warns of the time limit", lambda: "the time limit is near" in cluster.log(job))
+    finally:
+        for rank in ranks:
+            os.kill(rank, signal.SIGCONT)
+    cluster.go_on(job)
+    stopped_at(run_dir)
+    check_came_back(cluster, job)
+    check_done(run_dir, long_curve)
+
+
+@pytest.mark.campaign
+def test_a_limit_of_one_minute_is_enough_for_a_step_and_a_save(cluster: Cluster, two_node_run: Path) -> None:
+    """What a first save may take does not fit in, so the run's own look at the clock ends it after a step."""
+    config = write_config(cluster.folder, "hurried")
+    job = cluster.submit(TRAIN, "hurried.toml", nodes=2, options=["--time=1", "--signal=B:USR2@1"])
+    cluster.wait_requeued(job)
+    assert status_of(config.run_dir) == ("stopped", 1)
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    cluster.go_on(job)
+    check_came_back(cluster, job)
+    assert losses(config.run_dir) == pytest.approx(losses(two_node_run), rel=1e-5)
+
+
+@pytest.mark.campaign
+def test_a_site_that_exports_little_of_the_environment_trains_alike(cluster: Cluster, two_node_run: Path) -> None:
+    """Where sbatch's --export is not ALL, srun hands the tasks no more than that, and nothing that the script sets."""
+    config = write_config(cluster.folder, "exported")
+    environment = "--export=PATH,LD_LIBRARY_PATH,PYTHON,PYTHONPATH,OMP_NUM_THREADS"
+    job = cluster.submit(TRAIN, "exported.toml", nodes=2, options=[environment])
+    assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
+    assert losses(config.run_dir) == pytest.approx(losses(two_node_run), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_is_not_queued_again(cluster: Cluster) -> None:
+    misspelt = cluster.submit(TRAIN, "quickstart", "trian.max_steps=3", nodes=2)
+    write_config(cluster.folder, "no-data", dataset="nowhere")
+    no_data = cluster.submit(TRAIN, "no-data.toml")
+    end = cluster.wait(misspelt)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0")
+    assert cluster.log(misspelt).splitlines() == ["error: unknown section [trian] (did you mean train?)"]
+    end = cluster.wait(no_data)
+    assert (end["JobState"], end["Restarts"]) == ("FAILED", "0")
+    assert cluster.log(no_data).count("no dataset at") == 1
+
+
+@pytest.mark.campaign
+def test_a_job_that_comes_back_twice_without_a_checkpoint_ends(cluster: Cluster) -> None:
+    write_config(cluster.folder, "unlucky")
+    job = cluster.submit(TRAIN, "unlucky.toml", nodes=2)
+    for start in (0, 1):  # its ranks are not there yet
+        wait_until(f"start {start}", lambda start=start: f"start {start} of job" in cluster.log(job))
+        cluster.call("scontrol", "requeue", job)
+        cluster.go_on(job)
+    end = cluster.wait(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "65:0", "2"), cluster.log(job)
+    assert "made no checkpoint after none" in cluster.log(job)
+
+
+@pytest.mark.campaign
+def test_a_run_that_diverges_is_not_queued_again(cluster: Cluster) -> None:
+    config = write_config(cluster.folder, "diverging")
+    job = cluster.submit(TRAIN, "diverging.toml", "optimizer.lr=1e30", "train.max_bad_steps=2", nodes=2)
+    end = cluster.wait(job)
+    assert (end["JobState"], end["Restarts"]) == ("FAILED", "0"), cluster.log(job)
+    assert status_of(config.run_dir)[0] == "failed"
+    assert "error: 2 steps in a row" in cluster.log(job) and "is not queued again" in cluster.log(job)
+
+
+@pytest.mark.slow
+def test_a_rendezvous_host_that_does_not_resolve_is_one_line_that_names_it(cluster: Cluster) -> None:
+    write_config(cluster.folder, "nowhere")
+    job = cluster.submit(TRAIN, "nowhere.toml", nodes=2, options=["--export=ALL,RDZV_HOST=no-such-host.invalid"])
+    end = cluster.wait(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0")
+    [line] = cluster.log(job).splitlines()
+    assert line.startswith("error: node n1 does not find the rendezvous host 'no-such-host.invalid'")
+
+
+@pytest.mark.slow
+def test_a_sample_job_writes_text_apart_from_its_talk(cluster: Cluster, two_node_run: Path) -> None:
+    job = cluster.submit(
+        SAMPLE, "--ckpt=latest", f"--run-dir={two_node_run}", "--prompt=ABC", "--max-new-tokens=5", "--json"
+    )
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
+    assert json.loads(cluster.log(job))["prompt"] == "ABC"
+
+
+@pytest.mark.slow
+def test_an_eval_job_writes_figures_apart_from_its_talk(cluster: Cluster, two_node_run: Path) -> None:
+    """Also submitted from inside another job, of whose step it has the variables."""
+    checkpoint = two_node_run / "checkpoints" / "step_00000030"
+    step = "SLURM_STEP_NUM_TASKS=8,SLURM_STEP_NUM_NODES=1,SLURM_STEP_TASKS_PER_NODE=8"
+    options = [f"--export=ALL,RANKS_PER_NODE=2,{step}"]
+    job = cluster.submit(EVAL, f"--ckpt={checkpoint}", "--data=tiny", "--json", options=options)
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
+    assert json.loads(cluster.log(job))["loss"] > 0
+
+
+@pytest.mark.slow
+def test_what_the_readme_shows_in_minutes_works_as_it_stands_there(cluster: Cluster) -> None:
+    """With fewer steps: from preparing to a sample."""
+    readme = (ROOT / "slurm" / "README.md").read_text()
+    commands = readme.partition("To see all of it work")[2].split("```")[1].strip().splitlines()
+    job = ""
+    for command in commands:
+        words = shlex.split(re.sub(r"[A-Z]+_JOB", job, command).replace(" slurm/", f" {ROOT}/slurm/"))
+        if "quickstart" in words:
+            words += ["train.max_steps=20", "checkpoint.every_steps=20", "eval.every_steps=0"]
+        job = cluster.call(*words).split()[-1]
+        assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
+    assert len(commands) == 3
+    assert cluster.log(job).startswith("def ")
+
+
+@pytest.mark.slow
+def test_a_prepare_job_makes_a_whole_dataset(cluster: Cluster) -> None:
+    (cluster.folder / "corpus.txt").write_text("To be, or not to be, that is the question.\n" * 500)
+    job = cluster.submit(PREPARE, "corpus.txt", "--name", "corpus", "--tokenizer", "byte", "--val-fraction", "0.1")
+    assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
+    manifest = load_manifest(cluster.folder / "data" / "corpus")
+    assert manifest.count("train", "tokens") + manifest.count("val", "tokens") > 500 * 40
+
+
+@pytest.mark.campaign
+def test_an_array_of_prepare_jobs_outlives_its_elements(cluster: Cluster) -> None:
+    """One is requeued and one killed, each in its middle and alone; the dataset is that of one undisturbed process."""
+    corpus = cluster.folder / "shared"
+    corpus.mkdir()
+    for number in range(60):
+        lines = [f'{{"text": "line {i} of file {number}, of which each task has twenty"}}\n' for i in range(25_000)]
+        (corpus / f"{number:02d}.jsonl").write_text("".join(lines))
+    dataset = cluster.folder / "data" / "shared"
+    array = cluster.submit(PREPARE, "shared", "--shard-tokens", "10000000", options=["--array=0-2"])
+    too_early = cluster.submit(MERGE, str(dataset), options=[f"--dependency=afterany:{array}"])
+
+    wait_until("element 2 has begun", lambda: finished_items(dataset, 2))
+    for pid in cluster.processes(f"{array}_2"):
+        os.kill(pid, signal.SIGKILL)
+    wait_until("element 1 has begun", lambda: finished_items(dataset, 1))
+    cluster.call("scontrol", "requeue", f"{array}_1")
+    cluster.wait_requeued(f"{array}_1")
+    assert cluster.wait(f"{array}_2")["JobState"] == "FAILED"
+    assert all(0 < finished_items(dataset, element) < 20 for element in (1, 2))
+    assert cluster.wait(f"{array}_0")["JobState"] == "COMPLETED"
+
+    assert cluster.job(too_early)["Reason"] == "Dependency"
+    cluster.go_on(f"{array}_1")
+    assert cluster.wait(f"{array}_1")["JobState"] == "COMPLETED"
+    assert (cluster.wait(too_early)["ExitCode"], cluster.log(too_early).count("--task-id 2 of --tasks 3")) == ("2:0", 1)
+    assert not (dataset / "manifest.json").exists()
+
+    cluster.call("scontrol", "requeue", f"{array}_2")
+    cluster.go_on(f"{array}_2")
+    assert cluster.wait(f"{array}_2")["JobState"] == "COMPLETED"
+    merged = cluster.submit(MERGE, str(dataset), options=[f"--dependency=afterany:{array}"])
+    assert cluster.wait(merged)["JobState"] == "COMPLETED", cluster.log(merged)
+    assert [cluster.job(f"{array}_{element}")["Restarts"] for element in (0, 1, 2)] == ["0", "1", "1"]
+
+    run(PrepareOptions([str(corpus)], name="alone", data_dir=str(cluster.folder / "data"), shard_tokens=10_000_000))
+    assert load_manifest(dataset).fingerprint == load_manifest(cluster.folder / "data" / "alone").fingerprint
+
+
+def finished_items(dataset: Path, task: int, tasks: int = 3) -> int:
+    """How many items of the corpus a task of a preparation has finished."""
+    journal = Journal(dataset)
+    plan = journal.plan()
+    return len(journal.finished_units().keys() & set(Share(task, tasks).items(plan.sizes))) if plan else 0

@@ -1,0 +1,164 @@
+"""Real torchrun, gloo, on the CPU: N ranks do what one does."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, overrides, run_program, tiny_config, write_documents
+from safetensors.torch import load_file
+
+from pipeline.checkpoint.pointers import pointed_folder
+from pipeline.config.keys import Config
+
+pytestmark = pytest.mark.slow
+# By the time that this rank says why all of them end, torchrun would have ended it, as soon as another one had left.
+SLOW_TO_SAY = """
+import os, time
+if os.environ.get("RANK") == "{rank}":
+    from pipeline import distributed
+    stop, gather = distributed.stop, distributed.World.gather
+    distributed.stop = lambda: (time.sleep(5), stop())
+"""
+NOISE = "attn.c_attn.bias"  # see test_trainer.py: its gradient is rounding alone, and Adam blows that up
+
+
+def trained(
+    config: Config, folder: Path, ranks: int, **environment: str
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Rows and final weights of a run on `ranks` real processes."""
+    result = run_program("train", "quickstart", *overrides(config), cwd=folder, ranks=ranks, **environment)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    latest = pointed_folder(config.run_dir / "checkpoints", "latest")
+    assert latest is not None
+    return rows, load_file(latest / "model.safetensors")
+
+
+def named(config: Config, name: str) -> Config:
+    return replace(config, run=replace(config.run, name=name))
+
+
+def assert_same_training(found: Any, wanted: Any) -> None:
+    """The same steps, losses and norms within float32 rounding; the same weights."""
+    (rows, weights), (wanted_rows, wanted_weights) = found, wanted
+    for key in ("step", "tokens", "loss", "grad_norm", "lr"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in wanted_rows], rel=2e-4), key
+    val_losses, wanted_val_losses = (
+        [row["val_loss"] for row in each if "val_loss" in row] for each in (rows, wanted_rows)
+    )
+    assert val_losses == pytest.approx(wanted_val_losses, rel=2e-4)
+    for name, tensor in wanted_weights.items():
+        if not name.endswith(NOISE):
+            torch.testing.assert_close(weights[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_two_ranks_equal_one_with_accumulation_and_dropout(tiny: Path) -> None:
+    """Evaluation has an odd number of batches, so the ranks share it unevenly."""
+    config = tiny_config(tiny, model={"dropout": 0.1}, eval={"batches": 5})
+    one = trained(named(config, "one"), tiny, ranks=1)
+    two = trained(named(config, "two"), tiny, ranks=2)
+    assert_same_training(two, one)
+
+
+def test_two_ranks_share_a_mixture_with_document_mask_as_one_has_it(tiny: Path) -> None:
+    """Nine batches of evaluation for each source, so that no rank has as many of one as the other."""
+    for number in range(2):
+        texts = [chr(97 + (i * 7 + number) % 26) * (3 + i % 20) for i in range(300)]
+        write_documents(tiny / "data" / f"s{number}", {"train": [texts], "val": [texts[::-1]]})
+    mixture = [{"dataset": "s0", "weight": 2}, {"dataset": "s1", "weight": 1}]
+    config = tiny_config(tiny, data={"mixture": mixture, "document_mask": True}, eval={"batches": 9})
+    one = trained(named(config, "one"), tiny, ranks=1)
+    two = trained(named(config, "two"), tiny, ranks=2)
+    assert_same_training(two, one)
+
+
+def test_two_ranks_stopped_and_resumed_equal_straight_through_bit_for_bit(tiny: Path) -> None:
+    config = tiny_config(tiny, model={"dropout": 0.1})
+    straight = trained(named(config, "straight"), tiny, ranks=2)
+    (tiny / "stop").touch()
+    chopped = named(config, "chopped")
+    for _ in range(2):
+        run_program(
+            "train", "quickstart", *overrides(chopped), cwd=tiny, ranks=2, PIPELINE_STOP_FILE=str(tiny / "stop")
+        )
+    assert json.loads((chopped.run_dir / "status.json").read_text())["step"] == 2
+    weights = trained(chopped, tiny, ranks=2)[1]
+    for name, tensor in straight[1].items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_a_run_moves_from_one_rank_to_two_to_four_and_back(tiny: Path) -> None:
+    """The same samples, so the same losses within rounding; each rank writes down what it takes."""
+    (tiny / "sitecustomize.py").write_text(
+        "import os, pathlib\n"
+        "from train.prefetch import Prefetcher\n"
+        "real = Prefetcher.batch\n"
+        "def batch(self, first):\n"
+        "    with pathlib.Path('samples.' + os.environ.get('RUN', '')).open('a') as file:\n"
+        "        file.write(''.join(f'{sample}\\n' for sample in range(first, first + self.size)))\n"
+        "    return real(self, first)\n"
+        "Prefetcher.batch = batch\n"
+    )
+    environment = {"PYTHONPATH": f"{tiny}:{ROOT}"}
+    config = tiny_config(
+        tiny, train={"max_steps": 12}, checkpoint={"every_steps": 3}, eval={"every_steps": 3}, model={"dropout": 0.1}
+    )
+    straight = trained(named(config, "straight"), tiny, ranks=1, RUN="straight", **environment)
+    moving = named(config, "moving")
+    for max_steps, ranks in ((3, 1), (6, 2), (9, 4), (12, 1)):
+        part = replace(
+            moving, train=replace(moving.train, max_steps=max_steps), schedule=replace(moving.schedule, decay_steps=12)
+        )
+        result = trained(part, tiny, ranks, RUN="moving", **environment)
+    assert_same_training(result, straight)
+    taken = [sorted(map(int, (tiny / f"samples.{run}").read_text().split())) for run in ("straight", "moving")]
+    assert taken[0] == taken[1] == list(range(96))
+
+
+def test_gradients_travel_once_a_step_and_not_once_a_micro_batch(tiny: Path) -> None:
+    """Four micro-batches on two ranks: two for each, and the first of them inside no_sync."""
+    (tiny / "sitecustomize.py").write_text(
+        "import contextlib, pathlib, os\n"
+        "from torch.nn.parallel import DistributedDataParallel as DDP\n"
+        "real = DDP.no_sync\n"
+        "def counted(self):\n"
+        "    with pathlib.Path('no_sync.' + os.environ['RANK']).open('a') as file: file.write('x')\n"
+        "    return real(self)\n"
+        "DDP.no_sync = counted\n"
+    )
+    config = tiny_config(tiny)
+    trained(config, tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}")
+    assert [(tiny / f"no_sync.{rank}").read_text() for rank in (0, 1)] == ["x" * 10] * 2
+
+
+def test_a_fault_of_one_rank_ends_both_with_one_line(tiny: Path) -> None:
+    (tiny / "sitecustomize.py").write_text(
+        SLOW_TO_SAY.format(rank=1)
+        + "    os.chdir('/')\n    distributed.World.gather = lambda *a: (gather(*a), time.sleep(2))[0]\n"
+    )
+    config = tiny_config(tiny)
+    config = replace(config, data=replace(config.data, data_dir="data"), run=replace(config.run, dir="runs"))
+    result = run_program("train", "quickstart", *overrides(config), cwd=tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}")
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if "error: " in line and "ChildFailed" not in line]
+    assert [line for line in lines if "no dataset at data/tiny" in line] == [lines[0]], result.stderr
+    assert "[rank 1] error:" in lines[0]
+
+
+def test_a_divergence_is_told(tiny: Path) -> None:
+    (tiny / "sitecustomize.py").write_text(SLOW_TO_SAY.format(rank=0))
+    config = tiny_config(tiny, optimizer={"lr": 1e30}, train={"max_bad_steps": 2})
+    result = run_program("train", "quickstart", *overrides(config), cwd=tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}")
+    assert result.returncode != 0
+    assert result.stderr.count("error: 2 steps in a row") == 1, result.stderr
+
+
+def test_ranks_that_do_not_divide_the_batch_are_told_what_does_once(tiny: Path) -> None:
+    config = tiny_config(tiny, train={"tokens_per_step": 96, "micro_batch_size": 2})
+    result = run_program("train", "quickstart", *overrides(config), cwd=tiny, ranks=2)
+    assert result.returncode != 0
+    assert "x 2 rank(s) = 64 tokens; set train.tokens_per_step=64 or 128" in result.stderr
+    assert result.stderr.count("does not divide") == 1

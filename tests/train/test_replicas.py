@@ -1,0 +1,94 @@
+"""Ranks whose weights part are found, and named."""
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, overrides, run_program, tiny_config
+
+from pipeline.config.keys import ModelConfig
+from pipeline.errors import UserError
+from pipeline.machine.ranks import World
+from pipeline.model.language_model import GPT
+from train.replicas import check_replicas, parameter_hashes
+
+SMALL = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
+
+
+class Told(World):
+    """Rank 0 of as many as there are `models`: what it gathers is what those would say."""
+
+    models: list[GPT]
+
+    def gather(self, value: Any) -> list[Any]:
+        if isinstance(value, dict):
+            return [parameter_hashes(model) for model in self.models]
+        if isinstance(value, int):
+            return [hash(tuple(parameter_hashes(model).values())) for model in self.models]
+        return [value] * self.size
+
+
+def world_of(models: list[GPT]) -> Told:
+    world = Told(rank=0, size=len(models), local_size=len(models), device=torch.device("cpu"))
+    object.__setattr__(world, "models", models)
+    return world
+
+
+def model_of(seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(SMALL, 257)
+
+
+def test_equal_weights_pass_and_one_flipped_bit_does_not() -> None:
+    models = [model_of() for _ in range(3)]
+    check_replicas(models[0], world_of(models), step=7)
+    weight = models[2].transformer.h[0].mlp.c_fc.weight
+    with torch.no_grad():
+        weight.view(torch.int32)[0, 0] ^= 1
+    with pytest.raises(
+        UserError, match=r"at step 7 rank\(s\) 2 of 3 hold other weights .* transformer.h.0.mlp.c_fc.weight"
+    ):
+        check_replicas(models[0], world_of(models), step=7)
+
+
+def test_the_odd_ones_out_are_named_also_where_rank_0_is_one() -> None:
+    models = [model_of(1), model_of(), model_of()]
+    with pytest.raises(UserError, match=r"rank\(s\) 0 of 3"):
+        check_replicas(models[0], world_of(models), step=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "told"), [("{0}", "at step 0"), ("{3}", "at step 4")])
+def test_a_rank_that_strays_ends_the_run_with_one_line(tiny: Path, steps: str, told: str) -> None:
+    """Rank 1 changes one weight at the start, or after step 3, a step before a check."""
+    (tiny / "sitecustomize.py").write_text(
+        "import os, sys, torch\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import train.run, train.trainer\n"
+        "    assemble, step = train.run.assemble, train.trainer.Trainer.train_step\n"
+        "    def stray(trainer):\n"
+        f"        if trainer.step in {steps}:\n"
+        "            with torch.no_grad(): trainer.model.transformer.ln_f.weight[0] += 1e-6\n"
+        "    def assembled(*arguments):\n"
+        "        trainer, lines = assemble(*arguments)\n"
+        "        stray(trainer)\n"
+        "        return trainer, lines\n"
+        "    def stepped(trainer):\n"
+        "        result = step(trainer)\n"
+        "        stray(trainer)\n"
+        "        return result\n"
+        "    train.run.assemble, train.trainer.Trainer.train_step = assembled, stepped\n"
+    )
+    config = tiny_config(tiny, parallel={"check_every_steps": 2})
+    result: subprocess.CompletedProcess[str] = run_program(
+        "train", "quickstart", *overrides(config), cwd=tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}"
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("hold other weights than the rest, first in transformer.ln_f.weight") == 1, result.stderr
+    assert told in result.stderr
+    off = replace(config, parallel=replace(config.parallel, check_every_steps=0), run=replace(config.run, name="off"))
+    result = run_program("train", "quickstart", *overrides(off), cwd=tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}")
+    assert (result.returncode == 0) == (steps == "{3}"), "at the start it is checked in any case"

@@ -1,0 +1,156 @@
+"""Saving beside training: the copy is of one moment, one save is in flight at most, and a failure is loud."""
+
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from test_train_run import rows, status
+from test_trainer import trainer_of
+
+from pipeline.checkpoint.folder import State, read_description, verify_files, write_checkpoint
+from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder, step_of
+from pipeline.config.keys import Config
+from pipeline.errors import UserError
+from train.run import run
+from train.saving import Saver
+from train.stop import StopRequest
+
+
+def test_training_goes_on_while_the_checkpoint_of_that_moment_is_written(tiny: Path) -> None:
+    """The writing thread is held until training has changed every weight."""
+    trainer = trainer_of(tiny_config(tiny))
+    trainer.train_step()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    moved_on, written = threading.Event(), []
+
+    def write(state: State) -> Path:
+        assert moved_on.wait(60)
+        written.append({name: tensor.clone() for name, tensor in state.weights.items()})
+        return tiny
+
+    trainer.saver.start(State.of(trainer.model, trainer.optimizer), write)
+    assert trainer.saver.busy
+    trainer.train_step()
+    moved_on.set()
+    trainer.saver.wait()
+    assert not trainer.saver.busy and not trainer.saver.failed
+    assert all(torch.equal(written[0][name], tensor) for name, tensor in before.items())
+    assert not any(torch.equal(before[name], parameter) for name, parameter in trainer.model.named_parameters())
+    trainer.saver.close()
+
+
+def test_at_most_one_save_is_in_flight() -> None:
+    saver, state = Saver(), State({"w": torch.zeros(3)}, {})
+    running, release = [], threading.Event()
+
+    def write(state: State) -> Path:
+        running.append("begun")
+        assert release.wait(60)
+        running.append("ended")
+        return Path()
+
+    saver.start(state, write)
+    second = threading.Thread(target=saver.start, args=(state, write))
+    second.start()
+    second.join(0.05)
+    assert second.is_alive(), "the second waits for the first"
+    release.set()
+    second.join()
+    saver.close()
+    assert running == ["begun", "ended"] * 2
+
+
+def test_the_copies_use_the_same_memory_again() -> None:
+    saver, state, seen = Saver(), State({"w": torch.ones(3)}, {}), []
+
+    def write(state: State) -> Path:
+        seen.append(state.weights["w"].data_ptr())
+        return Path()
+
+    saver.reserve(state)
+    for _ in range(2):
+        saver.start(state, write)
+    saver.close()
+    assert seen[0] == seen[1] != state.weights["w"].data_ptr()
+
+
+def test_a_failed_save_ends_training_at_the_next_step_and_says_why(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(tiny, train={"max_steps": 1000}, checkpoint={"every_steps": 3}, eval={"every_steps": 0})
+    real = write_checkpoint
+
+    def full_disk(checkpoints: Path, state: State, *others: object) -> Path:
+        if checkpoint_folders(checkpoints):
+            raise OSError(28, "No space left on device")
+        return real(checkpoints, state, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("train.trainer.write_checkpoint", full_disk)
+    with pytest.raises(UserError, match=r"could not be written: .*No space left on device"):
+        run(config)
+    assert "a checkpoint could not be written" in caplog.text
+    assert status(config)["state"] == "failed" and 6 <= status(config)["step"] < 1000
+    latest = pointed_folder(config.run_dir / "checkpoints", "latest")
+    assert latest is not None and latest.name == "step_00000003"
+
+
+def test_a_failure_of_the_last_save_is_no_success(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.trainer.write_checkpoint", full_disk)
+    config = tiny_config(tiny, checkpoint={"every_steps": 100})
+    with pytest.raises(UserError, match="No space left"):
+        run(config)
+    assert status(config)["state"] == "failed"
+
+
+def test_the_stall_is_reported(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="pipeline")
+    run(tiny_config(tiny))
+    lines = [line for line in caplog.messages if line.startswith("saved")]
+    assert len(lines) == 2 and all("for which training stood still for" in line for line in lines)
+
+
+def test_a_run_that_is_done_has_its_last_checkpoint_whole(tiny: Path) -> None:
+    config = tiny_config(tiny)
+    run(config)
+    folder = config.run_dir / "checkpoints" / "step_00000010"
+    verify_files(folder, read_description(folder))
+    assert not list((config.run_dir / "checkpoints").glob(".*"))
+
+
+def saved_steps(config: Config) -> list[int]:
+    return [step_of(folder) for folder in checkpoint_folders(config.run_dir / "checkpoints")]
+
+
+def test_save_now_saves_once_and_is_removed(tiny: Path) -> None:
+    config = tiny_config(tiny, checkpoint={"every_steps": 10, "keep": 10}, eval={"every_steps": 0})
+    trainer = trainer_of(config)
+    trainer.save_now.touch()
+    assert trainer.fit(None, StopRequest()) == ""
+    asked_for, last = saved_steps(config)  # the first waits until the thread has got its memory
+    assert asked_for < last == 10
+    assert not trainer.save_now.exists()
+
+
+def test_a_planned_save_answers_save_now_too(tiny: Path) -> None:
+    config = tiny_config(tiny, checkpoint={"every_steps": 1, "keep": 20}, eval={"every_steps": 0})
+    trainer = trainer_of(config)
+    trainer.save_now.touch()
+    trainer.fit(None, StopRequest())
+    assert saved_steps(config) == list(range(1, 11))
+    assert not trainer.save_now.exists()
+
+
+def test_rows_do_not_depend_on_when_it_was_saved(tiny: Path) -> None:
+    often, seldom = (
+        tiny_config(tiny, run={"name": f"every{n}"}, checkpoint={"every_steps": n}, eval={"every_steps": 0})
+        for n in (1, 10)
+    )
+    run(often)
+    run(seldom)
+    assert [row["loss"] for row in rows(often)] == [row["loss"] for row in rows(seldom)]

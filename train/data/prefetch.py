@@ -1,0 +1,59 @@
+"""Batches made ahead of the training thread, on one thread of their own.
+
+A rank's micro-batches begin at samples that lie one stride apart, within a step as from step to step, so what comes next is
+known without the step. Whoever asks for another sample, after a resume or a rewind, gets it: what lies ahead is dropped.
+"""
+
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from pipeline.dataset.mixture import Mixture
+
+AHEAD = 2  # one is waiting while the next is made
+
+
+class Prefetcher:
+    """A rank's view of the mixture: micro-batches of `size` samples, `stride` global samples apart."""
+
+    def __init__(self, mixture: Mixture, size: int, stride: int, device: torch.device) -> None:
+        self.mixture, self.size, self.stride, self.device = mixture, size, stride, device
+        self.waited_s = 0.0
+        # Left alone, a thread pins its memory through GPU 0.
+        start = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._thread = ThreadPoolExecutor(1, "prefetch", *start)
+        self._ahead: deque[tuple[int, Future[Tensor]]] = deque()
+
+    def batch(self, first_sample: int) -> Tensor:
+        """Windows (size, block_size + 1), in pinned memory for a GPU. An error in making them is raised here."""
+        if not self._ahead or self._ahead[0][0] != first_sample:
+            self._drop()
+            self._request(first_sample)
+        while len(self._ahead) <= AHEAD:
+            self._request(self._ahead[-1][0] + self.stride)
+        started = time.perf_counter()
+        windows = self._ahead.popleft()[1].result()
+        self.waited_s += time.perf_counter() - started
+        return windows
+
+    def close(self) -> None:
+        """End the thread, after the batch it is at."""
+        self._drop()
+        self._thread.shutdown()
+
+    def _request(self, first_sample: int) -> None:
+        self._ahead.append((first_sample, self._thread.submit(self._make, first_sample)))
+
+    def _drop(self) -> None:
+        for _, future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
+    def _make(self, first_sample: int) -> Tensor:
+        # NumPy makes the batch: the prefetching thread is to leave torch's threads to training.
+        windows = torch.from_numpy(self.mixture.batch(first_sample, self.size))
+        # From pinned memory the copy does not wait for the device.
+        return windows.pin_memory() if self.device.type == "cuda" else windows

@@ -1,0 +1,179 @@
+"""Datasets copied to a disk of the node's own, from which its ranks then read: `train --stage DIR`.
+
+    DIR/NAME-FINGERPRINT/     the shards, the vocabulary's file and the manifest of one dataset, and
+        .staged               its whole fingerprint, written last: a folder that has it was copied whole, every hash checked
+
+Each node copies once, whoever asks: a second job there waits for the first, and a later one finds the copy and takes it if
+its mark and the sizes of its files are right. Bytes are not hashed again then: `pipeline verify` does that. Nothing is ever
+removed but damaged copies, as sites wipe such disks when a job ends. Checkpoints and the run's folder stay where they were,
+and fingerprints are the copies' own, so a run may go on with or without this.
+"""
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import xxhash
+
+from pipeline.config.keys import Config
+from pipeline.dataset import foreign
+from pipeline.dataset.mixture import Mixture
+from pipeline.dataset.shards import MANIFEST_NAME, Manifest, Shard, check_sizes
+from pipeline.errors import UserError
+from pipeline.files import HASH_BLOCK_BYTES, one_writer, publish, sync
+from pipeline.log import ProgressReport, logger
+from pipeline.machine.ranks import World
+from pipeline.vocabulary.specs import vocabulary_file
+
+MARK = ".staged"
+FINGERPRINT_DIGITS = 12
+# The slowest node may be that much later than the fastest: terabytes from a busy file system.
+PATIENCE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Staging:
+    """One dataset: where it is, what is in it, and where its copy on this node goes."""
+
+    source: Path
+    manifest: Manifest
+    target: Path
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [shard for shards in self.manifest.splits.values() for shard in shards]
+
+    @property
+    def small_files(self) -> list[Path]:
+        """What stands beside the shards, where it does: the vocabulary's file, then the manifest."""
+        names = (vocabulary_file(self.manifest.tokenizer["name"]), MANIFEST_NAME)
+        return [self.source / name for name in names if name and (self.source / name).is_file()]
+
+    @property
+    def bytes(self) -> int:
+        paths = [*(self.source / shard.file for shard in self.shards), *self.small_files]
+        return sum(path.stat().st_size for path in paths)
+
+    def is_whole(self) -> bool:
+        """Whether the copy is there with its mark, and each file has its size."""
+        mark = self.target / MARK
+        if not mark.is_file() or mark.read_text(encoding="ascii", errors="replace") != self.manifest.fingerprint:
+            return False
+        try:
+            check_sizes(self.target, self.manifest)
+        except UserError:
+            return False
+        copies = {path: self.target / path.name for path in self.small_files}
+        return all(copy.is_file() and copy.read_bytes() == path.read_bytes() for path, copy in copies.items())
+
+
+def stage(mixture: Mixture, config: Config, world: World, into: Path, dry_run: bool) -> Mixture:
+    """The same mixture, read from copies on this node. All ranks call it together; the first of each node copies.
+
+    With `dry_run` nothing is copied, and `mixture` comes back. Raises UserError.
+    """
+    into = Path(os.path.expandvars(into))  # here, as some variables exist on the nodes alone
+    with world.fail_together():
+        if not into.is_absolute() or "$" in str(into):
+            raise UserError(
+                f"--stage wants the whole path of a folder on the node's own disk, found {str(into)!r}: "
+                "where a variable such as $SLURM_TMPDIR was meant, it is not set here"
+            )
+    stagings = [
+        Staging(
+            source.folder,
+            source.manifest,
+            into / f"{source.folder.name}-{source.manifest.fingerprint[:FINGERPRINT_DIGITS]}",
+        )
+        for source in mixture.sources
+    ]
+    with world.fail_together(PATIENCE):
+        if world.local_rank == 0:
+            bring(stagings, dry_run)
+    staged = mixture
+    with world.fail_together():
+        if not dry_run:
+            staged = Mixture(config, [staging.target for staging in stagings])
+    return staged
+
+
+def bring(stagings: list[Staging], dry_run: bool) -> None:
+    """Copy what is not there yet, or say what would be. Raises UserError, also for what the disk has to say."""
+    try:
+        for number, staging in enumerate(stagings):
+            if staging.is_whole():
+                logger.info("stage: %s is there already", staging.target)
+            elif dry_run:
+                check_space(stagings[number:])
+                logger.info("stage: %s would be copied to %s", staging.source, staging.target)
+            else:
+                copy(staging, stagings[number:])
+    except OSError as error:
+        raise UserError(
+            f"cannot stage to {error.filename or stagings[0].target.parent}: {error.strerror}: "
+            "choose another folder for --stage, or leave it out"
+        ) from None
+
+
+def check_space(stagings: list[Staging]) -> None:
+    """Raises UserError where the disk has no room for all that is to come."""
+    into = stagings[0].target.parent
+    there = next(folder for folder in (into, *into.parents) if folder.exists())
+    needed = sum(staging.bytes for staging in stagings if not staging.is_whole())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UserError(
+            f"--stage {into} has {free / 1e6:,.1f} MB free, the datasets need {needed / 1e6:,.1f} MB: "
+            "choose another folder, or leave --stage out"
+        )
+
+
+def copy(staging: Staging, still_to_come: list[Staging]) -> None:
+    """Make the copy, unless another job has done so meanwhile; `still_to_come` begins with it."""
+    with one_writer(staging.target.parent, f".{staging.target.name}.lock", patience_s=math.inf):
+        if staging.is_whole():
+            return
+        partial = staging.target.with_name(f".{staging.target.name}.partial")
+        for leftover in (partial, staging.target):  # a copier that was killed; a copy of which files went
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        check_space(still_to_come)
+        try:
+            partial.mkdir()
+            fill(staging, partial)
+            publish(partial, staging.target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk should not stay full
+            raise
+
+
+def fill(staging: Staging, folder: Path) -> None:
+    with ProgressReport(f"stage {staging.source.name}", staging.bytes / 1e6, "MB") as report:
+        for shard in staging.shards:
+            copy_shard(staging, shard, folder / shard.file, report)
+    for path in staging.small_files:
+        (folder / path.name).write_bytes(path.read_bytes())
+        sync(folder / path.name)
+    (folder / MARK).write_text(staging.manifest.fingerprint, encoding="ascii")
+    sync(folder / MARK)
+    logger.info("stage: %s is at %s (%.1f MB)", staging.source, staging.target, staging.bytes / 1e6)
+
+
+def copy_shard(staging: Staging, shard: Shard, target: Path, report: ProgressReport) -> None:
+    """Copy a shard, hashing what goes over. Raises UserError where it is not what its manifest says."""
+    source = staging.source / shard.file
+    state = xxhash.xxh3_128()
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while block := reader.read(HASH_BLOCK_BYTES):
+            state.update(block)
+            writer.write(block)
+            report.advance(len(block) / 1e6)
+    sync(target)
+    found = foreign.sample_hash(target) if staging.manifest.is_foreign else state.hexdigest()
+    if found != shard.hash:
+        raise UserError(
+            f"{source} is damaged: its hash is {found}, {MANIFEST_NAME} says {shard.hash}: {staging.manifest.remedy}"
+        )

@@ -1,0 +1,16 @@
+"""The learning rate as a function of the step."""
+
+import math
+
+from pipeline.config.keys import Config
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The rate of the optimizer step after `step` completed ones: linear warmup, half a cosine down to min_lr, then flat."""
+    lr, min_lr, warmup = config.optimizer.lr, config.optimizer.min_lr, config.schedule.warmup_steps
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if step >= config.decay_steps:
+        return min_lr
+    progress = (step - warmup) / (config.decay_steps - warmup)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
