@@ -31,7 +31,7 @@ from prepare.sources.corpus import Corpus, default_name, hub_source, is_named, o
 from prepare.sources.local import stamped_hash
 from prepare.storage.files import is_url
 from prepare.unfinished.journal import Journal, Plan, Share, tasks_of
-from prepare.units import STDIN_SPOOL, LongDocument, Refused, release
+from prepare.units import STDIN_SPOOL, LongDocument, Refused
 from prepare.workers import Workers
 
 # Hashing lets go of the interpreter's lock; two threads keep up with a disk and leave the processors to the workers.
@@ -227,7 +227,6 @@ def _texts(corpus: Corpus, limit: int | None, one_in: int, report: ProgressRepor
                 taken += bool(head)
             if taken == limit:
                 return
-        release(unit)
         report.advance(unit.size / 1e6)
 
 

@@ -78,9 +78,9 @@ class UnitEncoder:
             for position, document in task.work.documents():
                 problem = self._encode_document(document, writer)
                 if problem == CUT:
-                    report(summary.unusual, CUT, task.work.place(position))
+                    report(summary.unusual, CUT, task.work.locate(position))
                 elif problem:
-                    report(summary.skipped, problem, task.work.place(position))
+                    report(summary.skipped, problem, task.work.locate(position))
                     continue
                 taken += 1
                 if taken == task.limit:

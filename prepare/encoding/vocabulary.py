@@ -1,5 +1,6 @@
 """What `--tokenizer` names -> a tokenizer: a published vocabulary, a file of the user's, or one learnt from the corpus."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pipeline.vocabulary.merges import PUBLISHED, published_for, read_ranks, wri
 from pipeline.vocabulary.specs import TIKTOKEN_NAMES, unknown_name
 from pipeline.vocabulary.tokenizer import END_OF_TEXT, JSON_FILE, Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
+from prepare.storage.assets import assets
 
 LEAST_BPE, MOST_BPE = 257, 1_000_000  # the 256 bytes and end-of-text; five times the largest in use
 # With <|unk|> and <|endoftext|> just what two bytes an id can hold.
@@ -93,6 +95,7 @@ def _fetch(name: str) -> bytes:
     """A rank table as a file, from tiktoken's cache or the network."""
     import tiktoken
 
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(assets() / "tiktoken"))
     try:
         return write_ranks(tiktoken.get_encoding(name)._mergeable_ranks)
     except Exception as error:  # tiktoken lets the network library's own exceptions through

@@ -10,7 +10,7 @@ from prepare.encoding.encode import Encoder, Task, UnitEncoder, encode
 from prepare.encoding.engine import EngineFault, can_be_faster
 from prepare.unfinished.journal import Journal, Plan, Share
 from prepare.unfinished.parts import Summary, part_name, read_summary
-from prepare.units import Item, OneUnit, Texts, Unit, release
+from prepare.units import Item, OneUnit, Texts, Unit
 from prepare.workers import Workers
 
 
@@ -62,7 +62,6 @@ class _Missing:
         self._limit = plan.options["limit_docs"]
         self._done = journal.finished_units()
         self._complete = {item for item, units in self._done.items() if journal.is_complete(item, units)}
-        self._under_way: dict[tuple[int, int], Unit] = {}
         self.done_bytes = sum(plan.sizes[item] for item in self._mine if item in self._complete)
         # For the limit: the documents of every unit that is done, and how far they are without a gap.
         self._documents: dict[tuple[int, int], tuple[int, bool]] = {}
@@ -81,15 +80,11 @@ class _Missing:
                 if self._limit and self._taken >= self._limit:
                     return
                 if unit in done:
-                    release(work)
                     continue
-                self._under_way[item, unit] = work
                 yield Task(item, unit, last, work, self._limit)
 
     def note(self, summary: Summary) -> None:
         """A unit is done."""
-        if work := self._under_way.pop((summary.item, summary.unit), None):
-            release(work)
         if not self._limit:
             return
         self._documents[summary.item, summary.unit] = (summary.documents, summary.last)
