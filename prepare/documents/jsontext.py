@@ -6,6 +6,7 @@ A value is held as a whole and may have 256 MB; a file of them may have any leng
 import json
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from pipeline.errors import UserError, one_line
 from prepare.units import NOT_UTF8, NULL, Document, Refused, encoded, no_field, no_text, utf8
@@ -20,7 +21,9 @@ _DECODER = json.JSONDecoder(parse_int=float)
 try:
     from orjson import loads as _loads  # three times as fast
 except ImportError:
-    from json import loads as _loads  # type: ignore[assignment]
+
+    def _loads(content: bytes) -> Any:  # type: ignore[misc]
+        return _DECODER.decode(content.decode())
 
 
 def parse(content: bytes, text_field: str, where: Callable[[], str]) -> Document:

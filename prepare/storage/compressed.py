@@ -4,7 +4,8 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, BinaryIO
 
 from pipeline.errors import UserError, one_line
 from prepare.formats import compression_of
@@ -28,14 +29,15 @@ def text_blocks(path: str) -> Iterator[bytes]:
     with reading(path), open_bytes(path) as file:
         content = iter(lambda: file.read(BLOCK_BYTES), b"")
         if compression := compression_of(name_of(path)):
-            content = _decompressed(lambda: file.read(STEP_BYTES), shown(path), compression)
+            content = _decompressed(file, shown(path), compression)
         if head := next(content, b"").removeprefix(BYTE_ORDER_MARK):
             yield head
         yield from content
 
 
-def _decompressed(read: Callable[[], bytes], name: str, compression: str) -> Iterator[bytes]:
+def _decompressed(file: BinaryIO, name: str, compression: str) -> Iterator[bytes]:
     begin, limit = _decompressor(name, compression)
+    read = partial(file.read, 32 * STEP_BYTES if limit else STEP_BYTES)
     unused, held, taken, size = b"", bytearray(), 0, 0
     while unused or (unused := read()):
         if not (unused := unused.lstrip(b"\0")):  # tapes and some copying programs pad with zeros

@@ -122,8 +122,8 @@ def test_a_workers_process_reads_what_the_parent_planned(tmp_path: Path, bucket:
         ("s3://corpus/bad.parquet", ["s3://corpus/bad.parquet", "Parquet"]),
         ("s3://corpus/bad.jsonl.gz", ["s3://corpus/bad.jsonl.gz", "truncated"]),
         ("s3://corpus/bad.jsonl", ["s3://corpus/bad.jsonl line 2", "not JSON"]),
-        ("nosuch://a/b.txt", ["nosuch://a/b.txt", "no file system", "s3://"]),
-        ("memory://a/b.txt", ["memory://a/b.txt", "no file system"]),
+        ("nosuch://a/b.txt", ["nosuch://a/b.txt", "unknown file system", "s3://"]),
+        ("memory://a/b.txt", ["memory://a/b.txt", "unknown file system"]),
     ],
 )
 def test_faults_name_the_address(tmp_path: Path, bucket: Any, source: str, words: list[str]) -> None:
