@@ -12,6 +12,7 @@ def run(source: str, tokenizer: str) -> dict[str, str]:
     """Download what the cache lacks; the environment variables that make the other commands read it alone."""
     from huggingface_hub import constants
 
+    # The vocabulary first: a misspelt name is found before gigabytes of text are downloaded.
     check_name(tokenizer)
     if not learns_from_corpus(tokenizer):
         open_vocabulary(tokenizer)

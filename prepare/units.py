@@ -75,6 +75,7 @@ class Item(Protocol):
         ...
 
 
+# The number of workers must not matter here: parts, and so a resumed preparation, are numbered by unit.
 def unit_bytes(corpus_bytes: int) -> int:
     """How much text a unit of this corpus holds: the same for any number of workers."""
     return min(max(corpus_bytes // UNITS_IN_A_CORPUS, SMALLEST_UNIT_BYTES), LARGEST_UNIT_BYTES)

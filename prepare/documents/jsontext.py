@@ -31,6 +31,7 @@ def parse(content: bytes, text_field: str, where: Callable[[], str]) -> Document
     try:
         row = _loads(content)
     except (ValueError, RecursionError) as error:
+        # Before the syntax: bytes that are not UTF-8 are a fault of one document, which is counted, not of the file.
         if isinstance(utf8(content), Refused):
             return Refused(NOT_UTF8)
         try:
@@ -65,24 +66,6 @@ def each_value(blocks: Iterator[bytes], name: str, text_field: str) -> Iterator[
         separator = text.take(",]")
     if text.peek():
         raise text.malformed("Expecting nothing after the array", text.at)
-
-
-def each_line(blocks: Iterator[bytes], name: str) -> Iterator[tuple[int, bytes]]:
-    """The lines of a text, blank ones too: the byte at which each begins, and its bytes."""
-    begin, number = 0, 1
-    held = bytearray()
-    for block in blocks:
-        *ended, rest = block.split(b"\n")
-        for end in ended:
-            line = bytes(held) + end if held else end
-            yield begin, line
-            begin, number = begin + len(line) + 1, number + 1
-            held.clear()
-        held += rest
-        if len(held) > MOST_VALUE_BYTES:
-            raise too_long(f"{name} line {number}")
-    if held:
-        yield begin, bytes(held)
 
 
 def not_json(where: str, text_field: str, fault: str) -> UserError:
@@ -134,12 +117,16 @@ class _Window:
                 fault, end = error.msg.removesuffix(" at"), error.pos
             except RecursionError:
                 raise self.malformed("Too many brackets inside each other", self.at) from None
+            # At the edge of the window an error may only mean that the rest has not been read yet, and a number or
+            # literal that ends there may continue.
             cut = end > len(self._held) - LONGEST_TOKEN or fault.startswith("Unterminated string")
             if self._ended or not cut:
                 break
             self._read_on()
         if fault:
             raise self.malformed(fault, end)
+        if end - self.at > MOST_VALUE_BYTES:
+            raise too_long(f"{self._name} at byte {self._dropped + self.at}")
         found = self._dropped + self.at, self._held[self.at : end].encode("latin-1")
         self.at = end
         return found

@@ -98,6 +98,7 @@ class Lines(OneUnit):
 
     def _lines(self) -> Iterator[tuple[int, bytes | LineText]]:
         """A long line is passed over, and read again when its text is needed."""
+        # `at` counts the bytes read, `begin` is where the present line began, `held` is its text so far.
         begin = self._first()
         at, held = begin, b""
         for block in blocks(self.path, begin) if begin < self.stop else ():
@@ -107,9 +108,10 @@ class Lines(OneUnit):
                 long = at - 1 - begin > LONG_BYTES
                 yield begin, LineText(self.path, begin, at - 1) if long else held + line
                 begin, held = at, b""
-                if begin >= self.stop:
+                if begin >= self.stop:  # that line is the first of the next unit
                     return
             at += len(rest)
+            # Of a long line only the end is looked for.
             held = held + rest if at - begin <= LONG_BYTES else b""
         if at > begin:
             yield begin, LineText(self.path, begin, at) if at - begin > LONG_BYTES else held
@@ -137,3 +139,22 @@ def split_lines(path: str, size: int, text_field: str | None, unit_bytes: int) -
     """The lines of a file in units of so many bytes."""
     for start in range(0, size, unit_bytes):
         yield Lines(path, start, min(start + unit_bytes, size), text_field)
+
+
+def each_line(blocks: Iterator[bytes], name: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a text, blank ones too: the byte at which each begins, and its bytes."""
+    begin, number = 0, 1
+    held = bytearray()
+    for block in blocks:
+        *ended, rest = block.split(b"\n")
+        for end in ended:
+            # A bytearray grows in place: joining bytes would copy a line of n blocks n times.
+            line = bytes(held) + end if held else end
+            yield begin, line
+            begin, number = begin + len(line) + 1, number + 1
+            held.clear()
+        held += rest
+        if len(held) > MOST_VALUE_BYTES:
+            raise too_long(f"{name} line {number}")
+    if held:
+        yield begin, bytes(held)

@@ -111,6 +111,7 @@ class _RowGroup:
         """Rows [start, stop) as Arrow arrays of at most a step's rows."""
         if start < self._begin:
             self._rewind()
+        # Batches do not end where units do, so the last one is kept for the next unit.
         while True:
             first, last = max(start - self._begin, 0), stop - self._begin
             if first < len(self._rows):
@@ -139,6 +140,7 @@ class _RowGroup:
         return rows
 
 
+# One reader a process: a unit of the next row group, or of another file, takes its place.
 @lru_cache(maxsize=1)
 def _row_group(path: str, column: str, group: int, batch: int) -> _RowGroup:
     return _RowGroup(path, column, group, batch)
@@ -182,6 +184,7 @@ def split_rows(path: str, file_bytes: int, text_field: str, unit_bytes: int) -> 
         first = 0
         for group in range(file.metadata.num_row_groups):
             rows, size = _claims(file, path, file_bytes, group, text_field)
+            # Sizes come from the footer, so units are the same for any number of workers and after a kill.
             batch = max(1, min(MOST_ROWS, min(BLOCK_BYTES, unit_bytes) * rows // max(size, 1)))
             rows_in_unit = min(max(batch, unit_bytes * rows // max(size, 1)), MOST_ROWS_IN_UNIT)
             for start in range(0, rows, rows_in_unit):

@@ -6,7 +6,8 @@ A row is not parsed in the parent, so the text of a fault, and which rows are le
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prepare.documents.jsontext import each_line, each_value, parse
+from prepare.documents.jsontext import each_value, parse
+from prepare.documents.lines import each_line
 from prepare.formats import Format
 from prepare.storage.compressed import text_blocks
 from prepare.storage.files import shown
@@ -67,6 +68,6 @@ class Stream(_InStream):
                 yield Rows(self.path, self.text_field, tuple(rows), first_line=first if lines else None)
                 rows, size, first = [], 0, first + len(rows)
             rows.append((begin, row))
-            size += len(row) + 1
+            size += len(row) + 1  # blank lines count too, or a file of them would be one unit
         if rows:
             yield Rows(self.path, self.text_field, tuple(rows), first_line=first if lines else None)

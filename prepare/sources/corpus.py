@@ -66,6 +66,7 @@ class Corpus:
     def items(self) -> list[Item]:
         return self._items
 
+    # Listed once: it reads the footer of every Parquet file, which may lie behind a network.
     @cached_property
     def _items(self) -> list[Item]:
         size = unit_bytes(self.file_bytes() or 0)
@@ -104,7 +105,7 @@ def default_name(source: str) -> str:
     """A dataset's name from its first source: that of a named corpus, or the stem of a path."""
     if source == "-":
         return "stdin"
-    if source.startswith("hf:"):
+    if source.startswith("hf:"):  # without the config and the revision
         stem = re.split("[:@]", source[3:])[0].rpartition("/")[2].lower()
     elif is_named(source):
         stem = source
@@ -150,6 +151,7 @@ def _open_source(source: str, text_field: str, folder: Path) -> Source:
         return Shakespeare()
     if source == "-":
         return Stdin(text_field, folder / STDIN_SPOOL)
+    # A file:// URL is read as the path it holds: it can be hashed, and needs no fsspec.
     if is_url(source) and not source.startswith("file://"):
         return open_remote(source, text_field)
     found = open_files(source.removeprefix("file://"), text_field)

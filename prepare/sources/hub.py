@@ -149,9 +149,13 @@ class Listing:
     @staticmethod
     def load(name: HubName) -> "Listing | None":
         path = _listing_path(name.repository, name.config, name.revision)
-        return Listing(**json.loads(path.read_bytes())) if path.is_file() else None
+        try:
+            return Listing(**json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):  # absent or damaged: the Hub knows it
+            return None
 
     def save(self, name: HubName) -> None:
+        # A branch moves, so the commit is found by its hash as well; the same for a config that was not named.
         content = json.dumps(asdict(self)).encode()
         for config, revision in product({name.config, self.config}, {name.revision, self.revision}):
             path = _listing_path(self.repository, config, revision)
@@ -212,7 +216,7 @@ def _open_online(name: HubName, text_field: str) -> HubParquet | HubStream:
     commit = commit_of(urls[0])
     if commit and all(url.endswith(".parquet") for url in urls):
         listing = Listing(name.repository, builder.config.name, commit, [file_of(url) for url in urls])
-        listing.save(name)
+        listing.save(name)  # before the download: if that is interrupted, the list says what is missing
         return listing.open(text_field)
     about = {"repository": name.repository, "config": builder.config.name, "revision": commit or name.revision}
     return HubStream(builder, text_field, about)
@@ -262,6 +266,7 @@ def train_files(builder: Any, repository: str) -> list[str]:
 
 
 def commit_of(url: str) -> str | None:
+    # `datasets` resolves a branch to its commit: hf://datasets/ORG/NAME@COMMIT/data/train-0.parquet
     found = re.search("@([0-9a-f]{40})/", url)
     return found[1] if found else None
 
@@ -277,6 +282,7 @@ def _load_builder(name: HubName, path: str) -> Any:
         import datasets
     except ImportError:
         raise UserError("reading the Hub needs a package that is not installed: pip install 'datasets>=4.0'") from None
+    # A progress bar in a log file is a page of control characters.
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     _quiet()

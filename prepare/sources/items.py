@@ -26,6 +26,7 @@ class SourceFile:
 def items_of(files: Iterable[SourceFile], text_field: str, unit_bytes: int) -> list[Item]:
     """The items of the files in their order; small neighbours share a unit."""
     found: list[Item] = []
+    # Neighbours of less than a unit wait here until together they make one.
     small: list[Item] = []
     size = 0
     for item in (item for file in files for item in _items(file, text_field, unit_bytes)):
@@ -52,6 +53,7 @@ def _items(file: SourceFile, text_field: str, unit_bytes: int) -> Iterator[Item]
             yield from split_rows(file.path, file.size, text_field, unit_bytes)
         case Format.TEXT:
             yield TextFile(file.path, size)
+        # What can be read from any byte is split here, and its units read themselves; the rest is a stream.
         case Format.JSON_LINES if file.ranges and not compression_of(name):
             yield from split_lines(file.path, file.size, text_field, unit_bytes)
         case format:

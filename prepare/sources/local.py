@@ -54,6 +54,7 @@ class Files:
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         if self.root is None or (not self.about and len(self.paths) <= MOST_FILES_LISTED):
             return [{"path": str(path), "bytes": path.stat().st_size, "hash": hash_of(path)} for path in self.paths]
+        # One hash over the files' hashes and their paths in the folder, so that the folder may be moved.
         listing = "".join(f"{path.relative_to(self.root).as_posix()}\t{hash_of(path)}\n" for path in self.paths)
         total = {"files": len(self.paths), "bytes": self.file_bytes(), "hash": hash_bytes(listing.encode())}
         return [{"path": str(self.root), **self.about, **total}]
@@ -69,7 +70,7 @@ class Stdin:
         self.text_field, self.spool = text_field, spool
 
     def items(self, unit_bytes: int) -> list[Item]:
-        with self._spooled.open("rb") as file:
+        with self._spooled.open("rb") as file:  # opening it reads stdin to its end
             head = file.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
         text_field = self.text_field if _is_json_object(head) else None
         return list(split_lines(str(self._spooled), self.file_bytes(), text_field, unit_bytes))
@@ -125,6 +126,7 @@ def is_glob(text: str) -> bool:
 def _walk(folder: Path, without: Set[str] = frozenset()) -> list[Path]:
     """Every file below `folder`, sorted by path; folders `without`, and hidden ones (.git, .cache), are not entered."""
     paths = []
+    # Links to folders are not followed: one to a parent would never end.
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
         paths += [Path(root, name) for name in names if not name.startswith(".")]

@@ -44,6 +44,7 @@ class Shakespeare:
 
     @cached_property
     def path(self) -> Path:
+        # Hashed on every use (a few ms), so a damaged copy is replaced and not trained on.
         path = assets() / "shakespeare" / "input.txt"
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
             return path

@@ -71,6 +71,7 @@ def list_remote(source: str) -> list[Remote]:
             f"cannot list {shown(source)}: {type(error).__name__}: {one_line(error)}; "
             "check the address, the credentials and the network"
         ) from None
+    # Hidden files are skipped below what the user named, even if the path to it has a hidden part.
     root = re.split(r"[*?[]", name)[0].rpartition("/")[0] if is_glob(name) else name
     files = {path: info for path, info in found.items() if info["type"] == "file" and not _hidden(path, root)}
     names = readable(sorted(files), shown(source))

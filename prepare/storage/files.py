@@ -140,6 +140,7 @@ class _RangeFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        # io.BufferedReader asks for REQUEST_BYTES at a time, whatever its caller reads.
         end = min(self._at + len(buffer), self._size)
         if end <= self._at:
             return 0
@@ -182,6 +183,7 @@ def _fsspec_range(url: str) -> Callable[[int, int], bytes]:
 def _web() -> Any:
     import requests
 
+    # One session for the process: it keeps connections open, and a handshake costs as much as a small range.
     session = requests.Session()
     # Bytes as they are stored: a range of a compressed transfer is useless.
     session.headers["Accept-Encoding"] = "identity"
