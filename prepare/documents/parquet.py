@@ -183,7 +183,7 @@ def split_rows(path: str, file_bytes: int, text_field: str, unit_bytes: int) -> 
         _check_text_column(file.schema_arrow, path, text_field)
         first = 0
         for group in range(file.metadata.num_row_groups):
-            rows, size = _claims(file, path, file_bytes, group, text_field)
+            rows, size = _claims(file, path, file_bytes, group=group, column=text_field)
             # Sizes come from the footer, so units are the same for any number of workers and after a kill.
             batch = max(1, min(MOST_ROWS, min(BLOCK_BYTES, unit_bytes) * rows // max(size, 1)))
             rows_in_unit = min(max(batch, unit_bytes * rows // max(size, 1)), MOST_ROWS_IN_UNIT)
