@@ -221,11 +221,15 @@ class TokenReader:
         self._maps = [map_shard(folder, manifest, shard) for shard in shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._remedy = manifest.remedy
-        self.name = f"{folder}'s {split} split"
+        self.folder, self.split = folder, split
         self.vocab_size: int = manifest.tokenizer["vocab_size"]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder}'s {self.split} split"
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Ids [start, stop) of the split, across shard borders. Raises UserError for an id outside the vocabulary."""

@@ -99,10 +99,10 @@ def test_the_global_batch_is_the_same_on_every_number_of_ranks(tmp_path: Path, s
         world = World(rank, size, local_size=1, device=torch.device("cpu"))  # more would take threads from later tests
         trainer, _ = assemble(config, world, Mixture(config))
         trainer.step = 3
-        for turn in range(trainer.accumulation):
-            inputs, targets = trainer.micro_batch(turn)
-            place = (turn * size + rank) * 2
-            found[place : place + 2] = torch.cat([inputs, targets[:, -1:]], dim=1)
+        for number in range(trainer.accumulation):
+            inputs, targets, _ = trainer.micro_batch(number)
+            first = (number * size + rank) * 2
+            found[first : first + 2] = torch.cat([inputs, targets[:, -1:]], dim=1)
             assert (targets[:, :-1] == inputs[:, 1:]).all()
     assert (found == wanted).all()
 

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.slow
 SLOW_TO_SAY = """
 import os, time
 if os.environ.get("RANK") == "{rank}":
-    from pipeline import distributed
-    stop, gather = distributed.stop, distributed.World.gather
-    distributed.stop = lambda: (time.sleep(5), stop())
+    from pipeline.machine import ranks
+    stop, gather = ranks.stop, ranks.World.gather
+    ranks.stop = lambda: (time.sleep(5), stop())
 """
 NOISE = "attn.c_attn.bias"  # see test_trainer.py: its gradient is rounding alone, and Adam blows that up
 
@@ -94,7 +94,7 @@ def test_a_run_moves_from_one_rank_to_two_to_four_and_back(tiny: Path) -> None:
     """The same samples, so the same losses within rounding; each rank writes down what it takes."""
     (tiny / "sitecustomize.py").write_text(
         "import os, pathlib\n"
-        "from train.prefetch import Prefetcher\n"
+        "from train.data.prefetch import Prefetcher\n"
         "real = Prefetcher.batch\n"
         "def batch(self, first):\n"
         "    with pathlib.Path('samples.' + os.environ.get('RUN', '')).open('a') as file:\n"
@@ -137,7 +137,7 @@ def test_gradients_travel_once_a_step_and_not_once_a_micro_batch(tiny: Path) -> 
 def test_a_fault_of_one_rank_ends_both_with_one_line(tiny: Path) -> None:
     (tiny / "sitecustomize.py").write_text(
         SLOW_TO_SAY.format(rank=1)
-        + "    os.chdir('/')\n    distributed.World.gather = lambda *a: (gather(*a), time.sleep(2))[0]\n"
+        + "    os.chdir('/')\n    ranks.World.gather = lambda *a: (gather(*a), time.sleep(2))[0]\n"
     )
     config = tiny_config(tiny)
     config = replace(config, data=replace(config.data, data_dir="data"), run=replace(config.run, dir="runs"))

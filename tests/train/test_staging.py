@@ -38,7 +38,7 @@ ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 
 def staged(config: Config, into: Path, dry_run: bool = False) -> Mixture:
-    return staging.stage(Mixture(config), config, ALONE, into, dry_run)
+    return staging.stage(Mixture(config), config, ALONE, into=into, dry_run=dry_run)
 
 
 def target_of(config: Config, into: Path) -> Path:

@@ -70,7 +70,9 @@ def test_a_run_leaves_what_the_contract_says(tiny: Path) -> None:
     assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"} <= written[0].keys()
     assert [row["step"] for row in written if "val_loss" in row] == [5, 10]
     assert written[-1]["loss"] < written[0]["loss"]
-    assert status(config) == {"state": "done", "step": 10, "reason": ""}
+    ended = status(config)
+    assert {name: ended[name] for name in ("state", "step", "reason")} == {"state": "done", "step": 10, "reason": ""}
+    assert ended["step_s"] > 0 and ended["last_save_s"] > 0
     assert from_dict(tomllib.loads((config.run_dir / "config.toml").read_text())) == config
     checkpoints = config.run_dir / "checkpoints"
     assert (checkpoints / "latest").read_text() == "step_00000010\n"
@@ -156,7 +158,7 @@ def test_other_weights_are_another_dataset_and_another_mask_another_run(tiny: Pa
     other = tuple(replace(source, weight=0.5) for source in config.data.mixture)
     with pytest.raises(UserError, match=r"another dataset .*tiny \(50.00%\) \+ .*other \(50.00%\)"):
         run(replace(config, data=replace(config.data, mixture=other)))
-    with pytest.raises(UserError, match="cannot go on with data.document_mask False -> True"):
+    with pytest.raises(UserError, match="cannot resume with data.document_mask False -> True"):
         run(replace(config, data=replace(config.data, document_mask=True)))
 
 
@@ -195,7 +197,7 @@ def test_resume_must_and_never(tiny: Path) -> None:
         run(must)
     assert not config.run_dir.exists()
     run(never)
-    with pytest.raises(UserError, match="has checkpoints up to step_00000010, and checkpoint.resume=never"):
+    with pytest.raises(UserError, match="has checkpoints up to step_00000010, and checkpoint.resume=never forbids"):
         run(never)
     run(must)
 
@@ -212,7 +214,7 @@ def test_what_fixes_data_order_or_shapes_cannot_change_on_resume(
     tiny: Path, change: dict[str, Any], named: str
 ) -> None:
     run(tiny_config(tiny))
-    with pytest.raises(UserError, match=f"cannot go on with {named}"):
+    with pytest.raises(UserError, match=f"cannot resume with {named}"):
         run(tiny_config(tiny, **change))
 
 
@@ -260,7 +262,7 @@ def test_dry_run_refuses_what_the_run_would_refuse(tiny: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint"):
         run(replace(config, model=replace(config.model, init_from=str(tiny / "nowhere"))), dry_run=True)
     run(config)
-    with pytest.raises(UserError, match="cannot go on with run.seed"):
+    with pytest.raises(UserError, match="cannot resume with run.seed"):
         run(replace(config, run=replace(config.run, seed=1)), dry_run=True)
 
 

@@ -70,7 +70,7 @@ class Staging:
         return all(copy.is_file() and copy.read_bytes() == path.read_bytes() for path, copy in copies.items())
 
 
-def stage(mixture: Mixture, config: Config, world: World, into: Path, dry_run: bool) -> Mixture:
+def stage(mixture: Mixture, config: Config, world: World, *, into: Path, dry_run: bool) -> Mixture:
     """The same mixture, read from copies on this node. All ranks call it together; the first of each node copies.
 
     With `dry_run` nothing is copied, and `mixture` comes back. Raises UserError.
