@@ -18,6 +18,7 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     tokens_at_a_time = train.micro_batch_size * block_size * world_size
     if wanted % tokens_at_a_time == 0:
         return wanted // tokens_at_a_time
+    # 0 tokens would divide too.
     below = wanted // tokens_at_a_time * tokens_at_a_time
     nearest = [str(value) for value in (below, below + tokens_at_a_time) if value]
     # A smaller or larger micro-batch may divide where the ranks do.

@@ -22,6 +22,7 @@ class State(StrEnum):
 
     RUNNING = "running"
     DONE = "done"
+    # The batch scripts look for this word, to tell a run that will resume from one that is over.
     STOPPED = "stopped"  # on request, with everything saved
     FAILED = "failed"
 
@@ -78,6 +79,7 @@ class RunFolder:
         """status.json; None where it is missing or damaged."""
         try:
             found = json.loads((self.path / "status.json").read_bytes())
+            # Runs of earlier versions did not record these.
             timing = found.get("step_s"), found.get("last_save_s")
             return Status(State(found["state"]), int(found["step"]), str(found["reason"]), *timing)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -91,6 +93,7 @@ class RunFolder:
 
 def newest_run(runs: Path) -> Path | None:
     """The run under `runs` that saved a checkpoint last; None where none has one."""
+    # By the pointer's time: a folder's own changes with whatever is created in it.
     pointers = sorted(runs.glob("*/checkpoints/latest"), key=lambda pointer: pointer.stat().st_mtime)
     return pointers[-1].parents[1] if pointers else None
 

@@ -56,6 +56,7 @@ class Evaluation:
             windows = torch.from_numpy(windows_at(self.readers[source], starts, self.config.model.block_size))
             with autocast(self.world.device, self.dtype):
                 loss = model(*model_inputs(windows, self.config, self.mixture, self.world.device)).cpu()
+            # Weighted by windows, as the last batch of a source may be a short one.
             totals[source] += loss * len(starts) if index < len(batches) else 0
         model.train()
         reshard(model)

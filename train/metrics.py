@@ -52,6 +52,7 @@ class FileMetrics(Metrics):
         self._tensorboard = _summary_writer(folder, first_step) if tensorboard else None
 
     def write(self, row: Row) -> None:
+        # json would write NaN, which is not JSON.
         row = {name: value if math.isfinite(value or 0) else None for name, value in row.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -63,6 +64,7 @@ class FileMetrics(Metrics):
 
     def write_bad_step(self, row: Row, result: StepResult) -> None:
         why = {"reason": result.outcome.value, "loss": str(result.loss), "grad_norm": str(result.grad_norm)}
+        # As text, since what is worth knowing here is inf or nan.
         with self._folder.bad_steps.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | why) + "\n")
 
@@ -147,4 +149,5 @@ def _summary_writer(folder: RunFolder, first_step: int) -> Any:
             folder.tensorboard,
         )
         return None
+    # purge_step: TensorBoard hides what an earlier start wrote past the resumed step.
     return SummaryWriter(folder.tensorboard, purge_step=first_step + 1)

@@ -56,6 +56,7 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
         mixture = Mixture(config)
         if world.is_first:  # for its complaints, which should come before a folder is created
             resume.candidates(folder.checkpoints, config.checkpoint.resume)
+    # A node may mount another disk, or an older copy of a config: better a line now than a curve that means nothing.
     world.check_agreement("the dataset", mixture.fingerprint)
     world.check_agreement("the config", to_dict(config))
     if stage_to is not None:
@@ -175,6 +176,7 @@ def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
     """Rank 0 brings the run's folder to the step at which training starts, and records there; the others record nothing."""
     if not trainer.world.is_first:
         return Metrics()
+    # Later checkpoints are of a path that the run is about to leave, by checkpoint.resume or `latest`.
     set_aside_after(folder.checkpoints, trainer.step)
     metrics = FileMetrics(folder, trainer.step, trainer.config.log.tensorboard)
     write_atomic(folder.config, to_toml(trainer.config).encode())

@@ -75,6 +75,7 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """One optimizer step over `tokens_per_step` tokens; one that is not finite, or a spike, leaves the weights alone."""
+        # A function of the step: there is no schedule to save or restore.
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
         losses = torch.zeros((), device=self.world.device)
@@ -156,6 +157,7 @@ class Trainer:
             metrics.write(self.row(result, val_loss))
         if evaluating:
             self.previews.show(self.model, self.step, metrics)
+        # After the row: a crash in between drops nothing, as a resume writes the row again.
         if planned or agreed.reason or agreed.save_now:
             self.checkpoints.save(self.step, None if val_loss is None else val_loss.mean)
         metrics.keep_alive(self.status(State.RUNNING))
@@ -169,6 +171,7 @@ class Trainer:
         step_s = self.throughput.last_step_s + self.evaluation.last_s + self.previews.last_s
         saver = self.checkpoints.saver
         own = stop.reason(step_s, saver.last_save_s)
+        # One all-reduce per step for all three: a second one would cost as much again in latency.
         flags = [bool(own), self.checkpoints.requested, saver.failed]
         noticed = torch.tensor(flags, dtype=torch.float, device=self.world.device)
         stopping, saving, failed = self.world.sum(noticed).tolist()

@@ -41,6 +41,7 @@ class Loader:
             key = xxhash.xxh3_64_intdigest(b"%d:%d" % (self.seed, epoch))
             here = epochs == epoch
             windows = permute(positions[here].astype(np.uint64), self.windows, key).astype(np.int64)
+            # The shift changes which tokens share a window, so that no pair of neighbours is split in every epoch.
             starts[here] = key % (self.slack + 1) + windows * self.block_size
         return [int(start) for start in starts]
 
@@ -55,6 +56,7 @@ def evaluation_starts(reader: TokenReader, block_size: int, windows: int) -> lis
     check_length(reader.folder, reader.split, len(reader), block_size)
     available = (len(reader) - 1) // block_size
     taken = min(windows, available) if windows else available
+    # Fixed, so that losses compare between evaluations; spread, as a split's beginning may be of one source.
     return [index * available // taken * block_size for index in range(taken)]
 
 

@@ -152,8 +152,10 @@ def test_sources_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
             Mixture(replace(config, data=replace(config.data, mixture=mixture)))
         return str(caught.value)
 
-    assert "other has the vocabulary gpt2 of 50,257 tokens" in refused(("s0", 1), (str(other), 1))
-    assert "hold the same tokens: name it once" in refused(("s0", 1), (str(tmp_path / "data/s0"), 1))
+    assert "other has the vocabulary gpt2 (50,257 tokens, end-of-text token 50256), but" in refused(
+        ("s0", 1), (str(other), 1)
+    )
+    assert "hold the same tokens: list it once" in refused(("s0", 1), (str(tmp_path / "data/s0"), 1))
     assert "gives 's1' less than one sample in 10,000" in refused(("s0", 1), ("s1", 1e-5))
     assert "no dataset at" in refused(("s0", 1), ("nowhere", 1))
     write_documents(tmp_path / "data" / "short", {"train": [["ab"]], "val": [["cd"]]})

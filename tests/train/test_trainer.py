@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partialmethod
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -271,8 +272,11 @@ def test_too_many_bad_steps_in_a_row_are_a_divergence(tiny: Path) -> None:
         trainer.fit(Metrics(), StopRequest())
 
 
-@pytest.mark.slow
-def test_the_compiled_model_follows_the_eager_one(tiny: Path) -> None:
+@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.campaign), "aot_eager"])
+def test_the_compiled_model_follows_the_eager_one(tiny: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Generating C++ takes 20 s: by default what is captured runs as it is."""
+    compiler = partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiler)
     eager = trained(tiny_config(tiny, run={"compile": "off"}), steps=5)[1]
     trainer, compiled = trained(tiny_config(tiny, run={"compile": "on"}), steps=5)
     assert trainer.model._compiled_call_impl is not None
