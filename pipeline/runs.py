@@ -38,47 +38,23 @@ class Status:
     last_save_s: float | None = None
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The files in the folder of one run; none needs to exist."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.toml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def bad_steps(self) -> Path:
-        return self.path / "bad_steps.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tb"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def save_now(self) -> Path:
-        return self.path / "save-now"
+    def __init__(self, path: Path) -> None:
+        self.path, self.checkpoints = path, path / "checkpoints"
+        self.config, self.status = path / "config.toml", path / "status.json"
+        self.metrics, self.bad_steps = path / "metrics.jsonl", path / "bad_steps.jsonl"
+        self.log, self.tensorboard = path / "log.txt", path / "tb"
+        self.save_now = path / "save-now"
 
     def write_status(self, status: Status) -> None:
-        write_atomic(self.path / "status.json", json.dumps(asdict(status)).encode() + b"\n")
+        write_atomic(self.status, json.dumps(asdict(status)).encode() + b"\n")
 
     def read_status(self) -> Status | None:
         """status.json; None where it is missing or damaged."""
         try:
-            found = json.loads((self.path / "status.json").read_bytes())
+            found = json.loads((self.status).read_bytes())
             # Runs of earlier versions did not record these.
             timing = found.get("step_s"), found.get("last_save_s")
             return Status(State(found["state"]), int(found["step"]), str(found["reason"]), *timing)

@@ -180,16 +180,10 @@ class Checkpoints:
 
     def describe(self, step: int, val_loss: float | None) -> Description:
         return Description(
-            step=step,
-            tokens=step * self.config.train.tokens_per_step,
-            config=to_dict(self.config),
-            tokenizer=self.tokenizer.spec(),
-            dataset=self.dataset,
-            val_loss=val_loss,
-            scaler=self.scaler.state_dict(),
-            bad_steps=self.guard.bad_steps,
-            grad_norms=self.guard.norms,
-        )
+            step=step, tokens=step * self.config.train.tokens_per_step, config=to_dict(self.config),
+            tokenizer=self.tokenizer.spec(), dataset=self.dataset, val_loss=val_loss,
+            scaler=self.scaler.state_dict(), bad_steps=self.guard.bad_steps, grad_norms=self.guard.norms,
+        )  # fmt: skip
 
     def restore(self, folder: Path) -> int:
         """Load a verified checkpoint, and return its step. What it does not hold follows from the seed and the step."""

@@ -177,16 +177,9 @@ def _foreign_manifest(program: str, files: dict[str, list[Path]]) -> Manifest:
         for split, paths in files.items()
     }
     return Manifest(
-        tokenizer=tokenizer.spec(),
-        dtype=token_dtype(tokenizer.vocab_size).name,
-        splits=splits,
-        sources=[],
-        options={},
-        val_rule={},
-        skipped={},
-        program=program,
-        end_of_text=foreign.END_OF_TEXT_STANDS[program],
-    )
+        tokenizer=tokenizer.spec(), dtype=token_dtype(tokenizer.vocab_size).name, splits=splits, sources=[], options={},
+        val_rule={}, skipped={}, program=program, end_of_text=foreign.END_OF_TEXT_STANDS[program],
+    )  # fmt: skip
 
 
 def _check_form(folder: Path, manifest: Manifest) -> None:

@@ -82,14 +82,10 @@ def stage(mixture: Mixture, config: Config, world: World, *, into: Path, dry_run
                 f"invalid --stage {str(into)!r}: expected the absolute path of a folder on the node's local disk; "
                 "a variable such as $SLURM_TMPDIR in it must be set on the node"
             )
-    stagings = [
-        Staging(
-            source.folder,
-            source.manifest,
-            into / f"{source.folder.name}-{source.manifest.fingerprint[:FINGERPRINT_DIGITS]}",
-        )
-        for source in mixture.sources
-    ]
+    stagings = []
+    for source in mixture.sources:
+        name = f"{source.folder.name}-{source.manifest.fingerprint[:FINGERPRINT_DIGITS]}"
+        stagings.append(Staging(source.folder, source.manifest, into / name))
     # Collectives give up after half an hour, and a copy may take longer.
     with world.fail_together(PATIENCE):
         if world.local_rank == 0:
