@@ -5,7 +5,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class UserError(Exception):
-    """The user can fix this. The text is one line: what is wrong, what was found, what was expected, how to fix it.
+    """The user can fix this. The text is one line: what is wrong, what was found, what was
+    expected, how to fix it.
 
     The command prints it without a traceback and exits with code 2.
     """

@@ -1,7 +1,7 @@
 """How this project writes to disk: a file that exists is complete, and its bytes can be checked.
 
-A file is written under another name, synced, then renamed over the target. rename(2) is atomic within a filesystem, and a
-synced folder keeps the new name across a power failure.
+A file is written under another name, synced, then renamed over the target. rename(2) is atomic
+within a filesystem, and a synced folder keeps the new name across a power failure.
 """
 
 import fcntl
@@ -41,7 +41,9 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: a reader, or a crash, finds the old file or the new one and nothing in between."""
+    """Replace `path` by `content`: a reader, or a crash, finds the old file or the new one and
+    nothing in between.
+    """
     # With the process's number: two processes must not write into one file.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
@@ -49,7 +51,9 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def read_limited(path: Path, most_bytes: int) -> bytes:
-    """The content of a file that may come from anyone. Raises UserError for a larger one, or what is not a file."""
+    """The content of a file that may come from anyone. Raises UserError for a larger one, or what
+    is not a file.
+    """
     if not path.is_file():  # opening a pipe would wait for a writer
         raise UserError(f"{path} is not a file: expected one of at most {most_bytes:,} bytes")
     # Not by its size in the folder, which may grow until it is read.
@@ -82,8 +86,8 @@ class Held(UserError):
 def one_writer(folder: Path, name: str = ".lock", shared: bool = False, patience_s: float = 0.0) -> Iterator[None]:
     """Lock `folder` against a second writer; `shared`, against one that holds it exclusively.
 
-    The lock is the kernel's (flock), so it is released with its process and never stale. Raises Held, which names the
-    process that has it, unless that releases it within `patience_s`.
+    The lock is the kernel's (flock), so it is released with its process and never stale. Raises
+    Held, which names the process that has it, unless that releases it within `patience_s`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +128,9 @@ def _is_locked(file: TextIO, operation: int, folder: Path) -> bool:
 
 
 def holder(folder: Path, name: str = ".lock") -> str:
-    """The process that has locked `folder`, as `one_writer` recorded it; empty where none has, or it cannot be read."""
+    """The process that has locked `folder`, as `one_writer` recorded it; empty where none has, or
+    it cannot be read.
+    """
     try:
         with (folder / name).open(encoding="utf-8") as file:
             try:

@@ -1,7 +1,8 @@
 """Log lines and progress, all on stderr.
 
-On a terminal long work shows a bar. Into a file it writes a plain line every `LINE_INTERVAL_S`, because people follow
-SLURM logs, and never a control character. Only rank 0 logs everything; the others log warnings and errors.
+On a terminal long work shows a bar. Into a file it writes a plain line every `LINE_INTERVAL_S`,
+because people follow SLURM logs, and never a control character. Only rank 0 logs everything; the
+others log warnings and errors.
 """
 
 import logging
@@ -57,17 +58,18 @@ def also_to_file(path: Path) -> Iterator[None]:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with its control characters escaped, except those in `keep`: the content of a file may hold terminal escape
-    sequences.
+    """`text` with its control characters escaped, except those in `keep`: the content of a file may
+    hold terminal escape sequences.
     """
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 class ProgressReport:
-    """Progress of a long operation: `with ProgressReport("encode", total=n, unit="MB") as report: report.advance(1)`.
+    """Progress of a long operation: `with ProgressReport("encode", total=n, unit="MB") as report:
+    report.advance(1)`.
 
-    `total`, `done` (by an earlier start) and the amounts are in `unit`; a total of None (a stream) shows amounts without a
-    percentage.
+    `total`, `done` (by an earlier start) and the amounts are in `unit`; a total of None (a stream)
+    shows amounts without a percentage.
     """
 
     def __init__(self, title: str, total: float | None, unit: str, done: float = 0.0) -> None:

@@ -1,4 +1,5 @@
-"""A run's folder: the files a run keeps up to date while it trains, and how to find the newest run. No torch.
+"""A run's folder: the files a run keeps up to date while it trains, and how to find the newest run.
+No torch.
 
 runs/<name>/config.toml           the resolved config
             status.json           running, done, stopped or failed; step; why it ended
@@ -29,7 +30,9 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Status:
-    """status.json. `step_s`, `last_save_s`: seconds that the last step and the last checkpoint took, None before the first."""
+    """status.json. `step_s`, `last_save_s`: seconds that the last step and the last checkpoint
+    took, None before the first.
+    """
 
     state: State
     step: int

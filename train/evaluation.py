@@ -25,7 +25,9 @@ class ValLoss:
 
 
 class Evaluation:
-    """`eval.batches` micro-batches, spread evenly over the val split of each source. `last_s`: seconds the last one took."""
+    """`eval.batches` micro-batches, spread evenly over the val split of each source. `last_s`:
+    seconds the last one took.
+    """
 
     def __init__(self, config: Config, world: World, mixture: Mixture, dtype: torch.dtype) -> None:
         self.config, self.world, self.mixture, self.dtype = config, world, mixture, dtype
@@ -51,7 +53,8 @@ class Evaluation:
         totals = torch.zeros(len(self.readers), dtype=torch.float64)
         for first in range(0, len(batches), self.world.size):
             index = first + self.world.rank
-            # Gathering sharded weights takes all ranks: one without a batch of its own repeats another, and counts it as 0.
+            # Gathering sharded weights takes all ranks: one without a batch of its own repeats
+            # another, and counts it as 0.
             source, starts = batches[index % len(batches)]
             windows = torch.from_numpy(windows_at(self.readers[source], starts, self.config.model.block_size))
             with autocast(self.world.device, self.dtype):

@@ -24,7 +24,9 @@ class Metrics:
     """Records nothing: what every rank has but the first, which has `FileMetrics`."""
 
     def write(self, row: Row) -> None:
-        """Append a row; it has a `step`, and every other number becomes a TensorBoard scalar. NaN and inf become null."""
+        """Append a row; it has a `step`, and every other number becomes a TensorBoard scalar. NaN
+        and inf become null.
+        """
 
     def write_bad_step(self, row: Row, result: StepResult) -> None:
         """Append to bad_steps.jsonl the samples of a step that did not reach the weights."""
@@ -33,7 +35,9 @@ class Metrics:
         """Show `text` in TensorBoard as it is."""
 
     def write_status(self, status: Status) -> None:
-        """Replace status.json. A time that is not known yet is kept from an earlier start of the run."""
+        """Replace status.json. A time that is not known yet is kept from an earlier start of the
+        run.
+        """
 
     def keep_alive(self, status: Status) -> None:
         """`write_status`, if the last one was long ago."""
@@ -43,7 +47,9 @@ class Metrics:
 
 
 class FileMetrics(Metrics):
-    """Rows and curves in the run's folder. Those past `first_step` are dropped: one curve, no step twice."""
+    """Rows and curves in the run's folder. Those past `first_step` are dropped: one curve, no step
+    twice.
+    """
 
     def __init__(self, folder: RunFolder, first_step: int, tensorboard: bool) -> None:
         folder.drop_rows_after(first_step)
@@ -115,7 +121,9 @@ class Throughput:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation (Chowdhery et al. 2022), 0 to 1 of the peak of all ranks; None where that is unknown."""
+        """Model FLOPs utilisation (Chowdhery et al. 2022), 0 to 1 of the peak of all ranks; None
+        where that is unknown.
+        """
         return self.tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
 
     def columns(self, waited_s: float) -> Row:
@@ -132,7 +140,9 @@ def step_columns(step: int, tokens: int, result: StepResult, lr: float) -> Row:
 
 
 def val_columns(val_loss: ValLoss, mixture: Mixture, samples: int) -> Row:
-    """The loss on the val split and, in a mixture, each source's loss and what the first `samples` samples took of it."""
+    """The loss on the val split and, in a mixture, each source's loss and what the first `samples`
+    samples took of it.
+    """
     row: Row = {"val_loss": val_loss.mean}
     if len(mixture.sources) > 1:
         for (name, (tokens, epochs)), loss in zip(mixture.progress(samples).items(), val_loss.by_source, strict=True):

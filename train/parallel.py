@@ -1,11 +1,12 @@
-"""How ranks share one model: a replica each (ddp), a shard each (fsdp), or shards inside a node and replicas over nodes (hsdp).
+"""How ranks share one model: a replica each (ddp), a shard each (fsdp), or shards inside a node and
+replicas over nodes (hsdp).
 
     ddp, 4 ranks        fsdp, 4 ranks       hsdp, 2 nodes of 2 ranks
     ABCD ABCD ABCD ABCD   A   B   C   D       AB  CD | AB  CD
 
-Loss, gradient norm and steps are those of one rank under each of them, and the checkpoint folder is the same: a run may
-resume under another strategy, with another number of ranks. Sharding is PyTorch's FSDP2: a block's weights are gathered
-only while it computes.
+Loss, gradient norm and steps are those of one rank under each of them, and the checkpoint folder is
+the same: a run may resume under another strategy, with another number of ranks. Sharding is
+PyTorch's FSDP2: a block's weights are gathered only while it computes.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +27,8 @@ from pipeline.model.sharding import whole
 
 
 def mesh_of(strategy: str, world: World) -> DeviceMesh | None:
-    """The ranks over which weights are sharded, one row per node under hsdp; None where every rank holds all of them.
+    """The ranks over which weights are sharded, one row per node under hsdp; None where every rank
+    holds all of them.
 
     All ranks call it together. Raises UserError where the nodes differ in size.
     """
@@ -41,7 +43,8 @@ def mesh_of(strategy: str, world: World) -> DeviceMesh | None:
                 f"parallel.strategy=hsdp expects the same number of ranks on every node, got {world.size} ranks and nodes of "
                 f"{' and '.join(map(str, sizes))}: start torchrun with one --nproc-per-node, or set parallel.strategy=fsdp"
             )
-    # Ranks are numbered node by node, so that a row of the mesh is a node, and gathering weights stays inside it.
+    # Ranks are numbered node by node, so that a row of the mesh is a node, and gathering weights
+    # stays inside it.
     shape = (world.size // sizes[0], sizes[0])
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
@@ -57,18 +60,21 @@ def to_device(model: GPT, world: World, mesh: DeviceMesh | None, *, dtype: torch
 
 
 def shard(model: GPT, mesh: DeviceMesh, *, dtype: torch.dtype, compiled: bool) -> None:
-    """Keep this rank's shard of every parameter: block by block, so that no device ever holds the full model.
+    """Keep this rank's shard of every parameter: block by block, so that no device ever holds the
+    full model.
 
     Raises UserError for float16.
     """
     if dtype == torch.float16:
-        # One rank may overflow where the others do not, and only all of them together may skip the step.
+        # One rank may overflow where the others do not, and only all of them together may skip the
+        # step.
         raise UserError(
             "float16 needs parallel.strategy=ddp, as its loss scaling does not look across shards: "
             "set run.dtype=bfloat16 or float32, or parallel.strategy=ddp"
         )
-    # Autocast would cast a block's matrices to `dtype` before each product: gathered as such, half as many bytes travel. The
-    # residual stream stays float32, as without sharding; so what is outside of the blocks is gathered in float32.
+    # Autocast would cast a block's matrices to `dtype` before each product: gathered as such, half
+    # as many bytes travel. The residual stream stays float32, as without sharding; so what is
+    # outside of the blocks is gathered in float32.
     in_blocks = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         if compiled:  # the forward pass alone: what FSDP does around it cannot be traced
@@ -79,11 +85,14 @@ def shard(model: GPT, mesh: DeviceMesh, *, dtype: torch.dtype, compiled: bool) -
 
 
 def replicate(model: GPT, world: World) -> GPT | DistributedDataParallel:
-    """What to call in training, once every replica or shard has its weights. Replicas start as copies of rank 0's."""
+    """What to call in training, once every replica or shard has its weights. Replicas start as
+    copies of rank 0's.
+    """
     if isinstance(model, FSDPModule):
         for parameter in model.parameters():
             assert isinstance(parameter, DTensor)
-            # Of two mesh dimensions (hsdp) the first goes over the nodes: their shards are replicas of each other.
+            # Of two mesh dimensions (hsdp) the first goes over the nodes: their shards are replicas
+            # of each other.
             if parameter.device_mesh.ndim == 2:
                 dist.broadcast(parameter.to_local().detach(), group=parameter.device_mesh.get_group(0), group_src=0)
         return model
@@ -110,7 +119,9 @@ def reshard(model: nn.Module) -> None:
 
 
 def whole_model(model: GPT, world: World) -> GPT | None:
-    """On rank 0 the model with all of its weights: itself, or a copy of a sharded one on the CPU. All ranks call it."""
+    """On rank 0 the model with all of its weights: itself, or a copy of a sharded one on the CPU.
+    All ranks call it.
+    """
     if not isinstance(model, FSDPModule):
         return model if world.is_first else None
     copy = uninitialised(model.config, model.vocab_size) if world.is_first else None

@@ -19,14 +19,18 @@ from train.parallel import whole_model
 
 
 class Preview(Protocol):
-    """The model's continuation of a prompt. Stages do not import each other: the caller of `train.run.run` brings it."""
+    """The model's continuation of a prompt. Stages do not import each other: the caller of
+    `train.run.run` brings it.
+    """
 
     def __call__(self, model: GPT, dtype: torch.dtype, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str: ...
 
 
 @dataclass
 class Previews:
-    """Shows continuations of eval.sample_prompt, where `preview` is given. `last_s`: seconds the last one took."""
+    """Shows continuations of eval.sample_prompt, where `preview` is given. `last_s`: seconds the
+    last one took.
+    """
 
     config: Config
     world: World
@@ -37,7 +41,9 @@ class Previews:
     prompt: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Raises UserError for a prompt that cannot be encoded, now and not at the first evaluation."""
+        """Raises UserError for a prompt that cannot be encoded, now and not at the first
+        evaluation.
+        """
         if not self.config.eval.sample_prompt:
             self.preview = None
             return
@@ -47,8 +53,8 @@ class Previews:
             raise UserError(f"eval.sample_prompt: {error}") from None
 
     def show(self, model: GPT, step: int, metrics: Metrics) -> None:
-        """Rank 0 logs one, for which all ranks hand in their shards. Training does not notice: the random numbers follow from
-        seed and step, and are used for nothing else.
+        """Rank 0 logs one, for which all ranks hand in their shards. Training does not notice: the
+        random numbers follow from seed and step, and are used for nothing else.
         """
         if self.preview is None:
             return
@@ -59,7 +65,7 @@ class Previews:
             # A copy made of shards is on the CPU, where float32 always works.
             dtype = self.dtype if full is model else torch.float32
             try:
-                continuation = self.preview(full, dtype, self.tokenizer, self.prompt, seed)
+                continuation = self.preview(full, dtype, self.tokenizer, prompt=self.prompt, seed=seed)
                 text = self.config.eval.sample_prompt + continuation
             except (UserError, torch.OutOfMemoryError) as error:  # no reason to end a run
                 text = f"no sample: {error}"

@@ -1,4 +1,6 @@
-"""Ranks that train one model hold the same weights, bit for bit: this check finds a rank where they differ."""
+"""Ranks that train one model hold the same weights, bit for bit: this check finds a rank where they
+differ.
+"""
 
 from collections import Counter
 
@@ -12,10 +14,12 @@ from pipeline.model.sharding import part, parts
 
 
 def check_replicas(model: GPT, world: World, step: int) -> None:
-    """Ends every rank unless those that should hold the same weights do; rank 0 raises a UserError that names the ranks and
-    a parameter. A model that is sharded over all ranks has no replicas to compare.
+    """Ends every rank unless those that should hold the same weights do; rank 0 raises a UserError
+    that names the ranks and a parameter. A model that is sharded over all ranks has no replicas to
+    compare.
 
-    Each rank sends one number while all is well. Hashing runs at memory speed: XXH3 takes 0.1 s for 124M weights.
+    Each rank sends one number while all is well. Hashing runs at memory speed: XXH3 takes 0.1 s for
+    124M weights.
     """
     count = parts(next(model.parameters()))
     if world.size == count:

@@ -1,4 +1,6 @@
-"""Which checkpoint a start resumes from: the newest intact one of this run. A damaged one never leads to a fresh start."""
+"""Which checkpoint a start resumes from: the newest intact one of this run. A damaged one never
+leads to a fresh start.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,8 @@ from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
 from pipeline.log import logger
 
-# The order of the data and the shapes of the weights follow from these: they cannot change between two starts of a run.
+# The order of the data and the shapes of the weights follow from these: they cannot change between
+# two starts of a run.
 FIXED_KEYS = (
     "run.seed", "train.tokens_per_step", "model.arch", "model.n_layer", "model.n_head", "model.n_embd",
     "model.block_size", "model.bias", "model.tie_weights", "data.document_mask",
@@ -31,7 +34,8 @@ def candidates(checkpoints: Path, resume: str) -> list[Path]:
             raise UserError(f"no checkpoint {checkpoints / resume}: checkpoint.resume names it; found: {names}")
         return [checkpoints / resume]
     latest = _latest_step(checkpoints)
-    # What is newer than `latest` was complete when a crash came before the pointer was moved: it is written again.
+    # What is newer than `latest` was complete when a crash came before the pointer was moved: it is
+    # written again.
     found = [folder for folder in reversed(existing) if latest is None or step_of(folder) <= latest]
     if latest is not None and not found:
         raise UserError(
@@ -51,10 +55,11 @@ def candidates(checkpoints: Path, resume: str) -> list[Path]:
 
 
 def start_point(checkpoints: Path, resume: str, check: Callable[[Description], None], dry_run: bool) -> Path | None:
-    """The checkpoint to resume from, None for a fresh start. `check` raises UserError for one that is not of this run.
+    """The checkpoint to resume from, None for a fresh start. `check` raises UserError for one that
+    is not of this run.
 
-    Newer ones that cannot be used are set aside once an older one was found that can. Where none can, the command or the
-    disk is at fault, and everything stays as it is.
+    Newer ones that cannot be used are set aside once an older one was found that can. Where none
+    can, the command or the disk is at fault, and everything stays as it is.
     """
     rejected: list[tuple[Path, UserError]] = []
     for folder in candidates(checkpoints, resume):
@@ -94,7 +99,9 @@ def check_same_run(saved: Description, config: Config, mixture: Mixture) -> None
 
 
 def _check(folder: Path, check: Callable[[Description], None]) -> None:
-    """Raises UserError unless every byte of a checkpoint is as it was written, under its name, by this run."""
+    """Raises UserError unless every byte of a checkpoint is as it was written, under its name, by
+    this run.
+    """
     try:
         description = read_description(folder)
         if description.step != step_of(folder):
@@ -106,7 +113,9 @@ def _check(folder: Path, check: Callable[[Description], None]) -> None:
 
 
 def _latest_step(checkpoints: Path) -> int | None:
-    """The step that `latest` names, whether that exists or not; None, so that the newest is used, without a valid `latest`."""
+    """The step that `latest` names, whether that exists or not; None, so that the newest is used,
+    without a valid `latest`.
+    """
     try:
         folder = read_pointer(checkpoints, "latest")
     except UserError as error:

@@ -31,16 +31,17 @@ from train.replicas import check_replicas
 from train.stop import StopRequest
 from train.trainer import Trainer
 
-# When SLURM restarts a job because a node was lost, a rank of the last start may still be writing, and a file server holds
-# the lock of a dead one until its lease is over (NFS: 90 s).
+# When SLURM restarts a job because a node was lost, a rank of the last start may still be writing,
+# and a file server holds the lock of a dead one until its lease is over (NFS: 90 s).
 LAST_START_S = 300.0
 
 
 def run(config: Config, *, dry_run: bool = False, stage_to: Path | None = None, preview: Preview | None = None) -> str:
-    """Train, or with `dry_run` check everything and write nothing. Returns why the run stopped before its last step, empty
-    when it is done. Raises UserError, Diverged.
+    """Train, or with `dry_run` check everything and write nothing. Returns why the run stopped
+    before its last step, empty when it is done. Raises UserError, Diverged.
 
-    `stage_to`: the folder on each node's local disk for copies of the datasets; `preview`: continues eval.sample_prompt.
+    `stage_to`: the folder on each node's local disk for copies of the datasets; `preview`:
+    continues eval.sample_prompt.
     """
     world = ranks.start(config.run.device)
     try:
@@ -56,7 +57,8 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
         mixture = Mixture(config)
         if world.is_first:  # for its complaints, which should come before a folder is created
             resume.candidates(folder.checkpoints, config.checkpoint.resume)
-    # A node may mount another disk, or an older copy of a config: better a line now than a curve that means nothing.
+    # A node may mount another disk, or an older copy of a config: better a line now than a curve
+    # that means nothing.
     world.check_agreement("the dataset", mixture.fingerprint)
     world.check_agreement("the config", to_dict(config))
     if stage_to is not None:
@@ -71,7 +73,8 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
                 stack.enter_context(also_to_file(folder.log))
             logger.info("%s", introduction)
             start = start_point(config, mixture, dry_run) if world.is_first else None
-        # Only rank 0 looks at the checkpoints: another one might see an older state of a network disk.
+        # Only rank 0 looks at the checkpoints: another one might see an older state of a network
+        # disk.
         start = world.gather(start)[0]
         with world.fail_together():
             initialise(trainer, start)
@@ -126,7 +129,9 @@ def notes(config: Config, mixture: Mixture) -> list[str]:
 
 
 def start_point(config: Config, mixture: Mixture, dry_run: bool) -> Path | None:
-    """The checkpoint to resume from, verified; None for a fresh start. Raises UserError where none of several can be used."""
+    """The checkpoint to resume from, verified; None for a fresh start. Raises UserError where none
+    of several can be used.
+    """
     checkpoints = RunFolder(config.run_dir).checkpoints
     return resume.start_point(
         checkpoints, config.checkpoint.resume, lambda saved: resume.check_same_run(saved, config, mixture), dry_run
@@ -173,10 +178,13 @@ def train(trainer: Trainer, folder: RunFolder) -> str:
 
 
 def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
-    """Rank 0 brings the run's folder to the step at which training starts, and records there; the others record nothing."""
+    """Rank 0 brings the run's folder to the step at which training starts, and records there; the
+    others record nothing.
+    """
     if not trainer.world.is_first:
         return Metrics()
-    # Later checkpoints are of a path that the run is about to leave, by checkpoint.resume or `latest`.
+    # Later checkpoints are of a path that the run is about to leave, by checkpoint.resume or
+    # `latest`.
     set_aside_after(folder.checkpoints, trainer.step)
     metrics = FileMetrics(folder, trainer.step, trainer.config.log.tensorboard)
     write_atomic(folder.config, to_toml(trainer.config).encode())

@@ -1,9 +1,11 @@
-"""Checkpoints written while training continues: it stops for a copy in memory, not for files, hashes and syncs.
+"""Checkpoints written while training continues: it stops for a copy in memory, not for files,
+hashes and syncs.
 
     training thread   step | copy | step | step | step | ...
     writing thread               | files, hashes, sync, rename |
 
-The copy is what makes the checkpoint one moment's: the optimizer changes its tensors in place at the next step.
+The copy is what makes the checkpoint one moment's: the optimizer changes its tensors in place at
+the next step.
 """
 
 import time
@@ -47,7 +49,9 @@ class Saver:
         self._save: Future[None] | None = None  # the one handed to the thread last
 
     def reserve(self, state: State) -> None:
-        """Touch the memory of the copies once, while training continues: the first use takes 12 times as long as a copy."""
+        """Touch the memory of the copies once, while training continues: the first use takes 12
+        times as long as a copy.
+        """
         if self._allocation is None:
             self._allocation = self._thread.submit(self._allocate, state)
 
@@ -66,14 +70,15 @@ class Saver:
     def start(self, state: State, write: Callable[[State], Path]) -> None:
         """Copy `state`, then have `write` put the copy on the disk while the caller continues.
 
-        At most one save is in flight: the one before is waited for. If that one failed nothing is started, since `failed`
-        and `wait` are about to report it.
+        At most one save is in flight: the one before is waited for. If that one failed nothing is
+        started, since `failed` and `wait` are about to report it.
         """
         started = time.monotonic()
         if self._allocation is not None:
             self._allocation.result()
         before_failed = self._save is not None and self._save.exception() is not None
-        # In any case, as copying a sharded state takes all ranks, and the others are handing in their shards.
+        # In any case, as copying a sharded state takes all ranks, and the others are handing in
+        # their shards.
         copy = self._copy(state)
         if before_failed:
             return
@@ -93,7 +98,9 @@ class Saver:
             ) from error
 
     def close(self) -> None:
-        """End the thread, after the checkpoint in flight: the process must not end in the middle of one."""
+        """End the thread, after the checkpoint in flight: the process must not end in the middle of
+        one.
+        """
         self._thread.shutdown()
 
     def _allocate(self, state: State) -> None:
@@ -114,7 +121,8 @@ class Saver:
     def _copy(self, state: State) -> State:
         def copied(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
             return {
-                # Of a sharded state one tensor at a time is gathered, so that no GPU holds the full model.
+                # Of a sharded state one tensor at a time is gathered, so that no GPU holds the full
+                # model.
                 name: self._buffer(f"{kind}.{name}", tensor).copy_(whole(tensor), non_blocking=tensor.is_cuda)
                 for name, tensor in tensors.items()
             }
@@ -149,7 +157,9 @@ class Checkpoints:
 
     @property
     def requested(self) -> bool:
-        """Whether the user asks for one by creating `save-now`; not while the save in flight may be about to remove it."""
+        """Whether the user asks for one by creating `save-now`; not while the save in flight may be
+        about to remove it.
+        """
         return self.world.is_first and not self.saver.busy and self.run.save_now.exists()
 
     def reserve(self) -> None:
@@ -158,7 +168,9 @@ class Checkpoints:
             self.saver.reserve(State.of(self.model, self.optimizer))
 
     def save(self, step: int, val_loss: float | None) -> None:
-        """Have rank 0 write a checkpoint while training continues; `latest` will name it, and `best` if it is the best."""
+        """Have rank 0 write a checkpoint while training continues; `latest` will name it, and
+        `best` if it is the best.
+        """
         best = val_loss is not None and val_loss < self.best_val_loss
         if val_loss is not None and best:
             self.best_val_loss = val_loss
@@ -170,7 +182,9 @@ class Checkpoints:
         requested = self.run.save_now.exists()
 
         def write(state: State) -> Path:
-            folder = write_checkpoint(self.run.checkpoints, state, self.model, self.tokenizer, description, best)
+            folder = write_checkpoint(
+                self.run.checkpoints, state, self.model, self.tokenizer, description=description, best=best
+            )
             if requested:
                 self.run.save_now.unlink(missing_ok=True)
             prune_checkpoints(self.run.checkpoints, self.config.checkpoint.keep)
@@ -186,7 +200,9 @@ class Checkpoints:
         )  # fmt: skip
 
     def restore(self, folder: Path) -> int:
-        """Load a verified checkpoint, and return its step. What it does not hold follows from the seed and the step."""
+        """Load a verified checkpoint, and return its step. What it does not hold follows from the
+        seed and the step.
+        """
         description = read_description(folder)
         load_weights(self.model, folder)
         load_optimizer(self.optimizer, self.model, folder)
@@ -197,6 +213,8 @@ class Checkpoints:
         return description.step
 
     def wait(self) -> None:
-        """Until rank 0 has written the last one. All ranks call it together, and a failure ends all of them."""
+        """Until rank 0 has written the last one. All ranks call it together, and a failure ends all
+        of them.
+        """
         with self.world.fail_together():
             self.saver.wait()

@@ -1,8 +1,10 @@
-"""Which steps reach the weights: none that is not finite and, with train.spike_z_score, no spike of the gradient norm.
+"""Which steps reach the weights: none that is not finite and, with train.spike_z_score, no spike of
+the gradient norm.
 
-A spike is a gradient norm far above the last ones. Such steps come from certain data in a certain state of the weights
-(Chowdhery et al. 2022, section 5.1), so the same samples do no harm later: the step is skipped, and the run continues with
-the next samples. What a norm is compared with is saved in checkpoints, so that a resumed run skips the same steps.
+A spike is a gradient norm far above the last ones. Such steps come from certain data in a certain
+state of the weights (Chowdhery et al. 2022, section 5.1), so the same samples do no harm later: the
+step is skipped, and the run continues with the next samples. What a norm is compared with is saved
+in checkpoints, so that a resumed run skips the same steps.
 """
 
 import math
@@ -26,7 +28,9 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over all tokens of the global batch; `grad_norm`: before clipping. Equal on all ranks."""
+    """`loss`: mean over all tokens of the global batch; `grad_norm`: before clipping. Equal on all
+    ranks.
+    """
 
     loss: float
     grad_norm: float
@@ -34,7 +38,9 @@ class StepResult:
 
 
 class StepGuard:
-    """Judges steps one after the other. Its state is the last gradient norms and the number of bad steps in a row."""
+    """Judges steps one after the other. Its state is the last gradient norms and the number of bad
+    steps in a row.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.z_score, self.bad_steps = config.spike_z_score, 0
@@ -42,7 +48,9 @@ class StepGuard:
 
     @property
     def norms(self) -> list[float]:
-        """Gradient norms of the last `spike_window` steps that reached the weights; empty where spikes are not looked for."""
+        """Gradient norms of the last `spike_window` steps that reached the weights; empty where
+        spikes are not looked for.
+        """
         return list(self._norms)
 
     def restore(self, norms: Iterable[float], bad_steps: int) -> None:
@@ -63,7 +71,8 @@ class StepGuard:
         return outcome
 
     def _is_spike(self, norm: float) -> bool:
-        # Early norms are large and fall fast: until the window is full there is nothing to compare with.
+        # Early norms are large and fall fast: until the window is full there is nothing to compare
+        # with.
         if not self.z_score or len(self._norms) < (self._norms.maxlen or 0):
             return False
         return bool(norm > np.mean(self._norms) + self.z_score * np.std(self._norms))

@@ -1,7 +1,7 @@
 """When to stop before the last step: a signal, a stop-file, a deadline.
 
-A rank only notices; at the end of the step the trainer makes all ranks agree, saves, and exits with code 0. Nothing is
-saved inside a signal handler, where half a step may be in flight.
+A rank only notices; at the end of the step the trainer makes all ranks agree, saves, and exits with
+code 0. Nothing is saved inside a signal handler, where half a step may be in flight.
 
     PIPELINE_STOP_FILE   stop once this file exists: not a signal, which torchrun would turn into a kill
     PIPELINE_DEADLINE    Unix time by which the run must be saved, such as the end of a SLURM job
@@ -21,16 +21,19 @@ from pipeline.log import logger
 
 # A save is given twice the time the last one took; before any was made, this many seconds.
 FIRST_SAVE_S = 30.0
-# The batch scripts set the deadline this many seconds before the job ends. One that passed earlier than that when the run
-# starts belongs to another job, and would stop every start of the run after one step.
+# The batch scripts set the deadline this many seconds before the job ends. One that passed earlier
+# than that when the run starts belongs to another job, and would stop every start of the run after
+# one step.
 EXIT_MARGIN_S = 60.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopRequest:
-    """Handles signals inside its `with`. SIGTERM may come twice (from SLURM and from torchrun); a second SIGINT stops now.
+    """Handles signals inside its `with`. SIGTERM may come twice (from SLURM and from torchrun); a
+    second SIGINT stops now.
 
-    SIGUSR2 is what `sbatch --signal=USR2@300` sends the ranks that srun started; torchrun would not forward it.
+    SIGUSR2 is what `sbatch --signal=USR2@300` sends the ranks that srun started; torchrun would not
+    forward it.
     """
 
     def __init__(self) -> None:
@@ -66,8 +69,8 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def reason(self, step_s: float, save_s: float | None) -> str:
-        """Why this rank wants to stop, empty for no reason. `step_s`: seconds that one more step and its evaluation take;
-        `save_s`: that the last save took.
+        """Why this rank wants to stop, empty for no reason. `step_s`: seconds that one more step
+        and its evaluation take; `save_s`: that the last save took.
         """
         if self._signal:
             return self._signal

@@ -35,7 +35,9 @@ from train.stop import StopRequest
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks do after this step: stop for a reason, save now, or give up because the last save failed."""
+    """What all ranks do after this step: stop for a reason, save now, or give up because the last
+    save failed.
+    """
 
     reason: str
     save_now: bool
@@ -43,7 +45,9 @@ class Agreement:
 
 
 class Trainer:
-    """A model on its way through `train.max_steps` optimizer steps; `step` counts the completed ones."""
+    """A model on its way through `train.max_steps` optimizer steps; `step` counts the completed
+    ones.
+    """
 
     def __init__(
         self, config: Config, world: World, mixture: Mixture, *, model: GPT, dtype: torch.dtype, preview: Preview | None
@@ -51,11 +55,13 @@ class Trainer:
         self.config, self.world, self.mixture, self.model, self.dtype = config, world, mixture, model, dtype
         self.step, train = 0, config.train
         self.accumulation = accumulation_steps(config, world.size)
-        # What `replicate` puts in its place computes the same, and averages gradients over the ranks.
+        # What `replicate` puts in its place computes the same, and averages gradients over the
+        # ranks.
         self.parallel: torch.nn.Module = model
         self.batches = Prefetcher(mixture, train.micro_batch_size, train.micro_batch_size * world.size, world.device)
         self.optimizer = build_optimizer(model, config.optimizer)
-        # Disabled, it passes everything through: only float16 needs its gradients scaled to stay above underflow.
+        # Disabled, it passes everything through: only float16 needs its gradients scaled to stay
+        # above underflow.
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
         self.guard = StepGuard(train)
         peak = peak_flops(device_name(world.device))
@@ -70,11 +76,15 @@ class Trainer:
         )  # fmt: skip
 
     def replicate(self) -> None:
-        """From here on the ranks train one model together: each has a replica or a shard, and gradients are averaged."""
+        """From here on the ranks train one model together: each has a replica or a shard, and
+        gradients are averaged.
+        """
         self.parallel = parallel.replicate(self.model, self.world)
 
     def train_step(self) -> StepResult:
-        """One optimizer step over `tokens_per_step` tokens; one that is not finite, or a spike, leaves the weights alone."""
+        """One optimizer step over `tokens_per_step` tokens; one that is not finite, or a spike,
+        leaves the weights alone.
+        """
         # A function of the step: there is no schedule to save or restore.
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
@@ -90,8 +100,9 @@ class Trainer:
         max_norm = self.config.optimizer.grad_clip or float("inf")
         parameters = list(self.model.parameters())
         norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        # Gradients were averaged over the ranks, so the norm is the same on all of them, but for rounding where replicas of a
-        # model are sharded each in its own group. Their mean is the same to the bit: so are the clipping and the outcome.
+        # Gradients were averaged over the ranks, so the norm is the same on all of them, but for
+        # rounding where replicas of a model are sharded each in its own group. Their mean is the
+        # same to the bit: so are the clipping and the outcome.
         means = self.world.sum(torch.stack([losses / self.accumulation, norm])) / self.world.size
         clip_grads_with_norm_(parameters, max_norm, means[1])
         loss_value, norm_value = means.tolist()
@@ -107,7 +118,8 @@ class Trainer:
         size = self.config.train.micro_batch_size
         position = number * self.world.size + self.world.rank
         if self.config.model.dropout:
-            # By position in the global batch, so that the masks are the same on any number of ranks, and after a resume.
+            # By position in the global batch, so that the masks are the same on any number of
+            # ranks, and after a resume.
             seed = self.config.run.seed, self.step, position
             torch.manual_seed(xxhash.xxh3_64_intdigest(b"dropout:%d:%d:%d" % seed))
         windows = self.batches.batch(self.first_sample + position * size)
@@ -140,7 +152,9 @@ class Trainer:
         return reason
 
     def between_steps(self, result: StepResult, metrics: Metrics, stop: StopRequest) -> str:
-        """What the completed step calls for: checks, an evaluation, a row, a checkpoint. Returns a reason to stop."""
+        """What the completed step calls for: checks, an evaluation, a row, a checkpoint. Returns a
+        reason to stop.
+        """
         config = self.config
         agreed = self.agree(stop)
         if agreed.save_failed:
@@ -148,7 +162,8 @@ class Trainer:
         if config.parallel.check_every_steps and self.step % config.parallel.check_every_steps == 0:
             check_replicas(self.model, self.world, self.step)
         planned = self.is_due(config.checkpoint.every_steps)
-        # Every planned checkpoint is evaluated, so that `best` can compare; one made in a hurry is not.
+        # Every planned checkpoint is evaluated, so that `best` can compare; one made in a hurry is
+        # not.
         evaluating = (
             bool(config.eval.every_steps) and not agreed.reason and (planned or self.is_due(config.eval.every_steps))
         )
@@ -178,7 +193,9 @@ class Trainer:
         return Agreement(own or ("another rank asked for it" if stopping else ""), bool(saving), bool(failed))
 
     def report_bad_step(self, result: StepResult, metrics: Metrics) -> None:
-        """Record the samples of a step that left the weights alone. Raises Diverged after too many in a row."""
+        """Record the samples of a step that left the weights alone. Raises Diverged after too many
+        in a row.
+        """
         if self.world.is_first:
             why = result.outcome.value
             logger.warning(

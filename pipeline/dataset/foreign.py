@@ -1,11 +1,12 @@
-"""Shards written by other programs, used in place: nanoGPT's and llm.c's, both of GPT-2's vocabulary.
+"""Shards written by other programs, used in place: nanoGPT's and llm.c's, both of GPT-2's
+vocabulary.
 
     nanoGPT                 train.bin, val.bin: bare uint16 ids, an end-of-text token after each document
     llm.c, modded-nanogpt   NAME_train_000001.bin, NAME_val_000000.bin ...: a header of int32[256] (20240520, version 1,
                             number of ids), then uint16 ids, an end-of-text token before each document
 
-The first bytes of a file decide, not its name: llm.c's header read as ids would be trained on. Without a manifest, nothing
-but the number of ids is known until the shards are scanned.
+The first bytes of a file decide, not its name: llm.c's header read as ids would be trained on.
+Without a manifest, nothing but the number of ids is known until the shards are scanned.
 """
 
 import re
@@ -19,7 +20,8 @@ NANOGPT, LLM_C = "nanoGPT", "llm.c"
 HEADER_BYTES = {NANOGPT: 0, LLM_C: 1024}
 END_OF_TEXT_STANDS = {NANOGPT: "after each document", LLM_C: "before each document"}
 ID_BYTES = 2
-# 16 blocks of 64 KiB: another corpus, vocabulary or order differs in all of them, and up to 1 MiB every byte is hashed.
+# 16 blocks of 64 KiB: another corpus, vocabulary or order differs in all of them, and up to 1 MiB
+# every byte is hashed.
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 _LLM_C_MAGIC, _LLM_C_VERSION = 20240520, 1
@@ -33,7 +35,8 @@ _SPLITS = ("train", "val")
 
 
 def find(folder: Path) -> tuple[str, dict[str, list[Path]]] | None:
-    """The program whose shards a folder holds, and the files of each split in order; None without such files.
+    """The program whose shards a folder holds, and the files of each split in order; None without
+    such files.
 
     Raises UserError for shards that cannot be read, or not as one dataset.
     """
@@ -66,7 +69,8 @@ def find(folder: Path) -> tuple[str, dict[str, list[Path]]] | None:
 
 
 def sniff(path: Path) -> str:
-    """The program whose format a file's first bytes show; bare ids show nothing, so anything else is assumed to be nanoGPT's.
+    """The program whose format a file's first bytes show; bare ids show nothing, so anything else
+    is assumed to be nanoGPT's.
 
     Raises UserError for formats that are known but not supported.
     """
@@ -107,9 +111,11 @@ def token_count(path: Path, program: str) -> int:
 
 
 def sample_hash(path: Path) -> str:
-    """XXH3-128 of a file's size and of blocks spread over it: identifies a shard of gigabytes in milliseconds.
+    """XXH3-128 of a file's size and of blocks spread over it: identifies a shard of gigabytes in
+    milliseconds.
 
-    It tells one dataset from another, but misses small damage: that would take reading every byte at each start.
+    It tells one dataset from another, but misses small damage: that would take reading every byte
+    at each start.
     """
     size = path.stat().st_size
     state = xxhash.xxh3_128(size.to_bytes(8, "little"))  # a truncated file keeps most of its samples
@@ -121,7 +127,9 @@ def sample_hash(path: Path) -> str:
 
 
 def refuse_pickled_vocabulary(folder: Path) -> None:
-    """Raises UserError where nanoGPT's files come with a vocabulary: it is a pickle, and opening one can run code."""
+    """Raises UserError where nanoGPT's files come with a vocabulary: it is a pickle, and opening
+    one can run code.
+    """
     if (folder / "meta.pkl").exists():
         raise UserError(
             f"{folder} keeps its vocabulary in meta.pkl, a pickle, which is never opened: prepare the text again, for example "

@@ -1,10 +1,12 @@
-"""The datasets of a run -> batches, as a pure function of (seed, step): the whole state is the step number.
+"""The datasets of a run -> batches, as a pure function of (seed, step): the whole state is the step
+number.
 
     global sample i  --i modulo PERIOD-->  (source, that source's sample j)  --loader-->  window
 
-Which source is next follows from i alone: a table of PERIOD turns, repeated forever, in which each source has its share,
-spread evenly. So the shares hold in every batch and not only in the long run, any sample is found in O(1), and each source
-goes through its epochs independently of the others. A single dataset is a mixture of one.
+Which source is next follows from i alone: a table of PERIOD turns, repeated forever, in which each
+source has its share, spread evenly. So the shares hold in every batch and not only in the long run,
+any sample is found in O(1), and each source goes through its epochs independently of the others. A
+single dataset is a mixture of one.
 """
 
 from collections.abc import Collection
@@ -43,7 +45,8 @@ class Source:
 
 
 class Mixture:
-    """The datasets a config names, each with its loader. Raises UserError where they cannot be mixed.
+    """The datasets a config names, each with its loader. Raises UserError where they cannot be
+    mixed.
 
     `folders`: where copies of them are, if not where the config says.
     """
@@ -69,7 +72,9 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """Names the content: equal fingerprints mean the same tokens in every sample, given seed and block size."""
+        """Names the content: equal fingerprints mean the same tokens in every sample, given seed
+        and block size.
+        """
         if len(self.sources) == 1:
             return self.sources[0].manifest.fingerprint
         return hash_bytes(orjson.dumps([[source.manifest.fingerprint, source.turns] for source in self.sources]))
@@ -82,7 +87,8 @@ class Mixture:
     def batch(self, first_sample: int, samples: int) -> Windows:
         """Windows (samples, block_size + 1), int64, of the global samples from `first_sample` on."""
         sources, samples_within = self.locate(np.arange(first_sample, first_sample + samples))
-        # Each source fills its rows in one call, as the permutation is computed for many samples at a time.
+        # Each source fills its rows in one call, as the permutation is computed for many samples at
+        # a time.
         windows = np.empty((samples, self.block_size + 1), dtype=np.int64)
         for number, source in enumerate(self.sources):
             if (here := sources == number).any():
@@ -105,7 +111,9 @@ class Mixture:
         ]
 
     def progress(self, samples: int) -> dict[str, tuple[int, float]]:
-        """For each source by name the tokens and the epochs that the first `samples` global samples take of it."""
+        """For each source by name the tokens and the epochs that the first `samples` global samples
+        take of it.
+        """
         return {
             source.name: (count * self.block_size, count / source.loader.windows)
             for source, count in zip(self.sources, self.samples_of(samples), strict=True)
@@ -113,7 +121,9 @@ class Mixture:
 
 
 def check_compatible(sources: list[Source]) -> None:
-    """Raises UserError unless the datasets have one vocabulary, no two are the same, and each has a turn."""
+    """Raises UserError unless the datasets have one vocabulary, no two are the same, and each has a
+    turn.
+    """
     first = sources[0]
     first_with: dict[str, Path] = {}
     for source in sources:
@@ -134,9 +144,11 @@ def check_compatible(sources: list[Source]) -> None:
 def check_same_vocabulary(
     dataset: Path | str, spec: dict[str, Any], *, of: Path, expected: dict[str, Any], fingerprints: Collection[str] = ()
 ) -> None:
-    """Raises UserError unless an id means the same token in a dataset as in `of`, another dataset or a checkpoint.
+    """Raises UserError unless an id means the same token in a dataset as in `of`, another dataset
+    or a checkpoint.
 
-    `spec`, `expected`: their tokenizers' specifications. `fingerprints`: others by which that of a checkpoint is known.
+    `spec`, `expected`: their tokenizers' specifications. `fingerprints`: others by which that of a
+    checkpoint is known.
     """
     if spec == expected or spec["fingerprint"] in fingerprints:
         return
@@ -144,7 +156,8 @@ def check_same_vocabulary(
         f"{each['name']} ({each['vocab_size']:,} tokens, end-of-text token {each['end_of_text']})"
         for each in (spec, expected)
     )
-    # A vocabulary that was learned, or read from a file, is in the folder; its name alone would not find it.
+    # A vocabulary that was learned, or read from a file, is in the folder; its name alone would not
+    # find it.
     tokenizer = expected["name"] if expected["name"] in ("gpt2", "byte") else of
     raise UserError(
         f"{dataset} has the vocabulary {found}, but {of} has {wanted}: prepare the text with --tokenizer {tokenizer}"
@@ -152,7 +165,9 @@ def check_same_vocabulary(
 
 
 def apportion(weights: list[float]) -> list[int]:
-    """PERIOD turns in proportion to `weights`; what rounding down leaves over goes to the largest remainders."""
+    """PERIOD turns in proportion to `weights`; what rounding down leaves over goes to the largest
+    remainders.
+    """
     relative = np.array(weights) / max(weights)  # first, or the sum of huge weights would overflow
     exact = relative / relative.sum() * PERIOD
     turns = exact.astype(np.int64)
@@ -162,10 +177,12 @@ def apportion(weights: list[float]) -> list[int]:
 
 
 def spread(turns: list[int]) -> tuple[Samples, npt.NDArray[np.int64]]:
-    """The source at each position of a period, and how many turns each source had before: (PERIOD,), (sources, PERIOD).
+    """The source at each position of a period, and how many turns each source had before:
+    (PERIOD,), (sources, PERIOD).
 
-    A source with n turns would best have them at the middles of n equal parts of the period; sorting by those times keeps
-    every source within a few samples of its share between any two positions.
+    A source with n turns would best have them at the middles of n equal parts of the period;
+    sorting by those times keeps every source within a few samples of its share between any two
+    positions.
     """
     times = np.concatenate([(np.arange(count) + 0.5) / count for count in turns])
     sources = np.repeat(np.arange(len(turns)), turns)[np.argsort(times, kind="stable")]

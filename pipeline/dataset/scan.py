@@ -1,6 +1,7 @@
 """One pass over every id of a dataset's shards: in blocks, several shards at a time.
 
-Memory does not grow with the corpus: a shard is read in blocks of 1 MiB, and documents are arrays of positions.
+Memory does not grow with the corpus: a shard is read in blocks of 1 MiB, and documents are arrays
+of positions.
 """
 
 import os
@@ -22,14 +23,17 @@ Advance = Callable[[int], None]
 Result = TypeVar("Result")
 
 BLOCK_BYTES = 1 << 20  # with its intermediate arrays it stays in a core's cache
-# numpy and xxhash release the interpreter's lock: one thread does about 1 GB/s, and few disks feed more than eight.
+# numpy and xxhash release the interpreter's lock: one thread does about 1 GB/s, and few disks feed
+# more than eight.
 THREADS = 8
 
 
 class DocumentFinder:
-    """Finds a shard's documents in a stream of its ids. `count` is the number of end-of-text tokens so far.
+    """Finds a shard's documents in a stream of its ids. `count` is the number of end-of-text tokens
+    so far.
 
-    Where that token comes before a document, whatever precedes the first one has no beginning, and is left out.
+    Where that token comes before a document, whatever precedes the first one has no beginning, and
+    is left out.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -39,7 +43,9 @@ class DocumentFinder:
         self._start = 0
 
     def feed(self, ids: TokenIds) -> tuple[Positions, Positions]:
-        """The documents that end in these `ids`: start in the shard and number of ids, without the end-of-text token."""
+        """The documents that end in these `ids`: start in the shard and number of ids, without the
+        end-of-text token.
+        """
         ends = np.flatnonzero(ids == self.end_of_text) + self.position
         # A document may have begun in an earlier block: its start is carried from call to call.
         starts = np.concatenate([[self._start], ends + 1])
@@ -50,7 +56,9 @@ class DocumentFinder:
         return starts[skipped:-1], (ends - starts[:-1])[skipped:]
 
     def rest(self) -> tuple[int, int]:
-        """Start and length of what follows the last end-of-text token: not a complete document, unless those come before."""
+        """Start and length of what follows the last end-of-text token: not a complete document,
+        unless those come before.
+        """
         return self._start, self.position - self._start
 
 
@@ -59,7 +67,8 @@ def each_shard(
 ) -> Iterator[Result]:
     """`work(shard, advance)` for every shard, in threads; results in the order of the shards.
 
-    `work` calls `advance` with the size of each block it has done, which raises once the caller has stopped waiting.
+    `work` calls `advance` with the size of each block it has done, which raises once the caller has
+    stopped waiting.
     """
     lock, abandoned = threading.Lock(), threading.Event()
 
@@ -79,7 +88,9 @@ def each_shard(
 
 
 def entropy_nats(counts: npt.NDArray[np.int64]) -> float:
-    """H = -sum p ln p: the loss in nats of a model that knows how frequent each thing is, and nothing else."""
+    """H = -sum p ln p: the loss in nats of a model that knows how frequent each thing is, and
+    nothing else.
+    """
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 

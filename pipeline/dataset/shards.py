@@ -4,8 +4,8 @@
     data/<name>/val_00000.bin ...
     data/<name>/manifest.json         written last; a folder without it is not a dataset
 
-Documents follow each other, each ended by the end-of-text token. A document is never split: a shard is closed by the
-document that fills it, so every shard ends with an end-of-text token.
+Documents follow each other, each ended by the end-of-text token. A document is never split: a shard
+is closed by the document that fills it, so every shard ends with an end-of-text token.
 
 Shards of nanoGPT and llm.c are read too: they have no manifest, so one is derived from their files.
 """
@@ -32,9 +32,11 @@ AFTER_EACH_DOCUMENT = foreign.END_OF_TEXT_STANDS[foreign.NANOGPT]
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of token ids. `bytes` is the size of the UTF-8 text it was made from; `hash` is XXH3-128 of the file.
+    """One file of token ids. `bytes` is the size of the UTF-8 text it was made from; `hash` is
+    XXH3-128 of the file.
 
-    In another program's shard only `tokens` is known, and `hash` covers samples of it (`foreign.sample_hash`).
+    In another program's shard only `tokens` is known, and `hash` covers samples of it
+    (`foreign.sample_hash`).
     """
 
     file: str
@@ -48,8 +50,8 @@ class Shard:
 class Manifest:
     """Everything a reader of the shards has to know, and where they came from.
 
-    `skipped` holds for each reason how many documents were left out (`count`) and the location of one (`example`);
-    `statistics` is what `prepare` measured about the tokens.
+    `skipped` holds for each reason how many documents were left out (`count`) and the location of
+    one (`example`); `statistics` is what `prepare` measured about the tokens.
     """
 
     tokenizer: dict[str, Any]
@@ -67,7 +69,9 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Names the content: equal fingerprints mean the same tokens in the same order under the same vocabulary."""
+        """Names the content: equal fingerprints mean the same tokens in the same order under the
+        same vocabulary.
+        """
         # Neither sources nor options: they may differ where the tokens do not.
         shards = {split: [shard.hash for shard in shards] for split, shards in self.splits.items()}
         content = {"tokenizer": self.tokenizer, "dtype": self.dtype, "shards": shards}
@@ -75,7 +79,9 @@ class Manifest:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether another program wrote the shards: no manifest is on disk, and GPT-2's vocabulary is assumed."""
+        """Whether another program wrote the shards: no manifest is on disk, and GPT-2's vocabulary
+        is assumed.
+        """
         return self.program in foreign.HEADER_BYTES
 
     @property
@@ -94,7 +100,9 @@ class Manifest:
         return "fetch or write it again" if self.is_foreign else "restore it, or prepare again with --force"
 
     def count(self, split: str, what: str) -> int:
-        """The sum over a split's shards of `what`: tokens, or, if prepared here, documents or bytes."""
+        """The sum over a split's shards of `what`: tokens, or, if prepared here, documents or
+        bytes.
+        """
         return sum(getattr(shard, what) for shard in self.splits[split])
 
     def save(self, folder: Path) -> None:
@@ -102,8 +110,8 @@ class Manifest:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a dataset whose shards have the right size. Raises UserError where it is missing, incomplete or in
-    another format.
+    """The manifest of a dataset whose shards have the right size. Raises UserError where it is
+    missing, incomplete or in another format.
     """
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
@@ -111,7 +119,9 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A dataset's manifest, or one from the headers of another program's shards; files are not checked against it."""
+    """A dataset's manifest, or one from the headers of another program's shards; files are not
+    checked against it.
+    """
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
         raise UserError(f"no dataset at {folder}: prepare one with `pipeline prepare SOURCE --name {folder.name}`")
@@ -198,7 +208,9 @@ def _check_form(folder: Path, manifest: Manifest) -> None:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raises UserError for the first shard that is missing or does not have the size in the manifest."""
+    """Raises UserError for the first shard that is missing or does not have the size in the
+    manifest.
+    """
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
         if fault := size_fault(folder, manifest, shard):
             raise UserError(f"{folder / shard.file} {fault}: {manifest.remedy}")
@@ -239,7 +251,9 @@ class TokenReader:
         return f"{self.folder}'s {self.split} split"
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Ids [start, stop) of the split, across shard borders. Raises UserError for an id outside the vocabulary."""
+        """Ids [start, stop) of the split, across shard borders. Raises UserError for an id outside
+        the vocabulary.
+        """
         pieces, position = [], start
         while position < stop:
             shard = self._shard_of(position)

@@ -2,9 +2,10 @@
 
     sample i  --epoch, position in it-->  window  --keyed permutation, computed-->  tokens [start, start + block_size]
 
-An epoch takes every window of the split once, in an order that a keyed permutation of 0..windows-1 gives, one index at a
-time: no index file, no start-up cost, any step in O(1). Each epoch has its own order, and its windows begin at its own
-offset. Nothing depends on the number of ranks, so the global batch of a step is the same on 1, 2 or 64 of them.
+An epoch takes every window of the split once, in an order that a keyed permutation of 0..windows-1
+gives, one index at a time: no index file, no start-up cost, any step in O(1). Each epoch has its
+own order, and its windows begin at its own offset. Nothing depends on the number of ranks, so the
+global batch of a step is the same on 1, 2 or 64 of them.
 """
 
 from pathlib import Path
@@ -41,27 +42,35 @@ class Loader:
             key = xxhash.xxh3_64_intdigest(b"%d:%d" % (self.seed, epoch))
             here = epochs == epoch
             windows = permute(positions[here].astype(np.uint64), self.windows, key).astype(np.int64)
-            # The shift changes which tokens share a window, so that no pair of neighbours is split in every epoch.
+            # The shift changes which tokens share a window, so that no pair of neighbours is split
+            # in every epoch.
             starts[here] = key % (self.slack + 1) + windows * self.block_size
         return [int(start) for start in starts]
 
 
 def window_count(tokens: int, block_size: int) -> int:
-    """Windows of an epoch. One is given up where possible, for room to shift the others from epoch to epoch."""
+    """Windows of an epoch. One is given up where possible, for room to shift the others from epoch
+    to epoch.
+    """
     return max(1, tokens // block_size - 1)
 
 
 def evaluation_starts(reader: TokenReader, block_size: int, windows: int) -> list[int]:
-    """Starts of `windows` windows spread evenly over a split, 0 for all of them: the same ones at every evaluation."""
+    """Starts of `windows` windows spread evenly over a split, 0 for all of them: the same ones at
+    every evaluation.
+    """
     check_length(reader.folder, reader.split, len(reader), block_size)
     available = (len(reader) - 1) // block_size
     taken = min(windows, available) if windows else available
-    # Fixed, so that losses compare between evaluations; spread, as a split's beginning may be of one source.
+    # Fixed, so that losses compare between evaluations; spread, as a split's beginning may be of
+    # one source.
     return [index * available // taken * block_size for index in range(taken)]
 
 
 def check_length(folder: Path, split: str, tokens: int, block_size: int) -> None:
-    """Raises UserError for a split without a single window: a block and the target after its last token."""
+    """Raises UserError for a split without a single window: a block and the target after its last
+    token.
+    """
     if tokens > block_size:
         return
     remedy = "prepare more text, or lower model.block_size"
@@ -73,5 +82,7 @@ def check_length(folder: Path, split: str, tokens: int, block_size: int) -> None
 
 
 def windows_at(reader: TokenReader, starts: list[int], block_size: int) -> Windows:
-    """Windows (len(starts), block_size + 1), int64: a block of inputs and the target after the last of them."""
+    """Windows (len(starts), block_size + 1), int64: a block of inputs and the target after the last
+    of them.
+    """
     return np.stack([reader.read(start, start + block_size + 1) for start in starts])

@@ -1,7 +1,8 @@
 """Batches made ahead of the training thread, in another thread.
 
-A rank's micro-batches begin at samples one stride apart, within a step as from step to step, so the next one is known
-without the step. A request for another sample, such as the first after a resume, drops what was made ahead.
+A rank's micro-batches begin at samples one stride apart, within a step as from step to step, so the
+next one is known without the step. A request for another sample, such as the first after a resume,
+drops what was made ahead.
 """
 
 import time
@@ -28,7 +29,9 @@ class Prefetcher:
         self._ahead: deque[tuple[int, Future[Tensor]]] = deque()
 
     def batch(self, first_sample: int) -> Tensor:
-        """Windows (size, block_size + 1), in pinned memory for a GPU. An error in making them is raised here."""
+        """Windows (size, block_size + 1), in pinned memory for a GPU. An error in making them is
+        raised here.
+        """
         if not self._ahead or self._ahead[0][0] != first_sample:
             self._drop()
             self._request(first_sample)

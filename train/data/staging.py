@@ -3,10 +3,11 @@
     DIR/NAME-FINGERPRINT/     the shards, the vocabulary's file and the manifest of one dataset, and
         .staged               the full fingerprint, written last: a folder that has it is complete, and every hash matched
 
-Each node copies once: a second job there waits for the first, and a later one uses the copy if its marker and the sizes of
-its files are right. Bytes are not hashed again then: `pipeline verify` does that. Only damaged copies are ever removed, as
-sites wipe such disks when a job ends. Checkpoints and the run's folder are not staged, and a copy has the fingerprint of
-the original, so a run may resume with or without this.
+Each node copies once: a second job there waits for the first, and a later one uses the copy if its
+marker and the sizes of its files are right. Bytes are not hashed again then: `pipeline verify` does
+that. Only damaged copies are ever removed, as sites wipe such disks when a job ends. Checkpoints
+and the run's folder are not staged, and a copy has the fingerprint of the original, so a run may
+resume with or without this.
 """
 
 import math
@@ -71,7 +72,8 @@ class Staging:
 
 
 def stage(mixture: Mixture, config: Config, world: World, *, into: Path, dry_run: bool) -> Mixture:
-    """The same mixture, read from copies on this node. All ranks call it together; the first of each node copies.
+    """The same mixture, read from copies on this node. All ranks call it together; the first of
+    each node copies.
 
     With `dry_run` nothing is copied, and `mixture` comes back. Raises UserError.
     """
@@ -98,7 +100,9 @@ def stage(mixture: Mixture, config: Config, world: World, *, into: Path, dry_run
 
 
 def bring(stagings: list[Staging], dry_run: bool) -> None:
-    """Copy what is missing, or log what would be copied. Raises UserError, also for errors of the disk."""
+    """Copy what is missing, or log what would be copied. Raises UserError, also for errors of the
+    disk.
+    """
     try:
         for number, staging in enumerate(stagings):
             if staging.is_complete():
@@ -129,7 +133,9 @@ def check_space(stagings: list[Staging]) -> None:
 
 
 def copy(staging: Staging, remaining: list[Staging]) -> None:
-    """Make the copy, unless another job has done so meanwhile. `remaining`: this one and those after it."""
+    """Make the copy, unless another job has done so meanwhile. `remaining`: this one and those
+    after it.
+    """
     # Another job's copy of a terabyte may take hours: waiting is still cheaper than a second one.
     with one_writer(staging.target.parent, f".{staging.target.name}.lock", patience_s=math.inf):
         if staging.is_complete():
@@ -162,7 +168,9 @@ def fill(staging: Staging, folder: Path) -> None:
 
 
 def copy_shard(staging: Staging, shard: Shard, target: Path, report: ProgressReport) -> None:
-    """Copy a shard, hashing its bytes on the way. Raises UserError where the hash is not that in the manifest."""
+    """Copy a shard, hashing its bytes on the way. Raises UserError where the hash is not that in
+    the manifest.
+    """
     source = staging.source / shard.file
     state = xxhash.xxh3_128()
     with source.open("rb") as reader, target.open("wb") as writer:
