@@ -36,7 +36,8 @@ ORDER = {
         "rendezvous", "cli", "__main__",
     ),
     "prepare": (
-        "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "options", "run",
+        "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "options", "preparation",
+        "run",
     ),
     "train": (
         "data", "optimizer", "metrics", "parallel", "replicas", "resume", "saving", "spikes", "stop", "trainer", "run",
