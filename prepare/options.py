@@ -29,7 +29,10 @@ class PrepareOptions:
 
 
 def check(options: PrepareOptions) -> Share:
-    """Which share of the work falls to this program. Raises UserError with every fault of the options."""
+    """Which share of the work falls to this program.
+
+    Raises UserError with every fault of the options.
+    """
     if faults := [*_faults(options), *_task_faults(options)]:
         raise UserError("; ".join(faults))
     return Share(options.task_id or 0, options.tasks or 1)
@@ -42,7 +45,8 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
         yield str(error)
     if options.val_fraction is not None and not 0 < options.val_fraction < 1:
         yield f"invalid --val-fraction {options.val_fraction}: expected a number between 0 and 1, such as 0.01"
-    # The name becomes a folder: one that begins with "." would be hidden, and "/" or ".." would lead elsewhere.
+    # The name becomes a folder: one that begins with "." would be hidden, and "/" or ".." would
+    # lead elsewhere.
     if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):
         yield f"invalid --name {options.name!r}: expected up to 64 letters, digits, '.', '_' and '-', not '.' first"
     for name in ("workers", "limit_docs", "shard_tokens"):
@@ -82,7 +86,7 @@ def choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
 
 
 def default_fraction(file_bytes: int | None) -> float:
-    """A few thousand validation documents give a steady loss; for that, a small corpus needs a larger fraction.
+    """The fraction of val: a few thousand documents, for a steady loss, are more of a small corpus.
 
     OpenWebText's 24 GB of Parquet get nanoGPT's fraction, about 4.4 M of 9 G tokens.
     """

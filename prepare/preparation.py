@@ -1,4 +1,4 @@
-"""One preparation, and the plan it follows: the plan of an earlier start where that still holds, else a new one."""
+"""A preparation and its plan: an earlier start's if it still holds, else a new one."""
 
 import shutil
 from dataclasses import dataclass
@@ -21,13 +21,14 @@ from prepare.workers import Workers
 # Below this much text, starting worker processes takes longer than encoding in this one.
 WORTH_WORKERS_BYTES = 16_000_000
 WORTH_LOGGING_BYTES = 100_000_000
-# To estimate the disk space: with GPT-2's vocabulary English has about 4.4 bytes of text per token, code 2 to 3.
+# To estimate the disk space: with GPT-2's vocabulary English has about 4.4 bytes of text per token,
+# code 2 to 3.
 BYTES_PER_TOKEN = 2.5
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """A dataset to prepare: what the user chose, this task's share of it, the text, its state on disk, the processes."""
+    """What to prepare, this task's share of it, the text, the state on disk, the processes."""
 
     options: PrepareOptions
     share: Share
@@ -42,7 +43,8 @@ class Preparation:
     def begin(self) -> Plan | None:
         """The plan to follow; None if the dataset is already prepared.
 
-        Raises UserError if the dataset, or the plan of an earlier start, differs from what is asked for now.
+        Raises UserError if the dataset, or the plan of an earlier start, differs from what is asked
+        for now.
         """
         chosen = choices(self.options, self.options.val_fraction or default_fraction(self.corpus.file_bytes()))
         if (self.dataset / MANIFEST_NAME).exists() and not self.options.force:
@@ -54,7 +56,8 @@ class Preparation:
             self.workers.start(load)
         earlier = self.journal.plan()
         if earlier and (changes := self._changes(earlier, chosen)):
-            # Without a finished unit nothing is lost by a new plan; but another task may be at work on the old one.
+            # Without a finished unit nothing is lost by a new plan; but another task may be at work
+            # on the old one.
             if (self.journal.finished_units() or self.share.tasks > 1) and not self.options.force:
                 raise UserError(
                     f"{self.dataset} is half prepared, and since then {'; '.join(changes)}. Undo that to resume, "
@@ -89,7 +92,8 @@ class Preparation:
     def _check_same(self, chosen: dict[str, Any]) -> None:
         manifest = load_manifest(self.dataset)
         differences = _differences(manifest.options, chosen) or self._other_vocabulary(manifest.tokenizer)
-        # Sources are compared by their content: every file is hashed again, since a finished dataset keeps no stamps.
+        # Sources are compared by their content: every file is hashed again, since a finished
+        # dataset keeps no stamps.
         sources = self.corpus.record(hash_file)
         if manifest.sources != sources:
             changed = [entry for entry in sources if entry not in manifest.sources] or manifest.sources
@@ -108,7 +112,8 @@ class Preparation:
         return differences + ([f"the sources changed ({shortened(changed)})"] if changed else [])
 
     def _other_vocabulary(self, spec: dict[str, Any]) -> list[str]:
-        # Only a file may have changed: a learned vocabulary follows from the sources, and a published one stays the same.
+        # Only a file may have changed: a learned vocabulary follows from the sources, and a
+        # published one stays the same.
         name = self.options.tokenizer
         changed = is_file(name) and open_vocabulary(name).spec() != spec
         return [f"the vocabulary {name} has another fingerprint"] if changed else []
@@ -127,7 +132,10 @@ def _differences(earlier: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
 
 
 def _check_space(dataset: Path, tokenizer: Tokenizer, text_bytes: int) -> None:
-    """Raises UserError if the disk is too small: at the end parts and shards exist together, so ids are there twice."""
+    """Raises UserError if the disk is too small.
+
+    At the end parts and shards exist together, so it needs room for the ids twice.
+    """
     tokens = text_bytes / (1.0 if tokenizer.name in ("char", "byte") else BYTES_PER_TOKEN)
     needed = 2 * tokens * token_dtype(tokenizer.vocab_size).itemsize
     free = shutil.disk_usage(dataset).free

@@ -1,7 +1,8 @@
 """Raw text -> a prepared dataset: sources -> plan -> parts -> shards -> manifest.
 
-All work happens in `<dataset>/unfinished/`, and each finished step is a file there, so running the same command again
-resumes where a killed run stopped. The dataset itself appears, or replaces an earlier one, once it is complete.
+All work happens in `<dataset>/unfinished/`, and each finished step is a file there, so running the
+same command again resumes where a killed run stopped. The dataset itself appears, or replaces an
+earlier one, once it is complete.
 """
 
 import time
@@ -25,7 +26,8 @@ from prepare.unfinished.journal import Journal, Plan, tasks_of
 from prepare.units import STDIN_SPOOL
 from prepare.workers import Workers, available_cores
 
-# Hashing releases the interpreter lock; two threads keep up with a disk and leave the cores to the workers.
+# Hashing releases the interpreter lock; two threads keep up with a disk and leave the cores to the
+# workers.
 HASH_THREADS = 2
 
 
@@ -67,9 +69,10 @@ def dataset_folder(options: PrepareOptions) -> Path:
 
 
 def check_before(options: PrepareOptions, tasks: int) -> tuple[Path, list[Path]]:
-    """Check a preparation before its `tasks` jobs are submitted; returns the dataset's folder and the local sources.
+    """The dataset's folder and the local sources of a preparation in `tasks` jobs, checked.
 
-    Raises UserError. Sources behind a network are not opened, since the jobs' nodes may be on another one.
+    Raises UserError. Sources behind a network are not opened, since the jobs' nodes may be on
+    another one.
     """
     if options.task_id is not None or "-" in options.sources:
         raise UserError("--task-id and stdin (-) cannot be submitted: SLURM numbers the tasks, and a job has no stdin")
@@ -113,7 +116,8 @@ def _encode(preparation: Preparation, plan: Plan) -> None:
     """Encode the units of this task, and hash its share of the source files meanwhile."""
     journal, corpus, share = preparation.journal, preparation.corpus, preparation.share
     known = journal.known_hashes()
-    # Hashed now, by all tasks, so that the last one need not read the whole corpus again for the manifest.
+    # Hashed now, by all tasks, so that the last one need not read the whole corpus again for the
+    # manifest.
     paths = [path for path in corpus.files()[share.task :: share.tasks] if str(path) not in known]
     items = corpus.items()
     mine = {number: items[number] for number in share.items(plan.sizes)}
@@ -129,7 +133,8 @@ def _encode(preparation: Preparation, plan: Plan) -> None:
 def _finish_if_last(preparation: Preparation, plan: Plan) -> bool:
     """Make the dataset if every part of it exists; False if other tasks are still to come.
 
-    A task that gets the exclusive lock knows that no other is at work: each holds the shared one until its parts exist.
+    A task that gets the exclusive lock knows that no other is at work: each holds the shared one
+    until its parts exist.
     """
     journal = preparation.journal
     try:

@@ -12,22 +12,22 @@ from typing import Any, Self
 
 
 class Workers:
-    """Calls functions in `count` processes, or in this one if `count` is 1, with a bounded number of calls pending."""
+    """Calls functions in `count` processes, in this one if `count` is 1; few calls are pending."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool: ProcessPoolExecutor | None = None
 
     def start(self, call: Callable[[], None]) -> None:
-        """Start the processes now, each with `call`: importing what they need takes them a third of a second."""
+        """Start the processes now, each with `call`, which imports what they need: 0.3 s."""
         if self.count > 1:
             for _ in range(self.count):
                 self._processes().submit(call)
 
     def map(self, call: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
-        """The results in the order they finish. When it ends, also by an exception, no call is still running.
+        """The results in the order they finish. Raises BrokenProcessPool if a worker was killed.
 
-        Raises BrokenProcessPool if a worker was killed.
+        When it ends, also by an exception, no call is still running.
         """
         if self.count == 1:
             yield from map(call, arguments)
@@ -36,7 +36,8 @@ class Workers:
         try:
             for argument in arguments:
                 pending.add(self._processes().submit(call, argument))
-                # The text of a stream travels in the arguments, so only enough of them wait to keep all workers busy.
+                # The text of a stream travels in the arguments, so only enough of them wait to keep
+                # all workers busy.
                 if len(pending) >= self.count + 2:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
@@ -59,7 +60,8 @@ class Workers:
 
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            # spawn: a forked child would inherit locks that threads of pyarrow or datasets hold, and never release them.
+            # spawn: a forked child would inherit locks that threads of pyarrow or datasets hold,
+            # and never release them.
             self._pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), _start_worker)
         return self._pool
 
@@ -77,12 +79,14 @@ def available_cores() -> int:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; only the parent handles it
+    # Ctrl-C reaches the whole process group; only the parent handles it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """A worker holds both ends of the pipe it waits on, so after kill -9 of the parent it would wait forever."""
+    # A worker holds both ends of the pipe it waits on, so after kill -9 of the parent it would wait
+    # forever.
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait_for_process([parent.sentinel])

@@ -1,4 +1,4 @@
-"""Byte-pair vocabularies as tiktoken publishes them: a rank table, and the pattern that first splits text into words."""
+"""Byte-pair vocabularies as tiktoken has them: a rank table, and a pattern that finds the words."""
 
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken"
 
 
 class BytePairTokenizer(TokenTable):
-    """A rank table: GPT-2's is part of this package, any other is `table`, the content of a .tiktoken file."""
+    """GPT-2's vocabulary, which is part of this package, or that of `table`, a .tiktoken file."""
 
     def __init__(self, name: str, table: bytes | None = None) -> None:
         self.name, self.table = name, table
@@ -34,7 +34,10 @@ class BytePairTokenizer(TokenTable):
         return ids.astype(token_dtype(self.vocab_size))
 
     def ranks(self) -> dict[bytes, int]:
-        """Each token's bytes and its id, in the order of the ids, without special tokens; a lower id is merged first."""
+        """Each token's bytes and its id, in the order of the ids, without special tokens.
+
+        A lower id is merged first.
+        """
         return dict(self._ranks)
 
     def pattern(self) -> str:

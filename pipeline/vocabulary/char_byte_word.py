@@ -21,7 +21,7 @@ from pipeline.vocabulary.tokenizer import (
 )
 
 UNICODE_CODE_POINTS = 0x110000
-# A word, a newline, or any other character but a space. A word's letters keep their combining marks (\p{M}).
+# A word with its combining marks (\p{M}), a newline, or any other character but a space.
 WORD_PATTERN = r"[\p{L}\p{M}\p{N}_]+|\n|[^\s\p{L}\p{M}\p{N}_]"
 # Where print has no space, for the text that is made of words again.
 NO_SPACE_BEFORE = frozenset(",.:;?!)]}%'’\n")
@@ -29,7 +29,10 @@ NO_SPACE_AFTER = frozenset("([{'’\n")
 
 
 class CharTokenizer(TokenTable):
-    """One id per Unicode character of the corpus, in code point order; end-of-text is the last id."""
+    """One id per Unicode character of the corpus, in code point order.
+
+    End-of-text is the last id.
+    """
 
     name = "char"
 
@@ -37,7 +40,8 @@ class CharTokenizer(TokenTable):
         self.characters = "".join(sorted(set(characters)))
         tokens = dict(enumerate(character.encode() for character in self.characters))
         super().__init__(tokens, len(tokens) + 1, len(tokens))
-        # (code points,): encoding is a single lookup in numpy. Characters outside the vocabulary have the id vocab_size.
+        # (code points,): encoding is a single lookup in numpy. Characters outside the vocabulary
+        # have the id vocab_size.
         self._id_of = np.full(UNICODE_CODE_POINTS, self.vocab_size, dtype=np.uint32)
         self._id_of[code_points(self.characters)] = np.arange(self.end_of_text)
 
@@ -82,10 +86,10 @@ class ByteTokenizer(TokenTable):
 
 
 class WordTokenizer:
-    """Words, punctuation marks and newlines, for teaching; a word outside the vocabulary becomes <|unk|>.
+    """Words, punctuation marks and newlines, for teaching; a word it does not know is <|unk|>.
 
-    Spaces are not kept: decoding puts one between words, and none where print has none, so text comes back readable but
-    not exactly as it was.
+    Spaces are not kept: decoding puts one between words, and none where print has none, so text
+    comes back readable but not exactly as it was.
     """
 
     name = "word"

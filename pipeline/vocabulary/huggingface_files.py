@@ -1,4 +1,4 @@
-"""The tokenizer files of a Hugging Face folder, read and written: tokenizer.json and those next to it."""
+"""The tokenizer files of a Hugging Face folder, tokenizer.json and others, read and written."""
 
 import json
 from functools import cache
@@ -25,7 +25,10 @@ END_OF_TEXT_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end
 
 
 def open_folder(folder: Path) -> JsonTokenizer | None:
-    """The vocabulary of a Hugging Face folder, None if it has none. Raises UserError for one that cannot be used."""
+    """The vocabulary of a Hugging Face folder, None if it has none.
+
+    Raises UserError for one that cannot be used.
+    """
     return open_json(folder / JSON_FILE) if has_vocabulary(folder) else None
 
 
@@ -35,7 +38,7 @@ def has_vocabulary(folder: Path) -> bool:
 
 
 def open_json(path: Path) -> JsonTokenizer:
-    """The vocabulary in a tokenizer.json, or in the two older files, with the end-of-text token that its folder names.
+    """The vocabulary in a tokenizer.json, or in the two older files if there is none.
 
     Raises UserError if the file is damaged, or no token ends a text.
     """
@@ -61,21 +64,22 @@ def open_json(path: Path) -> JsonTokenizer:
 
 
 def is_gpt2(tokenizer: JsonTokenizer) -> bool:
-    """Whether it is GPT-2's vocabulary under another name: the same tokens, ids and order of merges."""
+    """Whether it is GPT-2's under another name: the same tokens, ids and order of merges."""
     merges, gpt2 = tokenizer.merges, PUBLISHED["gpt2"]
     sizes = (tokenizer.vocab_size, tokenizer.end_of_text) == (gpt2.vocab_size, gpt2.end_of_text)
     return sizes and merges is not None and merges.pattern == gpt2.pattern and _ids(merges) == _gpt2_ranks()
 
 
 def fingerprints(folder: Path, tokenizer: Tokenizer) -> set[str]:
-    """The fingerprints that a dataset prepared with this folder's vocabulary may have, whichever way it was named."""
+    """The fingerprints of this folder's vocabulary in datasets, however those were prepared."""
     found = {tokenizer.spec()["fingerprint"]}
     if isinstance(tokenizer, JsonTokenizer) and is_gpt2(tokenizer):
         found.add(BytePairTokenizer("gpt2").spec()["fingerprint"])
     from_file = open_folder(folder)
     if from_file is not None and from_file.end_of_text == tokenizer.end_of_text:
         found.add(from_file.spec()["fingerprint"])
-        # The oldest datasets have the fingerprint of the file with its post-processor; their ids are the same.
+        # The oldest datasets have the fingerprint of the file with its post-processor; their ids
+        # are the same.
         found.add(json_fingerprint(_content(folder / JSON_FILE), tokenizer.end_of_text))
     return found
 
@@ -85,9 +89,10 @@ def _content(path: Path) -> bytes:
 
 
 def _unadorned(document: dict[str, Any], content: bytes) -> bytes:
-    """A tokenizer.json without the tokens it adds around a text, such as Llama 3's <|begin_of_text|> before it.
+    """A tokenizer.json without the tokens it adds around a text.
 
-    No document of a dataset has them, so no other program should add them to a prompt. GPT-2's ByteLevel adds nothing.
+    Llama 3's adds <|begin_of_text|>, for one. No document of a dataset has them, so no other
+    program should add them to a prompt. GPT-2's ByteLevel adds nothing.
     """
     match document.get("post_processor"):
         case None | {"type": "ByteLevel"}:
@@ -103,7 +108,10 @@ def _named_ends(path: Path) -> list[str]:
 
 
 def _ids(merges: Merges) -> dict[bytes, int]:
-    """The id of each token; empty if the ids do not rise with the ranks, since the merges then have another order."""
+    """The id of each token.
+
+    Empty if the ids do not rise with the ranks, since the merges then have another order.
+    """
     if (np.diff(merges.ids[256:]) <= 0).any():
         return {}
     return dict(zip(merges.ranks, merges.ids.tolist(), strict=True))
@@ -126,7 +134,7 @@ def _next_to(path: Path, name: str) -> dict[str, Any]:
 
 
 def _document_of_pairs(folder: Path) -> bytes:
-    """A tokenizer.json from a vocab.json and a merges.txt, with the pre-tokenizer of GPT-2, which those leave out."""
+    """A tokenizer.json from a vocab.json, a merges.txt and what they leave to GPT-2's tokenizer."""
     vocab, config = _next_to(folder / JSON_FILE, VOCAB_FILE), _next_to(folder / JSON_FILE, TOKENIZER_CONFIG)
     lines = read_limited(folder / MERGES_FILE, MAX_VOCABULARY_BYTES).decode(errors="replace").split("\n")
     pairs = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
@@ -147,15 +155,15 @@ def _document_of_pairs(folder: Path) -> bytes:
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """File name -> content, for `AutoTokenizer.from_pretrained`: text gives the same ids there.
 
-    Two things differ in transformers: it finds a special token written out in a text, and joins the words of `word` by
-    other rules.
+    Two things differ in transformers: it finds a special token written out in a text, and joins the
+    words of `word` by other rules.
     """
     end_of_text, about = END_OF_TEXT, {"unk_token": END_OF_TEXT}
     match tokenizer:
         case JsonTokenizer():
             content = tokenizer.content
             (end_of_text,) = (token for token, i in tokenizer.vocabulary().items() if i == tokenizer.end_of_text)
-            about = {}  # transformers would add an unknown token that the file does not have after its vocabulary
+            about = {}  # transformers would add an unknown token that the file does not have
         case BytePairTokenizer():
             content = _byte_pair_json(tokenizer)
         case ByteTokenizer():
@@ -190,7 +198,8 @@ def _byte_level_json(tokenizer: Tokenizer, pre_tokenizer: dict[str, Any], ranks:
     merges = merges_of(ranks)
     model = {
         "type": "BPE",
-        # tiktoken takes a word that is a token as it is, which makes a difference only for tokens that no merge makes.
+        # tiktoken takes a word that is a token as it is, which makes a difference only for tokens
+        # that no merge makes.
         "ignore_merges": len(merges) + 256 < len(ranks),
         "vocab": {**{symbols(token): rank for token, rank in ranks.items()}, END_OF_TEXT: tokenizer.end_of_text},
         "merges": [[symbols(left), symbols(right)] for left, right in merges],
@@ -200,7 +209,8 @@ def _byte_level_json(tokenizer: Tokenizer, pre_tokenizer: dict[str, Any], ranks:
 
 def _char_json(tokenizer: CharTokenizer) -> bytes:
     vocabulary = {character: i for i, character in enumerate((*tokenizer.characters, END_OF_TEXT))}
-    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": ""}  # not in the vocabulary, so others are refused
+    # The unknown token is not in the vocabulary, so that unknown characters are refused.
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": ""}
     split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
     return _tokenizer_json(tokenizer, model, split, {"type": "Fuse"})
 

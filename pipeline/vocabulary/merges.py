@@ -1,7 +1,8 @@
-"""Byte-pair vocabularies as they are published: rank tables, lists of merges, and the patterns that split text into words.
+"""Byte-pair vocabularies as they are published: rank tables, lists of merges, patterns for words.
 
-tiktoken merges the pair whose result has the lowest rank; a tokenizer.json lists the pairs to merge, in order. The two give
-the same ids if the ranks lead to each token by the pair that the list has for it, which `merges_of` finds out.
+tiktoken merges the pair whose result has the lowest rank; a tokenizer.json lists the pairs to
+merge, in order. The two give the same ids if the ranks lead to each token by the pair that the list
+has for it, which `merges_of` finds out.
 """
 
 import base64
@@ -16,10 +17,12 @@ import numpy.typing as npt
 
 from pipeline.errors import UserError
 
-# Ids and ranks are below this: eighty times the largest vocabulary in use, and few enough for a list of tokens in memory.
+# Ids and ranks are below this: eighty times the largest vocabulary in use, and few enough for a
+# list of tokens in memory.
 MAX_IDS = 1 << 24
-# `merges_of` takes 0.25 us per squared byte of a token: ten minutes for one token of 64 kB. The squares of GPT-2's tokens add
-# up to 2.5 million, those of o200k_base to 12.8 million; the longest token of either has 128 bytes.
+# `merges_of` takes 0.25 us per squared byte of a token: ten minutes for one token of 64 kB. The
+# squares of GPT-2's tokens add up to 2.5 million, those of o200k_base to 12.8 million; the longest
+# token of either has 128 bytes.
 MAX_SQUARED_BYTES = 1 << 26
 
 
@@ -27,8 +30,8 @@ MAX_SQUARED_BYTES = 1 << 26
 class Published:
     """What belongs to one of OpenAI's rank tables.
 
-    `pattern` is tiktoken's; `plain` finds the same words in the regular expressions of Hugging Face's library too, where
-    {1,3}+ repeats the group and $ matches at the end of a line.
+    `pattern` is tiktoken's; `plain` finds the same words in the regular expressions of Hugging
+    Face's library too, where {1,3}+ repeats the group and $ matches at the end of a line.
     """
 
     ranks: int
@@ -43,7 +46,8 @@ _O200K = (
     r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
     r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
-# vocab_size is tiktoken's n_vocab; in cl100k_base and o200k_base it counts ids that stand for nothing.
+# vocab_size is tiktoken's n_vocab; in cl100k_base and o200k_base it counts ids that stand for
+# nothing.
 PUBLISHED = {
     "gpt2": Published(
         50_256,
@@ -62,29 +66,25 @@ PUBLISHED = {
         end_of_text=100_257,
         vocab_size=100_277,
     ),
-    "o200k_base": Published(
-        199_998,
-        _O200K,
-        _O200K,
-        end_of_text=199_999,
-        vocab_size=200_019,
-    ),
+    "o200k_base": Published(199_998, _O200K, _O200K, end_of_text=199_999, vocab_size=200_019),
 }
 
-# In tokenizer.json files since Llama 3. At the end of a text it splits a newline from the spaces after it, unlike cl100k_base.
+# In tokenizer.json files since Llama 3. At the end of a text it splits a newline from the spaces
+# after it, unlike cl100k_base.
 LLAMA3_PATTERN = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
     r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
-# The patterns of tokenizer.json files that mean the same to tiktoken; tests compare the words that both libraries find.
+# The patterns of tokenizer.json files that mean the same to tiktoken; tests compare the words that
+# both libraries find.
 SAME_IN_BOTH = frozenset({LLAMA3_PATTERN, *(published.plain for published in PUBLISHED.values())})
 
 
 def published_for(name: str, ranks: dict[bytes, int]) -> Published:
     """What belongs to a rank table: found by its name, then by its number of ranks, else assumed.
 
-    A table does not say how text was split into words. Tables made since GPT-4, such as Llama 3's, mostly split as
-    cl100k_base does.
+    A table does not say how text was split into words. Tables made since GPT-4, such as Llama 3's,
+    mostly split as cl100k_base does.
     """
     for known, published in PUBLISHED.items():
         if name == known or (name not in PUBLISHED and len(ranks) == published.ranks):
@@ -96,7 +96,8 @@ def published_for(name: str, ranks: dict[bytes, int]) -> Published:
 def read_ranks(table: bytes) -> dict[bytes, int]:
     """The tokens of a .tiktoken file and their ranks, in the order of the ranks.
 
-    Raises UserError for a damaged table, and for one that lacks a byte and so cannot encode every text.
+    Raises UserError for a damaged table, and for one that lacks a byte and so cannot encode every
+    text.
     """
     ranks: dict[bytes, int] = {}
     lines = [line for line in table.splitlines() if line]
@@ -129,23 +130,28 @@ def write_ranks(ranks: dict[bytes, int]) -> bytes:
 
 
 def make_encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> Any:
-    """tiktoken's encoder. A literal <|endoftext|> is ordinary text to `encode_to_numpy(text, disallowed_special=())`."""
+    """tiktoken's encoder.
+
+    A literal <|endoftext|> is ordinary text to `encode_to_numpy(text, disallowed_special=())`.
+    """
     import tiktoken
 
-    # Without any special token, tiktoken 0.14 looks for one at each character, and is a third slower.
+    # Without any special token, tiktoken 0.14 looks for one at each character, and is a third
+    # slower.
     unused = {"<|endoftext|>": max(ranks.values(), default=0) + 1}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused)
 
 
 def _are_too_long(tokens: Iterable[bytes | str]) -> bool:
-    """Whether `merges_of` would take minutes: no training gives such tokens, but a file may contain them."""
+    """Whether `merges_of` would take minutes: no training gives such tokens, but a file may."""
     return sum(len(token) ** 2 for token in tokens) > MAX_SQUARED_BYTES
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """For each token of two or more bytes the pair that makes it, in rank order; tokens that no pair makes are left out.
+    """The pair that makes each token of two or more bytes, in rank order, for those that have one.
 
-    A rank table has only the results. Merging the bytes of a token by rank, up to the last step, leads to its pair.
+    A rank table has only the results. Merging the bytes of a token by rank, up to the last step,
+    leads to its pair.
     """
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -163,7 +169,10 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 @dataclass(frozen=True)
 class Merges:
-    """A byte-level tokenizer.json in the form tiktoken takes: the order of the merges gives ranks, `ids[rank]` the id."""
+    """A byte-level tokenizer.json for tiktoken: the order of its merges gives their ranks.
+
+    `ids` is (ranks,): the id of each rank's token.
+    """
 
     ranks: dict[bytes, int]
     ids: npt.NDArray[np.int64]
@@ -173,9 +182,10 @@ class Merges:
 def merges_in(document: dict[str, Any]) -> Merges | None:
     """The merges of a tokenizer.json if tiktoken gives the same ids with them, else None.
 
-    Ranks choose a merge by its result, the file by its pair. They agree on every text if merging the bytes of each token by
-    rank ends with the file's pair for it. Suppose they first differed where the ranks join two neighbours and the file does
-    not: the bytes of the resulting token alone would have led to the same two neighbours, so they are the file's pair.
+    Ranks choose a merge by its result, the file by its pair. They agree on every text if merging
+    the bytes of each token by rank ends with the file's pair for it. Suppose they first differed
+    where the ranks join two neighbours and the file does not: the bytes of the resulting token
+    alone would have led to the same two neighbours, so they are the file's pair.
     """
     model, pattern = document["model"], _pattern_of(document.get("pre_tokenizer"))
     others = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -184,7 +194,7 @@ def merges_in(document: dict[str, Any]) -> Merges | None:
         return None
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     tokens = [*byte_symbols().values(), *(left + right for left, right in pairs)]
-    if model.get("ignore_merges"):  # a word that is a token is taken as it is, whether or not merges lead to it
+    if model.get("ignore_merges"):  # a word that is a token is taken, whether or not merges make it
         tokens += sorted(model["vocab"].keys() - set(tokens), key=model["vocab"].__getitem__)
     if _are_too_long(tokens):
         return None
@@ -198,7 +208,7 @@ def merges_in(document: dict[str, Any]) -> Merges | None:
 
 
 def _pattern_of(pre_tokenizer: Any) -> str | None:
-    """tiktoken's pattern for the pre-tokenizer of a tokenizer.json, None for an unknown one: patterns are not translated."""
+    """tiktoken's pattern for a pre-tokenizer, None for an unknown one: none is translated."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, **rest} if rest.get("use_regex", True):
             return PUBLISHED["gpt2"].pattern
@@ -215,7 +225,7 @@ def _pattern_of(pre_tokenizer: Any) -> str | None:
 
 @cache
 def byte_symbols() -> dict[int, str]:
-    """GPT-2's printable symbol for each byte: the same code point if that is printable, else the next from 256 on."""
+    """GPT-2's symbol for each byte: its code point if printable, else the next one from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -16,7 +16,10 @@ TOKENIZER_NAMES = (*TIKTOKEN_NAMES, "char", "byte", "word", "bpe:N", PATHS)
 
 
 def from_spec(spec: dict[str, Any], folder: Path) -> Tokenizer:
-    """The tokenizer of a spec, with its file from `folder`. Raises UserError if they do not make the tokenizer described."""
+    """The tokenizer of a spec, with its file from `folder`.
+
+    Raises UserError if they do not make the tokenizer described.
+    """
     name = str(spec.get("name"))
     file = vocabulary_file(name)
     if file and not (folder / file).is_file():

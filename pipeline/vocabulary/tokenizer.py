@@ -1,9 +1,10 @@
 """Text <-> token ids: what every vocabulary has in common.
 
-A tokenizer is described by a small JSON object, its spec: the manifest carries it from `prepare` to `train`, the checkpoint
-from `train` to `sample`, so a vocabulary is chosen once. A vocabulary that is not part of this package is in a file next to
-the spec, which holds a fingerprint of its content.
-A literal "<|endoftext|>" in a text is ordinary text; only `prepare` writes the end-of-text token, after each document.
+A tokenizer is described by a small JSON object, its spec: the manifest carries it from `prepare` to
+`train`, the checkpoint from `train` to `sample`, so a vocabulary is chosen once. A vocabulary that
+is not part of this package is in a file next to the spec, and the spec has its fingerprint.
+A literal "<|endoftext|>" in a text is ordinary text; only `prepare` writes the end-of-text token,
+after each document.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,8 @@ from pipeline.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
 
-MAX_VOCABULARY_BYTES = 1 << 26  # of a file that is read into memory; twice the largest tokenizer.json in use
+# Of a file that is read into memory: twice the largest tokenizer.json in use.
+MAX_VOCABULARY_BYTES = 1 << 26
 RANKS_FILE, JSON_FILE, WORDS_FILE = "vocabulary.tiktoken", "tokenizer.json", "vocabulary.json"
 
 TokenIds = npt.NDArray[np.unsignedinteger[Any]]
@@ -32,7 +34,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> TokenIds:
         """(tokens,) ids of `text`, without end-of-text, in the dtype `token_dtype(vocab_size)`.
 
-        Raises UserError for a character outside the vocabulary, ValueError for a text that the underlying library rejects.
+        Raises UserError for a character outside the vocabulary, ValueError for a text that the
+        underlying library rejects.
         """
 
     def decode_bytes(self, ids: list[int]) -> bytes:
@@ -42,13 +45,22 @@ class Tokenizer(Protocol):
         """
 
     def token_bytes(self) -> npt.NDArray[np.int64] | None:
-        """(vocab_size,) bytes of text per id, 0 for end-of-text; None if that depends on the neighbouring ids."""
+        """(vocab_size,) bytes of text per id, 0 for end-of-text.
+
+        None if that depends on the neighbouring ids.
+        """
 
     def spec(self) -> dict[str, Any]:
-        """What `from_spec` needs to build this tokenizer again; `fingerprint` identifies the vocabulary's content."""
+        """What `from_spec` needs to build this tokenizer again.
+
+        `fingerprint` identifies the vocabulary's content.
+        """
 
     def files(self) -> dict[str, bytes]:
-        """Name -> content of the file that belongs next to the spec; empty if the spec is enough."""
+        """Name -> content of the file that belongs next to the spec.
+
+        Empty if the spec is enough.
+        """
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -77,7 +89,7 @@ def spec_of(tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
 
 @contextmanager
 def lone_surrogates_refused() -> Iterator[None]:
-    """Python represents bytes that are not UTF-8, such as a mistyped argument's, as lone surrogates: a UserError here."""
+    """Makes a UserError of lone surrogates, Python's form of an argument that is not UTF-8."""
     try:
         yield
     except UnicodeEncodeError as error:
@@ -85,7 +97,10 @@ def lone_surrogates_refused() -> Iterator[None]:
 
 
 class TokenTable:
-    """The decoding half of a tokenizer whose ids stand for the same bytes wherever they are; some may stand for none."""
+    """The decoding half of a tokenizer whose ids stand for the same bytes wherever they are.
+
+    Some may stand for none.
+    """
 
     def __init__(self, tokens: Mapping[int, bytes], vocab_size: int, end_of_text: int) -> None:
         self.vocab_size, self.end_of_text = vocab_size, end_of_text

@@ -23,9 +23,9 @@ from pipeline.vocabulary.tokenizer import (
 
 
 class JsonTokenizer:
-    """tiktoken encodes if it is proven to give the same ids, several times faster; else Hugging Face's library does.
+    """Encodes by tiktoken, several times faster, if `merges` proves that the ids are the same.
 
-    `merges` is that proof, or None.
+    `merges` is None without that proof; Hugging Face's library encodes then.
     """
 
     def __init__(self, name: str, content: bytes, end_of_text: int) -> None:
@@ -37,13 +37,13 @@ class JsonTokenizer:
             self.vocab_size = _checked_size(self.vocabulary())
             self.merges = merges_in(self.document)
             if self.merges is not None and end_of_text in self.merges.ids:
-                self.merges = None  # text may give the end-of-text token then, which only `_Library` refuses
+                self.merges = None  # a text may give end-of-text then, which only `_Library` finds
             self._engine = _Library(self) if self.merges is None else _Ranks(self, self.merges)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException as error:  # the library raises plain Exceptions, and its Rust panics are BaseExceptions
+        except BaseException as error:  # of the library: plain Exceptions and Rust panics
             found = f"{type(error).__name__}: {error}"
             raise UserError(f"{name} is not a valid tokenizer.json ({found}): save it again") from None
         if not 0 <= end_of_text < self.vocab_size:
@@ -109,7 +109,8 @@ class _Library:
         except BaseException as error:  # its Rust panics are BaseExceptions
             raise ValueError(f"{self._name} cannot encode the text ({type(error).__name__}: {error})") from None
         ids: TokenIds = np.array(found, dtype=self._dtype)
-        # A model of whole words, or Unigram, may have no other token for the written-out end-of-text.
+        # A model of whole words, or Unigram, may have no other token for the written-out
+        # end-of-text.
         if (ids == self._end_of_text).any():
             raise ValueError(f"{self._name} cannot tell a written-out end-of-text token from the end of a text")
         return ids
@@ -148,7 +149,10 @@ def _checked_size(vocabulary: dict[str, int]) -> int:
 
 
 def _check_added(document: dict[str, Any]) -> None:
-    """The library ignores the ids of added tokens and numbers them after those of the model: here they have to agree."""
+    """Raises UserError if an added token does not have the id that Hugging Face's library gives it.
+
+    The library numbers added tokens itself, after those of the model, whatever the file says.
+    """
     tokens = _model_vocabulary(document)
     following = len(tokens)
     for entry in sorted(document.get("added_tokens", ()), key=lambda entry: entry["id"]):

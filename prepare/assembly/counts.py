@@ -7,13 +7,13 @@ import numpy as np
 from pipeline.files import write_atomic
 from pipeline.vocabulary.tokenizer import TokenIds
 
-# Pairs are counted for vocabularies up to this size, whose table takes 8 MB. For GPT-2's it would take 20 GB, and most of its
-# pairs occur too rarely for their counts to mean anything.
+# Pairs are counted for vocabularies up to this size, whose table takes 8 MB. For GPT-2's it would
+# take 20 GB, and most of its pairs occur too rarely for their counts to mean anything.
 MAX_BIGRAM_VOCAB = 1024
 
 
 class Counts:
-    """`unigrams` is (vocab_size,) and `bigrams` (vocab_size, vocab_size), or empty for a large vocabulary; int64.
+    """int64 counts: `unigrams` (vocab_size,), and `bigrams` (vocab_size, vocab_size) or empty.
 
     With a `vocab_size` of 0 nothing is counted.
     """

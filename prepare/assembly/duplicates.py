@@ -1,7 +1,8 @@
 """Exact duplicates in a corpus of any size, in bounded memory.
 
-Documents are equal if the 128 bits of their hashes are. The hashes are distributed over files by their first bits, so equal
-ones meet in the same file, and each file is small enough to be sorted in memory.
+Documents are equal if the 128 bits of their hashes are. The hashes are distributed over files by
+their first bits, so equal ones meet in the same file, and each file is small enough to be sorted in
+memory.
 """
 
 from collections.abc import Iterable
@@ -14,7 +15,8 @@ import numpy.typing as npt
 
 # Records per file: 48 MB, and about 150 MB while they are sorted.
 DOCUMENTS_PER_FILE = 2_000_000
-# Beyond 256 * 2 M = 512 M documents the files get larger instead: all are open at a time, and 1,024 is the usual limit.
+# Beyond 256 * 2 M = 512 M documents the files get larger instead: all are open at a time, and 1,024
+# is the usual limit.
 MAX_FILES = 256
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<i8")])
 
@@ -61,7 +63,8 @@ def _distribute(hashes: Iterable[npt.NDArray[np.uint64]], paths: list[Path], bit
 
 
 def _mark(records: npt.NDArray[Any], marks: npt.NDArray[np.bool_]) -> None:
-    # Sorted by hash, then by document: of neighbours with the same hash all but the first are duplicates.
+    # Sorted by hash, then by document: of neighbours with the same hash all but the first are
+    # duplicates.
     order = np.lexsort((records["document"], records["low"], records["high"]))
     records = records[order]
     same = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])

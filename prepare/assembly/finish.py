@@ -1,4 +1,4 @@
-"""From the parts of all tasks to the dataset: duplicates, split rule, shards, statistics, manifest."""
+"""The parts of all tasks -> the dataset: duplicates, split rule, shards, statistics, manifest."""
 
 from pathlib import Path
 
@@ -14,18 +14,20 @@ from prepare.assembly.shards import Assembly, ShardLayout, lay_out_shards, stati
 from prepare.assembly.splits import dropped, find_rule
 from prepare.sources.corpus import Corpus
 from prepare.unfinished.journal import Journal, Plan
-from prepare.unfinished.parts import Part, Reports, add_reports, read_summary, report
+from prepare.unfinished.parts import Part, merge_reports, read_summary, report
 from prepare.workers import Workers
 
 DUPLICATE = "duplicate"
 
 
 def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> None:
-    """Make the dataset from its parts, which must all exist, and put it in place of what is there."""
+    """Make the dataset from its parts, which must all exist, and publish it."""
     tokenizer = from_spec(plan.tokenizer, journal.staged)
     dtype = token_dtype(tokenizer.vocab_size)
     parts = journal.parts(plan.options["limit_docs"])
-    skipped, unusual, documents = _reports(parts)
+    summaries = [read_summary(path) for path in parts]
+    documents = sum(summary.documents for summary in summaries)
+    skipped = merge_reports(summary.skipped for summary in summaries)
     duplicates = None
     if plan.options["dedup"]:
         duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
@@ -42,7 +44,8 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
     )
     layouts = lay_out_shards(parts, assembly, plan.options["shard_tokens"])
     shards = _write_shards(assembly, layouts, workers)
-    # The last moment at which a change of a source would make the dataset differ from what its manifest says.
+    # The last moment at which a change of a source would make the dataset differ from what its
+    # manifest says.
     if changed := changed_sources(plan, corpus, journal):
         raise UserError(
             f"{changed[0]} changed while {journal.dataset} was prepared from it: start over with --force once it no longer "
@@ -57,7 +60,7 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
         options=plan.options,
         val_rule=rule.record(),
         skipped=skipped,
-        unusual=unusual,
+        unusual=merge_reports(summary.unusual for summary in summaries),
         statistics=statistics(assembly, layouts, list(shards.values())),
         program=__version__,
     )
@@ -66,7 +69,10 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
 
 
 def changed_sources(plan: Plan, corpus: Corpus, journal: Journal) -> list[str]:
-    """The sources that changed since the plan was made; a file with a new time but the same content has not."""
+    """The sources that changed since the plan was made.
+
+    A file with a new time but the same content has not.
+    """
     known = journal.known_hashes()
     stamps = corpus.stamps()
 
@@ -74,27 +80,16 @@ def changed_sources(plan: Plan, corpus: Corpus, journal: Journal) -> list[str]:
         stamp, digest = known.get(name, (None, ""))
         return name in stamps and stamp == plan.stamps.get(name) and hash_file(Path(name)) == digest
 
-    # A stamp is size and time, cheap to compare; only where they differ is a file read, to compare its hash.
+    # A stamp is size and time, cheap to compare; only where they differ is a file read, to compare
+    # its hash.
     names = sorted({*stamps, *plan.stamps})
     return [name for name in names if stamps.get(name) != plan.stamps.get(name) and not only_touched(name)]
 
 
-def _reports(parts: list[Path]) -> tuple[Reports, Reports, int]:
-    """The documents skipped and the unusual ones, by reason, and how many documents there are."""
-    skipped: Reports = {}
-    unusual: Reports = {}
-    documents = 0
-    for path in parts:
-        summary = read_summary(path)
-        add_reports(skipped, summary.skipped)
-        add_reports(unusual, summary.unusual)
-        documents += summary.documents
-    return dict(sorted(skipped.items())), dict(sorted(unusual.items())), documents
-
-
 def _write_shards(assembly: Assembly, layouts: list[ShardLayout], workers: Workers) -> dict[str, Shard]:
     """Every shard, by the name of its layout."""
-    # Shards of an earlier run that was killed while it wrote them; the layout is the same, so their content is too.
+    # Shards of an earlier run that was killed while it wrote them; the layout is the same, so their
+    # content is too.
     found = {each.name: shard for each in layouts if (shard := written_shard(assembly, each))}
     missing = [each for each in layouts if each.name not in found]
     with ProgressReport("write shards", len(layouts), "shards", done=len(found)) as progress:

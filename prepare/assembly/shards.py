@@ -1,8 +1,9 @@
 """Parts -> the dataset's shards.
 
-First the layout: which documents go into which shard follows from the parts' document lengths and hashes alone, and takes
-no look at a token. Then each shard is copied from the parts by itself, in any process and in any order; a shard whose file
-exists is complete, so a killed run resumes with the next one.
+First the layout: which documents go into which shard follows from the parts' document lengths and
+hashes alone, and takes no look at a token. Then each shard is copied from the parts by itself, in
+any process and in any order; a shard whose file exists is complete, so a killed run resumes with
+the next one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,10 @@ class DocumentRange:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where the documents of a shard are. The ranges also hold documents of the other split, and duplicates."""
+    """Where the documents of a shard are.
+
+    The ranges also hold documents of the other split, and duplicates.
+    """
 
     split: str
     number: int
@@ -48,7 +52,10 @@ class ShardLayout:
 
 @dataclass(frozen=True)
 class Assembly:
-    """What all shards of a dataset have in common: the folder of the parts, the folder of the shards, what goes where."""
+    """What all shards have in common.
+
+    `parts` is the folder of parts, `folder` that of the shards.
+    """
 
     parts: Path
     folder: Path
@@ -69,7 +76,10 @@ class Assembly:
 
 
 def lay_out_shards(parts: list[Path], assembly: Assembly, shard_tokens: int) -> list[ShardLayout]:
-    """The shards of both splits. A document is never divided: the one that brings a shard to `shard_tokens` closes it."""
+    """The shards of both splits.
+
+    A document is never divided: the one that brings a shard to `shard_tokens` closes it.
+    """
     return [layout for split in SPLITS for layout in _lay_out_split(split, parts, assembly, shard_tokens)]
 
 
@@ -79,8 +89,9 @@ def _lay_out_split(split: str, parts: list[Path], assembly: Assembly, shard_toke
     for part, number in numbered_parts(parts, assembly.dtype):
         everything = DocumentRange(part.path.name, number, 0, part.summary.documents)
         mine = np.flatnonzero(assembly.chosen(split, part, everything))
-        # Tokens of the split in this part, up to and with each of its documents. They increase, so a binary search finds the
-        # document that fills a shard, in one step a shard instead of one a document.
+        # Tokens of the split in this part, up to and with each of its documents. They increase, so
+        # a binary search finds the document that fills a shard, in one step a shard instead of one
+        # a document.
         ends = np.cumsum(part.lengths[mine])
         taken = begin = 0
         while taken < len(mine):
@@ -118,7 +129,8 @@ def write_shard(arguments: tuple[Assembly, ShardLayout]) -> Shard:
     text_bytes = assembly.rule.text_bytes(layout.split, text_bytes)
     digest = content_hash.hexdigest()
     shard = Shard(file=final.name, tokens=tokens, documents=documents, bytes=text_bytes, hash=digest)
-    # Renamed last: `written_shard` takes the file of tokens as the sign that these two exist as well.
+    # Renamed last: `written_shard` takes the file of tokens as the sign that these two exist as
+    # well.
     counts.save(assembly.parts / f"{layout.name}.counts")
     write_atomic(assembly.parts / f"{layout.name}.json", orjson.dumps(asdict(shard)))
     publish(partial, final)
@@ -135,7 +147,8 @@ def written_shard(assembly: Assembly, layout: ShardLayout) -> Shard | None:
 def _copied(part: Part, ranges: list[tuple[int, int]]) -> Iterator[TokenIds]:
     """The part's ids in `ranges`, `COPY_TOKENS` or fewer at a time.
 
-    Ranges may be as short as a document or longer than memory, so short ones are joined and long ones divided.
+    Ranges may be as short as a document or longer than memory, so short ones are joined and long
+    ones divided.
     """
     waiting: list[TokenIds] = []
     room = COPY_TOKENS
@@ -155,8 +168,8 @@ def _copied(part: Part, ranges: list[tuple[int, int]]) -> Iterator[TokenIds]:
 def statistics(assembly: Assembly, layouts: Sequence[ShardLayout], shards: Sequence[Shard]) -> dict[str, Any]:
     """Entropies of the train split in nats: of a token, and of a token given the one before it.
 
-    They are the losses of a model that knows only the counts of tokens, or of pairs (H = -sum p ln p): a trained model has
-    to get below both.
+    They are the losses of a model that knows only the counts of tokens, or of pairs (H = -sum p ln
+    p): a trained model has to get below both.
     """
     counts = Counts(assembly.vocab_size)
     for layout in layouts:

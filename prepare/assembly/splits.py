@@ -13,7 +13,8 @@ from pipeline.vocabulary.tokenizer import TokenIds, Tokenizer, token_dtype
 from prepare.unfinished.parts import Part
 
 HASH_RANGE = 1 << 64
-# Tokens copied, hashed and counted at a time: 2 to 4 MB, which stay in the processor's cache from one step to the next.
+# Tokens copied, hashed and counted at a time: 2 to 4 MB, which stay in the processor's cache from
+# one step to the next.
 COPY_TOKENS = 1 << 20
 
 Flags = npt.NDArray[np.bool_]
@@ -23,7 +24,8 @@ Flags = npt.NDArray[np.bool_]
 class SplitByHash:
     """val has the documents whose hash (the high half of XXH3-128, seeded) is below `threshold`.
 
-    The rule looks at nothing but the content: exact duplicates stay together, and added documents move no others.
+    The rule looks at nothing but the content: exact duplicates stay together, and added documents
+    move no others.
     """
 
     fraction: float
@@ -37,7 +39,8 @@ class SplitByHash:
     def token_ranges(self, split: str, lengths: npt.NDArray[np.int64], chosen: Flags) -> list[tuple[int, int]]:
         """Where in a part the tokens of the chosen documents are, as [start, stop).
 
-        `lengths` are the tokens of all documents in the part up to the last one of those that `chosen` is about.
+        `lengths` are the tokens of all documents in the part up to the last one of those that
+        `chosen` is about.
         """
         starts = np.concatenate([[0], np.cumsum(lengths)])[len(lengths) - len(chosen) :]
         # Neighbours that are chosen make one range: a range begins and ends where the flag changes.
@@ -99,9 +102,10 @@ def numbered_parts(parts: list[Path], dtype: np.dtype[Any]) -> Iterator[tuple[Pa
 
 
 def find_rule(parts: list[Path], tokenizer: Tokenizer, fraction: float, duplicates: Path | None) -> SplitRule:
-    """The rule that gives val about `fraction` of the documents. Raises UserError for a corpus that cannot be split.
+    """The rule that gives val a `fraction` of the documents. Raises UserError if none can.
 
-    A small corpus may have no document on one side of the threshold, which then moves to the nearest hash.
+    A small corpus may have no document on one side of the threshold, which then moves to the
+    nearest hash.
     """
     lowest, highest, count = HASH_RANGE, -1, 0
     last: Part | None = None
@@ -123,7 +127,7 @@ def find_rule(parts: list[Path], tokenizer: Tokenizer, fraction: float, duplicat
 
 
 def split_position(ids: TokenIds, tokenizer: Tokenizer, fraction: float) -> int:
-    """Where to divide a document: before a token that begins a character, with at least one token on each side."""
+    """Where to divide a document: before a token that begins a character, neither half empty."""
     tokens = len(ids)
     if tokens < 2:
         raise UserError("the corpus is a single token: expected enough text for a train and a val split")

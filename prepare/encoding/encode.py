@@ -1,7 +1,7 @@
 """Units of text -> parts on disk.
 
-A part depends on its unit and the tokenizer alone: the corpus is divided into units without regard to the number of
-workers, and it does not matter which worker encodes which unit, or when.
+A part depends on its unit and the tokenizer alone: the corpus is divided into units without regard
+to the number of workers, and it does not matter which worker encodes which unit, or when.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,16 +20,18 @@ from prepare.encoding.pieces import PIECE_CHARACTERS, blocks_of, pieces
 from prepare.unfinished.parts import PartWriter, Summary, part_name, report
 from prepare.units import NOT_UTF8, Document, Refused, Unit
 
-# Why a document is left out, next to the reasons of `prepare.units`; the manifest counts documents by these words.
+# Why a document is left out, next to the reasons of `prepare.units`; the manifest counts documents
+# by these words.
 EMPTY = "empty"
 REFUSED = "refused by the tokenizer"
-# Every character or byte is a token there, so a piece that ends inside a word still gives the ids of the document.
+# Every character or byte is a token there, so a piece that ends inside a word still gives the ids
+# of the document.
 ENDS_ANYWHERE = ("char", "byte")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A document that is in the part, and what is unusual about it, in the words of the manifest."""
+    """A document that is in the part, and what the manifest reports as unusual about it."""
 
     unusual: str | None = None
 
@@ -54,7 +56,7 @@ class UnitJob:
 
 @dataclass(frozen=True)
 class EncodingOptions:
-    """What a worker needs to know once: `parts` is the folder of parts, `vocabulary` that of the tokenizer's files."""
+    """What all units have in common. `parts` and `vocabulary` are folders."""
 
     tokenizer: dict[str, Any]
     parts: Path
@@ -102,7 +104,8 @@ class UnitEncoder:
             return document
         if not isinstance(document, bytes) or len(document) > PIECE_CHARACTERS:
             return self._write_pieces(blocks_of(document), writer)
-        # Nearly every document comes this way, without the incremental decoder and hash that long ones need.
+        # Nearly every document comes this way, without the incremental decoder and hash that long
+        # ones need.
         if not document:
             return Refused(EMPTY)
         try:
@@ -140,7 +143,7 @@ class UnitEncoder:
 
 
 def encode(arguments: tuple[EncodingOptions, UnitJob]) -> Summary:
-    """Encode one unit in this process, with the tokenizer of the call before if the options are the same."""
+    """Encode one unit in this process; the tokenizer is kept while the options are the same."""
     global _encoder
     options, job = arguments
     if _encoder is None or _encoder[0] != options:

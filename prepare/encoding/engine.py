@@ -1,14 +1,16 @@
-"""Which library encodes: the tokenizer itself or, for GPT-2's vocabulary, gigatoken, which is checked all along.
+"""Which library encodes: the tokenizer itself or, for GPT-2's vocabulary, gigatoken, which is
+checked all along.
 
-gigatoken is about ten times as fast as tiktoken, but young; tiktoken defines what is right. Texts with characters that the
-two classify differently go to tiktoken. Of the rest, tiktoken encodes a sample too, and all bytes of the text have to be in
-the tokens. The first fault ends the use of gigatoken for the whole dataset, so the bytes written depend on tiktoken alone.
+gigatoken is about ten times as fast as tiktoken, but young; tiktoken defines what is right. Texts
+with characters that the two classify differently go to tiktoken. Of the rest, tiktoken encodes a
+sample too, and all bytes of the text have to be in the tokens. The first fault ends the use of
+gigatoken for the whole dataset, so the bytes written depend on tiktoken alone.
 """
 
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -18,12 +20,13 @@ from pipeline.vocabulary.char_byte_word import UNICODE_CODE_POINTS, code_points
 from pipeline.vocabulary.tokenizer import TokenIds, Tokenizer
 from prepare.unfinished.journal import GIGATOKEN
 
-# Both libraries encode the first documents of each unit, and of the others one in so many, chosen by its hash so that the
-# choice follows from the text: a twentieth of the run time.
+# Both libraries encode the first documents of each unit, and of the others one in so many, chosen
+# by its hash so that the choice follows from the text: a twentieth of the run time.
 CHECK_ONE_IN = 256
 CHECK_FIRST = 2
-# gigatoken caches every word it has seen: 1 MB per MB of ordinary text, up to 9 MB per MB of random letters. It is rebuilt,
-# in 20 to 50 ms, once the process has grown by so much or, where /proc does not tell, after so much text.
+# gigatoken caches every word it has seen: 1 MB per MB of ordinary text, up to 9 MB per MB of random
+# letters. It is rebuilt, in 20 to 50 ms, once the process has grown by so much or, where /proc does
+# not tell, after so much text.
 MAX_GROWTH_BYTES = 100 << 20
 MAX_TEXT_BYTES = 16 << 20
 # Text per check that its tokens have as many bytes: a check per document takes four times as long.
@@ -37,19 +40,10 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class EngineFault(Exception):
-    """gigatoken differed from tiktoken; the message says how. Raised in a worker, it reaches the parent process."""
+    """gigatoken differed from tiktoken; the message says how.
 
-
-class Engine(Protocol):
-    name: str
-
-    def begin_unit(self) -> None: ...
-
-    def encode(self, content: bytes) -> TokenIds:
-        """The ids of a UTF-8 text. Raises ValueError if the tokenizer refuses it."""
-
-    def end_unit(self) -> None:
-        """Raise EngineFault unless every id since `begin_unit` is sound."""
+    Raised in a worker, it reaches the parent process.
+    """
 
 
 def can_be_faster(name: str) -> bool:
@@ -70,6 +64,7 @@ class Plain:
     def end_unit(self) -> None: ...
 
     def encode(self, content: bytes) -> TokenIds:
+        """The ids of a UTF-8 text. Raises ValueError if the tokenizer refuses it."""
         try:
             return self._tokenizer.encode(content.decode())
         except BaseException as error:
@@ -79,7 +74,10 @@ class Plain:
 
 
 class Gigatoken:
-    """GPT-2's vocabulary as tiktoken encodes it, but faster. Raises EngineFault at the first sign of a difference."""
+    """GPT-2's vocabulary as tiktoken encodes it, but faster.
+
+    Raises EngineFault at the first sign of a difference.
+    """
 
     name = GIGATOKEN
 
@@ -89,8 +87,8 @@ class Gigatoken:
         self._byte_counts = tokenizer.token_bytes()
         self._uncounted: list[TokenIds] = []
         self._uncounted_bytes = 0
-        # By code point, the characters that the two classify differently, as gigatoken 0.10 follows a later Unicode; and the
-        # blocks of code points for which that is known.
+        # By code point, the characters that the two classify differently, as gigatoken 0.10 follows
+        # a later Unicode; and the blocks of code points for which that is known.
         self._disputed = np.zeros(UNICODE_CODE_POINTS, np.bool_)
         self._probed = np.zeros(UNICODE_CODE_POINTS // BLOCK, np.bool_)
         self._to_check = CHECK_FIRST
@@ -134,7 +132,10 @@ class Gigatoken:
         self._limit_cache()
 
     def _limit_cache(self) -> None:
-        """Rebuild gigatoken once its cache is too large; called in the middle of long documents too."""
+        """Rebuild gigatoken once its cache is too large.
+
+        Called in the middle of long documents too.
+        """
         if _STATM.exists() and self._encoded_bytes:
             if _resident_bytes() - self._built_at > MAX_GROWTH_BYTES:
                 self._build()
@@ -142,7 +143,7 @@ class Gigatoken:
             self._build()
 
     def _build(self) -> None:
-        self._fast: Any = None  # freed before the next one is built, so that there are never two in memory
+        self._fast: Any = None  # freed before the next one is built: there are never two in memory
         try:
             self._fast = _new_gigatoken()
         except BaseException as error:
@@ -166,13 +167,19 @@ class Gigatoken:
         self._probed[block] = True
 
     def _differ(self, characters: str) -> bool:
-        """Whether the two classify a character differently: 's is a word behind a letter or digit, not behind others."""
+        """Whether the two classify a character differently: only after letters is 's a word."""
         probe = "".join(f"{character}'s" for character in characters).encode()
         return not np.array_equal(self._encode_fast(probe), self._reference.encode(probe))
 
 
+Engine = Plain | Gigatoken
+
+
 def _fault(error: BaseException) -> BaseException:
-    """What gigatoken raised as an EngineFault, Rust panics (BaseException) among them; an interrupt is left as it is."""
+    """What gigatoken raised as an EngineFault, Rust panics (BaseException) among them.
+
+    An interrupt is left as it is.
+    """
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return error
     return EngineFault(f"raised {type(error).__name__} ({error})")

@@ -1,4 +1,4 @@
-"""`--tokenizer` -> a tokenizer: a published vocabulary, a file of the user's, or one learned from the corpus."""
+"""`--tokenizer` -> a tokenizer: published, from the user's file, or learned from the corpus."""
 
 import re
 from collections import Counter
@@ -20,17 +20,23 @@ from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 from prepare.encoding.pieces import blocks_of, pieces
 from prepare.units import Item, Refused, release
 
-MIN_BPE_SIZE, MAX_BPE_SIZE = 257, 1_000_000  # the 256 bytes and end-of-text; five times the largest in use
+# The 256 bytes and end-of-text; five times the largest vocabulary in use.
+MIN_BPE_SIZE, MAX_BPE_SIZE = 257, 1_000_000
 # With <|unk|> and <|endoftext|> exactly the ids that fit two bytes.
 MAX_WORDS = (1 << 16) - 2
-# Distinct words held while counting: 200 MB. Beyond it the rarer half is dropped, which takes 360 MB for a moment.
+# Distinct words held while counting: 200 MB. Beyond it the rarer half is dropped, which takes 360
+# MB for a moment.
 MAX_COUNTED_WORDS = 1 << 21
-# A vocabulary is learned from about this much text, spread over the corpus: ten times as much changes few of its tokens.
+# A vocabulary is learned from about this much text, spread over the corpus: ten times as much
+# changes few of its tokens.
 LEARN_BYTES = 200_000_000
 
 
 def check_name(name: str) -> str:
-    """The name that the spec will carry: for a file, without its folder. Raises UserError for an unknown tokenizer."""
+    """The name that the spec will carry: for a file, without its folder.
+
+    Raises UserError for an unknown tokenizer.
+    """
     if name.startswith("bpe:"):
         _bpe_size(name)
     return _file(name).name if is_file(name) else name
@@ -47,7 +53,10 @@ def learns_from_corpus(name: str) -> bool:
 
 
 def open_vocabulary(name: str) -> Tokenizer:
-    """A vocabulary that exists before the corpus is read. Raises UserError if it is missing or cannot be used."""
+    """A vocabulary that exists before the corpus is read.
+
+    Raises UserError if it is missing or cannot be used.
+    """
     if name == "byte":
         return ByteTokenizer()
     if name == "gpt2":
@@ -71,7 +80,7 @@ def learn_from(items: list[Item], name: str, limit: int | None) -> Tokenizer:
 
 
 def learn_vocabulary(name: str, texts: Iterable[str]) -> Tokenizer:
-    """The vocabulary `char`, `word` or `bpe:N` of documents or their pieces, which are read once and never held."""
+    """`char`, `word` or `bpe:N` from documents or their pieces, which are read once, never held."""
     if name == "char":
         characters: set[str] = set()
         for text in texts:
@@ -81,9 +90,10 @@ def learn_vocabulary(name: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def _texts(items: list[Item], limit: int | None, one_in: int, progress: ProgressReport) -> Iterator[str]:
-    """The first `limit` documents, or a sample of one in `one_in` chosen by the hash of its first block, in pieces.
+    """The first `limit` documents, or one in `one_in` by the hash of its first block, in pieces.
 
-    In pieces, because a document may be a book of hundreds of MB, and the trainer holds what it is handed.
+    In pieces, because a document may be a book of hundreds of MB, and the trainer holds what it is
+    handed.
     """
     taken = 0
     for unit in (unit for item in items for unit in item.units()):
@@ -170,7 +180,7 @@ def _most_frequent(counts: Counter[str], count: int) -> list[str]:
 
 
 def _learn_merges(name: str, texts: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE with GPT-2's pattern: first the 256 bytes, then the merges in the order learned, end-of-text last."""
+    """Byte-level BPE with GPT-2's pattern: the 256 bytes, the merges as learned, end-of-text."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library
 

@@ -15,7 +15,7 @@ from prepare.workers import Workers
 
 
 def encode_items(journal: Journal, plan: Plan, items: dict[int, Item], workers: Workers) -> None:
-    """Encode every unit of `items` (number -> item): with gigatoken as long as it agrees with tiktoken."""
+    """Encode all units of `items` (by number), with gigatoken while it agrees with tiktoken."""
     if len(items) == 1 and isinstance(next(iter(items.values())), OneUnit):
         workers = Workers(1)  # a single unit is encoded sooner than a worker process starts
     use_gigatoken = can_be_faster(plan.tokenizer["name"]) and not journal.distrusted()
@@ -28,7 +28,10 @@ def encode_items(journal: Journal, plan: Plan, items: dict[int, Item], workers: 
 
 
 class _Missing:
-    """The units that are not yet encoded, in corpus order; with a limit, up to the unit that reaches it."""
+    """The units that are not yet encoded, in corpus order.
+
+    With a limit, up to the unit that reaches it.
+    """
 
     def __init__(self, journal: Journal, plan: Plan, items: dict[int, Item]) -> None:
         self.items = items
@@ -38,8 +41,9 @@ class _Missing:
         self._running: dict[tuple[int, int], Unit] = {}
         self.done_bytes = sum(plan.sizes[item] for item in items if item in self._complete)
         self.total_bytes = None if self._limit else sum(plan.sizes[item] for item in items)
-        # Units finish in any order, but the limit counts documents from the corpus's beginning. So a finished unit waits
-        # here, as (documents, last), until all units before it are finished; `_next` is the first that is not.
+        # Units finish in any order, but the limit counts documents from the corpus's beginning. So
+        # a finished unit waits here, as (documents, last), until all units before it are finished;
+        # `_next` is the first that is not.
         self._waiting: dict[tuple[int, int], tuple[int, bool]] = {}
         self._next, self._documents = (0, 0), 0
         if self._limit:
@@ -100,7 +104,10 @@ def _encode_missing(journal: Journal, plan: Plan, missing: _Missing, workers: Wo
 
 
 def _with_last(units: Iterator[Unit]) -> Iterator[tuple[Unit, bool]]:
-    """Each unit, and whether it is the last one; an item without units gets an empty one, so that it has a part."""
+    """Each unit, and whether it is the last one.
+
+    An item without units gets an empty one, so that it has a part.
+    """
     previous = next(units, None) or Texts((), 0, "", 0)
     for unit in units:
         yield previous, False

@@ -1,12 +1,13 @@
-"""The state of a preparation: files in `<dataset>/unfinished/` and nothing else, so that a kill at any moment leaves one.
+"""The state of a preparation: files in `<dataset>/unfinished/` and nothing else, so that a kill at
+any moment leaves one.
 
-    plan.json          what is prepared, from what, and how; written first, by whichever task starts first
-    000012_000000.part a finished unit
-    hashes_0000.jsonl  hashes of the source files, one file per task
-    tiktoken_only      exists once gigatoken was found at fault; holds the fault
-    dataset/           the dataset's shards and vocabulary while they are made; its manifest is written last
+    plan.json          what is prepared, from what, and how; written first, by whichever task starts
+    first 000012_000000.part a finished unit hashes_0000.jsonl  hashes of the source files, one file
+    per task tiktoken_only      exists once gigatoken was found at fault; holds the fault dataset/
+    the dataset's shards and vocabulary while they are made; its manifest is written last
 
-Once `dataset/manifest.json` exists, all that is left is to move those files up, which can be repeated after any kill.
+Once `dataset/manifest.json` exists, all that is left is to move those files up, which can be
+repeated after any kill.
 """
 
 import os
@@ -31,26 +32,30 @@ GIGATOKEN = "gigatoken"  # its name in the summaries of the parts it encoded
 
 
 class Share(NamedTuple):
-    """The items that fall to one of `tasks` independent programs, such as the jobs of a SLURM array."""
+    """The items that fall to one of `tasks` programs, such as the jobs of a SLURM array."""
 
     task: int
     tasks: int
 
     def items(self, sizes: Sequence[int]) -> list[int]:
-        """The numbers of its items: neighbours, since the units of one file are best read by one machine."""
+        """The numbers of its items: neighbours, as one machine reads the units of a file best."""
         return [item for item, task in enumerate(tasks_of(sizes, self.tasks)) if task == self.task]
 
 
 def tasks_of(sizes: Sequence[int], tasks: int) -> list[int]:
     """The task of each item of `sizes` bytes, so that all tasks have about the same bytes."""
-    # An item goes to the task in whose n-th of the corpus its middle falls; one byte more each, so that empty ones spread.
+    # An item goes to the task in whose n-th of the corpus its middle falls; one byte more each, so
+    # that empty ones spread.
     ends = list(accumulate(size + 1 for size in sizes))
     return [(2 * end - size - 1) * tasks // (2 * ends[-1]) for end, size in zip(ends, sizes, strict=True)]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What determines a dataset's bytes, and its sources. `sizes`: bytes per item; `stamps` reveal a changed source."""
+    """What determines a dataset's bytes, and its sources.
+
+    `sizes`: bytes per item; `stamps` reveal a changed source.
+    """
 
     sources: list[str]
     working_folder: str
@@ -81,7 +86,8 @@ class Journal:
         mine = self.folder / f"plan.{os.uname().nodename}.{os.getpid()}"
         write_atomic(mine, orjson.dumps(asdict(plan)))
         try:
-            # link(2) fails if the name exists, where rename(2) would replace the plan of the task that was first.
+            # link(2) fails if the name exists, where rename(2) would replace the plan of the task
+            # that was first.
             (self.folder / "plan.json").hardlink_to(mine)
         except FileExistsError:
             return
@@ -90,7 +96,9 @@ class Journal:
         sync(self.folder)
 
     def clear(self) -> None:
-        """Remove everything, atomically: parts left without their plan would be taken for those of the next plan."""
+        """Remove everything."""
+        # By a rename first: parts that a kill left without their plan would count for the next
+        # plan.
         with suppress(FileNotFoundError):
             self.folder.rename(self.dataset / f".unfinished.{os.uname().nodename}.{os.getpid()}")
         for leftover in self.dataset.glob(".unfinished.*"):
@@ -99,7 +107,10 @@ class Journal:
     # ---- parts
 
     def finished_units(self) -> dict[int, set[int]]:
-        """Item -> its finished units. Once gigatoken is at fault, the parts it encoded are removed and do not count."""
+        """Item -> its finished units.
+
+        Once gigatoken is at fault, the parts it encoded are removed and do not count.
+        """
         found: dict[int, set[int]] = {}
         distrusted = self.distrusted()
         for entry in os.scandir(self.folder):
@@ -113,12 +124,18 @@ class Journal:
         return found
 
     def is_complete(self, item: int, units: set[int]) -> bool:
-        """Whether `units` are all units of the item: how many it has is known only from the one marked as the last."""
+        """Whether `units` are all units of the item.
+
+        Only the part of its last one tells how many.
+        """
         highest = max(units, default=-1)
         return len(units) == highest + 1 > 0 and read_summary(self.folder / part_name(item, highest)).last
 
     def parts(self, limit: int | None) -> list[Path]:
-        """All parts in corpus order; with a limit, up to the one in which that document count is reached."""
+        """All parts in corpus order.
+
+        With a limit, up to the one in which that document count is reached.
+        """
         found = self.finished_units()
         paths = [self.folder / part_name(item, unit) for item in sorted(found) for unit in sorted(found[item])]
         if limit is None:
@@ -141,7 +158,10 @@ class Journal:
     # ---- hashes of the source files
 
     def known_hashes(self) -> dict[str, tuple[Any, str]]:
-        """Path -> (stamp, hash) of every source file that any task has hashed. A line truncated by a kill is skipped."""
+        """Path -> (stamp, hash) of every source file that any task has hashed.
+
+        A line truncated by a kill is skipped.
+        """
         found = {}
         for path in self.folder.glob("hashes_*.jsonl"):
             for line in path.read_bytes().splitlines():
@@ -167,9 +187,11 @@ class Journal:
         self.finish_publishing()
 
     def finish_publishing(self) -> None:
-        """Move the staged dataset over the one it replaces; the caller holds the dataset exclusively.
+        """Move the staged dataset over the one it replaces; the caller holds the dataset
+        exclusively.
 
-        The old manifest goes first and the new one comes last, so that a manifest never stands next to other shards.
+        The old manifest goes first and the new one comes last, so that a manifest never stands next
+        to other shards.
         """
         if not self.is_publishing():
             return

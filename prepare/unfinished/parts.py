@@ -1,7 +1,8 @@
-"""Parts: one file for each finished unit, so that the folder of parts is itself the record of what is done.
+"""Parts: one file for each finished unit, so their folder is itself the record of what is done.
 
-Two words that are easily mixed up: a *part* is the file of a finished unit, a *piece* (`encoding/pieces.py`) is a slice of
-one long document. A part holds the documents of its unit in order, train and val alike:
+Two words that are easily mixed up: a *part* is the file of a finished unit, a *piece*
+(`encoding/pieces.py`) is a slice of one long document. A part holds the documents of its unit in
+order, train and val alike:
 
     token ids, each document followed by end-of-text
     int64 per document: its tokens
@@ -10,11 +11,12 @@ one long document. A part holds the documents of its unit in order, train and va
     JSON: the `Summary`
     int64: the length of that JSON
 
-A part is written under another name and then renamed, so one that exists is complete; encoding a unit twice gives the
-same bytes.
+A part is written under another name and then renamed, so one that exists is complete; encoding a
+unit twice gives the same bytes.
 """
 
 import mmap
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,14 +42,21 @@ def report(reports: Reports, reason: str, example: str, count: int = 1) -> None:
     entry["count"] += count
 
 
-def add_reports(reports: Reports, more: Reports) -> None:
-    for reason, entry in more.items():
-        report(reports, reason, entry["example"], entry["count"])
+def merge_reports(several: Iterable[Reports]) -> Reports:
+    """One report of several, in the order of the reasons."""
+    merged: Reports = {}
+    for reports in several:
+        for reason, entry in reports.items():
+            report(merged, reason, entry["example"], entry["count"])
+    return dict(sorted(merged.items()))
 
 
 @dataclass
 class Summary:
-    """What a part holds. `last` marks the last unit of its item; `engine` is the name of the encoder that made it."""
+    """What a part holds.
+
+    `last` marks the last unit of its item; `engine` is the name of the encoder that made it.
+    """
 
     item: int
     unit: int
@@ -97,7 +106,8 @@ class PartWriter:
 
     def abandon_document(self) -> None:
         """Drop the ids of the current document."""
-        # Some of them may be in the file already, together with ids of documents before: write all, then truncate.
+        # Some of them may be in the file already, together with ids of documents before: write all,
+        # then truncate.
         self._flush()
         self._file.seek(self._begin * self._dtype.itemsize)
         self._file.truncate()
@@ -130,7 +140,8 @@ class PartWriter:
 class Part:
     """A finished part, read through memory maps.
 
-    `tokens` is (tokens,), `lengths` and `text_bytes` are (documents,), `hashes` is (documents, 2): high and low half.
+    `tokens` is (tokens,), `lengths` and `text_bytes` are (documents,), `hashes` is (documents, 2):
+    high and low half.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
@@ -146,7 +157,7 @@ class Part:
         self.hashes: npt.NDArray[np.uint64] = _map(path, np.dtype(">u8"), offset, 2 * documents).reshape(documents, 2)
 
     def release_memory(self) -> None:
-        """Let the kernel drop the ids that were read: mapped pages count as resident, and a document may exceed memory."""
+        """Let the kernel drop the ids that were read: there may be more of them than memory."""
         if isinstance(self.tokens, np.memmap):
             self.tokens._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
