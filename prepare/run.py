@@ -38,12 +38,14 @@ def run(options: PrepareOptions) -> Path:
     dataset = dataset_folder(options)
     corpus = open_corpus(options.sources, options.text_field, dataset)
     with Workers(options.workers or available_cores()) as workers:
-        prepared = Preparation(options=options, share=share, corpus=corpus, journal=Journal(dataset), workers=workers)
-        _finish_publishing(prepared.journal)
+        preparation = Preparation(
+            options=options, share=share, corpus=corpus, journal=Journal(dataset), workers=workers
+        )
+        _finish_publishing(preparation.journal)
         if share.tasks == 1:
-            _run_alone(prepared)
+            _run_alone(preparation)
         else:
-            _run_task(prepared)
+            _run_task(preparation)
     logger.info("took %s s", f"{time.monotonic() - started:,.1f}")
     return dataset
 

@@ -93,6 +93,7 @@ def _lay_out_split(split: str, parts: list[Path], assembly: Assembly, shard_toke
         # a binary search finds the document that fills a shard, in one step a shard instead of one
         # a document.
         ends = np.cumsum(part.lengths[mine])
+        # Of those documents `taken` are in shards already, with `begin` tokens.
         taken = begin = 0
         while taken < len(mine):
             stop = min(int(np.searchsorted(ends, begin + shard_tokens - filled)) + 1, len(mine))
@@ -125,8 +126,9 @@ def write_shard(arguments: tuple[Assembly, ShardLayout]) -> Shard:
                 content_hash.update(ids.data)
                 counts.add(ids)
                 tokens += len(ids)
-                part.release_memory()
+                part.release_memory()  # else one long document would be in memory as a whole
     text_bytes = assembly.rule.text_bytes(layout.split, text_bytes)
+    # The hash is of all that was written, so that `verify` finds damage that came afterwards.
     digest = content_hash.hexdigest()
     shard = Shard(file=final.name, tokens=tokens, documents=documents, bytes=text_bytes, hash=digest)
     # Renamed last: `written_shard` takes the file of tokens as the sign that these two exist as

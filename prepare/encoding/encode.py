@@ -36,6 +36,7 @@ class Kept:
     unusual: str | None = None
 
 
+# Made once: nearly every document gives the first.
 AS_USUAL = Kept()
 SPLIT_INSIDE_WORD = Kept("cut inside a word")
 
@@ -82,6 +83,8 @@ class UnitEncoder:
         path = self._folder / part_name(job.item, job.unit)
         writer = PartWriter(path, token_dtype(self._tokenizer.vocab_size), self._tokenizer.end_of_text)
         try:
+            # A document is skipped with a reason, or kept and perhaps reported; only kept ones
+            # count towards the limit, so --limit-docs 100 gives 100 documents.
             kept = 0
             for position, document in job.work.documents():
                 result = self._write(document, writer)
@@ -93,7 +96,7 @@ class UnitEncoder:
                 kept += 1
                 if kept == job.limit:
                     break
-            self._engine.end_unit()
+            self._engine.end_unit()  # may raise EngineFault: before the part has its name
             return writer.close(summary)
         except BaseException:
             writer.discard()

@@ -1,5 +1,4 @@
-"""Which library encodes: the tokenizer itself or, for GPT-2's vocabulary, gigatoken, which is
-checked all along.
+"""What encodes: the tokenizer itself or, for GPT-2's vocabulary, gigatoken under constant checks.
 
 gigatoken is about ten times as fast as tiktoken, but young; tiktoken defines what is right. Texts
 with characters that the two classify differently go to tiktoken. Of the rest, tiktoken encodes a
@@ -132,10 +131,7 @@ class Gigatoken:
         self._limit_cache()
 
     def _limit_cache(self) -> None:
-        """Rebuild gigatoken once its cache is too large.
-
-        Called in the middle of long documents too.
-        """
+        """Rebuild gigatoken once its cache is too large, also in the middle of a long document."""
         if _STATM.exists() and self._encoded_bytes:
             if _resident_bytes() - self._built_at > MAX_GROWTH_BYTES:
                 self._build()
@@ -167,7 +163,8 @@ class Gigatoken:
         self._probed[block] = True
 
     def _differ(self, characters: str) -> bool:
-        """Whether the two classify a character differently: only after letters is 's a word."""
+        """Whether the two classify any of the characters differently."""
+        # After a letter or digit 's is a word; any other character takes the quote into its word.
         probe = "".join(f"{character}'s" for character in characters).encode()
         return not np.array_equal(self._encode_fast(probe), self._reference.encode(probe))
 

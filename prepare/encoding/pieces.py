@@ -1,5 +1,4 @@
-"""Pieces: slices of a long document, so that neither memory nor the tokenizer's limits depend on
-the longest document.
+"""Pieces: slices of a long document, for bounded memory and within the limits of tokenizers.
 
 A document of more than `PIECE_CHARACTERS` is encoded piece by piece. A piece that ends before a
 single space, or after a single newline, ends where GPT-2's pattern and its successors end a word

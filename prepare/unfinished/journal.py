@@ -1,10 +1,10 @@
-"""The state of a preparation: files in `<dataset>/unfinished/` and nothing else, so that a kill at
-any moment leaves one.
+"""The state of a preparation is files in `<dataset>/unfinished/` alone: it survives any kill.
 
-    plan.json          what is prepared, from what, and how; written first, by whichever task starts
-    first 000012_000000.part a finished unit hashes_0000.jsonl  hashes of the source files, one file
-    per task tiktoken_only      exists once gigatoken was found at fault; holds the fault dataset/
-    the dataset's shards and vocabulary while they are made; its manifest is written last
+    plan.json           what is prepared, from what, and how; written first, by the first task
+    000012_000000.part  a finished unit
+    hashes_0000.jsonl   hashes of the source files, one file per task
+    tiktoken_only       exists once gigatoken was found at fault; holds the fault
+    dataset/            shards and vocabulary while they are made; the manifest is written last
 
 Once `dataset/manifest.json` exists, all that is left is to move those files up, which can be
 repeated after any kill.
@@ -44,8 +44,8 @@ class Share(NamedTuple):
 
 def tasks_of(sizes: Sequence[int], tasks: int) -> list[int]:
     """The task of each item of `sizes` bytes, so that all tasks have about the same bytes."""
-    # An item goes to the task in whose n-th of the corpus its middle falls; one byte more each, so
-    # that empty ones spread.
+    # An item belongs to the task whose equal share of all bytes contains the item's middle. One
+    # byte is added to each item, so that empty ones spread as well.
     ends = list(accumulate(size + 1 for size in sizes))
     return [(2 * end - size - 1) * tasks // (2 * ends[-1]) for end, size in zip(ends, sizes, strict=True)]
 
@@ -97,8 +97,7 @@ class Journal:
 
     def clear(self) -> None:
         """Remove everything."""
-        # By a rename first: parts that a kill left without their plan would count for the next
-        # plan.
+        # Renamed first: parts that a kill left without their plan would count for the next.
         with suppress(FileNotFoundError):
             self.folder.rename(self.dataset / f".unfinished.{os.uname().nodename}.{os.getpid()}")
         for leftover in self.dataset.glob(".unfinished.*"):
@@ -187,8 +186,7 @@ class Journal:
         self.finish_publishing()
 
     def finish_publishing(self) -> None:
-        """Move the staged dataset over the one it replaces; the caller holds the dataset
-        exclusively.
+        """Move the staged dataset over the one it replaces; the caller holds the exclusive lock.
 
         The old manifest goes first and the new one comes last, so that a manifest never stands next
         to other shards.
