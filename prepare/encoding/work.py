@@ -17,7 +17,7 @@ from prepare.workers import Workers
 def encode_items(journal: Journal, plan: Plan, items: dict[int, Item], workers: Workers) -> None:
     """Encode all units of `items` (by number), with gigatoken while it agrees with tiktoken."""
     if len(items) == 1 and isinstance(next(iter(items.values())), OneUnit):
-        workers = Workers(1)  # a single unit is encoded sooner than a worker process starts
+        workers = Workers(1)  # one unit keeps one process busy, and this one is running already
     use_gigatoken = can_be_faster(plan.tokenizer["name"]) and not journal.distrusted()
     try:
         _encode_missing(journal, plan, _Missing(journal, plan, items), workers, use_gigatoken=use_gigatoken)
