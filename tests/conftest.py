@@ -99,7 +99,7 @@ def shuffled_json() -> tuple[bytes, int]:
     """A byte-level tokenizer.json in Llama 3's manner, with its ids in no order; and its end-of-text."""
     import json
 
-    from pipeline.vocabulary.merges import _LLAMA3
+    from pipeline.vocabulary.merges import LLAMA3_PATTERN
 
     document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
     ids = random.Random(0).sample(range(600), 512)
@@ -108,7 +108,7 @@ def shuffled_json() -> tuple[bytes, int]:
     document["pre_tokenizer"] = {
         "type": "Sequence",
         "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         ],
     }

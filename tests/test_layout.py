@@ -36,7 +36,8 @@ ORDER = {
         "checkpoint", "rendezvous", "cli", "__main__",
     ),
     "prepare": (
-        "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "options", "run",
+        "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "options", "preparation",
+        "run",
     ),
     "train": (
         "data", "optimizer", "parallel", "replicas", "resume", "spikes", "evaluation", "metrics", "preview", "saving",
