@@ -36,8 +36,8 @@ ORDER = {
         "checkpoint", "rendezvous", "cli", "__main__",
     ),
     "prepare": (
-        "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "options", "preparation",
-        "run",
+        "formats", "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "fetch",
+        "options", "preparation", "run",
     ),
     "train": (
         "data", "optimizer", "parallel", "replicas", "resume", "spikes", "evaluation", "metrics", "preview", "saving",

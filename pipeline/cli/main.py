@@ -153,17 +153,14 @@ def merge(
 @app.command()
 def fetch(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A named corpus, hf:ORG/NAME[:CONFIG][@REVISION], or a URL.")
+        str, typer.Argument(metavar="SOURCE", help="A named corpus, or hf:ORG/NAME[:CONFIG][@REVISION].")
     ],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where copies lie; it may hold several.")],
     tokenizer: Annotated[str, typer.Option(help="Fetch this vocabulary too; gpt2 ships with the program.")] = "gpt2",
 ) -> None:
-    """Bring a corpus into a folder that `prepare` reads without a network; prints what to set there."""
-    from prepare.sources.fetch import run
+    """Bring a corpus into Hugging Face's cache, which `prepare` reads without a network; prints what to set there."""
+    from prepare.fetch import run
 
-    if tokenizer not in TOKENIZER_NAMES:
-        raise UserError(f"unknown tokenizer {tokenizer!r}: there are {', '.join(TOKENIZER_NAMES)}")
-    for name, value in run(source, folder, tokenizer).items():
+    for name, value in run(source, tokenizer).items():
         typer.echo(f"export {name}={shlex.quote(value)}")
 
 

@@ -89,10 +89,10 @@ class UnitEncoder:
             for position, document in job.work.documents():
                 result = self._write(document, writer)
                 if isinstance(result, Refused):
-                    report(summary.skipped, result.reason, job.work.place(position))
+                    report(summary.skipped, result.reason, job.work.locate(position))
                     continue
                 if result.unusual:
-                    report(summary.unusual, result.unusual, job.work.place(position))
+                    report(summary.unusual, result.unusual, job.work.locate(position))
                 kept += 1
                 if kept == job.limit:
                     break

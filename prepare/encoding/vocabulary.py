@@ -1,5 +1,6 @@
 """`--tokenizer` -> a tokenizer: published, from the user's file, or learned from the corpus."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,8 @@ from pipeline.vocabulary.specs import TIKTOKEN_NAMES, unknown_name
 from pipeline.vocabulary.tokenizer import END_OF_TEXT, JSON_FILE, Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 from prepare.encoding.pieces import blocks_of, pieces
-from prepare.units import Item, Refused, release
+from prepare.storage.assets import assets
+from prepare.units import Item, Refused
 
 # The 256 bytes and end-of-text; five times the largest vocabulary in use.
 MIN_BPE_SIZE, MAX_BPE_SIZE = 257, 1_000_000
@@ -108,7 +110,6 @@ def _texts(items: list[Item], limit: int | None, one_in: int, progress: Progress
                 taken += bool(head)
             if taken == limit:
                 return
-        release(unit)
         progress.advance(unit.size / 1e6)
 
 
@@ -139,6 +140,7 @@ def _fetch(name: str) -> bytes:
     """A rank table as a file, from tiktoken's cache or the network."""
     import tiktoken
 
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(assets() / "tiktoken"))
     try:
         return write_ranks(tiktoken.get_encoding(name)._mergeable_ranks)
     except Exception as error:  # tiktoken does not wrap the exceptions of the network library

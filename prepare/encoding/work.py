@@ -10,7 +10,7 @@ from prepare.encoding.encode import EncodingOptions, UnitEncoder, UnitJob, encod
 from prepare.encoding.engine import EngineFault, can_be_faster
 from prepare.unfinished.journal import Journal, Plan
 from prepare.unfinished.parts import Summary, part_name, read_summary
-from prepare.units import Item, OneUnit, Texts, Unit, release
+from prepare.units import Item, OneUnit, Texts, Unit
 from prepare.workers import Workers
 
 
@@ -38,7 +38,6 @@ class _Missing:
         self._limit = plan.options["limit_docs"]
         self._finished = journal.finished_units()
         self._complete = {item for item, units in self._finished.items() if journal.is_complete(item, units)}
-        self._running: dict[tuple[int, int], Unit] = {}
         self.done_bytes = sum(plan.sizes[item] for item in items if item in self._complete)
         self.total_bytes = None if self._limit else sum(plan.sizes[item] for item in items)
         # Units finish in any order, but the limit counts documents from the corpus's beginning. So
@@ -60,15 +59,11 @@ class _Missing:
                 if self._limit and self._documents >= self._limit:
                     return
                 if unit in finished:
-                    release(work)
                     continue
-                self._running[number, unit] = work
                 yield UnitJob(item=number, unit=unit, last=last, work=work, limit=self._limit)
 
     def note(self, summary: Summary) -> None:
         """A unit is finished."""
-        if work := self._running.pop((summary.item, summary.unit), None):
-            release(work)
         if not self._limit:
             return
         self._waiting[summary.item, summary.unit] = (summary.documents, summary.last)

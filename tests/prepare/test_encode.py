@@ -150,7 +150,7 @@ class FailingUnit(OneUnit):
             os.kill(os.getpid(), signal.SIGKILL)
         raise UserError("file.jsonl line 7 is not JSON")
 
-    def place(self, position: int) -> str:
+    def locate(self, position: int) -> str:
         return "here"
 
 
