@@ -32,8 +32,8 @@ from tree import (
 # From the ground up: a room imports those before it.
 ORDER = {
     "pipeline": (
-        "errors", "launch", "log", "files", "config", "vocabulary", "dataset", "budget", "machine", "model", "checkpoint",
-        "rendezvous", "cli", "__main__",
+        "errors", "launch", "log", "files", "config", "vocabulary", "dataset", "budget", "runs", "machine", "model",
+        "checkpoint", "rendezvous", "cli", "__main__",
     ),
     "prepare": (
         "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "options", "run",
@@ -54,7 +54,7 @@ CEILINGS = {
 # Rooms of `pipeline` that answer before torch is there; and the whole of prepare.
 WITHOUT_TORCH = (
     "pipeline.errors", "pipeline.log", "pipeline.files", "pipeline.config", "pipeline.launch", "pipeline.budget",
-    "pipeline.vocabulary", "pipeline.dataset", "pipeline.machine.gpus", "prepare", "slurm",
+    "pipeline.runs", "pipeline.vocabulary", "pipeline.dataset", "pipeline.machine.gpus", "prepare", "slurm",
 )  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

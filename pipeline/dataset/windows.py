@@ -23,8 +23,7 @@ class Loader:
 
     def __init__(self, reader: TokenReader, block_size: int, seed: int) -> None:
         self.reader, self.block_size, self.seed = reader, block_size, seed
-        # One window is given up where possible, for room to shift the cuts from epoch to epoch.
-        self.windows = max(1, len(reader) // block_size - 1)
+        self.windows = window_count(len(reader), block_size)
         self.slack = len(reader) - 1 - self.windows * block_size
         if self.slack < 0:
             raise UserError(
@@ -46,6 +45,11 @@ class Loader:
             windows = permute(places[here].astype(np.uint64), self.windows, key).astype(np.int64)
             starts[here] = key % (self.slack + 1) + windows * self.block_size
         return [int(start) for start in starts]
+
+
+def window_count(tokens: int, block_size: int) -> int:
+    """Windows of an epoch. One is given up where possible, for room to shift the boundaries from epoch to epoch."""
+    return max(1, tokens // block_size - 1)
 
 
 def evaluation_starts(reader: TokenReader, block_size: int, windows: int) -> list[int]:
