@@ -104,8 +104,8 @@ def tasks(named: Named, text: str) -> Iterator[Finding]:
 def times(named: Named, text: str) -> Iterator[Finding]:
     limit_s = sbatch.seconds(named["time"].value) if "time" in named else None
     if "time" in named and limit_s is None and named["time"].value.upper() not in sbatch.NO_LIMIT:
-        found = f"invalid --time {named['time'].value!r}"
-        yield fail(named["time"].line, "time-format", found, "expected minutes, h:mm:ss or d-hh:mm:ss")
+        found = f"invalid --time {named['time'].value!r}: expected minutes, h:mm:ss or d-hh:mm:ss"
+        yield fail(named["time"].line, "time-format", found, "for a day, write 24:00:00")
     if "signal" not in named:
         return
     line, early = named["signal"].line, sbatch.early_signal(named["signal"].value)

@@ -33,7 +33,7 @@ from tree import (
 ORDER = {
     "pipeline": (
         "errors", "launch", "log", "files", "config", "vocabulary", "dataset", "budget", "runs", "machine", "model",
-        "checkpoint", "rendezvous", "cli", "__main__",
+        "checkpoint", "cli", "__main__",
     ),
     "prepare": (
         "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "options", "run",
@@ -45,11 +45,11 @@ ORDER = {
     "score": ("loss", "harness", "tasks", "run"),
     "observe": ("shared_documents", "inspect", "verify"),
     "export": ("model_card", "gguf", "run"),
-    "slurm": ("sbatch", "filesystems", "shell", "mistakes", "doctor", "submit"),
+    "slurm": ("sbatch", "filesystems", "doctor", "job", "checks", "submit"),
 }  # fmt: skip
 # Code lines a package may hold: without blanks, comments and docstrings.
 CEILINGS = {
-    "pipeline": 4200, "prepare": 3300, "train": 1800, "observe": 1400, "slurm": 1100, "sample": 500, "score": 560, "export": 500,
+    "pipeline": 4200, "prepare": 3300, "train": 1800, "observe": 1400, "slurm": 600, "sample": 500, "score": 560, "export": 500,
 }  # fmt: skip
 # Rooms of `pipeline` that answer before torch is there; and the whole of prepare.
 WITHOUT_TORCH = (
@@ -61,7 +61,7 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shel
 MOST_ENTRIES = 14  # modules and packages at one level
 MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 60
-EXEMPT_FROM_FILE_LINES = {"pipeline/cli/main.py", "slurm/mistakes.py", "slurm/submit.py", "train/trainer.py"}
+EXEMPT_FROM_FILE_LINES = {"pipeline/cli/main.py", "train/trainer.py"}
 
 every_source = pytest.mark.parametrize("path", SOURCES, ids=str)
 

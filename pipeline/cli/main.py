@@ -203,6 +203,7 @@ def train(
     if print_run_dir:
         typer.echo(config.run_dir.absolute())
         return
+    launch.check_nodes()
     from sample.preview import preview
     from train.run import run
 
@@ -417,13 +418,17 @@ def submit_train(
 ) -> None:
     """Submit a training run, which saves and comes back at its time limit. Its number goes to stdout."""
     from slurm import submit as submission
+    from slurm.job import Job
 
     parsed = _parsed("train", arguments or [])
-    job = submission.Job(
-        time, nodes, gpus_per_node, cpus_per_task, partition, account, job_name, array, after, tuple(sbatch or [])
-    )
+    job = Job(
+        time=time, nodes=nodes, gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task, partition=partition,
+        account=account, job_name=job_name, array=array, after=after, others=tuple(sbatch or []),
+    )  # fmt: skip
     config_arguments = _config_arguments(parsed["arguments"], parsed["resume"])
-    submission.train(arguments or [], config_arguments, parsed["stage"], job, dry_run)
+    submission.train(
+        arguments or [], config_arguments=config_arguments, stage=parsed["stage"], job=job, dry_run=dry_run
+    )
 
 
 @submit.command("prepare", context_settings={"ignore_unknown_options": True})
@@ -444,10 +449,14 @@ def submit_prepare(
     from prepare.options import PrepareOptions
     from prepare.run import check_before
     from slurm import submit as submission
+    from slurm.job import Job
 
-    dataset, sources = check_before(PrepareOptions(**_parsed("prepare", arguments)), tasks)
-    job = submission.Job(time, 1, "0", cpus_per_task, partition, account, job_name, others=tuple(sbatch or []))
-    submission.prepare(arguments, dataset, sources, tasks, job, dry_run)
+    dataset, _ = check_before(PrepareOptions(**_parsed("prepare", arguments)), tasks)
+    job = Job(
+        time=time, cpus_per_task=cpus_per_task, partition=partition, account=account, job_name=job_name,
+        others=tuple(sbatch or []),
+    )  # fmt: skip
+    submission.prepare(arguments, dataset=dataset, tasks=tasks, job=job, dry_run=dry_run)
 
 
 def _parsed(command: str, arguments: list[str]) -> dict[str, Any]:
