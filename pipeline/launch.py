@@ -66,6 +66,7 @@ def wait_for_turn() -> None:
     """Before an error that other ranks may have too: rank 0 reports it immediately, the first rank of another node later, the
     others last. Once one has reported and exited, its launcher ends those that wait.
     """
+    # Not rank 0: one silence. Not the first rank of its node either: another one.
     for number in (rank(), _claimed().local_rank):
         if number:
             _stay_silent()
@@ -109,6 +110,7 @@ def check_nodes(*, reach_s: float = REACH_S, welcome_s: float = WELCOME_S) -> No
             f"node {node_name()} cannot resolve {host!r}, where the ranks meet ({error.strerror}): "
             "set MASTER_ADDR to an address of the first node that every node reaches"
         ) from None
+    # One rank speaks for its node. Rank 0 listens on the port that torch's store takes next.
     others = _number("SLURM_STEP_NUM_NODES", 1) - 1
     if others and place.rank == 0:
         _welcome(port, others, welcome_s)
@@ -161,6 +163,7 @@ def _reach(host: str, port: int, patience_s: float) -> None:
 
 def first_host(nodes: str) -> str:
     """The first name of a SLURM node list such as `gpu[01-03,07],login`. Not by scontrol, which containers lack."""
+    # Every bracket becomes its first number, and what follows the first comma outside goes.
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).partition(",")[0]
 
 
@@ -220,6 +223,7 @@ def _refuse_two_launchers() -> None:
     if "RANK" not in os.environ or tasks == 1:
         return
     claimed, by_torchrun = _claimed(), "GROUP_WORLD_SIZE" in os.environ
+    # torchrun reports its agents, one for each node. Set by hand, the ranks have to be at least as many as the tasks.
     agents = _number("GROUP_WORLD_SIZE", claimed.size)
     if tasks == nodes and agents >= tasks:
         return
@@ -240,6 +244,7 @@ def _refuse_mpi() -> None:
     """Processes of mpirun that SLURM counts differently would each train alone, into one folder."""
     variables = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
     for size, rank_ in variables:
+        # srun --mpi=pmi2 sets PMI_SIZE too, to the number of its tasks.
         processes = _number(size, 1)
         if "RANK" in os.environ or processes in (1, _number("SLURM_STEP_NUM_TASKS", 1)):
             continue

@@ -49,6 +49,7 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
+            # Without it NCCL guesses the device from the rank, and may hang.
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def gather(self, value: Any) -> list[Any]:
@@ -97,6 +98,7 @@ class World:
     def _await_all(self, patience: datetime.timedelta) -> None:
         """A barrier for work that may take longer than TIMEOUT, after which collectives give up."""
         if self.store is not None:
+            # The counter never goes back: its multiples of the world size number the barriers.
             waits, place = divmod(self.store.add("arrived", 1) - 1, self.size)
             if place == self.size - 1:
                 self.store.set(f"all {waits}", "here")

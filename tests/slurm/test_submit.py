@@ -613,6 +613,6 @@ def test_a_submitted_run_ends_done_and_the_printed_script_is_taken(
     refused = run_program("submit", "train", *given, "--partition", "gpu", cwd=cluster.folder)
     assert refused.returncode == 2 and refused.stderr.startswith("error: unknown partition gpu: expected one of all")
     # The printed file is a job by itself; more arguments may follow its name.
-    again = cluster.call("sbatch", "--parsable", "printed.sbatch", "run.name=printed", "train.max_steps=3")
+    again = cluster.call("sbatch", "--parsable", "printed.sbatch", "run.name=printed", "--print-run-dir")
     assert cluster.wait(again)["JobState"] == "COMPLETED", cluster.log(again)
-    assert status_of(config.run_dir.with_name("printed")) == ("done", 3)
+    assert str(config.run_dir.with_name("printed")) in cluster.log(again).splitlines()
