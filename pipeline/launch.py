@@ -1,8 +1,10 @@
-"""Which rank of a run this process is, and where the ranks meet: from torchrun or, with one task per rank, from srun. No torch.
+"""Which rank of a run this process is, and where the ranks meet: from torchrun or, with one task
+per rank, from srun. No torch.
 
 torchrun   RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE
-srun       SLURM_STEP_NUM_TASKS and others that srun sets. SLURM_NTASKS and SLURM_PROCID will not do: a batch script
-           and the shell of salloc may have them too, and are no ranks (seen with SLURM 22.05)
+srun       SLURM_STEP_NUM_TASKS and others that srun sets. SLURM_NTASKS and SLURM_PROCID will not
+           do: a batch script and the shell of salloc may have them too, and are no ranks (seen with
+           SLURM 22.05)
 neither    a single process
 """
 
@@ -19,9 +21,11 @@ from pipeline.errors import EXIT_USER, UserError
 
 # The kernel assigns ports from 32768 on to outgoing connections.
 FIRST_PORT, PORTS, PORTS_PER_JOB = 20000, 12000, 16
-# Launchers kill the other ranks once one has exited, so those that stay silent exit later than the one that reports.
+# Launchers kill the other ranks once one has exited, so those that stay silent exit later than the
+# one that reports.
 SILENCE_S = 10.0
-# Nodes may start minutes apart, because of a prolog or of a disk that is slow to load Python. The first one waits longer.
+# Nodes may start minutes apart, because of a prolog or of a disk that is slow to load Python. The
+# first one waits longer.
 REACH_S = 120.0
 WELCOME_S = REACH_S + 60.0
 RETRY_S = 0.5
@@ -44,14 +48,16 @@ def rank() -> int:
 
 
 def placement() -> Placement:
-    """This process among the ranks. If two launchers contradict each other, every rank exits, the first with a UserError."""
+    """This process among the ranks. If two launchers contradict each other, every rank exits, the
+    first with a UserError.
+    """
     _refuse_mpi()
     _refuse_two_launchers()
     return _claimed()
 
 
 def outlive_others() -> None:
-    """From here on this rank ignores SIGTERM: a launcher sends it to the others once one rank has exited."""
+    """Ignore SIGTERM from here on: launchers send it to the others once one rank has exited."""
     if _claimed().size > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -63,8 +69,9 @@ def leave(code: int) -> NoReturn:
 
 
 def wait_for_turn() -> None:
-    """Before an error that other ranks may have too: rank 0 reports it immediately, the first rank of another node later, the
-    others last. Once one has reported and exited, its launcher ends those that wait.
+    """Before an error that other ranks may have too: rank 0 reports it immediately, the first rank
+    of another node later, the others last. Once one has reported and exited, its launcher ends
+    those that wait.
     """
     # Not rank 0: one silence. Not the first rank of its node either: another one.
     for number in (rank(), _claimed().local_rank):
@@ -85,8 +92,9 @@ def _stay_silent() -> None:
 
 
 def meeting_point() -> tuple[str, int]:
-    """The host and port at which rank 0 of a step waits for the others: by default on the step's first node. Each start and
-    each step of a job has its own port, in case the last one still holds it.
+    """The host and port at which rank 0 of a step waits for the others: by default on the step's
+    first node. Each start and each step of a job has its own port, in case the last one still holds
+    it.
     """
     host = os.environ.get("MASTER_ADDR") or first_host(os.environ["SLURM_STEP_NODELIST"])
     own = _number("SLURM_RESTART_COUNT", 0) + _number("SLURM_STEP_ID", 0)
@@ -95,8 +103,9 @@ def meeting_point() -> tuple[str, int]:
 
 
 def check_nodes(*, reach_s: float = REACH_S, welcome_s: float = WELCOME_S) -> None:
-    """Raises a UserError that names a node of srun's step which cannot resolve, or reach, the first one. Before torch is
-    imported, so that nodes are here soon: torch would wait for half an hour, then name neither node.
+    """Raises a UserError that names a node of srun's step which cannot resolve, or reach, the first
+    one. Before torch is imported, so that nodes are here soon: torch would wait for half an hour,
+    then name neither node.
     """
     place = _claimed()
     if not place.by_srun:
@@ -119,7 +128,7 @@ def check_nodes(*, reach_s: float = REACH_S, welcome_s: float = WELCOME_S) -> No
 
 
 def _welcome(port: int, guests: int, patience_s: float) -> None:
-    """Listen until so many nodes have connected, for so long at most: a node that cannot connect reports that itself."""
+    """Listen until so many nodes have connected. One that cannot connect reports that itself."""
     deadline = time.monotonic() + patience_s
     dual_stack = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual_stack else socket.AF_INET
@@ -162,7 +171,7 @@ def _reach(host: str, port: int, patience_s: float) -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM node list such as `gpu[01-03,07],login`. Not by scontrol, which containers lack."""
+    """The first name of a list such as `gpu[01-03,07],login`. Containers have no scontrol."""
     # Every bracket becomes its first number, and what follows the first comma outside goes.
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).partition(",")[0]
 
@@ -189,7 +198,7 @@ def was_requeued() -> bool:
 
 
 def cores_per_rank() -> int | None:
-    """The cores that srun gave each rank; None if srun did not start them, or without --cpus-per-task."""
+    """The cores srun gave each rank; None if it started none, or without --cpus-per-task."""
     return _number("SLURM_CPUS_PER_TASK", 0) or None if _claimed().by_srun else None
 
 
@@ -218,12 +227,13 @@ def _of_srun() -> Placement:
 
 
 def _refuse_two_launchers() -> None:
-    """Torchrun needs one task a node and knows all nodes; RANK set by hand may also agree with srun."""
+    """torchrun needs one task a node and all nodes; RANK set by hand may agree with srun."""
     tasks, nodes = _number("SLURM_STEP_NUM_TASKS", 1), _number("SLURM_STEP_NUM_NODES", 1)
     if "RANK" not in os.environ or tasks == 1:
         return
     claimed, by_torchrun = _claimed(), "GROUP_WORLD_SIZE" in os.environ
-    # torchrun reports its agents, one for each node. Set by hand, the ranks have to be at least as many as the tasks.
+    # torchrun reports its agents, one for each node. Set by hand, the ranks have to be at least as
+    # many as the tasks.
     agents = _number("GROUP_WORLD_SIZE", claimed.size)
     if tasks == nodes and agents >= tasks:
         return

@@ -1,4 +1,6 @@
-"""What can be wrong with a job that a login node can tell: options, partition, queue, config and datasets."""
+"""What can be wrong with a job that a login node can tell: options, partition, queue, config and
+datasets.
+"""
 
 import os
 import re
@@ -10,15 +12,15 @@ from pipeline.budget import accumulation_steps
 from pipeline.config.keys import Config
 from pipeline.config.load import config_from_arguments
 from pipeline.dataset.mixture import Mixture
-from pipeline.dataset.shards import TokenReader
-from pipeline.dataset.windows import evaluation_starts
+from pipeline.dataset.windows import check_length
 from pipeline.errors import UserError
 from pipeline.files import holder
 from slurm import sbatch
 from slurm.doctor import Finding, Status, examine
 from slurm.job import Job, Script, ask
 
-# How options start that --sbatch may not set because the checks rest on them, and the option that sets them here.
+# How options start that --sbatch may not set because the checks rest on them, and the option that
+# sets them here.
 _BOTH = {f"{name}=": f"--{name}" for name in ("job-name", "cpus-per-task", "time", "partition", "account")}
 OF_TRAIN = {
     **_BOTH, "nodes=": "--nodes", "ntasks": "RANKS_PER_NODE", "gpus": "--gpus-per-node", "gres=gpu": "--gpus-per-node",
@@ -123,4 +125,5 @@ def _open_splits(config: Config) -> None:
     """Open what training will open. Raises UserError where it would."""
     for source in Mixture(config).sources:
         if config.eval.every_steps:
-            evaluation_starts(TokenReader(source.folder, source.manifest, "val"), config.model.block_size, windows=1)
+            tokens = source.manifest.count("val", "tokens")
+            check_length(source.folder, "val", tokens, config.model.block_size)

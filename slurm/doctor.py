@@ -1,7 +1,9 @@
-"""`pipeline doctor --slurm FILE`: #SBATCH directives that cost a job, or its log, without an error message.
+"""`pipeline doctor --slurm FILE`: #SBATCH directives that cost a job, or its log, without an error
+message.
 
-Only what sbatch reads is checked; for the shell part of a script there is shellcheck. A check that cannot be sure reports
-nothing: what sbatch's command line or the site's configuration adds is unknown here.
+Only what sbatch reads is checked; for the shell part of a script there is shellcheck. A check that
+cannot be sure reports nothing: what sbatch's command line or the site's configuration adds is
+unknown here.
 """
 
 import json
@@ -70,7 +72,8 @@ def log_folder(named: Named, text: str) -> Iterator[Finding]:
     for option in (named[name] for name in ("output", "error") if name in named):
         job_name = {"%x": named["job-name"].value} if "job-name" in named else {}
         folder = sbatch.file_name(option.value, job_name).rpartition("/")[0]
-        # Nobody can create a folder named by a job id in time; one of another pattern, such as %N, may exist.
+        # Nobody can create a folder named by a job id in time; one of another pattern, such as %N,
+        # may exist.
         numbered = re.search(r"%\d*[Aj]", folder)
         if NODE_LOCAL.match(folder):
             found = f"the log goes to {folder} of the node, out of reach after the job"

@@ -1,4 +1,6 @@
-"""One batch job: what SLURM is asked for, one of our scripts with that filled in, and its submission."""
+"""One batch job: what SLURM is asked for, one of our scripts with that filled in, and its
+submission.
+"""
 
 import os
 import re
@@ -37,7 +39,8 @@ class Job:
             "job-name": self.job_name, "nodes": str(self.nodes), "gpus-per-node": self.gpus_per_node if self.gpus else "",
             "cpus-per-task": str(self.cpus_per_task or ""), "time": self.time, "partition": self.partition,
             "account": self.account, "array": self.array, "dependency": self.after and f"afterok:{self.after}",
-            # Otherwise it would stay in the queue for ever once that job has failed, and block the next attempt.
+            # Otherwise it would stay in the queue for ever once that job has failed, and block the
+            # next attempt.
             "kill-on-invalid-dep": self.after and "yes",
         }  # fmt: skip
         others = {name: value for name, _, value in (other.partition("=") for other in self.others)}
@@ -80,7 +83,9 @@ class Script:
         return int(count) if count.isdigit() else 1
 
     def log(self, job_id: str) -> str:
-        """The file SLURM writes the log to, as a shell word, with `*` for the index of an array's element."""
+        """The file SLURM writes the log to, as a shell word, with `*` for the index of an array's
+        element.
+        """
         pattern = sbatch.values(self.text).get("output", sbatch.SLURMS_LOG)
         known = {"%x": self.options["job-name"], "%j": job_id, "%A": job_id, "%a": "*"}
         return re.sub(r"([^\w./%*+:@-])", r"\\\1", sbatch.file_name(pattern, known))
@@ -102,7 +107,9 @@ class Script:
 
 
 def fill(name: str, job: Job, arguments: list[str], lead_s: int = 0) -> Script:
-    """The script `name` for a job. `lead_s`: how long before the time limit its signal has to come at least."""
+    """The script `name` for a job. `lead_s`: how long before the time limit its signal has to come
+    at least.
+    """
     text = sbatch.find(name).read_text(encoding="utf-8")
     options = job.options
     values = sbatch.values(text) | options
@@ -135,8 +142,9 @@ def ask(*command: str) -> str:
 def _environment() -> dict[str, str]:
     """This process's environment without that of the job, or the shell of salloc, in which it runs.
 
-    sbatch passes it on, and SLURM neither sets nor unsets what does not concern the new job: an array index, a restart
-    count, the cores of a step or the address of its ranks would be taken for the new job's.
+    sbatch passes it on, and SLURM neither sets nor unsets what does not concern the new job: an
+    array index, a restart count, the cores of a step or the address of its ranks would be taken for
+    the new job's.
     """
     if "SLURM_JOB_ID" not in os.environ:
         return dict(os.environ)

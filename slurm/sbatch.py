@@ -1,4 +1,6 @@
-"""Batch scripts: `#SBATCH` directives as sbatch parses them, and our scripts with a site's values filled in."""
+"""Batch scripts: `#SBATCH` directives as sbatch parses them, and our scripts with a site's values
+filled in.
+"""
 
 import os
 import re
@@ -53,7 +55,9 @@ def values(text: str) -> dict[str, str]:
 
 
 def first_command(text: str) -> int:
-    """The number of the first line that is neither blank nor a comment: sbatch reads no options after it."""
+    """The number of the first line that is neither blank nor a comment: sbatch reads no options
+    after it.
+    """
     lines = text.splitlines()
     commands = (number for number, line in enumerate(lines, start=1) if not re.match(r"\s*(#|$)", line))
     return next(commands, len(lines) + 1)
@@ -77,7 +81,9 @@ def _options(line: int, text: str) -> list[Directive]:
 
 
 def seconds(text: str) -> int | None:
-    """A time limit as `--time` takes it (minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s) in seconds; None if invalid."""
+    """A time limit as `--time` takes it (minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s) in seconds; None
+    if invalid.
+    """
     match = _TIME.fullmatch(text)
     if match is None:
         return None
@@ -112,7 +118,9 @@ def gpu_count(value: str) -> int | None:
 
 
 def elements(array: str) -> list[int]:
-    """The indices of `--array`, such as 0-7, 1,3,5 or 0-15:4, without a limit (%2); empty if invalid."""
+    """The indices of `--array`, such as 0-7, 1,3,5 or 0-15:4, without a limit (%2); empty if
+    invalid.
+    """
     numbers: list[int] = []
     for part in array.partition("%")[0].split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", part)
@@ -123,7 +131,9 @@ def elements(array: str) -> list[int]:
 
 
 def file_name(pattern: str, known: Mapping[str, str]) -> str:
-    """`--output` with %u (the user) and the `known` ones of %x, %j, %A and %a replaced. Others stay."""
+    """`--output` with %u (the user) and the `known` ones of %x, %j, %A and %a replaced. Others
+    stay.
+    """
     known = {"%u": os.environ.get("USER", "%u"), **known}
     return re.sub("|".join(known), lambda match: known[match[0]], pattern)
 
@@ -136,7 +146,8 @@ def find(name: str) -> Path:
 def fill(text: str, options: Mapping[str, str], prologue: list[str]) -> str:
     """A script with `options` in its `#SBATCH` lines and `prologue` before its first command.
 
-    An option replaces its own line, or the `##SBATCH` line that suggests it; one with neither gets a new line.
+    An option replaces its own line, or the `##SBATCH` line that suggests it; one with neither gets
+    a new line.
     """
     lines = text.splitlines()
     commands = first_command(text) - 1

@@ -1,7 +1,9 @@
-"""`pipeline submit`: checks a job on the login node, fills in its batch script, then submits or prints it.
+"""`pipeline submit`: checks a job on the login node, fills in its batch script, then submits or
+prints it.
 
-A job waits for hours and then fails within seconds because of a misspelled key, a missing dataset or a batch size that does
-not divide. All of that is known before, from files and arithmetic, without a GPU and without importing torch.
+A job waits for hours and then fails within seconds because of a misspelled key, a missing dataset
+or a batch size that does not divide. All of that is known before, from files and arithmetic,
+without a GPU and without importing torch.
 """
 
 import os
@@ -34,7 +36,8 @@ CORES_PER_GPU = 4
 def train(arguments: list[str], *, config_arguments: list[str], stage: str | None, job: Job, dry_run: bool) -> None:
     """Check a training job, then print its script or submit it. Raises UserError with all faults.
 
-    `arguments` are those of `pipeline train`; `config_arguments` those of them that make the config, `stage` its --stage.
+    `arguments` are those of `pipeline train`; `config_arguments` those of them that make the
+    config, `stage` its --stage.
     """
     runs, faults = checks.configs(config_arguments, job.array)
     if stage is not None and not stage.startswith(("/", "$")):
@@ -73,7 +76,8 @@ def train(arguments: list[str], *, config_arguments: list[str], stage: str | Non
 
 
 def prepare(arguments: list[str], *, dataset: Path, tasks: int, job: Job, dry_run: bool) -> None:
-    """Check a preparation job, then print its script or submit it; as an array, with the job that joins and verifies.
+    """Check a preparation job, then print its script or submit it; as an array, with the job that
+    joins and verifies.
 
     `arguments` are those of `pipeline prepare`, which has checked them.
     """
@@ -166,7 +170,9 @@ def _arithmetic(config: Config, job: Job) -> Iterator[str]:
 
 
 def _measured_lead_s(config: Config) -> int:
-    """Seconds that a step, a save and exiting took in an earlier start of this run; 0 if there was none."""
+    """Seconds that a step, a save and exiting took in an earlier start of this run; 0 if there was
+    none.
+    """
     status = RunFolder(config.run_dir).read_status()
     if status is None or status.step_s is None or status.last_save_s is None:
         return 0

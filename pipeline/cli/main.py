@@ -207,7 +207,7 @@ def train(
     from sample.preview import preview
     from train.run import run
 
-    run(config, dry_run, None if stage is None else Path(stage), preview)
+    run(config, dry_run=dry_run, stage_to=None if stage is None else Path(stage), preview=preview)
 
 
 def _config_arguments(arguments: list[str] | None, resume: str | None) -> list[str]:

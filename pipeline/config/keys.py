@@ -99,15 +99,16 @@ class TrainConfig:
     )
     max_bad_steps: int = key(
         20,
-        "consecutive steps with a loss or gradient that is not finite, or rewinds to one checkpoint, before the run gives up",
+        "skipped steps in a row, for a loss or gradient that is not finite or for a spike, before the run gives up",
     )
     spike_z_score: float = key(
         0.0,
-        "a gradient norm this many standard deviations above the mean of the last ones sends the run back to its "
-        "latest checkpoint, past the samples taken since then; 0 turns that off",
+        "skip a step whose gradient norm is more than this many standard deviations above the mean of the last ones; "
+        "0 turns that off",
     )
     spike_window: int = key(
-        128, "the last gradient norms that a new one is compared with; before there are so many, none is"
+        128,
+        "how many of the last gradient norms a new one is compared with; until there are that many, none is skipped",
     )
 
 

@@ -1,4 +1,6 @@
-"""The ranks of a run: one process, or many that torchrun or srun started. Everything here also works for one, as a no-op."""
+"""The ranks of a run: one process, or many that torchrun or srun started. Everything here also
+works for one, as a no-op.
+"""
 
 import datetime
 import gc
@@ -20,7 +22,8 @@ from pipeline.launch import Placement
 from pipeline.log import logger
 from pipeline.machine.device import pick_device
 
-# Start-up waits for the slowest node to import torch from a shared filesystem; a step that hangs longer is dead.
+# Start-up waits for the slowest node to import torch from a shared filesystem; a step that hangs
+# longer is dead.
 TIMEOUT = datetime.timedelta(minutes=30)
 # Logged before the ranks meet: one of them is often why they meet at one site and hang at another.
 NETWORK_SETTINGS = ("NCCL_", "GLOO_", "TORCH_")
@@ -61,7 +64,7 @@ class World:
         return values
 
     def check_agreement(self, what: str, value: Any) -> None:
-        """Every rank exits unless `value` is equal on all of them; rank 0 raises the UserError that says so."""
+        """Unless `value` is equal on all ranks, all exit; rank 0 raises a UserError."""
         values = self.gather(value)
         odd = next((rank for rank, other in enumerate(values) if other != values[0]), None)
         if odd is not None:
@@ -70,10 +73,11 @@ class World:
 
     @contextmanager
     def fail_together(self, patience: datetime.timedelta | None = None) -> Iterator[None]:
-        """A UserError of any rank ends all of them: the lowest rank that has one reports it, the others exit silently.
+        """A UserError of any rank ends all of them: the lowest rank that has one reports it, the
+        others exit silently.
 
-        Nothing inside may wait for other ranks: one that failed would never come. `patience`: how long the slowest may take,
-        if that is longer than collectives wait.
+        Nothing inside may wait for other ranks: one that failed would never come. `patience`: how
+        long the slowest may take, if that is longer than collectives wait.
         """
         error = None
         try:
@@ -89,7 +93,9 @@ class World:
             raise error
 
     def leave_to(self, speaker: int) -> None:
-        """Every rank exits but `speaker`, which reports why. No rank exits before all ignore SIGTERM: the line would be lost."""
+        """Every rank exits but `speaker`, which reports why. No rank exits before all ignore
+        SIGTERM: the line would be lost.
+        """
         launch.outlive_others()
         self.gather(None)
         if self.rank != speaker:
@@ -106,7 +112,8 @@ class World:
 
 
 def start(device_name: str) -> World:
-    """Join the ranks that torchrun or srun started (gloo on CPU, NCCL on GPUs), or be a world of one.
+    """Join the ranks that torchrun or srun started (gloo on CPU, NCCL on GPUs), or be a world of
+    one.
 
     Raises UserError if the device is unavailable, or the ranks cannot meet.
     """
@@ -143,7 +150,9 @@ def start(device_name: str) -> World:
 
 
 def _own_device(name: str, place: Placement) -> torch.device:
-    """This rank's GPU, or the device that all share. One rank of a node that lacks it raises the UserError."""
+    """This rank's GPU, or the device that all share. One rank of a node that lacks it raises the
+    UserError.
+    """
     # Under srun --gpus-per-task=1 each task sees its own GPU alone.
     sees_one = place.by_srun and torch.cuda.device_count() == 1
     try:
@@ -162,7 +171,9 @@ def _own_device(name: str, place: Placement) -> torch.device:
 
 
 def _refuse_unseen_gpus() -> None:
-    """Otherwise the job would silently train on CPUs, or hang if other nodes see their GPUs: gloo here, NCCL there."""
+    """Otherwise the job would silently train on CPUs, or hang if other nodes see their GPUs: gloo
+    here, NCCL there.
+    """
     if gpus := launch.gpus_here():
         node = launch.node_name()
         raise UserError(
@@ -172,9 +183,10 @@ def _refuse_unseen_gpus() -> None:
 
 
 def _torchrun_store(place: Placement) -> Store:
-    """Where the ranks find each other's addresses. After a restart by torchrun those of the last start are still in it
-    (https://github.com/pytorch/pytorch/issues/135712), so each start has its own prefix. Launchers of several nodes
-    count their restarts separately; there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun helps.
+    """Where the ranks find each other's addresses. After a restart by torchrun those of the last
+    start are still in it (https://github.com/pytorch/pytorch/issues/135712), so each start has its
+    own prefix. Launchers of several nodes count their restarts separately; there,
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun helps.
     """
     store: Store = next(rendezvous("env://", place.rank, place.size, timeout=TIMEOUT))[0]
     one_launcher = os.environ.get("GROUP_WORLD_SIZE") == "1"
@@ -198,7 +210,9 @@ def _srun_store(place: Placement) -> Store:
 
 
 def stop() -> None:
-    """Leave the ranks. What refers to the process group is collected first: a finished rank rarely aborted at exit."""
+    """Leave the ranks. What refers to the process group is collected first: a finished rank rarely
+    aborted at exit.
+    """
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()

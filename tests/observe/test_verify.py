@@ -87,8 +87,8 @@ def test_every_fault_of_every_shard_is_listed(dataset: Path, capsys: pytest.Capt
     assert others == [
         "train_00000.bin holds 3 documents, the manifest wants 2",
         "train_00000.bin holds 37 bytes of text, the manifest wants 38",
-        "train_00001.bin is missing, the manifest wants 68 bytes",
-        "val_00000.bin has 3 bytes, the manifest wants 36 bytes",
+        "train_00001.bin is missing, expected 68 bytes",
+        "val_00000.bin has 3 bytes, expected 36 bytes",
     ]
 
 

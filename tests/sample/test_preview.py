@@ -111,7 +111,7 @@ def test_a_sample_is_computed_in_the_type_of_training(tiny: Path, dtype: str) ->
 
 @pytest.mark.parametrize("error", [UserError, torch.OutOfMemoryError])
 def test_no_sample_is_a_reason_to_end_a_run(tiny: Path, error: type[Exception]) -> None:
-    def refuse(*_: object) -> str:
+    def refuse(*_: object, **__: object) -> str:
         raise error("the GPU is\x1b full")
 
     config = sampling_config(tiny)

@@ -302,9 +302,9 @@ def test_a_dataset_that_is_not_whole_or_too_small_is_told(site: Path) -> None:
     )
     shard = next((site / "data" / "tiny").glob("train_*.bin"))
     shard.write_bytes(shard.read_bytes()[:-2])
-    assert f"{shard.name} has 39998 bytes, the manifest wants 40000" in faults(["tiny.toml"])
+    assert f"{shard.name} has 39998 bytes, expected 40000" in faults(["tiny.toml"])
     (site / "data" / "tiny" / "manifest.json").unlink()
-    assert "is not a whole dataset" in faults(["tiny.toml"])
+    assert "is not a complete dataset" in faults(["tiny.toml"])
 
 
 def test_a_walltime_within_the_lead_time_is_told(site: Path) -> None:
