@@ -1,6 +1,4 @@
-"""What can be wrong with a job that a login node can tell: options, partition, queue, config and
-datasets.
-"""
+"""What a login node can find wrong with a job: its options, queue, config and datasets."""
 
 import os
 import re

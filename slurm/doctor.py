@@ -49,7 +49,7 @@ Check = Callable[[Named, str], Iterator[Finding]]
 
 def ignored(named: Named, text: str) -> Iterator[Finding]:
     first = sbatch.first_command(text)
-    # After a here-document's start the lines may be those of another script.
+    # The lines of a here-document may be those of another script.
     for number, line in enumerate(text.partition("<<")[0].splitlines(), start=1):
         if re.match(r"\s*#SBATCH\s*-", line) and (number > first or line[0].isspace()):
             found = f"ignored: it is {f'after the first command (line {first})' if number > first else 'indented'}"

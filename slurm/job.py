@@ -1,6 +1,4 @@
-"""One batch job: what SLURM is asked for, one of our scripts with that filled in, and its
-submission.
-"""
+"""One batch job: what SLURM is asked for, our script with that filled in, its submission."""
 
 import os
 import re
@@ -83,9 +81,7 @@ class Script:
         return int(count) if count.isdigit() else 1
 
     def log(self, job_id: str) -> str:
-        """The file SLURM writes the log to, as a shell word, with `*` for the index of an array's
-        element.
-        """
+        """The file SLURM logs to, as a shell word, with `*` for the index of an array element."""
         pattern = sbatch.values(self.text).get("output", sbatch.SLURMS_LOG)
         known = {"%x": self.options["job-name"], "%j": job_id, "%A": job_id, "%a": "*"}
         return re.sub(r"([^\w./%*+:@-])", r"\\\1", sbatch.file_name(pattern, known))
@@ -107,9 +103,7 @@ class Script:
 
 
 def fill(name: str, job: Job, arguments: list[str], lead_s: int = 0) -> Script:
-    """The script `name` for a job. `lead_s`: how long before the time limit its signal has to come
-    at least.
-    """
+    """The script `name` for a job. Its signal comes at least `lead_s` before the time limit."""
     text = sbatch.find(name).read_text(encoding="utf-8")
     options = job.options
     values = sbatch.values(text) | options

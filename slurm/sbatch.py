@@ -1,6 +1,4 @@
-"""Batch scripts: `#SBATCH` directives as sbatch parses them, and our scripts with a site's values
-filled in.
-"""
+"""Batch scripts: directives as sbatch parses them, and our scripts with values filled in."""
 
 import os
 import re
@@ -55,9 +53,7 @@ def values(text: str) -> dict[str, str]:
 
 
 def first_command(text: str) -> int:
-    """The number of the first line that is neither blank nor a comment: sbatch reads no options
-    after it.
-    """
+    """The number of the first line that is a command: sbatch reads no options after it."""
     lines = text.splitlines()
     commands = (number for number, line in enumerate(lines, start=1) if not re.match(r"\s*(#|$)", line))
     return next(commands, len(lines) + 1)
@@ -81,9 +77,7 @@ def _options(line: int, text: str) -> list[Directive]:
 
 
 def seconds(text: str) -> int | None:
-    """A time limit as `--time` takes it (minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s) in seconds; None
-    if invalid.
-    """
+    """Seconds of a limit in minutes, m:s, h:m:s, d-h, d-h:m or d-h:m:s; None if invalid."""
     match = _TIME.fullmatch(text)
     if match is None:
         return None
@@ -118,9 +112,7 @@ def gpu_count(value: str) -> int | None:
 
 
 def elements(array: str) -> list[int]:
-    """The indices of `--array`, such as 0-7, 1,3,5 or 0-15:4, without a limit (%2); empty if
-    invalid.
-    """
+    """The indices of `--array` (0-7, 1,3,5 or 0-15:4), without a limit (%2); empty if invalid."""
     numbers: list[int] = []
     for part in array.partition("%")[0].split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", part)
@@ -131,9 +123,7 @@ def elements(array: str) -> list[int]:
 
 
 def file_name(pattern: str, known: Mapping[str, str]) -> str:
-    """`--output` with %u (the user) and the `known` ones of %x, %j, %A and %a replaced. Others
-    stay.
-    """
+    """`--output` with %u, the user, and the `known` ones of %x, %j, %A and %a replaced."""
     known = {"%u": os.environ.get("USER", "%u"), **known}
     return re.sub("|".join(known), lambda match: known[match[0]], pattern)
 

@@ -170,9 +170,7 @@ def _arithmetic(config: Config, job: Job) -> Iterator[str]:
 
 
 def _measured_lead_s(config: Config) -> int:
-    """Seconds that a step, a save and exiting took in an earlier start of this run; 0 if there was
-    none.
-    """
+    """Seconds for a step, a save and exiting, by an earlier start of the run; 0 without one."""
     status = RunFolder(config.run_dir).read_status()
     if status is None or status.step_s is None or status.last_save_s is None:
         return 0

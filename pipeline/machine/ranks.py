@@ -112,8 +112,7 @@ class World:
 
 
 def start(device_name: str) -> World:
-    """Join the ranks that torchrun or srun started (gloo on CPU, NCCL on GPUs), or be a world of
-    one.
+    """Join the ranks of torchrun or srun (gloo on CPU, NCCL on GPUs), or be a world of one.
 
     Raises UserError if the device is unavailable, or the ranks cannot meet.
     """
@@ -150,9 +149,7 @@ def start(device_name: str) -> World:
 
 
 def _own_device(name: str, place: Placement) -> torch.device:
-    """This rank's GPU, or the device that all share. One rank of a node that lacks it raises the
-    UserError.
-    """
+    """This rank's GPU, or the device all share. One rank of a node without it raises UserError."""
     # Under srun --gpus-per-task=1 each task sees its own GPU alone.
     sees_one = place.by_srun and torch.cuda.device_count() == 1
     try:
@@ -171,9 +168,7 @@ def _own_device(name: str, place: Placement) -> torch.device:
 
 
 def _refuse_unseen_gpus() -> None:
-    """Otherwise the job would silently train on CPUs, or hang if other nodes see their GPUs: gloo
-    here, NCCL there.
-    """
+    """Without this a job would train on CPUs unnoticed, or hang: gloo here, NCCL on other nodes."""
     if gpus := launch.gpus_here():
         node = launch.node_name()
         raise UserError(
@@ -210,9 +205,7 @@ def _srun_store(place: Placement) -> Store:
 
 
 def stop() -> None:
-    """Leave the ranks. What refers to the process group is collected first: a finished rank rarely
-    aborted at exit.
-    """
+    """Leave the ranks, without references to the group: with them a rank rarely aborted at exit."""
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()

@@ -53,7 +53,7 @@ def test_the_warning_signal_saves_requeues_and_leaves_the_curve_as_it_was(cluste
     slow = write_pause(cluster, step=10)
     job = cluster.submit(
         TRAIN, "warned.toml", "--stage", "$PWD/disk of $SLURMD_NODENAME", nodes=2,
-        options=[f"--export=ALL,RANKS_PER_NODE=2,{outer},PYTHONPATH={slow}:{ROOT}"],
+        options=["--cpus-per-task=2", f"--export=ALL,RANKS_PER_NODE=2,{outer},PYTHONPATH={slow}:{ROOT}"],
     )  # fmt: skip
     wait_until("step ten is at work", (slow / "paused").exists)
     # As --signal=USR2@300 does: to every process of the step, and not to the batch script.

@@ -218,13 +218,13 @@ def test_an_array_has_a_run_and_a_log_for_each_element(
 def test_other_options_of_sbatch_go_into_the_script_and_onto_the_command_line(
     site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (site / "logs-me").mkdir()
+    (site / "logs of me").mkdir()
     monkeypatch.setenv("USER", "me")
-    more = {"qos": "long", "mem": "0", "constraint": "a100&nvlink", "output": "logs-%u/%x-%j.out"}
+    more = {"qos": "long", "mem": "0", "constraint": "a100&nvlink", "output": "logs of %u/%x-%j.out"}
     given = [word for name, value in more.items() for word in ("--sbatch", f"{name}={value}")]
     job = ["--nodes", "2", "--gpus-per-node", "h100:4", "--time", "60", "--sbatch", "signal=USR2@600"]
     assert call(monkeypatch, "submit", "train", "tiny.toml", "train.tokens_per_step=256", *given, *job) == 0
-    assert "tail -F logs-me/run-42.out" in capsys.readouterr().err
+    assert "tail -F logs\\ of\\ me/run-42.out" in capsys.readouterr().err
     script = (site / "sbatch.42.script").read_text()
     assert options(script).items() >= {**more, "gpus-per-node": "h100:4", "signal": "USR2@600"}.items()
     assert script.count("--mem") == 1  # in the place of the line that proposes it
@@ -234,7 +234,7 @@ def test_other_options_of_sbatch_go_into_the_script_and_onto_the_command_line(
 
     assert call(monkeypatch, "submit", "prepare", "stdlib", "--time", "60", "--tasks", "2", *given) == 0
     array, merge = (options((site / f"sbatch.{number}.script").read_text()) for number in (43, 44))
-    assert array["output"] == "logs-%u/%x-%A_%a.out" and merge["output"] == "logs-%u/%x-%j.out"
+    assert array["output"] == "logs of %u/%x-%A_%a.out" and merge["output"] == "logs of %u/%x-%j.out"
     assert array["qos"] == merge["qos"] == "long"
 
 
@@ -375,7 +375,7 @@ def test_a_mixture_of_two_vocabularies_is_told(site: Path) -> None:
     (site / "corpus.txt").write_text("To be, or not to be.\n" * 200)
     prepare(PrepareOptions(["corpus.txt"], tokenizer="char", val_fraction=0.3))
     mixture = 'data.mixture=[{dataset="tiny", weight=1}, {dataset="corpus", weight=1}]'
-    assert "has the vocabulary char of " in faults(["tiny.toml", mixture, "eval.every_steps=0"])
+    assert "has the vocabulary char (12 tokens" in faults(["tiny.toml", mixture, "eval.every_steps=0"])
 
 
 def test_a_sites_changes_to_the_script_are_examined_too(
