@@ -133,7 +133,7 @@ def test_a_damaged_dataset_is_one_line(dataset: Path) -> None:
         run(dataset, as_json=True)
     with pytest.raises(UserError, match="no dataset at"):
         run(dataset / "nowhere", as_json=True)
-    with pytest.raises(UserError, match="manifest.json is not named by"):
+    with pytest.raises(UserError, match="manifest.json is not listed in"):
         run(dataset / "manifest.json", as_json=True)
 
 

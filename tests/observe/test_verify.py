@@ -181,7 +181,7 @@ def test_a_single_shard_is_held_against_its_line_of_the_manifest(
     with pytest.raises(UserError, match=r"train_00001.bin has 1 fault\(s\)"):
         run(dataset / "train_00001.bin")
     (dataset / "train_00007.bin").touch()
-    with pytest.raises(UserError, match="train_00007.bin is not named by the manifest.json beside it"):
+    with pytest.raises(UserError, match="train_00007.bin is not listed in the manifest.json next to it"):
         run(dataset / "train_00007.bin")
 
 
@@ -289,5 +289,5 @@ def test_a_checkpoint_is_held_against_its_hashes(tiny: Path, capsys: pytest.Capt
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(UserError, match="model.safetensors does not match its hash"):
         run(folder)
-    with pytest.raises(UserError, match="is a run: name one of the folders in"):
+    with pytest.raises(UserError, match="is a run: give one of the folders in"):
         run(config.run_dir)
