@@ -305,7 +305,8 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: loss, perplexity and bits per byte over a whole split, and tasks. Runs under torchrun, too."""
     os.environ["TQDM_DISABLE"] = "1"  # before anything imports it: the harness would draw bars into log files
-    from score.run import EvalOptions, run
+    from score.options import EvalOptions
+    from score.run import run
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     run(
