@@ -95,8 +95,8 @@ def load(folder: Path, options: EvalOptions, world: World) -> Subject:
     description = read_description(folder) if (folder / DESCRIPTION).is_file() else None
     model, tokenizer = load_model(folder)
     dtype, why = pick_dtype(options.dtype, world.device, model.config.n_embd)
-    computed_in = str(dtype).removeprefix("torch.")
-    logger.info(f"{folder}: {world.size} rank(s) on {world.device.type}, dtype {computed_in}: {why}")
+    named = str(dtype).removeprefix("torch.")
+    logger.info(f"{folder}: {world.size} rank(s) on {world.device.type}, dtype {named}: {why}")
     return Subject(
         folder, Scorer(model.to(world.device).eval(), dtype, options.batch_size, world), tokenizer, description
     )
