@@ -277,7 +277,7 @@ def test_a_dry_run_does_not_come_back_and_options_of_train_reach_it(pretend: Pre
 
 def test_a_misspelled_key_starts_nothing(pretend: Pretend, tmp_path: Path) -> None:
     code, errors = ended(pretend("tiny.toml", "trian.max_steps=3"))
-    assert (code, errors.splitlines()) == (2, ["error: unknown section [trian] (did you mean train?)"])
+    assert (code, errors.splitlines()) == (2, ["error: unknown key trian.max_steps (did you mean train.max_steps?)"])
     assert not (tmp_path / "srun.args").exists()
 
 

@@ -238,7 +238,7 @@ def test_a_job_that_fails_is_not_requeued_and_keeps_its_exit_code(cluster: Clust
     diverge = ("optimizer.lr=1e30", "train.max_bad_steps=2")
     nowhere = ["--export=ALL,MASTER_ADDR=no-such-host.invalid"]
     jobs = {
-        (2, "error: unknown section [trian] (did you mean train?)"): cluster.submit(TRAIN, "quickstart", "trian.max_steps=3"),
+        (2, "error: unknown key trian.max_steps"): cluster.submit(TRAIN, "quickstart", "trian.max_steps=3"),
         (2, "error: no dataset at"): cluster.submit(TRAIN, "no-data.toml", nodes=2),
         (2, "error: node n1 cannot resolve 'no-such-host.invalid'"):
             cluster.submit(TRAIN, "nowhere.toml", nodes=2, options=nowhere),
