@@ -2,13 +2,12 @@
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for_process
 from typing import Any, Self
+
+from pipeline.launch import start_worker
 
 
 class Workers:
@@ -62,7 +61,7 @@ class Workers:
         if self._pool is None:
             # spawn: a forked child would inherit locks that threads of pyarrow or datasets hold,
             # and never release them.
-            self._pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), _start_worker)
+            self._pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), start_worker)
         return self._pool
 
     def _close(self) -> None:
@@ -76,18 +75,3 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _start_worker() -> None:
-    # Ctrl-C reaches the whole process group; only the parent handles it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    # A worker holds both ends of the pipe it waits on, so after kill -9 of the parent it would wait
-    # forever.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait_for_process([parent.sentinel])
-    os._exit(1)
