@@ -14,7 +14,7 @@ class Format(Enum):
 
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 SUFFIXES = {suffix: each for each in Format for suffix in each.value}
-READABLE = f"{' '.join(SUFFIXES)}; all but Parquet also compressed ({' '.join(COMPRESSIONS)})"
+READABLE = f"{' '.join(SUFFIXES)}; all but Parquet also compressed as {' '.join(COMPRESSIONS)}"
 
 
 def compression_of(name: str) -> str:

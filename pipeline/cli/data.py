@@ -19,6 +19,12 @@ def _prepare_options() -> type:
     return PrepareOptions
 
 
+def _readable() -> str:
+    from prepare.formats import READABLE
+
+    return READABLE
+
+
 def _prepare(options: Any) -> None:
     from prepare.run import run
 
@@ -45,8 +51,7 @@ prepare = Command(
     shown={
         "sources": Shown(
             "A corpus (openwebtext, fineweb-edu, tinystories, shakespeare, stdlib), hf:ORG/NAME[:CONFIG][@REVISION], a "
-            "file (.txt .md .py .jsonl .json .csv .tsv .parquet .arrow, also .gz .zst .xz .bz2), a folder, a glob, a URL "
-            "(s3://...), or - for stdin.",
+            f"file ({_readable()}), a folder, a glob, a URL (s3://...), or - for stdin.",
             metavar="SOURCE...", is_argument=True,
         ),
         "name": Shown("Name of the dataset; by default the source's."),
