@@ -11,13 +11,15 @@ from pipeline.config.load import from_dict, to_toml
 from pipeline.dataset.shards import Manifest, read_manifest
 from pipeline.errors import UserError
 from pipeline.log import printable
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.tokenizer import Tokenizer
 
 LISTED_SOURCES = 20
 
 
-def model_card(name: str, model: GPT, tokenizer: Tokenizer, dtype: str, saved: Description | None, file: str) -> str:
+def model_card(
+    name: str, model: LanguageModel, tokenizer: Tokenizer, dtype: str, saved: Description | None, file: str
+) -> str:
     """Markdown with the front matter that the Hub reads. `saved` is None for a model from elsewhere; `file` names the
     GGUF file, where the weights are in one.
     """
@@ -37,7 +39,7 @@ def model_card(name: str, model: GPT, tokenizer: Tokenizer, dtype: str, saved: D
     return "\n".join(parts) + "\n"
 
 
-def _about(model: GPT, saved: Description | None) -> list[str]:
+def _about(model: LanguageModel, saved: Description | None) -> list[str]:
     start = _start(from_dict(saved.config)) if saved else ""
     origin = f"trained further from the weights of {code(start)}" if start else "trained from random weights"
     about = f"A GPT-2 language model of {model.parameter_count():,} parameters"
@@ -49,7 +51,7 @@ def _about(model: GPT, saved: Description | None) -> list[str]:
     ]
 
 
-def _model(model: GPT, tokenizer: Tokenizer, dtype: str) -> list[str]:
+def _model(model: LanguageModel, tokenizer: Tokenizer, dtype: str) -> list[str]:
     config = model.config
     return _table(
         {

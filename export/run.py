@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from export import gguf
 from export.model_card import model_card
 from pipeline.checkpoint.find import find_checkpoint
-from pipeline.checkpoint.folder import DESCRIPTION, read_description, write_description, write_model
-from pipeline.checkpoint.load import load_model
+from pipeline.checkpoint.folder import write_description, write_model
+from pipeline.checkpoint.load import read_model
+from pipeline.checkpoint.open import open_model
 from pipeline.errors import UserError
 from pipeline.files import publish, sync
 from pipeline.log import logger
 from pipeline.machine.device import DTYPES
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 
 FORMATS = ("safetensors", "gguf")
 GGUF_FILE, CARD = "model.gguf", "README.md"
@@ -47,10 +48,10 @@ def run(options: ExportOptions) -> None:
     to = options.to.absolute()
     _check_free(to)
     folder = find_checkpoint(options.ckpt, options.run_dir)
-    model, tokenizer = load_model(folder)
+    opened = open_model(folder)
+    model, tokenizer, saved = read_model(opened), opened.tokenizer, opened.description
     dtype = DTYPES[options.dtype]
     _check_range(model, dtype)
-    saved = read_description(folder) if (folder / DESCRIPTION).is_file() else None
     name = to.stem if to.suffix == ".gguf" else to.name
     with _partial(to) as partial:
         if to.suffix == ".gguf":
@@ -81,7 +82,7 @@ def _check_free(to: Path) -> None:
         )
 
 
-def _check_range(model: GPT, dtype: torch.dtype) -> None:
+def _check_range(model: LanguageModel, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{name} holds numbers that are not finite, so it is damaged: take another checkpoint")

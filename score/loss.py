@@ -26,14 +26,14 @@ from pipeline.errors import UserError
 from pipeline.log import ProgressReport
 from pipeline.machine.device import autocast
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT, document_numbers, finite
+from pipeline.model.language_model import LanguageModel, document_numbers, finite
 
 
 @dataclass(frozen=True)
 class Scorer:
     """A model as it is scored: the type it computes in, the sequences it takes at once, the ranks that share the work."""
 
-    model: GPT
+    model: LanguageModel
     dtype: torch.dtype
     batch_size: int
     world: World
@@ -48,9 +48,7 @@ class Scorer:
     def logits(self, ids: Tensor, where: Tensor, documents: Tensor | None = None) -> Tensor:
         """(n, V), float32: the logits after those of `ids` (B, T) that `where` (B, T) marks, row by row."""
         with self.autocast():
-            hidden = self.model.transformer(ids, documents)
-            logits: Tensor = self.model.lm_head(hidden[where])
-        return finite(logits[:, : self.model.vocab_size].float())
+            return finite(self.model.logits(ids, documents, where))
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.checkpoint.load import uninitialised
 from pipeline.errors import UserError
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 
 
@@ -42,7 +41,7 @@ def mesh_of(strategy: str, world: World) -> DeviceMesh | None:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def place(model: GPT, world: World, mesh: DeviceMesh | None, dtype: torch.dtype, compiled: bool) -> None:
+def place(model: LanguageModel, world: World, mesh: DeviceMesh | None, dtype: torch.dtype, compiled: bool) -> None:
     """Bring the model from the CPU to the device, whole or, with a mesh, this rank's part of it."""
     if mesh is not None:
         shard(model, mesh, dtype, compiled)
@@ -52,7 +51,7 @@ def place(model: GPT, world: World, mesh: DeviceMesh | None, dtype: torch.dtype,
         model.compile()
 
 
-def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype, compiled: bool) -> None:
+def shard(model: LanguageModel, mesh: DeviceMesh, dtype: torch.dtype, compiled: bool) -> None:
     """Leave this rank its part of every parameter: block by block, so that no device ever holds the whole model.
 
     Raises UserError for float16.
@@ -65,14 +64,14 @@ def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype, compiled: bool) -> N
     # Autocast would turn a block's matrices into `dtype` before each product: gathered as such, half as much travels. The
     # residual stream stays float32, as without sharding; so what is outside of the blocks is gathered in float32.
     in_blocks = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.transformer.h:
+    for block in model.blocks:
         if compiled:  # the forward pass alone: what FSDP does around it cannot be traced
             block.forward = torch.compile(block.forward)
         fully_shard(block, mesh=mesh, mp_policy=in_blocks)
     fully_shard(model, mesh=mesh)
 
 
-def replicate(model: GPT, world: World) -> GPT | DistributedDataParallel:
+def replicate(model: LanguageModel, world: World) -> LanguageModel | DistributedDataParallel:
     """What to call in training, once every copy or part is filled. The copies are made equal: they start as rank 0's."""
     if isinstance(model, FSDPModule):
         for parameter in model.parameters():
@@ -101,11 +100,11 @@ def reshard(model: nn.Module) -> None:
         model.reshard()
 
 
-def whole_model(model: GPT, world: World) -> GPT | None:
+def whole_model(model: LanguageModel, world: World) -> LanguageModel | None:
     """On rank 0 the model with all of its weights: itself, or of a sharded one a copy on the CPU. All ranks call it."""
     if not isinstance(model, FSDPModule):
         return model if world.is_first else None
-    copy = uninitialised(model.config, model.vocab_size) if world.is_first else None
+    copy = LanguageModel.uninitialised(model.config, model.vocab_size) if world.is_first else None
     copies = dict(copy.named_parameters()) if copy else {}
     for name, parameter in model.named_parameters():
         gathered = whole(parameter.detach())

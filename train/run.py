@@ -22,7 +22,7 @@ from pipeline.log import also_to_file, logger
 from pipeline.machine import ranks as distributed
 from pipeline.machine.device import pick_dtype, share_threads, should_compile
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from train import parallel, resume
 from train.data import staging
 from train.metrics import Metrics
@@ -97,7 +97,7 @@ def assemble(
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(config.run.seed)
-    model = GPT(config.model, mixture.tokenizer["vocab_size"])
+    model = LanguageModel(config.model, mixture.tokenizer["vocab_size"])
     parallel.place(model, world, mesh, dtype, compiled)
     trainer = Trainer(config, world, model, mixture, dtype, preview)
     introduction = [

@@ -35,7 +35,7 @@ from pipeline.log import LAYOUT, ProgressReport, logger, printable
 from pipeline.machine.device import autocast, device_name
 from pipeline.machine.gpus import peak_flops
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT, document_numbers
+from pipeline.model.language_model import LanguageModel, document_numbers
 from pipeline.model.sharding import whole
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import Tokenizer, encode_prompt
@@ -75,7 +75,9 @@ class Agreement:
 class Preview(Protocol):
     """Text with which a model goes on after a prompt. Stages do not know each other: who calls `run` brings it."""
 
-    def __call__(self, model: GPT, dtype: torch.dtype, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str: ...
+    def __call__(
+        self, model: LanguageModel, dtype: torch.dtype, tokenizer: Tokenizer, prompt: list[int], seed: int
+    ) -> str: ...
 
 
 class Trainer:
@@ -85,7 +87,7 @@ class Trainer:
         self,
         config: Config,
         world: World,
-        model: GPT,
+        model: LanguageModel,
         mixture: Mixture,
         dtype: torch.dtype,
         preview: Preview | None = None,
@@ -375,7 +377,9 @@ class Trainer:
         asked_for = self.save_now.exists()
 
         def write(state: State) -> Path:
-            folder = write_checkpoint(self.checkpoints, state, self.model, self.tokenizer, description, best)
+            folder = write_checkpoint(
+                self.checkpoints, state, self.model, self.tokenizer, description=description, best=best
+            )
             if asked_for:
                 self.save_now.unlink(missing_ok=True)
             prune_checkpoints(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.every_steps)

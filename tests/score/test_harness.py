@@ -13,7 +13,7 @@ from test_score import ALONE, model_with_opinions, save
 from pipeline.checkpoint.folder import write_model
 from pipeline.errors import UserError
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.char_byte_word import ByteTokenizer
 from pipeline.vocabulary.tokenizer import Tokenizer
 from score.loss import Scorer
@@ -84,7 +84,7 @@ def _no_network_and_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
-def harness_model(model: GPT, tokenizer: Tokenizer) -> Any:
+def harness_model(model: LanguageModel, tokenizer: Tokenizer) -> Any:
     from score.harness import HarnessModel
 
     return HarnessModel(Scorer(model, torch.float32, 3, ALONE), tokenizer)

@@ -439,10 +439,10 @@ def test_what_lies_under_tmp_and_a_disk_that_is_too_small_are_warned_of(
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_counted_as_the_model_counts_them(bias: bool, tied: bool) -> None:
-    from pipeline.model.language_model import GPT
+    from pipeline.model.language_model import LanguageModel
 
     config = ModelConfig(n_layer=3, n_head=2, n_embd=48, block_size=16, bias=bias, tie_weights=tied)
-    assert submit.parameters(config, 300) == GPT(config, 300).parameter_count()
+    assert submit.parameters(config, 300) == LanguageModel(config, 300).parameter_count()
     assert submit.parameters(config_from_arguments(["gpt2-124m"]).model, 50257) == 124_439_808
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config.load import load_config
 from pipeline.machine.gpus import PEAK_FLOPS
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from train.metrics import Metrics, Throughput
 
 
@@ -55,7 +55,7 @@ def test_mfu_is_unknown_without_a_peak() -> None:
 def test_flops_of_gpt2_124m_follow_the_formula() -> None:
     """6 N + 12 L C T (Chowdhery et al. 2022, appendix B) with N = 124,439,808 less the position embeddings."""
     with torch.device("meta"):
-        model = GPT(load_config("gpt2-124m", []).model, 50257)
+        model = LanguageModel(load_config("gpt2-124m", []).model, 50257)
     assert model.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
 
 

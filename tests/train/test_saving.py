@@ -83,10 +83,10 @@ def test_a_failed_save_ends_training_at_the_next_step_and_says_why(
     config = tiny_config(tiny, train={"max_steps": 1000}, checkpoint={"every_steps": 3}, eval={"every_steps": 0})
     real = write_checkpoint
 
-    def full_disk(checkpoints: Path, state: State, *others: object) -> Path:
+    def full_disk(checkpoints: Path, state: State, *others: object, **named: object) -> Path:
         if checkpoint_folders(checkpoints):
             raise OSError(28, "No space left on device")
-        return real(checkpoints, state, *others)  # type: ignore[arg-type]
+        return real(checkpoints, state, *others, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr("train.trainer.write_checkpoint", full_disk)
     with pytest.raises(UserError, match=r"could not be written: .*No space left on device"):
@@ -98,7 +98,7 @@ def test_a_failed_save_ends_training_at_the_next_step_and_says_why(
 
 
 def test_a_failure_of_the_last_save_is_no_success(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(*_: object) -> Path:
+    def full_disk(*_: object, **__: object) -> Path:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("train.trainer.write_checkpoint", full_disk)

@@ -6,7 +6,9 @@ from pipeline.config.keys import Config
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """The rate of the optimizer step after `step` completed ones: linear warmup, half a cosine down to min_lr, then flat."""
+    """The rate of the optimizer step after `step` completed ones: linear warmup, half a cosine down
+    to min_lr, then flat.
+    """
     lr, min_lr, warmup = config.optimizer.lr, config.optimizer.min_lr, config.schedule.warmup_steps
     if step < warmup:
         return lr * (step + 1) / warmup
