@@ -1,4 +1,6 @@
-"""The arithmetic of a run before it starts: tokens, accumulation, epochs, parameters, FLOPs, bytes. No torch."""
+"""The arithmetic of a run before it starts: tokens, accumulation, epochs, parameters, FLOPs, bytes.
+No torch.
+"""
 
 from pathlib import Path
 
@@ -12,12 +14,15 @@ CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-batches each rank accumulates for one optimizer step. Raises UserError with the nearest values that divide."""
+    """Micro-batches each rank accumulates for one optimizer step. Raises UserError with the nearest
+    values that divide.
+    """
     train, block_size = config.train, config.model.block_size
     wanted = train.tokens_per_step
     tokens_at_a_time = train.micro_batch_size * block_size * world_size
     if wanted % tokens_at_a_time == 0:
         return wanted // tokens_at_a_time
+    # 0 tokens would divide too.
     below = wanted // tokens_at_a_time * tokens_at_a_time
     nearest = [str(value) for value in (below, below + tokens_at_a_time) if value]
     # A smaller or larger micro-batch may divide where the ranks do.
@@ -33,7 +38,9 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 
 
 def step_arithmetic(config: Config, world_size: int) -> str:
-    """How a step adds up, with every factor, so that a wrong one is noticed before it costs anything."""
+    """How a step adds up, with every factor, so that a wrong one is noticed before it costs
+    anything.
+    """
     train = config.train
     return (
         f"tokens_per_step {train.tokens_per_step:,} = micro_batch_size {train.micro_batch_size} x block_size "
@@ -42,7 +49,9 @@ def step_arithmetic(config: Config, world_size: int) -> str:
 
 
 def data_arithmetic(config: Config, folder: Path, manifest: Manifest, share: float) -> str:
-    """What a run takes of one dataset, whose part of the samples is `share` (1 unless in a mixture)."""
+    """What a run takes of one dataset, whose part of the samples is `share` (1 unless in a
+    mixture).
+    """
     train, block_size = config.train, config.model.block_size
     windows = round(share * (train.max_steps * train.tokens_per_step // block_size))
     tokens = manifest.count("train", "tokens")
@@ -55,7 +64,9 @@ def data_arithmetic(config: Config, folder: Path, manifest: Manifest, share: flo
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Trainable parameters, tied ones once, without padding: `GPT.parameter_count` of a model that was never built."""
+    """Trainable parameters, tied ones once, without padding: `LanguageModel.parameter_count` of a model that
+    was never built.
+    """
     width = model.n_embd
     norm = width * (2 if model.bias else 1)
     # Attention has 4 width x width matrices, the MLP 8; their biases are 4 and 5 widths.
@@ -65,7 +76,9 @@ def parameters(model: ModelConfig, vocab_size: int) -> int:
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int) -> int:
-    """Forward and backward: 6 for each weight that is multiplied, 12 L C T for attention (Chowdhery et al. 2022)."""
+    """Forward and backward: 6 for each weight that is multiplied, 12 L C T for attention (Chowdhery
+    et al. 2022).
+    """
     looked_up = model.block_size + (0 if model.tie_weights else vocab_size)  # rows that no matrix product takes
     multiplied = parameters(model, vocab_size) - looked_up * model.n_embd
     return 6 * multiplied + 12 * model.n_layer * model.n_embd * model.block_size

@@ -1,4 +1,5 @@
-"""A run's folder: the files a run keeps up to date while it trains, and how to find the newest run. No torch.
+"""A run's folder: the files a run keeps up to date while it trains, and how to find the newest run.
+No torch.
 
 runs/<name>/config.toml           the resolved config
             status.json           running, done, stopped or failed; step; why it ended
@@ -22,13 +23,16 @@ class State(StrEnum):
 
     RUNNING = "running"
     DONE = "done"
+    # The batch scripts look for this word, to tell a run that will resume from one that is over.
     STOPPED = "stopped"  # on request, with everything saved
     FAILED = "failed"
 
 
 @dataclass(frozen=True)
 class Status:
-    """status.json. `step_s`, `last_save_s`: seconds that the last step and the last checkpoint took, None before the first."""
+    """status.json. `step_s`, `last_save_s`: seconds that the last step and the last checkpoint
+    took, None before the first.
+    """
 
     state: State
     step: int
@@ -37,47 +41,24 @@ class Status:
     last_save_s: float | None = None
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The files in the folder of one run; none needs to exist."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.toml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def bad_steps(self) -> Path:
-        return self.path / "bad_steps.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tb"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def save_now(self) -> Path:
-        return self.path / "save-now"
+    def __init__(self, path: Path) -> None:
+        self.path, self.checkpoints = path, path / "checkpoints"
+        self.config, self.status = path / "config.toml", path / "status.json"
+        self.metrics, self.bad_steps = path / "metrics.jsonl", path / "bad_steps.jsonl"
+        self.log, self.tensorboard = path / "log.txt", path / "tb"
+        self.save_now = path / "save-now"
 
     def write_status(self, status: Status) -> None:
-        write_atomic(self.path / "status.json", json.dumps(asdict(status)).encode() + b"\n")
+        write_atomic(self.status, json.dumps(asdict(status)).encode() + b"\n")
 
     def read_status(self) -> Status | None:
         """status.json; None where it is missing or damaged."""
         try:
-            found = json.loads((self.path / "status.json").read_bytes())
+            found = json.loads((self.status).read_bytes())
+            # Runs of earlier versions did not record these.
             timing = found.get("step_s"), found.get("last_save_s")
             return Status(State(found["state"]), int(found["step"]), str(found["reason"]), *timing)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -91,6 +72,7 @@ class RunFolder:
 
 def newest_run(runs: Path) -> Path | None:
     """The run under `runs` that saved a checkpoint last; None where none has one."""
+    # By the pointer's time: a folder's own changes with whatever is created in it.
     pointers = sorted(runs.glob("*/checkpoints/latest"), key=lambda pointer: pointer.stat().st_mtime)
     return pointers[-1].parents[1] if pointers else None
 

@@ -33,23 +33,25 @@ from tree import (
 ORDER = {
     "pipeline": (
         "errors", "launch", "log", "files", "config", "vocabulary", "dataset", "budget", "runs", "machine", "model",
-        "checkpoint", "rendezvous", "cli", "__main__",
+        "checkpoint", "cli", "__main__",
     ),
     "prepare": (
-        "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "options", "run",
+        "formats", "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "fetch",
+        "options", "preparation", "run",
     ),
     "train": (
-        "data", "optimizer", "metrics", "parallel", "replicas", "resume", "saving", "spikes", "stop", "trainer", "run",
+        "data", "optimizer", "parallel", "replicas", "resume", "spikes", "evaluation", "metrics", "preview", "saving",
+        "stop", "trainer", "run",
     ),
-    "sample": ("choice", "generate", "continuation", "interactive", "options", "preview", "run"),
-    "score": ("loss", "harness", "tasks", "run"),
+    "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
+    "score": ("options", "loss", "tables", "run"),
     "observe": ("shared_documents", "inspect", "verify"),
-    "export": ("model_card", "gguf", "run"),
-    "slurm": ("sbatch", "filesystems", "shell", "mistakes", "doctor", "submit"),
+    "export": ("options", "model_card", "gguf", "run"),
+    "slurm": ("sbatch", "filesystems", "doctor", "job", "checks", "submit"),
 }  # fmt: skip
 # Code lines a package may hold: without blanks, comments and docstrings.
 CEILINGS = {
-    "pipeline": 4200, "prepare": 3300, "train": 1800, "observe": 1400, "slurm": 1100, "sample": 500, "score": 560, "export": 500,
+    "pipeline": 4200, "prepare": 3300, "train": 1800, "observe": 1400, "slurm": 600, "sample": 500, "score": 400, "export": 250,
 }  # fmt: skip
 # Rooms of `pipeline` that answer before torch is there; and the whole of prepare.
 WITHOUT_TORCH = (
@@ -61,7 +63,7 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shel
 MOST_ENTRIES = 14  # modules and packages at one level
 MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 60
-EXEMPT_FROM_FILE_LINES = {"pipeline/cli/main.py", "slurm/mistakes.py", "slurm/submit.py", "train/trainer.py"}
+EXEMPT_FROM_FILE_LINES: set[str] = set()
 
 # What only an architecture's own files may name, and where else it may stand: the registries, the export formats.
 ARCHITECTURE_FILES = ("pipeline/model/gpt2.py", "pipeline/checkpoint/layout_gpt2.py", "export/")
@@ -137,6 +139,8 @@ def dangers(path: Path) -> Iterator[str]:
                 yield f"line {node.lineno}: {name}()"
             case ast.Attribute(value=ast.Name(id="torch"), attr="load"):
                 yield f"line {node.lineno}: torch.load"
+            case ast.keyword(arg="trust_remote_code", value=ast.Constant(value=False)):
+                pass
             case ast.keyword(arg="allow_pickle" | "trust_remote_code" as name):
                 yield f"line {node.value.lineno}: {name}="
     yield from (f"imports {name}" for name in imports(path) if package_of(name) in FORBIDDEN_MODULES)

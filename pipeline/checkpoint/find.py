@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.checkpoint.pointers import pointed_folder
 from pipeline.config.keys import RunConfig
+from pipeline.config.other_names import hub_hint
 from pipeline.errors import UserError, one_line
 from pipeline.log import logger
 from pipeline.runs import newest_run
@@ -48,7 +49,9 @@ def find_model_folder(name: str) -> Path:
     if name.startswith("hf:"):
         return _hub_folder(name)
     if not Path(name).is_dir():
-        raise UserError(f"no checkpoint at {name}: expected a checkpoint folder, hf:ORG/NAME, latest or best")
+        raise UserError(
+            f"no checkpoint at {name}{hub_hint(name)}: expected a checkpoint folder, hf:ORG/NAME, latest or best"
+        )
     return Path(name)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import pipeline
 from pipeline.checkpoint.layouts import layout_of
-from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer, step_of
+from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer
 from pipeline.checkpoint.safetensors_files import WEIGHTS
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes, hash_file, publish, read_limited, sync, write_atomic
@@ -251,16 +251,13 @@ def verify_files(folder: Path, description: Description, without: Collection[str
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its hash; use another checkpoint")
 
 
-def prune_checkpoints(checkpoints: Path, keep: int, every_steps: int = 1) -> None:
+def prune_checkpoints(checkpoints: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints, `latest` and `best`: only folders this program
     wrote, and partial ones.
-
-    The newest one at a multiple of `every_steps` stays too, for a run that has to rewind.
     """
     # A folder without a description may be anybody's.
     ours = [folder for folder in checkpoint_folders(checkpoints) if (folder / DESCRIPTION).is_file()]
-    planned = [folder for folder in ours if step_of(folder) % every_steps == 0]
-    kept = {*ours[-keep:], *planned[-1:], pointed_folder(checkpoints, "latest"), best_folder(checkpoints)}
+    kept = {*ours[-keep:], pointed_folder(checkpoints, "latest"), best_folder(checkpoints)}
     for folder in (*(folder for folder in ours if folder not in kept), *checkpoints.glob(".step_*.partial")):
         shutil.rmtree(folder)
 

@@ -7,10 +7,18 @@ import pytest
 import torch
 from conftest import tiny_config, write_dataset
 
-from pipeline.budget import checkpoint_bytes, data_arithmetic, flops_per_token, parameters, step_arithmetic
+from pipeline.budget import (
+    accumulation_steps,
+    checkpoint_bytes,
+    data_arithmetic,
+    flops_per_token,
+    parameters,
+    step_arithmetic,
+)
 from pipeline.config.keys import ModelConfig
 from pipeline.dataset.shards import load_manifest
-from pipeline.model.language_model import GPT
+from pipeline.errors import UserError
+from pipeline.model.language_model import LanguageModel
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -18,7 +26,7 @@ from pipeline.model.language_model import GPT
 def test_parameters_are_those_of_the_model(bias: bool, tie_weights: bool) -> None:
     config = ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, bias=bias, tie_weights=tie_weights)
     with torch.device("meta"):
-        model = GPT(config, 257)
+        model = LanguageModel(config, 257)
     assert parameters(config, 257) == model.parameter_count()
 
 
@@ -29,6 +37,15 @@ def test_gpt2_124m() -> None:
     assert checkpoint_bytes(ModelConfig(), 50257) == 12 * 124_439_808
     untied = replace(ModelConfig(), tie_weights=False)
     assert flops_per_token(untied, 50257) == flops_per_token(ModelConfig(), 50257), "a lookup takes no FLOPs"
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_what_does(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, train={"tokens_per_step": 96, "micro_batch_size": 2})
+    assert accumulation_steps(config, 1) == 3
+    with pytest.raises(
+        UserError, match=r"x 2 rank\(s\) = 64 tokens; set train.tokens_per_step=64 or 128, or .*size=1 or 3"
+    ):
+        accumulation_steps(config, 2)
 
 
 def test_every_factor_is_printed(tmp_path: Path) -> None:

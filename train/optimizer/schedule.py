@@ -11,7 +11,9 @@ def learning_rate(step: int, config: Config) -> float:
     """
     lr, min_lr, warmup = config.optimizer.lr, config.optimizer.min_lr, config.schedule.warmup_steps
     if step < warmup:
-        return lr * (step + 1) / warmup
+        return lr * (step + 1) / warmup  # never 0: the first step is not wasted
+    # After the warmup check: a run shorter than its warmup keeps rising, and a note at its start
+    # says so.
     if step >= config.decay_steps:
         return min_lr
     progress = (step - warmup) / (config.decay_steps - warmup)
