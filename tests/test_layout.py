@@ -44,7 +44,7 @@ ORDER = {
         "stop", "trainer", "run",
     ),
     "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
-    "score": ("options", "loss", "tables", "run"),
+    "score": ("options", "loss", "harness", "tables", "run"),
     "observe": ("shared_documents", "inspect", "verify"),
     "export": ("options", "model_card", "gguf", "run"),
     "slurm": ("sbatch", "filesystems", "doctor", "job", "checks", "submit"),

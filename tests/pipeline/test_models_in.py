@@ -224,7 +224,7 @@ def test_a_full_disk_is_not_told_as_the_hubs_silence(
     broken_download(monkeypatch, tmp_path, OSError(number, "full"))
     with pytest.raises(OSError, match="full") as caught:
         find_model_folder("hf:org/small")
-    assert caught.value.errno == number and number in cli.THE_MACHINES_FAULTS
+    assert caught.value.errno == number and number in cli.FAULTS_OF_THE_MACHINE
 
 
 def test_what_a_broken_download_left_is_used_where_it_is_whole(

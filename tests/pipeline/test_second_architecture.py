@@ -146,7 +146,7 @@ def test_it_samples_evaluates_and_opens_as_a_folder_of_its_own_kind(
     folder = toy.run_dir / "checkpoints" / "step_00000010"
     model, tokenizer = load_model(folder)
     prompt = tokenizer.encode("ABC").tolist()
-    steps = generate(Decoder(model, 2), prompt, 10, Choice(temperature=0), seed=0)
+    steps = generate(Decoder(model, 2), prompt, max_new_tokens=10, choice=Choice(temperature=0), seed=0)
     decoded = prompt + [tokens.ids[0] for tokens in steps]
     with torch.inference_mode():
         assert model.logits(torch.tensor([decoded[:-1]]))[0, 2:].argmax(dim=1).tolist() == decoded[3:]
