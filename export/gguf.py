@@ -1,8 +1,8 @@
 """A model as one GGUF file, the format of llama.cpp and programs built on it.
 
-The format names a few pre-tokenizers only, of which ours has GPT-2's: byte-pair vocabularies with that
-pattern are written, all others refused. Matrices are (out, in) as in torch, missing biases are zeros;
-vectors and the position embedding stay float32, as in files of llama.cpp's converter.
+The format names a few pre-tokenizers only, of which ours has GPT-2's: byte-pair vocabularies with
+that pattern are written, all others refused. Matrices are (out, in) as in torch, missing biases are
+zeros; vectors and the position embedding stay float32, as in files of llama.cpp's converter.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -24,7 +24,10 @@ from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`tokens` by id, None for an unused id; `merges` as "left right" in order of rank; `special`: ids of special tokens."""
+    """`tokens`: by id, None for an unused one. `merges`: "left right", in order of rank.
+
+    `special`: ids of special tokens.
+    """
 
     tokens: list[str | None]
     merges: list[str]
@@ -32,7 +35,7 @@ class Vocabulary:
 
 
 def write(path: Path, model: GPT, tokenizer: Tokenizer, *, name: str, dtype: torch.dtype) -> None:
-    """Write model and vocabulary. Raises UserError for a vocabulary whose pattern GGUF has no name for."""
+    """Write model and vocabulary. Raises UserError for a vocabulary that GGUF cannot describe."""
     vocabulary = vocabulary_of(tokenizer)
     gguf = _library()
     kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[str(dtype).removeprefix("torch.")]
@@ -48,7 +51,7 @@ def write(path: Path, model: GPT, tokenizer: Tokenizer, *, name: str, dtype: tor
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """Raises UserError unless GPT-2's pattern and the merges alone determine the ids of every text."""
+    """Raises UserError unless GPT-2's pattern and the merges alone give the ids of every text."""
     if not isinstance(tokenizer, JsonTokenizer):
         content = tokenizer_files(tokenizer)[JSON_FILE]
         tokenizer = JsonTokenizer(tokenizer.name, content, tokenizer.end_of_text)

@@ -1,4 +1,4 @@
-"""`pipeline export`: a checkpoint -> a folder or a GGUF file to publish, without training state, with a model card."""
+"""`pipeline export`: a checkpoint -> a folder or file to publish, with a model card."""
 
 import json
 import os
@@ -39,7 +39,7 @@ class ExportOptions:
 
 
 def run(options: ExportOptions) -> None:
-    """Write the copy next to its final path, then rename it. Raises UserError, also if something exists there."""
+    """Write the copy next to its final path, then rename it. Raises UserError."""
     _check_options(options)
     to, to_file = options.to.absolute(), options.to.suffix == ".gguf"
     folder = find_checkpoint(options.ckpt, options.run_dir)
@@ -96,7 +96,7 @@ def _check_range(model: GPT, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _partial(to: Path) -> Iterator[Path]:
-    """A path next to `to`, renamed to it once everything is written and synced, removed after an error."""
+    """A path next to `to`, renamed to it once all is written and synced, removed after an error."""
     partial = to.with_name(f".{to.name}.{os.getpid()}.partial")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)

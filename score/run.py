@@ -182,7 +182,8 @@ def find_tasks(options: EvalOptions) -> Any:
 def score_tasks(subject: Subject, index: Any, options: EvalOptions) -> dict[str, Any]:
     """The metrics of every task, on every rank; the first one computes them while the others wait.
 
-    The harness could share requests among GPUs of one machine, but neither among CPU processes nor among machines.
+    The harness could share requests among GPUs of one machine, but neither among CPU processes nor
+    among machines.
     """
     world = subject.scorer.world
     scores: dict[str, Any] = {}

@@ -5,7 +5,9 @@ from typing import Any
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report of `score.run` in the order of its parts: the checkpoint, its losses, its scores on tasks."""
+    """The report of `score.run` in the order of its parts: the checkpoint, its losses, its scores
+    on tasks.
+    """
     step = "" if report["step"] is None else f", step {report['step']:,}"
     lines = [f"{report['ckpt']}{step}, block_size {report['block_size']:,}"]
     if rows := report["datasets"]:

@@ -43,7 +43,7 @@ ORDER = {
     ),
     "sample": ("choice", "generate", "continuation", "interactive", "options", "preview", "run"),
     "score": ("options", "loss", "harness", "tables", "run"),
-    "observe": ("shared_documents", "inspect", "verify"),
+    "observe": ("tables", "shared_documents", "inspect", "verify"),
     "export": ("model_card", "gguf", "run"),
     "slurm": ("sbatch", "filesystems", "shell", "mistakes", "doctor", "submit"),
 }  # fmt: skip
