@@ -52,11 +52,13 @@ def write(path: Path, model: GPT, tokenizer: Tokenizer, *, name: str, dtype: tor
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """Raises UserError unless GPT-2's pattern and the merges alone give the ids of every text."""
+    # The tokenizer.json of any vocabulary shows whether its ids are those of merges alone.
     if not isinstance(tokenizer, JsonTokenizer):
         content = tokenizer_files(tokenizer)[JSON_FILE]
         tokenizer = JsonTokenizer(tokenizer.name, content, tokenizer.end_of_text)
     pairs = tokenizer.document["model"].get("merges", ())
     found = tokenizer.merges
+    # Each merge makes one token; llama.cpp would never find a token that no merge makes.
     if found is None or found.pattern != PUBLISHED["gpt2"].pattern or len(found.ranks) != 256 + len(pairs):
         raise UserError(
             f"GGUF has no name for the pre-tokenizer of the vocabulary {tokenizer.name}: expected a byte-pair vocabulary with "
@@ -82,6 +84,7 @@ def _describe(writer: Any, name: str, model: GPT) -> None:
     writer.add_name(name)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
+    # GPT-2's multilayer perceptron is four times as wide as the model.
     writer.add_feed_forward_length(4 * config.n_embd)
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
@@ -93,6 +96,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, end_of_text: int) -> No
 
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
+    # Unused ids need a string too; llama.cpp's converter calls them [PAD<id>].
     writer.add_token_list([f"[PAD{i}]" if token is None else token for i, token in enumerate(vocabulary.tokens)])
     types = {True: TokenType.UNUSED, False: TokenType.NORMAL}
     writer.add_token_types(
@@ -104,6 +108,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, end_of_text: int) -> No
     writer.add_token_merges(vocabulary.merges)
     writer.add_bos_token_id(end_of_text)
     writer.add_eos_token_id(end_of_text)
+    # In training a document is preceded by end-of-text, but a prompt may begin anywhere.
     writer.add_add_bos_token(False)
 
 
@@ -115,6 +120,7 @@ def _add_tensors(writer: Any, model: GPT, kind: str) -> None:
     parameters = dict(model.named_parameters())
     for name, shape in huggingface.folder_shapes(model.config, model.vocab_size).items():
         tensor = parameters[name].detach() if name in parameters else torch.zeros(shape)
+        # Rows that pad the vocabulary for the sake of matrix units are not part of it.
         if name in huggingface.VOCABULARY_ROWS:
             tensor = tensor[: model.vocab_size]
         half = tensor.ndim == 2 and name != huggingface.POSITIONS

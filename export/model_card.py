@@ -18,7 +18,7 @@ from pipeline.vocabulary.tokenizer import Tokenizer
 
 
 def model_card(name: str, model: GPT, tokenizer: Tokenizer, *, dtype: str, saved: Description | None, file: str) -> str:
-    """model_card.md filled in. `saved` is None for a foreign model; `file` names the GGUF, or is ""."""
+    """model_card.md filled in. `saved`: None for a foreign model; `file`: the GGUF's name or ""."""
     data = ModelCardData(library_name="gguf" if file else "transformers", pipeline_tag="text-generation", tags=["gpt2"])
     facts: dict[str, Any] = {"name": name, "model": model, "shape": model.config, "tokenizer": tokenizer}
     facts |= {"version": __version__, "show": printable, "code": _code, "number": "{:,}".format}
@@ -47,6 +47,7 @@ def _find_manifest(config: Config, saved: Description) -> Manifest | None:
 
 
 def _format_source(source: dict[str, Any]) -> str:
+    # Absolute paths tell about a machine, relative ones about the data.
     shown = {key: Path(value).name if str(value).startswith("/") else value for key, value in source.items()}
     return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
 

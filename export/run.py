@@ -56,10 +56,12 @@ def run(options: ExportOptions) -> None:
             gguf.write(partial if to_file else partial / gguf_file, model, tokenizer, name=name, dtype=dtype)
         else:
             _write_folder(partial, model, tokenizer, dtype)
-            if saved is not None:  # what the run was, and the vocabulary under its name; nothing of the optimizer
+            # It carries the run's config and the vocabulary's name, but nothing of the optimizer.
+            if saved is not None:
                 write_description(partial, replace(saved, scaler={}, bad_steps=0, grad_norms=[]))
         if not to_file:
-            # Written after the hashes, so that its owner may edit it.
+            # Written after the hashes, so that its owner may edit it. A lone file has no card, but
+            # GGUF has the name and the shape in its metadata.
             card = model_card(name, model, tokenizer, dtype=options.dtype, saved=saved, file=gguf_file)
             (partial / CARD).write_text(card, encoding="utf-8")
     logger.info(f"{folder} -> {options.to}: {model.parameter_count():,} parameters in {options.dtype}")
@@ -85,6 +87,7 @@ def _write_folder(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.d
 
 
 def _check_range(model: GPT, dtype: torch.dtype) -> None:
+    # float16 ends at 65,504; casting would turn larger weights into infinities without a word.
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{name} has values that are not finite, so it is damaged: use another checkpoint")
@@ -97,6 +100,7 @@ def _check_range(model: GPT, dtype: torch.dtype) -> None:
 @contextmanager
 def _partial(to: Path) -> Iterator[Path]:
     """A path next to `to`, renamed to it once all is written and synced, removed after an error."""
+    # With the process id, two exports to one path do not write into the same files.
     partial = to.with_name(f".{to.name}.{os.getpid()}.partial")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def run(path: Path, as_json: bool) -> None:
 class Counts:
     """What one pass over a split counts. Lengths of documents exclude end-of-text.
 
-    `ids` (vocab_size + 1,): how often each id occurs; the last one counts all ids outside the vocabulary.
+    `ids` (vocab_size + 1,): how often each id occurs, last those outside the vocabulary.
     `lengths`: documents by length; n ids have fewer than sqrt(2n) different ones, so it is small.
     A document that two shards share counts as two, but `prepare` splits none.
     `first`: shard, start and length of the first documents.
@@ -65,6 +65,7 @@ def describe_dataset(path: Path) -> dict[str, Any]:
     tokenizer, note = None, ""
     if manifest.is_foreign:
         note = f"{manifest.program}'s format, which names no vocabulary: assumed to be GPT-2's"
+    # A lost vocabulary is no reason to hide the counts, which need none.
     try:
         tokenizer = from_spec(manifest.tokenizer, folder)
     except UserError as error:
@@ -116,6 +117,7 @@ def count_shard(folder: Path, manifest: Manifest, shard: Shard, advance: Advance
         # Clipped as uint32, which every id fits into, at half the memory of int64.
         counts.ids += np.bincount(np.minimum(ids, np.uint32(vocab_size)), minlength=vocab_size + 1)
         starts, lengths = finder.feed(ids)
+        # Millions of documents have a few thousand lengths: counted in numpy, added in Python.
         different, times = np.unique(lengths, return_counts=True)
         counts.lengths.update(dict(zip(different.tolist(), times.tolist(), strict=True)))
         missing = BEGINNINGS - len(counts.first)
@@ -184,6 +186,7 @@ def decode(tokenizer: Tokenizer | None, ids: list[int], is_complete: bool = Fals
     if tokenizer is None or max(ids, default=0) >= tokenizer.vocab_size:
         return None
     content = tokenizer.decode_bytes(ids)
+    # The incremental decoder holds back an incomplete character unless told that this is the end.
     return codecs.getincrementaldecoder("utf-8")("replace").decode(content, is_complete)
 
 
@@ -207,6 +210,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
         described |= {"kind": "checkpoint", **{name: getattr(saved, name) for name in recorded}}
     else:
         described["config"] = {"model": asdict(found.config)}
+    # The meta device allocates nothing: the parameters are only counted.
     with torch.device("meta"):
         described["parameters"] = GPT(found.config, found.tokenizer.vocab_size).parameter_count()
     described["tokenizer"] = vocabulary(spec)

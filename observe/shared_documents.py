@@ -45,6 +45,7 @@ class DocumentIndex:
 
     def sort(self) -> None:
         """Sort by key; documents with equal keys stay in the order of the files."""
+        # Threads add parts in any order; sorted, the same document is reported at every start.
         self._parts.sort(key=lambda part: (part[0], part[1][0]))
         keys = [keys for *_, keys in self._parts]
         # A document's number counts through the parts, whose first numbers tell which part has it.
@@ -56,6 +57,7 @@ class DocumentIndex:
     def find(self, ids: TokenIds, starts: Positions, lengths: Positions) -> Iterator[tuple[int, Document]]:
         """Starts of the documents that the index has too, each with the index's document."""
         keys = document_keys(ids, starts, lengths)
+        # Between the two positions are the documents with an equal key, mostly none or one.
         first = np.searchsorted(self._keys, keys, side="left")
         beyond = np.searchsorted(self._keys, keys, side="right")
         for hit in np.flatnonzero(first < beyond):

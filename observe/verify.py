@@ -29,6 +29,7 @@ from pipeline.vocabulary.tokenizer import TokenIds
 
 def run(path: Path) -> None:
     """Write faults and remarks, or the verdict, to stdout. Raises UserError for faults."""
+    # Datasets are verified without importing torch, which takes seconds.
     if any(path.glob("*.safetensors")):
         _verify_checkpoint(path)
         return
@@ -149,6 +150,7 @@ class Verification:
                 if not tally.outside:
                     tally.first_outside = f"{part[outside[0]]} at position {finder.position + outside[0]}"
                 tally.outside += len(outside)
+            # Clipped: ids outside the vocabulary are counted above, and have no bytes.
             if self.token_bytes is not None:
                 tally.text_bytes += int(self.token_bytes.take(part, mode="clip").sum())
             self._find_twins(split, shard, finder.feed(part), tally)
@@ -158,7 +160,7 @@ class Verification:
         return tally
 
     def _find_twins(self, split: str, shard: Shard, documents: tuple[Positions, Positions], tally: Tally) -> None:
-        """Add val's documents to the index, or look up train's, but for one that two shards share."""
+        """Add val's documents to the index or look train's up, except those two shards share."""
         starts, lengths = (positions[documents[1] > 0] for positions in documents)
         if self.val_documents is None or not len(starts):
             return
@@ -174,6 +176,7 @@ class Verification:
 
     def _report(self, shard: Shard, tally: Tally) -> None:
         path, ours = self.folder / shard.file, not self.manifest.is_foreign
+        # Every other fault of a renamed shard would follow from this one.
         if ours and tally.hash != shard.hash and tally.hash in self.file_of_hash:
             self.faults.append(f"{path} has the content of {self.file_of_hash[tally.hash]}: renamed")
             return

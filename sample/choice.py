@@ -70,7 +70,7 @@ def filtered(logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor | None]:
 
 
 def _likeliest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Logits (B, n) and ids (B, n) of the top_k likeliest tokens, in order, and ties with the last."""
+    """Logits (B, n) and ids (B, n) of the top_k likeliest tokens, in order, plus ties."""
     # One more than asked for shows whether the last one is tied, which is rare.
     best, ids = logits.topk(top_k + 1)
     last = best[:, top_k - 1 : top_k]

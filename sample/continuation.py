@@ -87,6 +87,7 @@ class Continuation:
             self.pieces.append(self._waiting[: min(found)[1]])
             self.finish_reason = "stop"
             return
+        # What may still become a stop string is held back: a terminal takes no text back.
         ready = len(self._waiting) - max((overlap(self._waiting, stop) for stop in self.stops), default=0)
         self.pieces.append(self._waiting[:ready])
         self._waiting = self._waiting[ready:]

@@ -64,6 +64,7 @@ def _history(path: Path) -> Iterator[None]:
     readline.set_history_length(REMEMBERED_LINES)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Prompts may be private; chmod is for a file that existed with other permissions.
         path.touch(mode=0o600)
         path.chmod(0o600)
         readline.read_history_file(path)

@@ -9,6 +9,7 @@ from sample.choice import Choice
 from sample.continuation import Continuation, grow
 from sample.generate import generate
 
+# Long enough to judge the text, short enough for every evaluation.
 MAX_NEW_TOKENS = 64
 CHOICE = Choice(temperature=0.8, top_k=50)
 

@@ -36,6 +36,7 @@ def write_samples(options: SampleOptions) -> None:
     folder = find_checkpoint(options.ckpt, options.run_dir)
     decoder, tokenizer = load(folder, options)
     encoded = [_encode(prompt, tokenizer) for prompt in prompts]
+    # Logged, so that a text can be repeated.
     seed = int.from_bytes(os.urandom(4)) if options.seed is None else options.seed
     logger.info("seed %d", seed)
     writer = Writer(decoder, tokenizer, options)

@@ -79,6 +79,7 @@ def score(options: EvalOptions, world: World) -> dict[str, Any]:
         stride = block_size if options.stride is None else options.stride
         if not 1 <= stride <= block_size:
             raise UserError(f"invalid --stride {stride}: expected 1 to {block_size}, the model's block_size")
+        # All that can be wrong is found before the first of the hours that scoring may take.
         datasets = [] if options.tasks and not options.data else open_datasets(subject, options)
         tasks = find_tasks(options) if options.tasks and world.is_first else None
     step = subject.description.step if subject.description else None

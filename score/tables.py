@@ -42,6 +42,7 @@ def format_number(value: float | int | None) -> str:
 
 def format_table(titles: list[str], rows: list[list[str]], names: int = 1) -> list[str]:
     """Aligned columns: the first `names` to the left, the numbers behind them to the right."""
+    # Widths fit the longest cell: nothing is truncated, since the table may be read from a file.
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     return [
         "  ".join(f"{cell:{'<' if at < names else '>'}{widths[at]}}" for at, cell in enumerate(row)).rstrip()
