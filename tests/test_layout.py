@@ -45,7 +45,7 @@ ORDER = {
     ),
     "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
     "score": ("options", "loss", "harness", "tables", "run"),
-    "observe": ("shared_documents", "inspect", "verify"),
+    "observe": ("tables", "shared_documents", "inspect", "verify"),
     "export": ("options", "model_card", "gguf", "run"),
     "slurm": ("sbatch", "filesystems", "doctor", "job", "checks", "submit"),
 }  # fmt: skip
