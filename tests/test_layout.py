@@ -33,7 +33,7 @@ from tree import (
 ORDER = {
     "pipeline": (
         "errors", "launch", "log", "files", "config", "vocabulary", "dataset", "budget", "machine", "model", "checkpoint",
-        "rendezvous", "cli", "__main__",
+        "rendezvous", "api", "cli", "__main__",
     ),
     "prepare": (
         "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "options", "run",
@@ -42,7 +42,7 @@ ORDER = {
         "data", "optimizer", "metrics", "parallel", "replicas", "resume", "saving", "spikes", "stop", "trainer", "run",
     ),
     "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
-    "score": ("options", "loss", "tables", "run"),
+    "score": ("options", "loss", "harness", "tables", "run"),
     "observe": ("shared_documents", "inspect", "verify"),
     "export": ("options", "model_card", "gguf", "run"),
     "slurm": ("sbatch", "filesystems", "shell", "mistakes", "doctor", "submit"),
