@@ -50,7 +50,7 @@ def load(
     from pipeline.checkpoint.load import load_model
     from pipeline.machine.device import pick_device, pick_dtype
 
-    if (Path(checkpoint) / "checkpoints").is_dir():
+    if (Path(checkpoint) / "checkpoints").is_dir():  # a run's folder stands for its newest checkpoint
         checkpoint, run_dir = "latest", checkpoint
     folder = find_checkpoint(str(checkpoint), None if run_dir is None else Path(run_dir))
     place = pick_device(device)
@@ -72,6 +72,7 @@ class Model:
     def _decoder(self) -> "Decoder":
         from pipeline.model.decoder import Decoder
 
+        # Holds weights as it multiplies them, a second copy, so it is made for the first text and kept.
         return Decoder(self.model, 1, self.dtype)
 
     def generate(self, prompt: str = "", **options: Any) -> str:
@@ -84,6 +85,7 @@ class Model:
         from sample.generate import generate
         from sample.options import Choice, SampleOptions, check_options
 
+        # The other options of `pipeline sample` are about prompts, files, devices and output.
         known = {"max_new_tokens", "stop", "seed", *(entry.name for entry in fields(Choice))}
         if unknown := options.keys() - known:
             raise UserError(f"unknown option {', '.join(sorted(unknown))}: expected some of {', '.join(sorted(known))}")
@@ -120,10 +122,12 @@ class Model:
             raise UserError(
                 f"the loss needs at least two ids, one to predict from and one to predict: found {len(given)}"
             )
+        # Windows as `pipeline eval` takes them by default: each id but the first is scored exactly once.
         total, block_size = 0.0, self.model.config.block_size
         with torch.inference_mode(), autocast(given.device, self.dtype):
             for start in range(0, len(given) - 1, block_size):
                 window = given[start : start + block_size + 1]
+                # Weighted by its targets, as the last window may be shorter.
                 total += float(self.model(window[None, :-1], window[None, 1:])) * (len(window) - 1)
         return total / (len(given) - 1)
 
@@ -155,6 +159,7 @@ class Dataset:
             raise IndexError(f"document {number} of {len(self)}: expected {-len(self)} to {len(self) - 1}")
         number %= len(self)
         shard = int(np.searchsorted(self._first_documents, number, side="right")) - 1
+        # Only this document's shard is scanned, not the whole split.
         starts, lengths = self._documents(shard)
         start, length = (int(column[number - self._first_documents[shard]]) for column in (starts, lengths))
         return decoded(
@@ -179,6 +184,7 @@ class Dataset:
     @cached_property
     def _first_documents(self) -> npt.NDArray[np.int64]:
         """The number of each shard's first document, and at the end how many there are."""
+        # A manifest counts documents; for shards of another program they are counted here.
         counts = [
             len(self._documents(number)[0]) if shard.documents is None else shard.documents
             for number, shard in enumerate(self._shards)
@@ -209,6 +215,7 @@ def train(config: str | Path = "quickstart", **changes: Any) -> "Run":
     and Diverged from pipeline.errors.
     """
     resolved = load_config(str(config), [override(key, value) for key, value in changes.items()])
+    # After the config: a misspelt key is reported without waiting for torch.
     from sample.preview import preview
     from train.run import run
 
@@ -235,6 +242,7 @@ class Run:
 
 def as_ids(ids: Ids, vocab_size: int) -> npt.NDArray[np.int64]:
     """Ids of any integer type, from a list, numpy or torch, as int64. Raises UserError for what are not ids."""
+    # Shards hold uint16, which torch cannot index with; numpy cannot read a tensor on a GPU.
     array = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
     if not array.size:
         return np.empty(0, np.int64)
