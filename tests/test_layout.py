@@ -107,7 +107,7 @@ def test_imports_go_down_and_never_up(package: str) -> None:
         if package_of(module) == package and module != package:
             up = [name for name in imports(path) if level.get(room_of(name), -1) > level[room_of(module)]]
             assert not up, (
-                f"{path} imports {up}, which stand behind it in ORDER: move what it needs further down, or it further up"
+                f"{path} imports {up}, which stand behind it in ORDER: move what it needs before it"
             )
 
 
