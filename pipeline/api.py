@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import dtype as Dtype
 
     from pipeline.model.decoder import Decoder
-    from pipeline.model.language_model import GPT
+    from pipeline.model.language_model import LanguageModel
 
 __all__ = ["Dataset", "Model", "Run", "UserError", "load", "open_dataset", "train"]
 
@@ -64,7 +64,7 @@ class Model:
     """A trained model with its tokenizer. `model` is the torch module, with weights in float32; it computes in `dtype`."""
 
     folder: Path
-    model: "GPT"
+    model: "LanguageModel"
     tokenizer: Tokenizer
     dtype: "Dtype"
 
