@@ -1,11 +1,11 @@
-"""What other programs call our keys, presets and models: for "did you mean", and for the tables in the docs.
+"""What other programs call our keys, presets and models: for "did you mean", and for the table in README.md.
 
 Only names that differ from ours are listed: `n_layer` is `model.n_layer`, and is found without a table.
 """
 
 import ast
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.config.keys import KEYS
@@ -36,7 +36,6 @@ LITGPT = {
     "save_interval": "checkpoint.every_steps", "log_interval": "log.every_steps", "precision": "run.dtype",
     "initial_checkpoint_dir": "model.init_from", "betas": "optimizer.betas",
 }  # fmt: skip
-PROGRAMS = {"nanoGPT": NANOGPT, "Hugging Face": HUGGING_FACE, "LitGPT": LITGPT}
 OTHER_NAMES = LITGPT | HUGGING_FACE | NANOGPT | {"steps": "train.max_steps", "context_length": "model.block_size"}
 # What the value has to become, where it cannot be taken over.
 _PAIR, _TOKENS, _TYPE = (
@@ -58,12 +57,6 @@ PRESETS = {
     "shakespeare": "shakespeare-char",
 }  # fmt: skip
 HUB_MODELS = {name: f"hf:openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-
-
-def rows(program: str) -> Iterator[tuple[str, str, str]]:
-    """For the docs, a row for each name of `program`: the name, our key, and what the value has to become."""
-    for name, key in PROGRAMS[program].items():
-        yield name, key, NOTES.get(name, "")
 
 
 def keys_for(name: str) -> list[str]:
