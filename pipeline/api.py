@@ -1,4 +1,4 @@
-"""The Python door: a checkpoint, a dataset or a run in a notebook. docs/python.md shows each in use.
+"""The Python door: a checkpoint, a dataset or a run in a notebook (docs/python.md).
 
     model = pipeline.load("best");  model.generate("def ", max_new_tokens=50, seed=1)
     dataset = pipeline.open_dataset("data/mine");  dataset[0]
@@ -41,10 +41,11 @@ TRAIN = "train"
 def load(
     checkpoint: str | Path = "latest", *, run_dir: str | Path | None = None, device: str = "auto", dtype: str = "auto"
 ) -> "Model":
-    """The model of a checkpoint: "latest", "best", a path, a run's folder, or hf:ORG/NAME. Raises UserError.
+    """The model of a checkpoint: "latest", "best", a path, a run's folder, or hf:ORG/NAME. Raises
+    UserError.
 
-    `run_dir` is the run of "latest" and "best", by default the newest under runs/; `device` and `dtype` are as for
-    `pipeline sample`.
+    `run_dir` is the run of "latest" and "best", by default the newest under runs/; `device` and
+    `dtype` are as for `pipeline sample`.
     """
     from pipeline.checkpoint.find import find_checkpoint
     from pipeline.checkpoint.load import load_model
@@ -61,7 +62,9 @@ def load(
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model with its tokenizer. `model` is the torch module, with weights in float32; it computes in `dtype`."""
+    """A trained model with its tokenizer. `model` is the torch module, with weights in float32; it
+    computes in `dtype`.
+    """
 
     folder: Path
     model: "LanguageModel"
@@ -72,14 +75,16 @@ class Model:
     def _decoder(self) -> "Decoder":
         from pipeline.model.decoder import Decoder
 
-        # Holds weights as it multiplies them, a second copy, so it is made for the first text and kept.
+        # Holds weights as it multiplies them, a second copy, so it is made for the first text and
+        # kept.
         return Decoder(self.model, 1, self.dtype)
 
     def generate(self, prompt: str = "", **options: Any) -> str:
-        """The continuation of `prompt` alone; without a prompt, the start of a document. Raises UserError.
+        """The continuation of `prompt` alone; without a prompt, the start of a document. Raises
+        UserError.
 
-        `options` are those of `pipeline sample`, with its defaults: max_new_tokens, temperature, top_k, top_p, min_p,
-        repetition_penalty, stop (a list of texts) and seed.
+        `options` are those of `pipeline sample`, with its defaults: max_new_tokens, temperature,
+        top_k, top_p, min_p, repetition_penalty, stop (a list of texts) and seed.
         """
         from sample.continuation import Continuation, grow
         from sample.generate import generate
@@ -100,18 +105,23 @@ class Model:
         return text.text
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without end-of-text. Raises UserError for a character outside the vocabulary."""
+        """The ids of `text`, without end-of-text. Raises UserError for a character outside the
+        vocabulary.
+        """
         ids: list[int] = self.tokenizer.encode(text).tolist()
         return ids
 
     def decode(self, ids: Ids) -> str:
-        """The text of `ids`, U+FFFD for bytes that are not UTF-8. Raises UserError for an id outside the vocabulary."""
+        """The text of `ids`, U+FFFD for bytes that are not UTF-8. Raises UserError for an id
+        outside the vocabulary.
+        """
         return decoded(self.tokenizer, as_ids(ids, self.tokenizer.vocab_size))
 
     def loss(self, ids: Ids) -> float:
         """The mean cross-entropy, in nats a token, of each id but the first, given those before it.
 
-        More ids than block_size + 1 are cut into windows, as `pipeline eval` does. Raises UserError for fewer than two.
+        More ids than block_size + 1 are cut into windows, as `pipeline eval` does. Raises UserError
+        for fewer than two.
         """
         import torch
 
@@ -122,7 +132,8 @@ class Model:
             raise UserError(
                 f"the loss needs at least two ids, one to predict from and one to predict: found {len(given)}"
             )
-        # Windows as `pipeline eval` takes them by default: each id but the first is scored exactly once.
+        # Windows as `pipeline eval` takes them by default: each id but the first is scored exactly
+        # once.
         total, block_size = 0.0, self.model.config.block_size
         with torch.inference_mode(), autocast(given.device, self.dtype):
             for start in range(0, len(given) - 1, block_size):
@@ -140,7 +151,9 @@ def open_dataset(path: str | Path) -> "Dataset":
 
 @dataclass(frozen=True)
 class Dataset:
-    """The documents of a dataset's train split, by number. They are read when they are asked for."""
+    """The documents of a dataset's train split, by number. They are read when they are asked
+    for.
+    """
 
     folder: Path
     manifest: Manifest
@@ -167,9 +180,11 @@ class Dataset:
         )
 
     def windows(self, block_size: int) -> Iterator[npt.NDArray[np.int64]]:
-        """The split in order, as arrays of block_size + 1 ids: a block of inputs, and the target after the last of them.
+        """The split in order, as arrays of block_size + 1 ids: a block of inputs, and the target
+        after the last of them.
 
-        The last id of a window is the first of the next; ids at the end that do not fill a window are left out.
+        The last id of a window is the first of the next; ids at the end that do not fill a window
+        are left out.
         """
         if block_size < 1:
             raise UserError(f"invalid block_size {block_size}: expected at least 1")
@@ -192,7 +207,9 @@ class Dataset:
         return np.cumsum([0, *counts])
 
     def _documents(self, shard: int) -> tuple[Positions, Positions]:
-        """Where each document of a shard starts, and its ids without end-of-text. A shard is scanned once."""
+        """Where each document of a shard starts, and its ids without end-of-text. A shard is
+        scanned once.
+        """
         if shard not in self._found:
             finder = DocumentFinder(self.manifest)
             path = self.folder / self._shards[shard].file
@@ -209,10 +226,11 @@ class Dataset:
 
 
 def train(config: str | Path = "quickstart", **changes: Any) -> "Run":
-    """Train, as `pipeline train CONFIG section.key=value ...` does, and resume a run that was begun.
+    """Train, as `pipeline train CONFIG section.key=value ...` does, and resume a run that was
+    begun.
 
-    `changes` are `section.key` and a Python value: train("quickstart", **{"train.max_steps": 100}). Raises UserError,
-    and Diverged from pipeline.errors.
+    `changes` are `section.key` and a Python value: train("quickstart", **{"train.max_steps": 100}).
+    Raises UserError, and Diverged from pipeline.errors.
     """
     resolved = load_config(str(config), [override(key, value) for key, value in changes.items()])
     # After the config: a misspelt key is reported without waiting for torch.
@@ -225,7 +243,9 @@ def train(config: str | Path = "quickstart", **changes: Any) -> "Run":
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, its resolved config, and why it stopped before its last step, empty where it is done."""
+    """A run's folder, its resolved config, and why it stopped before its last step, empty where it
+    is done.
+    """
 
     folder: Path
     config: Config
@@ -233,7 +253,9 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, list[float | None]]:
-        """metrics.jsonl by column: "step", "loss", "lr" and so on; None where a row has no such number."""
+        """metrics.jsonl by column: "step", "loss", "lr" and so on; None where a row has no such
+        number.
+        """
         text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.splitlines()]
         names = dict.fromkeys(name for row in rows for name in row)
@@ -241,7 +263,9 @@ class Run:
 
 
 def as_ids(ids: Ids, vocab_size: int) -> npt.NDArray[np.int64]:
-    """Ids of any integer type, from a list, numpy or torch, as int64. Raises UserError for what are not ids."""
+    """Ids of any integer type, from a list, numpy or torch, as int64. Raises UserError for what are
+    not ids.
+    """
     # Shards hold uint16, which torch cannot index with; numpy cannot read a tensor on a GPU.
     array = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
     if not array.size:

@@ -1,4 +1,6 @@
-"""The program: its commands, and what each way to end means as an exit code and a line on stderr."""
+"""The program: its commands, and what each way to end means as an exit code and a line on
+stderr.
+"""
 
 import errno
 import sys
@@ -21,7 +23,9 @@ COMPLETION_VARIABLE = "_PIPELINE_COMPLETE"  # by which a shell asks for completi
 
 
 def main() -> None:
-    """Run one command. Exit codes: 0 done, 2 the user can fix it (one line on stderr), 3 diverged, 1 our bug."""
+    """Run one command. Exit codes: 0 done, 2 the user can fix it (one line on stderr), 3 diverged,
+    1 our bug.
+    """
     log.configure()
     _settle_encoding()
     try:
@@ -55,7 +59,9 @@ def _usage_error(error: click.ClickException) -> str:
 
 
 def _settle_encoding() -> None:
-    """Text on stdout is UTF-8 in a file or a pipe, whatever the locale; a terminal shows escaped what it has no sign for."""
+    """Text on stdout is UTF-8 in a file or a pipe, whatever the locale; a terminal shows escaped
+    what it has no sign for.
+    """
     if isinstance(sys.stdout, TextIOWrapper):
         at_terminal = sys.stdout.isatty()
         sys.stdout.reconfigure(

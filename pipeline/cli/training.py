@@ -46,7 +46,9 @@ def config_of(arguments: list[str]) -> Config:
 
 
 def key_hint(option: str) -> str:
-    """For an option that `train` does not have: config keys have no dashes, whatever other programs do."""
+    """For an option that `train` does not have: config keys have no dashes, whatever other programs
+    do.
+    """
     return f": config keys are given as SECTION.KEY=VALUE{did_you_mean(option, '=VALUE')}" if keys_for(option) else ""
 
 
@@ -80,7 +82,8 @@ def train(
 ) -> None:
     """Train a model on a prepared dataset.
 
-    Each process of torchrun, or task of srun, is a rank. A run that was stopped or killed is resumed by the same command.
+    Each process of torchrun, or task of srun, is a rank. A run that was stopped or killed is
+    resumed by the same command.
     """
     config = config_of(config_arguments(arguments, resume))
     if print_run_dir:

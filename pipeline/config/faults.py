@@ -28,7 +28,8 @@ def fits(entry: "Field[Any]", value: Any) -> bool:
     if choices:
         return value in choices
     numbers = value if isinstance(value, tuple) else (value,)
-    # NaN compares false with everything; neither TOML nor JSON has a form for infinity that the other one reads.
+    # NaN compares false with everything; neither TOML nor JSON has a form for infinity that the
+    # other one reads.
     return not bounds or all(
         number < math.inf and all(COMPARE[sign](number, bound) for sign, bound in bounds.items()) for number in numbers
     )

@@ -1,6 +1,8 @@
-"""What other programs call our keys, presets and models: for "did you mean", and for the table in README.md.
+"""What other programs call our keys, presets and models: for "did you mean", and for the table in
+README.md.
 
-Only names that differ from ours are listed: `n_layer` is `model.n_layer`, and is found without a table.
+Only names that differ from ours are listed: `n_layer` is `model.n_layer`, and is found without a
+table.
 """
 
 import ast
@@ -60,15 +62,17 @@ HUB_MODELS = {name: f"hf:openai-community/{name}" for name in ("gpt2", "gpt2-med
 
 
 def keys_for(name: str) -> list[str]:
-    """Our keys for a name without a section, as any program writes it: `learning_rate`, `--max-steps`, `n_layer`."""
+    """Our keys for a name without a section, as any program writes it: `learning_rate`,
+    `--max-steps`, `n_layer`.
+    """
     if _plain(name) in OTHER_NAMES:
         return [OTHER_NAMES[_plain(name)]]
     return [key for key in KEYS if key.partition(".")[2] == _plain(name)]
 
 
 def did_you_mean(name: str, value: str = "") -> str:
-    """For an unknown `section.key`, or a key without a section: what was meant, with `value` where that can stay; else
-    what there is.
+    """For an unknown `section.key`, or a key without a section: what was meant, with `value` where
+    that can stay; else what there is.
     """
     section, dot, key = name.partition(".") if "." in name else ("", "", name)
     meant = keys_for(key) or difflib.get_close_matches(name, KEYS, n=1)
@@ -96,7 +100,9 @@ def hub_hint(name: str) -> str:
 
 
 def translated(source: str) -> str:
-    """The names that a Python config of nanoGPT assigns, each with our key. The file is parsed and never run."""
+    """The names that a Python config of nanoGPT assigns, each with our key. The file is parsed and
+    never run.
+    """
     try:
         assigned = [
             target for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets
