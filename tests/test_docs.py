@@ -35,11 +35,11 @@ PAGES = [README, *(ROOT / name for name in LISTED if (ROOT / name).is_file())]
 KEYS_BEGIN, KEYS_END = "<!-- keys -->", "<!-- end of keys -->"
 SHELL = ("sh", "bash", "console")
 # What starts `pipeline` with the words that follow its name.
-LAUNCHERS = ("torchrun", "srun", "apptainer", "docker", "python")
+LAUNCHERS = ("torchrun", "srun", "python", "apptainer", "docker")
 # Commands of others: only that nothing else is taken for one of them.
 OTHERS = (
-    "cat", "cd", "echo", "export", "git", "hf", "pip", "salloc", "scancel", "scontrol", "source", "squeue", "tail",
-    "tensorboard", "touch",
+    "apptainer", "cat", "cd", "docker", "echo", "export", "git", "hf", "pip", "salloc", "scancel", "scontrol", "source",
+    "squeue", "tail", "tensorboard", "touch",
 )  # fmt: skip
 # `train.bin` is a file and no config key.
 SUFFIXES = ("bin", "py", "sbatch", "txt", "md", "toml", "json", "jsonl", "safetensors")
@@ -105,8 +105,7 @@ def resolve(words: list[str]) -> None:
     name, *rest = words
     if name == "pipeline":
         resolve_ours(rest)
-    elif name in LAUNCHERS:
-        assert "pipeline" in rest, f"{name} starts something else"
+    elif name in LAUNCHERS and "pipeline" in rest:
         resolve(rest[rest.index("pipeline") :])
     elif name == "sbatch":
         script = next(word for word in rest if word.endswith(".sbatch"))
@@ -127,7 +126,8 @@ def resolve_ours(arguments: list[str]) -> None:
         command, names, arguments = command.commands[arguments[0]], [*names, arguments[0]], arguments[1:]
     if {"--help", "-h", "--version"} & set(arguments):
         return
-    parameters = command.make_context(" ".join(names), list(arguments)).params
+    elements = [word.replace("%a", "1") for word in arguments]  # %a is the index of a SLURM array's element
+    parameters = command.make_context(" ".join(names), elements).params
     if names[:1] == ["submit"]:
         resolve_ours([names[1], *parameters["arguments"]])
     elif names == ["train"]:
@@ -247,6 +247,17 @@ def test_the_readme_draws_every_room() -> None:
     tree = text_of(README).partition("## The tree")[2]
     rooms = {path.parent.name for package in PACKAGES for path in (ROOT / package).rglob("__init__.py")}
     assert not {room for room in rooms if f"{room}/" not in tree}
+
+
+def test_the_readmes_table_of_nanogpts_names_is_the_command_lines() -> None:
+    other_names = pytest.importorskip("pipeline.config.other_names")
+    cells = re.findall(r"([^|\n]+)\|([^|\n]+)(?=\|)", text_of(README))
+    shown = {(name, key) for names, keys in cells for name in _quoted(names) for key in _quoted(keys)}
+    assert set(other_names.NANOGPT.items()) <= shown
+
+
+def _quoted(cell: str) -> list[str]:
+    return re.findall(r"`([\w.]+)`", cell)
 
 
 def test_the_readmes_config_is_the_preset() -> None:
