@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from export import gguf
 from export.model_card import model_card
+from export.options import ExportOptions
 from pipeline.checkpoint.find import find_checkpoint
 from pipeline.checkpoint.folder import DESCRIPTION, read_description, write_description, write_model
 from pipeline.checkpoint.load import load_model
@@ -24,17 +25,6 @@ from pipeline.model.language_model import GPT
 
 FORMATS = ("safetensors", "gguf")
 GGUF_FILE, CARD = "model.gguf", "README.md"
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """The options of `pipeline export`."""
-
-    ckpt: str
-    to: Path
-    dtype: str = "float32"
-    format: str = "safetensors"
-    run_dir: Path | None = None
 
 
 def run(options: ExportOptions) -> None:

@@ -174,3 +174,24 @@ def _refuse_mpi() -> None:
 
 def _number(name: str, default: int) -> int:
     return int(os.environ.get(name) or default)
+
+
+def start_worker() -> None:
+    """The first call in a worker process of multiprocessing: it leaves Ctrl-C to its parent, and exits with it.
+
+    It lives here and not in a stage: unpickling it imports `pipeline`, which then finds the stages from any folder.
+    """
+    import threading  # here and below: one command in ten has workers
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A worker waits on a pipe whose writing end it holds too: after kill -9 of the parent it would wait for ever."""
+    from multiprocessing import connection, parent_process
+
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)

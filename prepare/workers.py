@@ -1,14 +1,12 @@
 """Processes that do the same work side by side, and end with the program whatever becomes of it."""
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for_process
 from typing import Any, Self
+
+from pipeline.launch import start_worker
 
 
 class Workers:
@@ -60,23 +58,10 @@ class Workers:
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:
             # spawn: a forked child would inherit the threads of pyarrow and datasets in whatever state they are.
-            self._pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), _start_worker)
+            self._pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), start_worker)
         return self._pool
 
     def _close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """A worker waits on a pipe whose writing end it holds too: after kill -9 of the parent it would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait_for_process([parent.sentinel])
-    os._exit(1)

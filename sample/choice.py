@@ -4,24 +4,11 @@ Logits are (B, V): B samples, V ids in the vocabulary.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Choice:
-    """How a token is drawn: temperature 0 takes the likeliest.
-
-    top_k 0, top_p 1 and min_p 0 leave every token in; repetition_penalty 1 changes nothing.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+from sample.options import Choice
 
 
 def choose(logits: Tensor, choice: Choice, seen: Tensor | None, uniform: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import xxhash
 from torch import Tensor
 
 from pipeline.model.decoder import Decoder
-from sample.choice import Choice, choose
+from sample.choice import choose
+from sample.options import Choice
 
 DRAWN_AT_ONCE = 128  # random numbers a sample
 

@@ -1,12 +1,11 @@
 """What the user of `pipeline sample` chose, and the prompts that were meant."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from pipeline.config.keys import DTYPES
 from pipeline.errors import UserError
-from pipeline.machine.device import DTYPES
-from sample.choice import Choice
 
 STDIN = Path("-")
 # Beyond these a float32 may overflow, and all the probability is with one token, or a few, long before.
@@ -25,6 +24,20 @@ _RANGES = {
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How a token is drawn: temperature 0 takes the likeliest.
+
+    top_k 0, top_p 1 and min_p 0 leave every token in; repetition_penalty 1 changes nothing.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
 class SampleOptions:
     """The options of `pipeline sample`; no prompt at all means the start of a document."""
 
@@ -34,11 +47,11 @@ class SampleOptions:
     interactive: bool = False
     num_samples: int = 1
     max_new_tokens: int = 200
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float = Choice.temperature
+    top_k: int = Choice.top_k
+    top_p: float = Choice.top_p
+    min_p: float = Choice.min_p
+    repetition_penalty: float = Choice.repetition_penalty
     stop: list[str] = field(default_factory=list)
     seed: int | None = None
     device: str = "auto"
@@ -48,7 +61,7 @@ class SampleOptions:
 
     @property
     def choice(self) -> Choice:
-        return Choice(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        return Choice(**{entry.name: getattr(self, entry.name) for entry in fields(Choice)})
 
 
 def check(options: SampleOptions) -> None:

@@ -5,9 +5,9 @@ import torch
 from pipeline.model.decoder import Decoder
 from pipeline.model.language_model import GPT
 from pipeline.vocabulary.tokenizer import Tokenizer
-from sample.choice import Choice
 from sample.continuation import Continuation, grow
 from sample.generate import generate
+from sample.options import Choice
 
 MAX_NEW_TOKENS = 64
 CHOICE = Choice(temperature=0.8, top_k=50)

@@ -23,25 +23,7 @@ from pipeline.machine.ranks import World
 from pipeline.vocabulary.huggingface_files import fingerprints
 from pipeline.vocabulary.tokenizer import Tokenizer
 from score.loss import Score, Scorer, mean_score, split_loss
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """The options of `pipeline eval`. Without `data` it is what the checkpoint was trained on; beside tasks, nothing."""
-
-    ckpt: str
-    data: str = ""
-    data_dir: str = ""
-    split: str = "val"
-    stride: int | None = None
-    batch_size: int = 8
-    tasks: tuple[str, ...] = ()
-    task_dir: Path | None = None
-    limit: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    json: bool = False
-    run_dir: Path | None = None
+from score.options import EvalOptions
 
 
 @dataclass(frozen=True)

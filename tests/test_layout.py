@@ -41,10 +41,10 @@ ORDER = {
     "train": (
         "data", "optimizer", "metrics", "parallel", "replicas", "resume", "saving", "spikes", "stop", "trainer", "run",
     ),
-    "sample": ("choice", "generate", "continuation", "interactive", "options", "preview", "run"),
-    "score": ("loss", "harness", "tasks", "run"),
+    "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
+    "score": ("options", "loss", "harness", "tasks", "run"),
     "observe": ("shared_documents", "inspect", "verify"),
-    "export": ("model_card", "gguf", "run"),
+    "export": ("options", "model_card", "gguf", "run"),
     "slurm": ("sbatch", "filesystems", "shell", "mistakes", "doctor", "submit"),
 }  # fmt: skip
 # Code lines a package may hold: without blanks, comments and docstrings.

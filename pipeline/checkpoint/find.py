@@ -5,6 +5,7 @@ from pathlib import Path
 from pipeline.checkpoint import hub
 from pipeline.checkpoint.pointers import pointed_folder
 from pipeline.config.keys import RunConfig
+from pipeline.config.other_names import hub_hint
 from pipeline.errors import UserError
 
 RUNS = Path(RunConfig.dir)  # where `latest` and `best` are looked up
@@ -32,5 +33,7 @@ def find_model_folder(name: str) -> Path:
     if name.startswith("hf:"):
         return hub.model_folder(name)
     if not Path(name).is_dir():
-        raise UserError(f"no checkpoint at {name}: wanted a checkpoint folder, hf:ORG/NAME, latest or best")
+        raise UserError(
+            f"no checkpoint at {name}{hub_hint(name)}: expected a checkpoint folder, hf:ORG/NAME, latest or best"
+        )
     return Path(name)

@@ -1,37 +1,48 @@
-"""Every config key, with its default and its sentence of help. No torch."""
+"""Every config key, with its default, its bounds and its line of help. No torch.
+
+A new key needs a reader outside this package, bounds where it is a number, and a line in docs/train.md: tests/pipeline/
+test_config.py says which is missing.
+"""
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 CHECKPOINT_NAME = re.compile(r"step_\d{8,}")
+DTYPES = ("float32", "bfloat16", "float16")  # of autocast; pipeline/machine/device.py has torch's
 T = TypeVar("T")
 
 
-def key(default: T, text: str, choices: tuple[T, ...] = ()) -> T:
-    """A config key: its default, its one sentence for `--help`, and the values it may take where that is a short list."""
-    return field(default=default, metadata={"text": text, "choices": choices})
+def key(
+    default: T, text: str, choices: tuple[T, ...] = (), *,
+    at_least: float | None = None, above: float | None = None, below: float | None = None,
+) -> T:  # fmt: skip
+    """A config key: its default, its line for `--help`, and the values it may take: a short list, or an interval.
+
+    The bounds of a pair of numbers hold for both. A number is finite in any case.
+    """
+    bounds = {">=": at_least, ">": above, "<": below}
+    given = {sign: bound for sign, bound in bounds.items() if bound is not None}
+    return field(default=default, metadata={"text": text, "choices": choices, "bounds": given})
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: str = key("", "the run's folder under run.dir; the config's own name when empty")
-    dir: str = key("runs", "where runs live")
-    seed: int = key(1337, "initial weights, order of the data, dropout: all follow from it")
-    device: str = key("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
-    dtype: str = key(
-        "auto",
-        "the autocast type; weights stay float32. auto: bfloat16 where the hardware multiplies it",
-        ("auto", "float32", "bfloat16", "float16"),
-    )
-    compile: str = key("auto", "torch.compile: auto (CUDA with Triton), on or off", ("auto", "on", "off"))
+    name: str = key("", "folder under run.dir; by default the config's name")
+    dir: str = key("runs", "where runs are written")
+    seed: int = key(1337, "of initial weights, data order and dropout", at_least=0, below=1 << 63)
+    device: str = key("auto", "auto (the fastest there is), cpu, cuda, cuda:N or mps")
+    # Weights stay float32; auto takes bfloat16 where the hardware multiplies it.
+    dtype: str = key("auto", "autocast type", ("auto", *DTYPES))
+    compile: str = key("auto", "torch.compile; auto: with Triton", ("auto", "on", "off"))
 
 
 @dataclass(frozen=True)
 class WeightedDataset:
-    """One entry of `data.mixture`. Weights count against each other: 7 and 3 are 0.7 and 0.3."""
+    """One entry of `data.mixture`. Weights are relative: 7 and 3 are 0.7 and 0.3."""
 
     dataset: str
     weight: float
@@ -39,119 +50,88 @@ class WeightedDataset:
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = key("openwebtext", "a name under data.data_dir, or a path to a prepared dataset")
-    data_dir: str = key("data", "where prepared datasets live")
-    mixture: tuple[WeightedDataset, ...] = key(
-        (),
-        'several datasets in the place of data.dataset: [{dataset = "a", weight = 0.7}, {dataset = "b", weight = 0.3}]',
-    )
-    document_mask: bool = key(
-        False,
-        "attention stays inside a document, and positions restart with it; slower, as no flash kernel takes a mask",
-    )
+    dataset: str = key("openwebtext", "a name under data.data_dir, or a path")
+    data_dir: str = key("data", "where prepared datasets are")
+    # TOML: mixture = [{dataset = "a", weight = 0.7}, {dataset = "b", weight = 0.3}]
+    mixture: tuple[WeightedDataset, ...] = key((), "several datasets: [{dataset='a', weight=0.7}, ...]")
+    # Slower, as no flash attention kernel takes a mask.
+    document_mask: bool = key(False, "attention and positions restart with each document")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Defaults are GPT-2 124M (Radford et al. 2019)."""
 
-    arch: str = key("gpt2", "the architecture", ("gpt2",))
-    n_layer: int = key(12, "transformer blocks")
-    n_head: int = key(12, "attention heads; divides n_embd")
-    n_embd: int = key(768, "width of the residual stream")
-    block_size: int = key(1024, "context length in tokens")
-    dropout: float = key(0.0, "probability, on embeddings, attention and residual branches; 0 for pretraining")
-    bias: bool = key(True, "biases in the linear layers and layer norms, as GPT-2 has them")
-    tie_weights: bool = key(True, "one matrix for the token embedding and the output head")
-    activation_checkpointing: str = key(
-        "none",
-        "block: keep each block's input only, and compute it again in the backward pass: less memory, a third more work",
-        ("none", "block"),
-    )
-    init_from: str = key(
-        "", "start from the weights of this checkpoint, Hugging Face GPT-2 folder or hf:ORG/NAME[@REVISION]"
-    )
+    arch: str = key("gpt2", "architecture", ("gpt2",))
+    n_layer: int = key(12, "transformer blocks", at_least=1)
+    n_head: int = key(12, "attention heads; must divide n_embd", at_least=1)
+    n_embd: int = key(768, "width of the residual stream", at_least=1)
+    block_size: int = key(1024, "context length in tokens", at_least=1)
+    dropout: float = key(0.0, "probability; 0 is usual for pretraining", at_least=0, below=1)
+    bias: bool = key(True, "biases in linear layers and layer norms")
+    tie_weights: bool = key(True, "share the token embedding with the output head")
+    # "block" keeps each block's input and recomputes the rest in the backward pass: about a third more work.
+    activation_checkpointing: str = key("none", "save memory, recompute activations", ("none", "block"))
+    init_from: str = key("", "start from these weights: a folder or hf:ORG/NAME")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = key("adamw", "the optimizer", ("adamw",))
-    lr: float = key(6e-4, "peak learning rate, reached after schedule.warmup_steps")
-    min_lr: float = key(6e-5, "learning rate from schedule.decay_steps on")
-    betas: tuple[float, float] = key((0.9, 0.95), "AdamW's averaging factors")
-    weight_decay: float = key(0.1, "on matrices only: biases, gains are left alone")
-    grad_clip: float = key(1.0, "largest global gradient norm; 0 turns clipping off")
+    name: str = key("adamw", "optimizer", ("adamw",))
+    lr: float = key(6e-4, "peak learning rate, after schedule.warmup_steps", above=0)
+    min_lr: float = key(6e-5, "learning rate from schedule.decay_steps on", at_least=0)
+    betas: tuple[float, float] = key((0.9, 0.95), "AdamW's decay rates of the two moments", at_least=0, below=1)
+    weight_decay: float = key(0.1, "for matrices; biases and gains have none", at_least=0)
+    grad_clip: float = key(1.0, "largest global gradient norm; 0: no clipping", at_least=0)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     kind: str = key("cosine", "linear warmup, then cosine decay", ("cosine",))
-    warmup_steps: int = key(2000, "steps of linear warmup")
-    decay_steps: int = key(0, "the step at which min_lr is reached; 0 stands for train.max_steps")
+    warmup_steps: int = key(2000, "steps of linear warmup", at_least=0)
+    decay_steps: int = key(0, "step that reaches min_lr; 0: train.max_steps", at_least=0)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    max_steps: int = key(600_000, "optimizer steps in the whole run")
-    tokens_per_step: int = key(524_288, "tokens of one optimizer step over all ranks")
-    micro_batch_size: int = key(
-        16, "sequences one rank takes through the model at once: set by memory, not by learning"
-    )
-    max_bad_steps: int = key(
-        20,
-        "consecutive steps with a loss or gradient that is not finite, or rewinds to one checkpoint, before the run gives up",
-    )
-    spike_z_score: float = key(
-        0.0,
-        "a gradient norm this many standard deviations above the mean of the last ones sends the run back to its "
-        "latest checkpoint, past the samples taken since then; 0 turns that off",
-    )
-    spike_window: int = key(
-        128, "the last gradient norms that a new one is compared with; before there are so many, none is"
-    )
+    max_steps: int = key(600_000, "optimizer steps of the whole run", at_least=1)
+    tokens_per_step: int = key(524_288, "tokens of one optimizer step, all ranks", at_least=1)
+    # Set by memory, not by learning: accumulation makes up the rest of tokens_per_step.
+    micro_batch_size: int = key(16, "sequences of one forward pass, each rank", at_least=1)
+    # Steps whose loss or gradient is not finite, or rewinds to one checkpoint.
+    max_bad_steps: int = key(20, "bad steps in a row before the run gives up", at_least=1)
+    spike_z_score: float = key(0.0, "standard deviations that are a spike; 0: off", at_least=0)
+    spike_window: int = key(128, "gradient norms that a new one is compared with", at_least=2)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every_steps: int = key(1000, "steps between evaluations on the val split; 0 turns them off")
-    batches: int = key(
-        160,
-        "micro-batches of one evaluation over all ranks, spread over the split, for each dataset of a mixture; "
-        "0 takes the whole split",
-    )
-    sample_prompt: str = key(
-        "", "at each evaluation, go on from this text for some tokens, in the log and TensorBoard; off when empty"
-    )
+    every_steps: int = key(1000, "steps between evaluations; 0: none", at_least=0)
+    # For each dataset of a mixture, over all ranks, spread over the split.
+    batches: int = key(160, "micro-batches of an evaluation; 0: the whole split", at_least=0)
+    sample_prompt: str = key("", "text to continue at each evaluation")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = key(1000, "steps between checkpoints; the last step is saved in any case")
-    keep: int = key(3, "newest checkpoints kept, besides the best one")
-    resume: str = key(
-        "auto",
-        "auto: go on from the newest whole checkpoint; must: and refuse to start anew; never: refuse to go on; "
-        "or a folder's name, such as step_00001000: go on from exactly that one",
-    )
+    every_steps: int = key(1000, "steps between checkpoints; the last step has one", at_least=1)
+    keep: int = key(3, "newest checkpoints kept, besides the best", at_least=1)
+    # auto resumes where there is a checkpoint; must refuses to start from scratch, never refuses to resume.
+    resume: str = key("auto", "auto, must, never, or a name such as step_00001000")
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    every_steps: int = key(10, "steps between rows of metrics.jsonl")
+    every_steps: int = key(10, "steps between rows of metrics.jsonl", at_least=1)
     tensorboard: bool = key(True, "write TensorBoard files to the run's tb/")
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    strategy: str = key(
-        "ddp",
-        "ddp: every rank holds the whole model; fsdp: weights, gradients and optimizer state are cut up over the ranks; "
-        "hsdp: cut up inside a node, copied over the nodes",
-        ("ddp", "fsdp", "hsdp"),
-    )
-    check_every_steps: int = key(
-        1000, "steps between checks that all ranks hold the same weights; 0: at the start only"
-    )
+    # ddp: every rank holds the whole model; fsdp shards weights, gradients and optimizer state over all ranks, hsdp
+    # over those of a node.
+    strategy: str = key("ddp", "how ranks share the model", ("ddp", "fsdp", "hsdp"))
+    check_every_steps: int = key(1000, "steps between comparing weights; 0: at start", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -187,12 +167,14 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {section.name: section.type for section in fields(Config)}  # type: ignore[misc]
+KEYS: dict[str, Any] = {
+    f"{section}.{entry.name}": entry for section, kind in SECTIONS.items() for entry in fields(kind)
+}
 
 
-def help_text() -> str:
-    """Every key with its default and its sentence, for `pipeline train --help`."""
-    lines = ["Keys:"]
-    for section, kind in SECTIONS.items():
-        for entry in fields(kind):
-            lines.append(f"{section}.{entry.name}={json.dumps(entry.default)}  {entry.metadata['text']}")
-    return "\n\n".join(lines)
+def help_rows(section: str) -> Iterator[tuple[str, str]]:
+    """For `pipeline train --help`: `name=default` of each key of a section, as it is typed, and its line."""
+    for entry in fields(SECTIONS[section]):
+        default = entry.default if isinstance(entry.default, str) else json.dumps(entry.default)
+        choices = ", ".join(entry.metadata["choices"])
+        yield f"{entry.name}={default}", entry.metadata["text"] + (f" ({choices})" if choices else "")

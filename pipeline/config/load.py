@@ -1,29 +1,29 @@
-"""Every knob of training, on one page and without torch.
+"""From TOML and the command line to a checked Config, without torch.
 
-A config is TOML, parsed into frozen dataclasses. Precedence, told by example: `lr` is 6e-4 here; a file that says
-`lr = 3e-4` under `[optimizer]` wins over that; `optimizer.lr=1e-4` on the command line wins over both. Unknown keys are
-refused with the nearest name, and all faults are reported at once.
+Precedence by example: `lr` defaults to 6e-4; a file with `lr = 3e-4` under `[optimizer]` wins over that, and
+`optimizer.lr=1e-4` on the command line over both. Unknown keys are refused with the nearest name, and all faults are
+reported together.
 
-What a run learns from elsewhere has no key: the vocabulary comes with the dataset, the number of accumulated
-micro-batches follows from `train.tokens_per_step` and the number of ranks.
+What follows from elsewhere has no key: the vocabulary comes with the dataset, the number of accumulated micro-batches
+from `train.tokens_per_step` and the number of ranks.
 """
 
-import difflib
 import json
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pipeline.config.faults import inconsistencies
-from pipeline.config.keys import SECTIONS, Config, WeightedDataset
+from pipeline.config.faults import expected, inconsistencies, shown
+from pipeline.config.keys import KEYS, SECTIONS, Config, WeightedDataset
+from pipeline.config.other_names import did_you_mean, keys_for, preset_for, translated
 from pipeline.errors import UserError
 
 DEFAULT_CONFIG = "gpt2-124m"
 
 
 def config_from_arguments(arguments: list[str]) -> Config:
-    """The config of `[CONFIG] [section.key=value]...`, as every command that trains takes it."""
+    """The config of `[CONFIG] [section.key=value]...`, as every command about training takes it."""
     name, overrides = DEFAULT_CONFIG, arguments
     if arguments and "=" not in arguments[0]:
         name, *overrides = arguments
@@ -31,9 +31,9 @@ def config_from_arguments(arguments: list[str]) -> Config:
 
 
 def load_config(name_or_path: str, overrides: list[str]) -> Config:
-    """The config of a preset's name or a file's path, with `section.key=value` overrides on top.
+    """The config of a preset's name or a TOML file's path, with `section.key=value` overrides on top.
 
-    Raises UserError that lists every fault found.
+    Raises UserError with every fault found.
     """
     path = find_config(name_or_path)
     try:
@@ -56,12 +56,14 @@ def from_dict(document: dict[str, Any], faults: list[str] | None = None) -> Conf
     faults = [] if faults is None else faults
     sections = {}
     for section, keys in document.items():
-        if section not in SECTIONS:
-            faults.append(f"unknown section [{section}]{_nearest(section, SECTIONS)}")
-        elif not isinstance(keys, dict):
-            faults.append(f"{section} is a section, found the value {keys!r}: write [{section}] and keys under it")
-        else:
+        if section in SECTIONS and isinstance(keys, dict):
             sections[section] = _section_from_dict(section, keys, faults)
+        elif section in SECTIONS:
+            faults.append(f"{section}={shown(keys)}: expected a section, [{section}] with keys under it")
+        elif isinstance(keys, dict):
+            faults += [f"unknown key {section}.{name}{did_you_mean(f'{section}.{name}')}" for name in keys]
+        else:
+            faults.append(f"{section} = {shown(keys)} is not under a [section]{did_you_mean(section)}")
     config = Config(**sections)
     faults += inconsistencies(config)
     if faults:
@@ -95,33 +97,49 @@ def toml_value(value: Any) -> str:
 
 
 def find_config(name_or_path: str) -> Path:
-    """The file of a config given as a path, or as the name of a preset. Raises UserError with the names there are."""
-    path = Path(name_or_path)
+    """The file of a config given as a path, or as the name of a preset. Raises UserError with the presets' names."""
+    path, presets = Path(name_or_path), preset_files()
+    if path.suffix == ".py" and path.is_file():
+        names = translated(path.read_text(encoding="utf-8", errors="replace"))
+        raise UserError(
+            f"{path} is a Python config, as nanoGPT has them, which is not run: write its values as section.key=value, "
+            f"or into a TOML file ({names})"
+        )
     if path.is_file():
         return path
-    presets = {preset.stem: preset for preset in sorted(presets_dir().glob("*.toml"))}
     if name_or_path.removesuffix(".toml") in presets:
         return presets[name_or_path.removesuffix(".toml")]
-    raise UserError(f"no config {name_or_path!r}: it is neither a file nor one of the presets {', '.join(presets)}")
+    meant = preset_for(name_or_path, presets)
+    raise UserError(
+        f"no config {name_or_path!r}{f' (did you mean {meant}?)' if meant else ''}: expected a TOML file or one of the "
+        f"presets {', '.join(presets)}"
+    )
 
 
-def presets_dir() -> Path:
-    """`configs/` beside the packages in a checkout; inside the package where the wheel is installed."""
+def preset_files() -> dict[str, Path]:
+    """The presets by name: `configs/` next to the packages in a checkout; inside this package in an installed wheel."""
     package = Path(__file__).parents[1]
     checkout = package.parent / "configs"
-    return checkout if checkout.is_dir() else package / "configs"
+    folder = checkout if checkout.is_dir() else package / "configs"
+    return {preset.stem: preset for preset in sorted(folder.glob("*.toml"))}
+
+
+def override(name: str, value: Any) -> str:
+    """`section.key=value` of a Python value, as the command line has it."""
+    return f"{name}={value if isinstance(value, str | Path) else toml_value(value)}"
 
 
 def _apply_override(document: dict[str, Any], override: str, faults: list[str]) -> None:
     name, equals, text = override.partition("=")
     section, dot, key_name = name.partition(".")
     if not (equals and dot and key_name):
-        faults.append(f"override {override!r} is not of the form section.key=value, such as optimizer.lr=3e-4")
+        hint = did_you_mean(name, "=" + text) if keys_for(name) else ", such as optimizer.lr=3e-4"
+        faults.append(f"invalid override {override!r}: expected section.key=value{hint}")
         return
     keys = document.setdefault(section, {})
     if isinstance(keys, dict):
-        is_text = section in SECTIONS and get_type_hints(SECTIONS[section]).get(key_name) is str
-        keys[key_name] = text if is_text else _parse_value(text)
+        entry = KEYS.get(f"{section}.{key_name}")
+        keys[key_name] = text if entry is not None and entry.type is str else _parse_value(text)
 
 
 def _parse_value(text: str) -> Any:
@@ -132,24 +150,21 @@ def _parse_value(text: str) -> Any:
 
 
 def _section_from_dict(section: str, keys: dict[str, Any], faults: list[str]) -> Any:
-    kind = SECTIONS[section]
-    types = get_type_hints(kind)
     values = {}
-    for name, value in keys.items():
-        if name not in types:
-            faults.append(
-                f"unknown key {section}.{name}{_nearest(f'{section}.{name}', [f'{section}.{key}' for key in types])}"
-            )
+    for key_name, value in keys.items():
+        name = f"{section}.{key_name}"
+        if name not in KEYS:
+            faults.append(f"unknown key {name}{did_you_mean(name)}")
             continue
         try:
-            values[name] = _coerce(value, types[name])
+            values[key_name] = _coerce(value, KEYS[name].type)
         except TypeError:
-            faults.append(f"{section}.{name} wants {_type_name(types[name])}, found {value!r}")
-    return kind(**values)
+            faults.append(f"{name}={shown(value)}: expected {expected(KEYS[name])}")
+    return SECTIONS[section](**values)
 
 
 def _coerce(value: Any, wanted: Any) -> Any:
-    """`value` as `wanted`, without guessing: a bool is no number, text is no number, but 1 is a float."""
+    """`value` as `wanted`, without guessing: a bool is not a number, nor is text, but 1 is a float."""
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if wanted in (bool, str, float) and isinstance(value, wanted):
@@ -168,17 +183,3 @@ def _weighted_dataset(entry: Any) -> WeightedDataset:
     if not isinstance(entry, dict) or entry.keys() != types.keys():
         raise TypeError
     return WeightedDataset(**{name: _coerce(value, types[name]) for name, value in entry.items()})
-
-
-def _type_name(wanted: Any) -> str:
-    names: dict[Any, str] = {
-        int: "a whole number", float: "a number", bool: "true or false", str: "text",
-        tuple[float, float]: "two numbers, such as [0.9, 0.95]",
-        tuple[WeightedDataset, ...]: 'datasets with weights, such as [{dataset = "a", weight = 0.7}]',
-    }  # fmt: skip
-    return names[wanted]
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else f" (there are: {', '.join(known)})"

@@ -1,23 +1,34 @@
-"""The front door: quick help, one line for what the user can mend, and the exit code that says which end it was."""
+"""The front door: quick help that fits 80 columns, one line for what the user can fix, and an exit code for each end."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 import pipeline
 from pipeline import log
 from pipeline.cli import main as cli
+from pipeline.config.keys import SECTIONS, help_rows
+from pipeline.config.load import preset_files
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = sorted(
-    command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
-)
-SUBMISSIONS = [["submit"], *(["submit", str(command.name)] for command in cli.submit.registered_commands)]
+
+
+def words_of(group: click.Group, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, command in group.commands.items():
+        yield (*before, name)
+        if isinstance(command, click.Group):
+            yield from words_of(command, (*before, name))
+
+
+COMMANDS = list(words_of(cli.app))
 HEAVY = ("torch", "datasets", "pyarrow", "transformers", "tensorboard", "tiktoken")
+GROUPS = ("Data", "Training", "Models", "Looking", "Cluster")
 
 HELP = f"""
 import sys
@@ -27,12 +38,11 @@ print("heavy:", *(name for name in {HEAVY} if name in sys.modules))
 """
 FAILING = """
 from pipeline import errors, launch
-from pipeline.cli import main as cli
-from pipeline.config import load as config
+from pipeline.cli import main as cli, training
 launch.SILENCE_S = 0.0
 def fail(*_):
     raise {error}
-cli.config_from_arguments = fail
+training.config_from_arguments = fail
 cli.main()
 """
 
@@ -41,7 +51,7 @@ def python(
     *arguments: str, cwd: Path = ROOT, stdout: int = subprocess.PIPE, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "RANK")}
-    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | variables
+    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "80"} | variables
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True
     )
@@ -61,24 +71,58 @@ def _restored_logger() -> Iterator[None]:
 # ---- help ----
 
 
-@pytest.mark.parametrize(
-    "command", [[], *([command] for command in COMMANDS), *SUBMISSIONS], ids=lambda command: " ".join(command)
-)
-def test_help_answers_without_a_heavy_import(command: list[str]) -> None:
-    done = python("-c", HELP, *command, "--help")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Usage: ")
-    assert done.stdout.splitlines()[-1] == "heavy:"
-    assert done.stderr == ""
-    if command == ["train"]:
-        assert "optimizer.lr=0.0006  peak learning rate" in done.stdout
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("command", [(), *COMMANDS], ids=" ".join)
+def test_help_fits_80_columns_and_answers_without_a_heavy_import(command: tuple[str, ...], option: str) -> None:
+    done = python("-c", HELP, *command, option)
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, heavy = done.stdout.splitlines()
+    assert lines[0].startswith("Usage: pipeline ")
+    assert heavy == "heavy:"
+    assert [line for line in lines if len(line) > 80] == []
+    cut = [
+        line for line in lines if re.search(r"\w\.\.\.", line) and "SOURCE..." not in line and "COMMAND ..." not in line
+    ]
+    assert not cut, "click shortens a sentence that does not fit"
+    assert "Example:" in lines
+    example = next(line for line in reversed(lines) if line.startswith("  ")).split("#")[0]
+    assert "pipeline" in example
 
 
-def test_the_programs_help_names_every_command() -> None:
-    lines = [line.split() for line in run("--help").stdout.splitlines()]
-    assert {"prepare", "train", "sample", "eval", "quickstart"} <= set(COMMANDS)
-    for command in [*COMMANDS, "submit"]:
-        assert any(line[:1] == [command] and len(line) > 3 for line in lines), f"{command} has no help line"
+def test_the_programs_help_has_each_command_in_a_group_with_a_complete_sentence() -> None:
+    lines = run("--help").stdout.splitlines()
+    assert [line[:-1] for line in lines if line[:-1] in GROUPS] == list(GROUPS)
+    for name in cli.app.commands:
+        (line,) = (line for line in lines if line.split()[:1] == [name])
+        assert line.endswith(".") and len(line.split()) > 4
+
+
+def test_bare_program_and_bare_group_show_their_help() -> None:
+    for words in ((), ("submit",)):
+        bare, asked = run(*words), run(*words, "--help")
+        assert (bare.returncode, bare.stdout) == (0, asked.stdout)
+
+
+def test_trains_help_has_a_line_for_each_key_under_its_section_and_for_each_preset() -> None:
+    lines = run("train", "--help").stdout.splitlines()
+    for section in SECTIONS:
+        at = lines.index(f"Keys of [{section}], given as {section}.KEY=VALUE:")
+        for name, text in help_rows(section):
+            at += 1
+            assert lines[at].split() == [*name.split(), *text.split()], "one line for each key, its default first"
+    for preset in preset_files():
+        assert any(line.split()[:1] == [preset] and len(line.split()) > 3 for line in lines)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_options_and_config_keys_without_a_heavy_import(shell: str) -> None:
+    script = python("-c", HELP, "--show-completion", shell).stdout
+    assert "_PIPELINE_COMPLETE" in script and script.endswith("heavy:\n")
+    if shell == "bash":
+        for words, wanted in (("tra", "train"), ("train --dry", "--dry-run"), ("train optimizer.l", "optimizer.lr=")):
+            count = str(len(words.split()))
+            asked = {"COMP_WORDS": f"pipeline {words}", "COMP_CWORD": count, "_PIPELINE_COMPLETE": "bash_complete"}
+            assert f"plain,{wanted}" in python("-m", "pipeline", **asked).stdout.splitlines()
 
 
 def test_version() -> None:
@@ -93,35 +137,58 @@ def test_train_prints_its_runs_folder_whatever_its_other_options_without_a_heavy
     assert not (tmp_path / "here").exists()
 
 
-# ---- what the user can mend ----
+# ---- what the user can fix ----
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "page"),
     [
-        ([], "Missing command."),
-        (["trian"], "No such command 'trian'."),
-        (["train", "--reusme", "auto"], "No such option: --reusme"),
-        (["prepare"], "Missing argument 'SOURCE...'"),
-        (["sample"], "Missing option '--ckpt'"),
-        (["doctor"], "Missing option '--slurm'"),
-        (["submit", "trian"], "No such command 'trian'."),
-        (["submit", "train", "--nodes", "0", "--gpus-per-node", "8", "--time", "60"], "Invalid value for '--nodes'"),
-        (["sample", "--ckpt", "latest", "--top-k", "many"], "Invalid value for '--top-k'"),
-        (["train", "gpt3"], "no config 'gpt3': it is neither a file nor one of the presets gpt2-124m, "),
-        (["train", "nope.key=1"], "unknown section [nope] (there are: "),
+        (["trian"], "No such command 'trian'", "pipeline"),
+        (["train", "--reusme", "auto"], "No such option", "pipeline train"),
+        (["prepare"], "Missing argument 'SOURCE...'", "pipeline prepare"),
+        (["prepare", "a", "--name"], "Option '--name' requires an argument", "pipeline prepare"),
+        (["sample"], "Missing option '--ckpt'", "pipeline sample"),
+        (["doctor"], "Missing option '--slurm'", "pipeline doctor"),
+        (["submit", "trian"], "No such command 'trian'", "pipeline submit"),
         (
-            ["train", "run.seed=1", "model.n_head=7"],
-            "model.n_embd=768 is not a multiple of model.n_head=7",
-        ),  # GPT-2 124M
-        (["train", "quickstart", "model.n_layers=1"], "unknown key model.n_layers (did you mean model.n_layer?)"),
-        (["train", "quickstart", "--resume", "maybe"], "checkpoint.resume='maybe' is not one of auto, must, never"),
+            ["submit", "train", "--nodes", "0", "--gpus-per-node", "8", "--time", "60"],
+            "Invalid value for '--nodes': 0 is not in the range",
+            "pipeline submit train",
+        ),
+        (
+            ["submit", "train", "--nodes", "1", "--time", "60"],
+            "Missing option '--gpus-per-node'",
+            "pipeline submit train",
+        ),
+        (
+            ["sample", "--ckpt", "latest", "--top-k", "many"],
+            "Invalid value for '--top-k': 'many' is",
+            "pipeline sample",
+        ),
+        (["train", "gpt3"], "no config 'gpt3': expected a TOML file or one of the presets gpt2-124m, ", ""),
+        (["train", "zzz.key=1"], "unknown key zzz.key (see pipeline train --help)", ""),
+        (["train", "run.seed=1", "model.n_head=7"], "model.n_embd=768 is not a multiple of model.n_head=7", ""),
+        (["train", "quickstart", "model.n_layers=1"], "unknown key model.n_layers (did you mean model.n_layer?)", ""),
+        (["train", "quickstart", "--resume", "maybe"], "checkpoint.resume='maybe': expected auto, must, never", ""),
+        (
+            ["train", "--max-steps", "200"],
+            "No such option '--max-steps': config keys are given as SECTION.KEY=VALUE (did you mean train.max_steps=VALUE?)",
+            "pipeline train",
+        ),
+        (
+            ["train", "max_steps=200"],
+            "invalid override 'max_steps=200': expected section.key=value (did you mean train.max_steps=200?)",
+            "",
+        ),
+        (["train", "shakespeare_char"], "no config 'shakespeare_char' (did you mean shakespeare-char?)", ""),
+        (["train", "gpt-2"], "no config 'gpt-2' (did you mean gpt2-124m?)", ""),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(
     arguments: list[str],
     message: str,
+    page: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -134,7 +201,8 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(
     assert left.value.code == 2
     assert stdout == ""
     assert len(stderr.splitlines()) == 1, stderr
-    assert stderr.startswith(f"error: {message}")
+    assert stderr.replace("option: --", "option '--").startswith(f"error: {message}"), stderr
+    assert not page or stderr.endswith(f"(see {page} --help)\n"), stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -160,7 +228,7 @@ def test_train_without_its_dataset_says_how_to_get_it(tmp_path: Path) -> None:
         (
             "OSError(28, 'No space left on device', 'runs/x')",
             2,
-            "error: No space left on device: runs/x; make room or choose another place, then go on\n",
+            "error: No space left on device: runs/x; make room or choose another path, then run the command again\n",
         ),
     ],
 )

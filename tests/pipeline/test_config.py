@@ -1,5 +1,6 @@
 """The config: every preset, every key, every way a value gets in, and every message about a wrong one."""
 
+import ast
 import os
 import re
 import subprocess
@@ -9,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tree import SOURCES, text, tree
 
 from pipeline.budget import accumulation_steps
-from pipeline.config.keys import SECTIONS, Config, ModelConfig, TrainConfig, WeightedDataset, help_text
-from pipeline.config.load import find_config, from_dict, load_config, to_dict, to_toml
+from pipeline.config import other_names
+from pipeline.config.keys import KEYS, SECTIONS, Config, ModelConfig, TrainConfig, WeightedDataset
+from pipeline.config.load import config_from_arguments, find_config, from_dict, load_config, override, to_dict, to_toml
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
 
-KEYS = {
+PINNED = {
     "run.name", "run.dir", "run.seed", "run.device", "run.dtype", "run.compile",
     "data.dataset", "data.data_dir", "data.mixture", "data.document_mask",
     "model.arch", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.dropout", "model.bias",
@@ -120,17 +123,151 @@ def test_a_preset_is_found_with_its_ending_and_a_file_of_that_name_wins(
 
 
 def test_the_keys_are_the_pinned_ones() -> None:
-    assert {f"{section}.{name}" for section, keys in to_dict(Config()).items() for name in keys} == KEYS, (
+    assert {f"{section}.{name}" for section, keys in to_dict(Config()).items() for name in keys} == PINNED, (
         "A config key came or went. Other people's files name these keys: change README.md and the contract too, "
         "then the set in this test."
     )
 
 
-def test_help_tells_every_key_with_its_default_and_a_sentence() -> None:
-    lines = help_text().splitlines()
-    for key in KEYS:
-        line = next((line for line in lines if line.startswith(f"{key}=")), "")
-        assert re.fullmatch(r"\S+=(\S+|\[.*\])  \S+.+", line), f"no help for {key}: {line!r}"
+# ---- what a new key needs ----
+
+
+@pytest.mark.parametrize("key", [key for key, entry in KEYS.items() if entry.type in (int, float, tuple[float, float])])
+def test_a_number_has_a_lower_bound(key: str) -> None:
+    assert {">=", ">"} & KEYS[key].metadata["bounds"].keys(), (
+        f"{key} is a number without bounds, so a wrong one would end in a traceback: give key(...) at_least= or above= "
+        "in pipeline/config/keys.py, and below= where there is an end"
+    )
+
+
+@pytest.mark.parametrize("key", [key for key, entry in KEYS.items() if len(entry.metadata["choices"]) != 1])
+def test_a_key_is_read_by_somebody(key: str) -> None:
+    """As `config.train.max_steps`, as `train.max_steps`, or in a file that takes a TrainConfig, as `config.max_steps`.
+
+    A key with one choice has no effect to be read.
+    """
+    section, _, name = key.partition(".")
+    kind = SECTIONS[section].__name__
+    for path in SOURCES:
+        if path.parts[:2] == ("pipeline", "config") and path.name != "keys.py":
+            continue
+        for node in ast.walk(tree(path)):
+            match node:
+                case ast.Attribute(attr=attr, value=ast.Attribute(attr=owner) | ast.Name(id=owner)) if attr == name:
+                    if owner == section or (kind in text(path) and path.name != "keys.py"):
+                        return
+    pytest.fail(f"no source reads {key}: use it, or remove it from pipeline/config/keys.py")
+
+
+def test_every_key_is_in_the_docs() -> None:
+    """A page names keys as `section.key`."""
+    pages = [ROOT / "README.md", *(page for page in (ROOT / "docs").glob("*.md") if page.stem != "python")]
+    if len(pages) == 1:
+        pytest.skip("there are no docs yet")
+    written = "".join(page.read_text(encoding="utf-8") for page in pages)
+    missing = [key for key in KEYS if key not in written]
+    assert not missing, f"describe {', '.join(missing)} in docs/train.md"
+
+
+# ---- other programs' names ----
+
+
+def test_every_other_name_leads_to_a_key_of_ours() -> None:
+    for program in other_names.PROGRAMS:
+        for name, key, _ in other_names.rows(program):
+            assert key in KEYS, f"{program}'s {name}: there is no key {key}"
+            assert name not in {known.partition(".")[2] for known in KEYS} or key.endswith(f".{name}")
+    assert set(other_names.NOTES) <= other_names.OTHER_NAMES.keys()
+    assert set(other_names.PRESETS.values()) <= set(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("train.lr", "optimizer.lr"),
+        ("train.batch_size", "train.micro_batch_size"),
+        ("train.max_iters", "train.max_steps"),
+        ("optim.weight_decay", "optimizer.weight_decay"),
+        ("train.gradient_accumulation_steps", "train.tokens_per_step: sequences of a step over all ranks x block_size"),
+        ("run.out_dir", "run.dir"),
+        ("run.dataset", "data.dataset"),
+        ("gpt.n_layer", "model.n_layer"),
+        ("train.eval_interval", "eval.every_steps"),
+        ("model.num_hidden_layers", "model.n_layer"),
+        ("train.every_steps", "eval.every_steps or checkpoint.every_steps or log.every_steps"),
+        ("optimizer.beta1", "optimizer.betas: [beta1, beta2]"),
+    ],
+)
+def test_a_key_of_another_name_is_answered_with_ours(name: str, meant: str) -> None:
+    assert message_of(f"{name}=1") == f"unknown key {name} (did you mean {meant}?)"
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("max_steps=200", "train.max_steps=200"),
+        ("learning_rate=1e-3", "optimizer.lr=1e-3"),
+        ("lr=1e-3", "optimizer.lr=1e-3"),
+        ("--batch-size=8", "train.micro_batch_size=8"),
+        ("n_layer=6", "model.n_layer=6"),
+        ("dataset=mine", "data.dataset=mine"),
+        ("gradient_accumulation_steps=40", "train.tokens_per_step: sequences of a step over all ranks x block_size"),
+    ],
+)
+def test_a_key_without_its_section_is_answered_with_the_whole_argument(argument: str, meant: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config_from_arguments([argument])
+    assert str(caught.value) == f"invalid override {argument!r}: expected section.key=value (did you mean {meant}?)"
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("gpt2", "gpt2-124m"), ("gpt-2", "gpt2-124m"), ("GPT2-XL", "gpt2-1558m"), ("gpt2-124", "gpt2-124m"),
+        ("shakespeare_char", "shakespeare-char"), ("config/train_shakespeare_char.py", "shakespeare-char"),
+        ("config/train_gpt2.py", "gpt2-124m"), ("quikstart", "quickstart"),
+    ],
+)  # fmt: skip
+def test_a_preset_of_another_name_is_answered_with_ours(name: str, preset: str) -> None:
+    assert message_of(config=name).startswith(
+        f"no config {name!r} (did you mean {preset}?): expected a TOML file or one"
+    )
+
+
+def test_a_python_config_is_not_run_and_its_names_are_translated(tmp_path: Path) -> None:
+    source = "raise SystemExit\nbatch_size = 12\nlearning_rate = 1e-3\nwandb_project = 'owt'\nblock_size = 64\n"
+    message = message_of(config=write(tmp_path, source, "train_mine.py"))
+    assert message.startswith(
+        f"{tmp_path / 'train_mine.py'} is a Python config, as nanoGPT has them, which is not run: "
+    )
+    assert message.endswith(
+        "(batch_size -> train.micro_batch_size, learning_rate -> optimizer.lr, block_size -> model.block_size)"
+    )
+    assert "max_iters -> train.max_steps" in message_of(config=write(tmp_path, "not (python", "broken.py"))
+
+
+def test_keys_at_the_top_of_a_file_are_named_with_their_section(tmp_path: Path) -> None:
+    assert message_of(config=write(tmp_path, "lr = 3e-4\nmax_iters = 5\nzzz = 1")).split("; ") == [
+        "lr = 0.0003 is not under a [section] (did you mean optimizer.lr?)",
+        "max_iters = 5 is not under a [section] (did you mean train.max_steps?)",
+        "zzz = 1 is not under a [section] (see pipeline train --help)",
+    ]
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train.max_steps", 5), ("optimizer.betas", (0.9, 0.99)), ("run.name", "a b"), ("run.name", Path("x")), ("model.bias", True),
+     ("optimizer.lr", 1e-5)],
+)  # fmt: skip
+def test_a_python_value_as_an_override(key: str, value: Any) -> None:
+    wanted = str(value) if isinstance(value, Path) else value
+    if value != "a b":
+        assert value_of(load_config("gpt2-124m", [override(key, value), "optimizer.min_lr=0"]), key) == wanted
+    assert override(key, value).startswith(f"{key}=")
 
 
 def test_an_override_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
@@ -217,50 +354,55 @@ def test_a_mixture_takes_the_place_of_the_dataset_and_survives_both_written_form
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("modle.n_layer=3", "unknown section [modle] (did you mean model?)"),
-        ("zzz.key=3", f"unknown section [zzz] (there are: {', '.join(SECTIONS)})"),
+        ("modle.n_layer=3", "unknown key modle.n_layer (did you mean model.n_layer?)"),
+        ("zzz.key=3", "unknown key zzz.key (see pipeline train --help)"),
         ("model.n_layers=3", "unknown key model.n_layers (did you mean model.n_layer?)"),
-        ("log.x=1", "unknown key log.x (there are: log.every_steps, log.tensorboard)"),
+        ("log.x=1", "unknown key log.x (expected one of log.every_steps, log.tensorboard)"),
         ("model.vocab.size=1", "unknown key model.vocab.size"),
-        ("model.n_layer=1.5", "model.n_layer wants a whole number, found 1.5"),
-        ("model.n_layer=true", "model.n_layer wants a whole number, found True"),
-        ("model.n_layer=six", "model.n_layer wants a whole number, found 'six'"),
-        ("model.n_layer=", "model.n_layer wants a whole number, found ''"),
-        ("optimizer.lr=fast", "optimizer.lr wants a number, found 'fast'"),
-        ("optimizer.lr=true", "optimizer.lr wants a number, found True"),
-        ("model.bias=1", "model.bias wants true or false, found 1"),
-        ("model.bias=yes", "model.bias wants true or false, found 'yes'"),
-        ("optimizer.betas=0.9", "optimizer.betas wants two numbers, such as [0.9, 0.95], found 0.9"),
-        ("optimizer.betas=[0.9]", "optimizer.betas wants two numbers, such as [0.9, 0.95], found [0.9]"),
-        ("optimizer.betas=[0.9, 'b']", "optimizer.betas wants two numbers, such as [0.9, 0.95], found [0.9, 'b']"),
+        ("model.n_layer=1.5", "model.n_layer=1.5: expected an integer >= 1"),
+        ("model.n_layer=true", "model.n_layer=True: expected an integer >= 1"),
+        ("model.n_layer=six", "model.n_layer='six': expected an integer >= 1"),
+        ("model.n_layer=", "model.n_layer='': expected an integer >= 1"),
+        ("optimizer.lr=fast", "optimizer.lr='fast': expected a number > 0"),
+        ("optimizer.lr=true", "optimizer.lr=True: expected a number > 0"),
+        ("model.bias=1", "model.bias=1: expected true or false"),
+        ("model.bias=yes", "model.bias='yes': expected true or false"),
+        ("optimizer.betas=0.9", "optimizer.betas=0.9: expected two numbers >= 0 and < 1"),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: expected two numbers >= 0 and < 1"),
+        ("optimizer.betas=[0.9, 'b']", "optimizer.betas=[0.9, 'b']: expected two numbers >= 0 and < 1"),
         (
             "data.mixture=owt",
-            'data.mixture wants datasets with weights, such as [{dataset = "a", weight = 0.7}], found',
+            "data.mixture='owt': expected datasets with weights, such as [{dataset = \"a\", weight = 0.7}]",
         ),
-        ("data.mixture=[{dataset='a'}]", "data.mixture wants datasets with weights, such as"),
-        ("data.mixture=[{dataset='a', weight='b'}]", "data.mixture wants datasets with weights, such as"),
-        ("data.mixture=[{dataset='a', weight=1, wait=1}]", "data.mixture wants datasets with weights, such as"),
+        ("data.mixture=[{dataset='a'}]", "data.mixture=[{'dataset': 'a'}]: expected datasets with weights"),
+        (
+            "data.mixture=[{dataset='a', weight='b'}]",
+            "data.mixture=[{'dataset': 'a', 'weight': 'b'}]: expected datasets with",
+        ),
+        (
+            "data.mixture=[{dataset='a', weight=1, wait=1}]",
+            "data.mixture=[{'dataset': 'a', 'weight': 1, 'wait': 1}]",
+        ),
         (
             "data.mixture=[{dataset='a', weight=0}]",
-            "data.mixture gives 'a' the weight 0.0, which is not a positive number",
+            "data.mixture gives 'a' the weight 0.0: expected a number > 0",
         ),
-        ("data.mixture=[{dataset='a', weight=nan}]", "data.mixture gives 'a' the weight nan, which is not a positive"),
-        ("data.mixture=[{dataset='a', weight=inf}]", "data.mixture gives 'a' the weight inf, which is not a positive"),
-        ("run.dtype=fp16", "run.dtype='fp16' is not one of auto, float32, bfloat16, float16"),
-        ("run.compile=true", "run.compile='true' is not one of auto, on, off"),
-        ("model.arch=llama", "model.arch='llama' is not one of gpt2"),
-        ("checkpoint.resume=yes", "checkpoint.resume='yes' is not one of auto, must, never"),
+        ("data.mixture=[{dataset='a', weight=nan}]", "data.mixture gives 'a' the weight nan: expected a number > 0"),
+        ("data.mixture=[{dataset='a', weight=inf}]", "data.mixture gives 'a' the weight inf: expected a number > 0"),
+        ("run.dtype=fp16", "run.dtype='fp16': expected one of auto, float32, bfloat16, float16"),
+        ("run.compile=true", "run.compile='true': expected one of auto, on, off"),
+        ("model.arch=llama", "model.arch='llama': expected one of gpt2"),
+        ("checkpoint.resume=yes", "checkpoint.resume='yes': expected auto, must, never or a name"),
         ("model.n_head=7", "model.n_embd=768 is not a multiple of model.n_head=7"),
-        ("model.dropout=1", "model.dropout=1.0 is not below 1"),
-        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas=[0.9, 1.0] are not in [0, 1)"),
-        ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas=[-0.1, 0.9] are not in [0, 1)"),
-        ("optimizer.lr=0", "optimizer.lr=0.0 is not a positive number"),
-        ("optimizer.lr=nan", "optimizer.lr=nan is not a positive number"),
+        ("model.dropout=1", "model.dropout=1.0: expected a number >= 0 and < 1"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas=[0.9, 1.0]: expected two numbers >= 0 and < 1"),
+        ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas=[-0.1, 0.9]: expected two numbers >= 0 and < 1"),
+        ("optimizer.lr=0", "optimizer.lr=0.0: expected a number > 0"),
+        ("optimizer.lr=nan", "optimizer.lr=nan: expected a number > 0"),
         ("optimizer.min_lr=1e-3", "optimizer.min_lr=0.001 is above optimizer.lr=0.0006"),
         ("schedule.decay_steps=1999", "schedule.warmup_steps=2000 is above schedule.decay_steps=1999"),
-        ("n_layer=3", "override 'n_layer=3' is not of the form section.key=value, such as optimizer.lr=3e-4"),
-        ("model.n_layer", "override 'model.n_layer' is not of the form section.key=value, such as optimizer.lr=3e-4"),
-        ("model.=3", "override 'model.=3' is not of the form section.key=value, such as optimizer.lr=3e-4"),
+        ("model.n_layer", "invalid override 'model.n_layer': expected section.key=value, such as optimizer.lr=3e-4"),
+        ("model.=3", "invalid override 'model.=3': expected section.key=value, such as optimizer.lr=3e-4"),
     ],
 )
 def test_a_wrong_override_is_named_with_what_was_wanted(override: str, message: str) -> None:
@@ -282,7 +424,7 @@ def test_a_wrong_override_is_named_with_what_was_wanted(override: str, message: 
     ],
 )  # fmt: skip
 def test_a_number_may_be_its_lower_bound_and_nothing_below(key: str, bound: int) -> None:
-    assert f"{key}={type(value_of(Config(), key))(bound - 1)} is below {bound}" in message_of(f"{key}={bound - 1}")
+    assert f"{key}={type(value_of(Config(), key))(bound - 1)}: expected a" in message_of(f"{key}={bound - 1}")
     width = ["model.n_head=1"] if key == "model.n_embd" else []
     assert value_of(load_config("gpt2-124m", [f"{key}={bound}", *width]), key) == bound
 
@@ -297,7 +439,7 @@ def test_a_number_that_is_not_finite_is_refused(key: str, text: str) -> None:
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "two words", "x" * 65, "tab\t", "back\\slash"])
 def test_a_run_name_that_is_no_folders_name_is_refused(name: str) -> None:
     assert message_of(f"run.name={name}") == (
-        f"run.name={name!r} is not a folder's name: use letters, digits, '.', '_' and '-'"
+        f"run.name={name!r}: expected letters, digits, '.', '_' and '-', at most 64 characters"
     )
 
 
@@ -306,31 +448,34 @@ def test_bounds_that_meet_are_allowed() -> None:
     assert load_config("gpt2-124m", overrides).optimizer.min_lr == 6e-4
 
 
-def test_all_faults_are_told_at_once_in_one_line() -> None:
+def test_all_faults_are_reported_together_in_one_line() -> None:
     message = message_of("oops", "modle.n_layer=3", "model.n_head=-1", "optimizer.lr=fast", "run.dtype=fp16")
     assert message.split("; ") == [
-        "override 'oops' is not of the form section.key=value, such as optimizer.lr=3e-4",
-        "optimizer.lr wants a number, found 'fast'",
-        "unknown section [modle] (did you mean model?)",
-        "run.dtype='fp16' is not one of auto, float32, bfloat16, float16",
-        "model.n_head=-1 is below 1",
+        "invalid override 'oops': expected section.key=value, such as optimizer.lr=3e-4",
+        "optimizer.lr='fast': expected a number > 0",
+        "unknown key modle.n_layer (did you mean model.n_layer?)",
+        "run.dtype='fp16': expected one of auto, float32, bfloat16, float16",
+        "model.n_head=-1: expected an integer >= 1",
     ]
 
 
 def test_a_wrong_type_in_a_file_is_named(tmp_path: Path) -> None:
-    assert message_of(config=write(tmp_path, "[run]\ndtype = 16")) == "run.dtype wants text, found 16"
+    assert (
+        message_of(config=write(tmp_path, "[run]\ndtype = 16"))
+        == "run.dtype=16: expected one of auto, float32, bfloat16, float16"
+    )
 
 
 def test_a_value_in_the_place_of_a_section_is_named(tmp_path: Path) -> None:
     file = write(tmp_path, "run = 3")
-    wanted = "run is a section, found the value 3: write [run] and keys under it"
+    wanted = "run=3: expected a section, [run] with keys under it"
     assert message_of(config=file) == wanted
     assert message_of("run.name=x", config=file) == wanted
 
 
 def test_a_config_that_is_not_there_is_answered_with_the_presets() -> None:
     message = message_of(config="gpt3")
-    assert message.startswith("no config 'gpt3': it is neither a file nor one of the presets ")
+    assert message.startswith("no config 'gpt3': expected a TOML file or one of the presets ")
     assert message.split("presets ")[1].split(", ") == PRESETS
 
 

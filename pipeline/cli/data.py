@@ -1,0 +1,108 @@
+"""The commands that make data: prepare, merge, fetch."""
+
+import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli.command import Argument, Command, Shown
+from pipeline.errors import UserError
+
+GROUP = "Data"
+
+
+def _prepare_options() -> type:
+    from prepare.options import PrepareOptions
+
+    return PrepareOptions
+
+
+def _prepare(options: Any) -> None:
+    from prepare.run import run
+
+    if options.task_id is None and options.tasks is None:
+        task_id, tasks = _slurm_array()
+        options = replace(options, task_id=task_id, tasks=tasks)
+    run(options)
+
+
+def _slurm_array() -> tuple[int | None, int | None]:
+    """This job's number in its SLURM array, from 0, and the array's size; nothing outside one."""
+    index, size = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_ARRAY_TASK_COUNT")
+    if index is None or size is None:
+        return None, None
+    return int(index) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")), int(size)
+
+
+prepare = Command(
+    "prepare", group=GROUP, callback=_prepare, options=_prepare_options,
+    help="""Turn text into a dataset: shards of token ids and a manifest.
+
+    The dataset is written to DATA_DIR/NAME. If the command is killed, the same command resumes it.""",
+    example="pipeline prepare my-texts/ --name mine --tokenizer gpt2",
+    shown={
+        "sources": Shown(
+            "A corpus (openwebtext, fineweb-edu, tinystories, shakespeare, stdlib), hf:ORG/NAME[:CONFIG][@REVISION], a "
+            "file (.txt .md .py .jsonl .json .csv .tsv .parquet .arrow, also .gz .zst .xz .bz2), a folder, a glob, a URL "
+            "(s3://...), or - for stdin.",
+            metavar="SOURCE...", is_argument=True,
+        ),
+        "name": Shown("Name of the dataset; by default the source's."),
+        "data_dir": Shown("Folder of all datasets."),
+        "tokenizer": Shown(
+            "gpt2, cl100k_base, o200k_base, char, byte, word, bpe:N, or a tokenizer.json or .tiktoken file."
+        ),
+        "text_field": Shown("Field or column that holds the text."),
+        "val_fraction": Shown("Fraction of the documents for val; by default it depends on the corpus's size."),
+        "shard_tokens": Shown("Tokens after which a shard is closed."),
+        "workers": Shown("Processes; by default one for each core."),
+        "limit_docs": Shown("Take only the first N documents."),
+        "seed": Shown("Chooses which documents are val."),
+        "dedup": Shown("Leave out exact duplicates of earlier documents."),
+        "task_id": Shown("Number of this job, from 0, among --tasks; by default SLURM's array index."),
+        "tasks": Shown("Jobs that share the dataset; by default the size of SLURM's array."),
+        "force": Shown("Replace a dataset of the same name, finished or not."),
+    },
+)  # fmt: skip
+
+
+@click.command(
+    cls=Command, group=GROUP, example="pipeline merge data/openwebtext",
+    params=[
+        Argument("folder", "DIR", "Folder of the dataset, such as data/openwebtext.", type=click.Path(path_type=Path))
+    ],
+)  # fmt: skip
+@click.option("--workers", type=int, metavar="N", help="Processes; by default one for each core.")
+def merge(folder: Path, workers: int | None) -> None:
+    """Join what the jobs of `prepare --tasks` made into one dataset.
+
+    The last of the jobs does that by itself; this command is for when it did not.
+    """
+    from prepare.run import merge as merge_tasks
+
+    merge_tasks(folder, workers)
+
+
+@click.command(
+    cls=Command, group=GROUP, example="pipeline fetch openwebtext /shared/corpora",
+    params=[
+        Argument("source", "SOURCE", "A named corpus, hf:ORG/NAME[:CONFIG][@REVISION], or a URL."),
+        Argument("folder", "DIR", "Folder of the copies; it may hold several.", type=click.Path(path_type=Path)),
+    ],
+)  # fmt: skip
+@click.option("--tokenizer", default="gpt2", metavar="NAME", help="Vocabulary to fetch too; gpt2 needs no fetching.")
+def fetch(source: str, folder: Path, tokenizer: str) -> None:
+    """Download a corpus and a vocabulary for nodes without a network.
+
+    It prints the environment variables to set there.
+    """
+    from pipeline.vocabulary.specs import TOKENIZER_NAMES
+    from prepare.sources.fetch import run
+
+    if tokenizer not in TOKENIZER_NAMES:
+        raise UserError(f"invalid --tokenizer {tokenizer!r}: expected one of {', '.join(TOKENIZER_NAMES)}")
+    for name, value in run(source, folder, tokenizer).items():
+        click.echo(f"export {name}={shlex.quote(value)}")

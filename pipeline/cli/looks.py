@@ -1,0 +1,61 @@
+"""The commands that look and change nothing: inspect, verify, doctor."""
+
+from pathlib import Path
+
+import click
+
+from pipeline.cli.command import Argument, Command
+
+GROUP = "Looking"
+
+
+def _path(help: str) -> Argument:
+    return Argument("path", "PATH", help, type=click.Path(path_type=Path))
+
+
+@click.command(
+    cls=Command, group=GROUP, example="pipeline inspect data/openwebtext",
+    params=[_path("A dataset, a shard, or a checkpoint or Hugging Face folder.")],
+)  # fmt: skip
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def inspect(path: Path, json: bool) -> None:
+    """Show what is in a dataset, shard or checkpoint.
+
+    Of token ids: counts, lengths, frequent tokens, and how some documents begin.
+    """
+    from observe.inspect import run
+
+    run(path, json)
+
+
+@click.command(
+    cls=Command, group=GROUP, example="pipeline verify runs/gpt2-124m/checkpoints/step_00001000",
+    params=[_path("A dataset, a shard or a checkpoint.")],
+)  # fmt: skip
+def verify(path: Path) -> None:
+    """Read every byte again and check all that the manifest promises.
+
+    The exit code is 2 if a promise is broken.
+    """
+    from observe.verify import run
+
+    run(path)
+
+
+@click.command(cls=Command, group="Cluster", example="pipeline doctor --slurm job.sbatch")
+@click.option(
+    "--slurm",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Batch script to check, yours or ours.",
+)
+@click.option("--json", is_flag=True, help="Print one JSON list of the findings.")
+def doctor(slurm: Path, json: bool) -> None:
+    """Check a batch script for known mistakes.
+
+    The exit code is 2 if one of them is an error.
+    """
+    from slurm.doctor import run
+
+    run(slurm, json)

@@ -1,0 +1,128 @@
+"""The commands that train: train, quickstart."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+from pipeline import launch, log
+from pipeline.cli.command import Argument, Command, Rows
+from pipeline.config.keys import KEYS, SECTIONS, Config, help_rows
+from pipeline.config.load import DEFAULT_CONFIG, config_from_arguments, load_config, preset_files
+from pipeline.config.other_names import did_you_mean, keys_for
+from pipeline.errors import UserError
+
+GROUP = "Training"
+
+
+def _sections() -> Iterator[tuple[str, Rows]]:
+    """The presets, each with the first line of its file, then the keys of each section."""
+    presets = preset_files().items()
+    yield "Presets", [(name, path.read_text(encoding="utf-8").splitlines()[0].strip("# .")) for name, path in presets]
+    for section in SECTIONS:
+        yield f"Keys of [{section}], given as {section}.KEY=VALUE", help_rows(section)
+
+
+def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """In a shell: presets and keys."""
+    words = [*preset_files(), *(f"{key}=" for key in KEYS)]
+    return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def config_arguments(arguments: Sequence[str], resume: str | None) -> list[str]:
+    """The arguments of `train` that make its config."""
+    return [*arguments, *([] if resume is None else [f"checkpoint.resume={resume}"])]
+
+
+def config_of(arguments: list[str]) -> Config:
+    """The config of a run. Where it has faults, the first rank reports them for all."""
+    try:
+        return config_from_arguments(arguments)
+    except UserError:
+        if launch.rank():
+            launch.leave_to_first()
+        raise
+
+
+def key_hint(option: str) -> str:
+    """For an option that `train` does not have: config keys have no dashes, whatever other programs do."""
+    return f": config keys are given as SECTION.KEY=VALUE{did_you_mean(option, '=VALUE')}" if keys_for(option) else ""
+
+
+@click.command(
+    cls=Command,
+    group=GROUP,
+    sections=_sections,
+    example="pipeline train quickstart optimizer.lr=1e-3 run.name=slower\n"
+    "torchrun --nproc_per_node 8 -m pipeline train gpt2-124m",
+    params=[
+        Argument(
+            "arguments", "[CONFIG] [SECTION.KEY=VALUE]...",
+            f"A preset's name or a TOML file [default: {DEFAULT_CONFIG}], then changes to it.",
+            nargs=-1, shell_complete=_complete,
+        )
+    ],
+)  # fmt: skip
+@click.option(
+    "--resume", metavar="HOW", help="auto, must, never or a checkpoint's name: the same as checkpoint.resume=HOW."
+)
+@click.option("--dry-run", is_flag=True, help="Check everything and print what would run; write nothing.")
+@click.option(
+    "--stage",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Copy the datasets to this folder on each node's own disk, such as '$SLURM_TMPDIR', and read them there.",
+)
+@click.option("--print-run-dir", is_flag=True, help="Print the run's folder, for scripts, and exit.")
+def train(
+    arguments: tuple[str, ...], resume: str | None, dry_run: bool, stage: Path | None, print_run_dir: bool
+) -> None:
+    """Train a model on a prepared dataset.
+
+    Each process of torchrun, or task of srun, is a rank. A run that was stopped or killed is resumed by the same command.
+    """
+    config = config_of(config_arguments(arguments, resume))
+    if print_run_dir:
+        click.echo(config.run_dir.absolute())
+        return
+    from sample.preview import preview
+    from train.run import run
+
+    run(config, dry_run=dry_run, stage_to=stage, preview=preview)
+
+
+@click.command(cls=Command, group=GROUP, example="pipeline quickstart")
+def quickstart() -> None:
+    """Prepare, train and sample in a few minutes, without a download.
+
+    The text is the source code of Python's standard library.
+    """
+    from prepare.options import PrepareOptions
+    from prepare.run import run as run_prepare
+    from sample.options import SampleOptions
+    from sample.preview import preview
+    from sample.run import run as run_sample
+    from train.run import run as run_train
+
+    config = load_config("quickstart", [])
+    log.logger.info("1/3 prepare: the standard library's source, one token a byte")
+    run_prepare(PrepareOptions(["stdlib"], name=config.data.dataset, tokenizer="byte"))
+    log.logger.info("2/3 train: a small GPT, a few minutes on two cores")
+    if run_train(config, preview=preview):
+        return  # stopped on request; the same command resumes
+    log.logger.info("3/3 sample: what it writes after 'def '")
+    run_sample(SampleOptions("best", ["def "], max_new_tokens=400, temperature=0.7, seed=1, run_dir=config.run_dir))
+    log.logger.info("%s", "\n".join(_next_steps()))
+
+
+def _next_steps() -> Iterable[str]:
+    return (
+        "What to try next:",
+        "  pipeline sample --ckpt best --prompt 'class ' --num-samples 3      more text from this model",
+        "  pipeline eval --ckpt best                                          its loss on all the text it never saw",
+        "  pipeline train quickstart run.name=longer train.max_steps=10000    train it for longer",
+        "  tensorboard --logdir runs                                          its curves",
+        "  pipeline prepare my-texts/ --name mine --tokenizer byte            your own text ...",
+        "  pipeline train quickstart data.dataset=mine run.name=mine          ... and a model of it",
+    )
