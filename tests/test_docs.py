@@ -16,18 +16,20 @@ import sys
 import sysconfig
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import click
 import orjson
 import pytest
-import typer
 from tree import MODULES, PACKAGES, ROOT
 
+from pipeline.cli.command import Command
 from pipeline.cli.main import app
-from pipeline.config.keys import SECTIONS
+from pipeline.config.faults import expected
+from pipeline.config.keys import KEYS, SECTIONS
 from pipeline.config.load import config_from_arguments
+from pipeline.config.other_names import NANOGPT
 
 README = ROOT / "README.md"
 LISTED = re.findall(r"^\| \[docs/[\w-]+\.md\]\((docs/[\w-]+\.md)\)", README.read_text(encoding="utf-8"), re.MULTILINE)
@@ -119,19 +121,22 @@ def resolve(words: list[str]) -> None:
 
 
 def resolve_ours(arguments: list[str]) -> None:
-    command: Any = typer.main.get_command(app)
+    command: click.Command = app
     names: list[str] = []
-    while hasattr(command, "commands") and arguments and not arguments[0].startswith("-"):
+    while isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
         assert arguments[0] in command.commands, f"no command {arguments[0]}"
         command, names, arguments = command.commands[arguments[0]], [*names, arguments[0]], arguments[1:]
     if {"--help", "-h", "--version"} & set(arguments):
         return
-    elements = [word.replace("%a", "1") for word in arguments]  # %a is the index of a SLURM array's element
-    parameters = command.make_context(" ".join(names), elements).params
-    if names[:1] == ["submit"]:
+    assert isinstance(command, Command)
+    # %a is the index of an element of a SLURM array.
+    parameters = command.parse(word.replace("%a", "1") for word in arguments)
+    if command.options is not None:
+        command.options_from(parameters)
+    if names[0] == "submit":
         resolve_ours([names[1], *parameters["arguments"]])
     elif names == ["train"]:
-        config_from_arguments(parameters["arguments"] or [])
+        config_from_arguments(list(parameters["arguments"]))
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in SHELL], ids=str)
@@ -227,9 +232,8 @@ def test_paths_of_the_repository_exist(page: Path) -> None:
 
 @every_page
 def test_config_keys_exist(page: Path) -> None:
-    for section, name in re.findall(rf"`({'|'.join(SECTIONS)})\.(\w+)[`=]", prose_of(page)):
-        known = {entry.name for entry in fields(SECTIONS[section])}
-        assert name in known or name in SUFFIXES, f"{page.name} names {section}.{name}"
+    for name in re.findall(rf"`((?:{'|'.join(SECTIONS)})\.\w+)[`=]", prose_of(page)):
+        assert name in KEYS or name.endswith(SUFFIXES), f"{page.name} names {name}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
@@ -250,10 +254,9 @@ def test_the_readme_draws_every_room() -> None:
 
 
 def test_the_readmes_table_of_nanogpts_names_is_the_command_lines() -> None:
-    other_names = pytest.importorskip("pipeline.config.other_names")
     cells = re.findall(r"([^|\n]+)\|([^|\n]+)(?=\|)", text_of(README))
     shown = {(name, key) for names, keys in cells for name in _quoted(names) for key in _quoted(keys)}
-    assert set(other_names.NANOGPT.items()) <= shown
+    assert set(NANOGPT.items()) <= shown
 
 
 def _quoted(cell: str) -> list[str]:
@@ -270,11 +273,10 @@ def test_the_readmes_config_is_the_preset() -> None:
 
 def keys_table() -> str:
     rows = [
-        f"| `{section}.{entry.name}` | `{orjson.dumps(entry.default).decode()}` | {entry.metadata['text'].replace('|', '/')} |"
-        for section, kind in SECTIONS.items()
-        for entry in fields(kind)
+        f"| `{name}` | `{orjson.dumps(entry.default).decode()}` | {expected(entry)} | {entry.metadata['text']} |"
+        for name, entry in KEYS.items()
     ]
-    return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows])
+    return "\n".join(["| key | default | expected | meaning |", "|---|---|---|---|", *rows])
 
 
 def with_keys(text: str) -> str:
