@@ -32,7 +32,8 @@ def main() -> None:
     description = Description(step=1, tokens=8, config=to_dict(config), tokenizer=tokenizer.spec(), dataset="")
     saver = Saver()
     saver.reserve(State.of(model, optimizer))
-    saver.wait()
+    while saver.busy:
+        time.sleep(0.01)
     waited, stalls = [], []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         checkpoints = Path(folder)

@@ -45,7 +45,7 @@ def floor(model: GPT, samples: int, new_tokens: int) -> Callable[[], object]:
 
 def ours(model: GPT, samples: int, new_tokens: int) -> Callable[[], object]:
     decoder = Decoder(model, samples, model.lm_head.weight.dtype)
-    return lambda: list(generate(decoder, PROMPT, new_tokens, Choice(), seed=0))
+    return lambda: list(generate(decoder, PROMPT, max_new_tokens=new_tokens, choice=Choice(), seed=0))
 
 
 def theirs(folder: Path, dtype: torch.dtype, samples: int, new_tokens: int) -> Callable[[], object]:

@@ -1,7 +1,9 @@
-"""A model as one GGUF file, the form that llama.cpp and what is built on it reads.
+"""A model as one GGUF file, the format of llama.cpp and programs built on it.
 
-Only GPT-2's way of cutting text can be named there: byte-pair vocabularies with it go across whole, others are refused.
-Matrices lie as torch has them, (out, in); every bias is there; what has one dimension, and the positions, stay float32.
+The format names a few pre-tokenizers only, of which ours has GPT-2's: byte-pair vocabularies with that
+pattern are written, all others refused. Matrices are (out, in) as in torch, missing biases are zeros;
+vectors and the position embedding stay float32, as in files of llama.cpp's converter.
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from dataclasses import dataclass
@@ -22,15 +24,15 @@ from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens by their ids, None where an id has none; the merges in order; the ids of special tokens."""
+    """`tokens` by id, None for an unused id; `merges` as "left right" in order of rank; `special`: ids of special tokens."""
 
     tokens: list[str | None]
     merges: list[str]
     special: set[int]
 
 
-def write(path: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    """Write model and vocabulary. Raises UserError for a vocabulary that GGUF has no name for."""
+def write(path: Path, model: GPT, tokenizer: Tokenizer, *, name: str, dtype: torch.dtype) -> None:
+    """Write model and vocabulary. Raises UserError for a vocabulary whose pattern GGUF has no name for."""
     vocabulary = vocabulary_of(tokenizer)
     gguf = _library()
     kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[str(dtype).removeprefix("torch.")]
@@ -46,7 +48,7 @@ def write(path: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: torch.
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """Raises UserError unless GPT-2's pattern and merges alone give the ids of every text."""
+    """Raises UserError unless GPT-2's pattern and the merges alone determine the ids of every text."""
     if not isinstance(tokenizer, JsonTokenizer):
         content = tokenizer_files(tokenizer)[JSON_FILE]
         tokenizer = JsonTokenizer(tokenizer.name, content, tokenizer.end_of_text)
@@ -54,8 +56,8 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     found = tokenizer.merges
     if found is None or found.pattern != PUBLISHED["gpt2"].pattern or len(found.ranks) != 256 + len(pairs):
         raise UserError(
-            f"GGUF cannot say how the vocabulary {tokenizer.name} cuts text: it carries byte-pair vocabularies with GPT-2's "
-            "pattern, such as gpt2 and bpe:N; export with --format safetensors"
+            f"GGUF has no name for the pre-tokenizer of the vocabulary {tokenizer.name}: expected a byte-pair vocabulary with "
+            "GPT-2's pattern, such as gpt2 or bpe:N; export with --format safetensors"
         )
     tokens: list[str | None] = [None] * tokenizer.vocab_size
     for token, number in tokenizer.vocabulary().items():

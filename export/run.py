@@ -1,4 +1,4 @@
-"""`pipeline export`: a checkpoint -> a folder, or a file, to hand on: without the training state, with a model card."""
+"""`pipeline export`: a checkpoint -> a folder or a GGUF file to publish, without training state, with a model card."""
 
 import json
 import os
@@ -22,68 +22,71 @@ from pipeline.files import publish, sync
 from pipeline.log import logger
 from pipeline.machine.device import DTYPES
 from pipeline.model.language_model import GPT
+from pipeline.vocabulary.tokenizer import Tokenizer
 
 FORMATS = ("safetensors", "gguf")
 GGUF_FILE, CARD = "model.gguf", "README.md"
 
 
 def run(options: ExportOptions) -> None:
-    """Write the copy beside its place, then give it its name. Raises UserError, also where something is there already."""
-    for name, choices in (("dtype", tuple(DTYPES)), ("format", FORMATS)):
-        if getattr(options, name) not in choices:
-            raise UserError(f"--{name} {getattr(options, name)!r} is not one of {', '.join(choices)}")
-    if options.to.suffix == ".gguf" and options.format != "gguf":
-        raise UserError(f"--to {options.to} names a GGUF file: add --format gguf, or name a folder")
-    to = options.to.absolute()
-    _check_free(to)
+    """Write the copy next to its final path, then rename it. Raises UserError, also if something exists there."""
+    _check_options(options)
+    to, to_file = options.to.absolute(), options.to.suffix == ".gguf"
     folder = find_checkpoint(options.ckpt, options.run_dir)
     model, tokenizer = load_model(folder)
     dtype = DTYPES[options.dtype]
     _check_range(model, dtype)
     saved = read_description(folder) if (folder / DESCRIPTION).is_file() else None
-    name = to.stem if to.suffix == ".gguf" else to.name
+    name = to.stem if to_file else to.name
     with _partial(to) as partial:
-        if to.suffix == ".gguf":
-            gguf.write(partial, name, model, tokenizer, dtype)
-        elif options.format == "gguf":
+        if not to_file:
             partial.mkdir()
-            gguf.write(partial / GGUF_FILE, name, model, tokenizer, dtype)
-            card = model_card(name, model, tokenizer, options.dtype, saved, GGUF_FILE)
-            (partial / CARD).write_text(card, encoding="utf-8")
+        gguf_file = "" if options.format == "safetensors" else GGUF_FILE
+        if gguf_file:
+            gguf.write(partial if to_file else partial / gguf_file, model, tokenizer, name=name, dtype=dtype)
         else:
-            partial.mkdir()
-            write_model(partial, model, tokenizer, dtype)
-            ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
-            (partial / "generation_config.json").write_text(json.dumps(ends, indent=2), encoding="utf-8")
-            if saved is not None:  # what the run was, and the vocabulary under its own name; nothing of the optimizer
+            _write_folder(partial, model, tokenizer, dtype)
+            if saved is not None:  # what the run was, and the vocabulary under its name; nothing of the optimizer
                 write_description(partial, replace(saved, scaler={}, bad_steps=0, grad_norms=[]))
-            # Last, so that no hash of it is kept: the card is there to be written on.
-            card = model_card(name, model, tokenizer, options.dtype, saved, file="")
+        if not to_file:
+            # Written after the hashes, so that its owner may edit it.
+            card = model_card(name, model, tokenizer, dtype=options.dtype, saved=saved, file=gguf_file)
             (partial / CARD).write_text(card, encoding="utf-8")
-    logger.info("%s -> %s: %s parameters in %s", folder, options.to, f"{model.parameter_count():,}", options.dtype)
+    logger.info(f"{folder} -> {options.to}: {model.parameter_count():,} parameters in {options.dtype}")
 
 
-def _check_free(to: Path) -> None:
-    empty = to.is_dir() and to.suffix != ".gguf" and not any(to.iterdir())
-    if (to.exists() or to.is_symlink()) and not empty:
-        raise UserError(
-            f"{to} is there already, and nothing is overwritten: choose another place with --to, or remove it"
-        )
+def _check_options(options: ExportOptions) -> None:
+    for name, value, choices in (("dtype", options.dtype, DTYPES), ("format", options.format, FORMATS)):
+        if value not in choices:
+            raise UserError(f"invalid --{name} {value!r}: expected {', '.join(choices)}")
+    is_file = options.to.suffix == ".gguf"
+    if is_file and options.format != "gguf":
+        raise UserError(f"--to {options.to} names a GGUF file: add --format gguf, or name a folder")
+    is_empty_folder = options.to.is_dir() and not is_file and not any(options.to.iterdir())
+    if (options.to.exists() or options.to.is_symlink()) and not is_empty_folder:
+        raise UserError(f"{options.to} already exists and is not overwritten: choose another --to, or remove it")
+
+
+def _write_folder(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    write_model(folder, model, tokenizer, dtype)
+    # GPT-2 has one special token; without these transformers warns at every generation.
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
+    (folder / "generation_config.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
 
 
 def _check_range(model: GPT, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise UserError(f"{name} holds numbers that are not finite, so it is damaged: take another checkpoint")
+            raise UserError(f"{name} has values that are not finite, so it is damaged: use another checkpoint")
         if not parameter.to(dtype).isfinite().all():
             raise UserError(
-                f"{name} holds numbers that are not finite in {str(dtype).removeprefix('torch.')}: try bfloat16"
+                f"{name} has values that are not finite in {str(dtype).removeprefix('torch.')}: try --dtype bfloat16"
             )
 
 
 @contextmanager
 def _partial(to: Path) -> Iterator[Path]:
-    """A place beside `to`, which takes its name once everything is written and synced."""
+    """A path next to `to`, renamed to it once everything is written and synced, removed after an error."""
     partial = to.with_name(f".{to.name}.{os.getpid()}.partial")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +95,7 @@ def _partial(to: Path) -> Iterator[Path]:
             sync(path)
         publish(partial, to)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--to {to} cannot be written ({error}): make room, or choose another place") from None
+        raise UserError(f"--to {to} cannot be written ({error}): free some space, or choose another --to") from None
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)

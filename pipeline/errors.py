@@ -1,19 +1,21 @@
-"""The two ways a command ends badly that are not a bug of ours."""
+"""The two failures of a command that are not a bug of this program."""
 
-EXIT_USER, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_USER, EXIT_DIVERGED = 2, 3
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class UserError(Exception):
-    """The user can mend this. The text is one line: what is wrong, what was found, what was wanted, how to mend it.
+    """The user can fix this. The text is one line: what is wrong, what was found, what was
+    expected, how to fix it.
 
     The command prints it without a traceback and exits with code 2.
     """
 
 
 class Diverged(Exception):
-    """Training produced too many losses or gradients that are not finite. The command exits with code 3."""
+    """Training skipped too many steps in a row. The command exits with code 3."""
 
 
 def one_line(error: BaseException) -> str:
-    """What another library said, for use in a line of ours."""
+    """The message of another library's error, for use inside a line."""
     return " ".join(str(error).split()) or type(error).__name__

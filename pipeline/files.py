@@ -1,7 +1,7 @@
-"""How this project writes to disk: a file that is there is complete, and its bytes can be checked.
+"""How this project writes to disk: a file that exists is complete, and its bytes can be checked.
 
-Writing goes beside, is synced, then renamed over the target. rename(2) is atomic within a filesystem, and a synced folder
-keeps the new name across a power cut.
+A file is written under another name, synced, then renamed over the target. rename(2) is atomic
+within a filesystem, and a synced folder keeps the new name across a power failure.
 """
 
 import fcntl
@@ -19,11 +19,12 @@ from pipeline.errors import UserError
 from pipeline.log import logger
 
 HASH_BLOCK_BYTES = 1 << 22
-LOOK_AGAIN_S = 0.5
+POLL_INTERVAL_S = 0.5
 
 
 def sync(path: Path) -> None:
-    """Force a file's or a folder's contents to the disk."""
+    """Force the contents of a file or folder to the disk."""
+    # A descriptor for reading is enough for fsync, and the only kind that a folder has.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,26 +34,33 @@ def sync(path: Path) -> None:
 
 def publish(partial: Path, final: Path) -> None:
     """Give a finished file or folder its final name, durably."""
+    # In this order: a name must not become durable before its content.
     sync(partial)
     partial.rename(final)
     sync(final.parent)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: a reader, or a crash, sees the old file or the new one and nothing between."""
+    """Replace `path` by `content`: a reader, or a crash, finds the old file or the new one and
+    nothing in between.
+    """
+    # With the process's number: two processes must not write into one file.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
     publish(partial, path)
 
 
 def read_limited(path: Path, most_bytes: int) -> bytes:
-    """A file that is read whole, and that a stranger may have written. Raises UserError for a larger one, or no file."""
-    if not path.is_file():  # to open a pipe would wait for a writer
-        raise UserError(f"{path} is not a file: wanted one of up to {most_bytes:,} bytes")
+    """The content of a file that may come from anyone. Raises UserError for a larger one, or what
+    is not a file.
+    """
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise UserError(f"{path} is not a file: expected one of at most {most_bytes:,} bytes")
+    # Not by its size in the folder, which may grow until it is read.
     with path.open("rb") as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
-        raise UserError(f"{path} is too large: wanted up to {most_bytes:,} bytes, found {path.stat().st_size:,}")
+        raise UserError(f"{path} is too large: expected at most {most_bytes:,} bytes, got {path.stat().st_size:,}")
     return content
 
 
@@ -71,32 +79,34 @@ def hash_file(path: Path) -> str:
 
 
 class Held(UserError):
-    """Another process holds what was asked for."""
+    """Another process holds the lock."""
 
 
 @contextmanager
 def one_writer(folder: Path, name: str = ".lock", shared: bool = False, patience_s: float = 0.0) -> Iterator[None]:
-    """Hold `folder` against a second writer; shared, against one that holds it alone.
+    """Lock `folder` against a second writer; `shared`, against one that holds it exclusively.
 
-    The lock is the kernel's (flock), so it goes with its process and is never stale. Raises Held, which
-    says who holds it, where that one does not let go within `patience_s`.
+    The lock is the kernel's (flock), so it is released with its process and never stale. Raises
+    Held, which names the process that has it, unless that releases it within `patience_s`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # a+: opening for writing would erase the name of the process that has the lock.
         file = (folder / name).open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another place") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
     with file:
-        deadline, told = time.monotonic() + patience_s, False
+        deadline, reported = time.monotonic() + patience_s, False
         while not _is_locked(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, folder):
             file.seek(0)
             taken = f"{folder} is being written by {file.read().strip()}"
             if time.monotonic() >= deadline:
                 raise Held(f"{taken}: wait for it, or choose another name")
-            if not told:
+            if not reported:
                 logger.info("%s: waiting", taken)
-            told = True
-            time.sleep(LOOK_AGAIN_S)
+            reported = True
+            time.sleep(POLL_INTERVAL_S)
+        # For people and `holder`: the lock itself does not need it.
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -104,25 +114,27 @@ def one_writer(folder: Path, name: str = ".lock", shared: bool = False, patience
 
 
 def _is_locked(file: TextIO, operation: int, folder: Path) -> bool:
-    """Whether the lock could be had."""
+    """Whether the lock was free, and is now taken."""
     try:
         fcntl.flock(file, operation | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
         raise UserError(
-            f"{folder} lies on a file system that cannot lock files ({error.strerror}): choose another place, "
+            f"{folder} is on a file system that cannot lock files ({error.strerror}): choose another folder, "
             "or mount it with locks (Lustre: -o flock)"
         ) from None
     return True
 
 
 def holder(folder: Path, name: str = ".lock") -> str:
-    """Who holds `folder` against other writers, as `one_writer` noted it; empty where nobody does, or nothing tells."""
+    """The process that has locked `folder`, as `one_writer` recorded it; empty where none has, or
+    it cannot be read.
+    """
     try:
         with (folder / name).open(encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go at once, with the file
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released immediately, with the file
             except BlockingIOError:
                 return file.read().strip() or "another process"
     except OSError:

@@ -1,9 +1,11 @@
-"""Which rank of a run this process is, and where the ranks meet: what torchrun says or, with one task a rank, srun. No torch.
+"""Which rank of a run this process is, and where the ranks meet: from torchrun or, with one task
+per rank, from srun. No torch.
 
 torchrun   RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE
-srun       SLURM_STEP_NUM_TASKS and its kin, which srun sets. SLURM_NTASKS and SLURM_PROCID will not do: a batch script
-           and the shell of salloc may have them too, and are no ranks (seen with SLURM 22.05)
-neither    a world of one
+srun       SLURM_STEP_NUM_TASKS and others that srun sets. SLURM_NTASKS and SLURM_PROCID will not
+           do: a batch script and the shell of salloc may have them too, and are no ranks (seen with
+           SLURM 22.05)
+neither    a single process
 """
 
 import os
@@ -17,10 +19,16 @@ from typing import NoReturn
 
 from pipeline.errors import EXIT_USER, UserError
 
-# Ports from 32768 on are the kernel's to give away; slurm/train.sbatch takes from the same range.
+# The kernel assigns ports from 32768 on to outgoing connections.
 FIRST_PORT, PORTS, PORTS_PER_JOB = 20000, 12000, 16
-# Launchers kill the others once one rank has left, so those that stay silent leave later than the one that speaks.
+# Launchers kill the other ranks once one has exited, so those that stay silent exit later than the
+# one that reports.
 SILENCE_S = 10.0
+# Nodes may start minutes apart, because of a prolog or of a disk that is slow to load Python. The
+# first one waits longer.
+REACH_S = 120.0
+WELCOME_S = REACH_S + 60.0
+RETRY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,33 +43,37 @@ class Placement:
 
 
 def rank() -> int:
-    """This process's number among the ranks of its run; 0 where it is alone."""
+    """The rank of this process; 0 for a single process."""
     return _claimed().rank
 
 
 def placement() -> Placement:
-    """This process among the ranks. Where two launchers contradict each other, ends them all, the first with a UserError."""
+    """This process among the ranks. If two launchers contradict each other, every rank exits, the
+    first with a UserError.
+    """
     _refuse_mpi()
     _refuse_two_launchers()
     return _claimed()
 
 
 def outlive_others() -> None:
-    """From here on this rank ends by itself: a launcher tells the others to end once one of them has left."""
+    """Ignore SIGTERM from here on: launchers send it to the others once one rank has exited."""
     if _claimed().size > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def leave(code: int) -> NoReturn:
-    """Exit with this code, also where another rank has left already."""
+    """Exit with this code, even if another rank has exited already."""
     outlive_others()
     sys.exit(code)
 
 
 def wait_for_turn() -> None:
-    """Before a word about what other ranks may have too: the first rank speaks at once, the first of another node later, the
-    others last. Once one has spoken and left, its launcher ends those that wait.
+    """Before an error that other ranks may have too: rank 0 reports it immediately, the first rank
+    of another node later, the others last. Once one has reported and exited, its launcher ends
+    those that wait.
     """
+    # Not rank 0: one silence. Not the first rank of its node either: another one.
     for number in (rank(), _claimed().local_rank):
         if number:
             _stay_silent()
@@ -69,7 +81,7 @@ def wait_for_turn() -> None:
 
 
 def leave_to_first() -> NoReturn:
-    """End this rank without a word: the first one has the same trouble, and says so."""
+    """Exit without a message: rank 0 has the same error, and reports it."""
     _stay_silent()
     leave(EXIT_USER)
 
@@ -80,8 +92,9 @@ def _stay_silent() -> None:
 
 
 def meeting_point() -> tuple[str, int]:
-    """The host and port at which rank 0 of a step waits for the others: the step's first node, unless the user says
-    otherwise. Each start and each step of a job has a port of its own.
+    """The host and port at which rank 0 of a step waits for the others: by default on the step's
+    first node. Each start and each step of a job has its own port, in case the last one still holds
+    it.
     """
     host = os.environ.get("MASTER_ADDR") or first_host(os.environ["SLURM_STEP_NODELIST"])
     own = _number("SLURM_RESTART_COUNT", 0) + _number("SLURM_STEP_ID", 0)
@@ -89,24 +102,93 @@ def meeting_point() -> tuple[str, int]:
     return host, int(os.environ.get("MASTER_PORT") or port)
 
 
+def check_nodes(*, reach_s: float = REACH_S, welcome_s: float = WELCOME_S) -> None:
+    """Raises a UserError that names a node of srun's step which cannot resolve, or reach, the first
+    one. Before torch is imported, so that nodes are here soon: torch would wait for half an hour,
+    then name neither node.
+    """
+    place = _claimed()
+    if not place.by_srun:
+        return
+    host, port = meeting_point()
+    try:
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        wait_for_turn()  # the first node may not know its name either
+        raise UserError(
+            f"node {node_name()} cannot resolve {host!r}, where the ranks meet ({error.strerror}): "
+            "set MASTER_ADDR to an address of the first node that every node reaches"
+        ) from None
+    # One rank speaks for its node. Rank 0 listens on the port that torch's store takes next.
+    others = _number("SLURM_STEP_NUM_NODES", 1) - 1
+    if others and place.rank == 0:
+        _welcome(port, others, welcome_s)
+    elif others and place.local_rank == 0:
+        _reach(host, port, reach_s)
+
+
+def _welcome(port: int, guests: int, patience_s: float) -> None:
+    """Listen until so many nodes have connected. One that cannot connect reports that itself."""
+    deadline = time.monotonic() + patience_s
+    dual_stack = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual_stack else socket.AF_INET
+    try:
+        listener = socket.create_server(("", port), family=family, dualstack_ipv6=dual_stack)
+    except OSError as error:
+        raise UserError(
+            f"port {port} of node {node_name()} is unavailable ({error.strerror}): set MASTER_PORT to a free one"
+        ) from None
+    with listener:
+        for _ in range(guests):
+            listener.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                return
+            with connection:
+                connection.settimeout(RETRY_S)
+                try:
+                    connection.recv(1)  # the guest closes first: the side that does so keeps the port busy for a while
+                except OSError:
+                    continue
+
+
+def _reach(host: str, port: int, patience_s: float) -> None:
+    """Connect to the first node, retrying for so long."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001)).close()
+            return
+        except OSError as error:
+            if time.monotonic() + RETRY_S > deadline:
+                outlive_others()
+                raise UserError(
+                    f"node {node_name()} cannot reach {host}:{port}, where the ranks meet ({error}): set MASTER_ADDR to an "
+                    "address of the first node in a network that all nodes share, and open the nodes' ports to each other"
+                ) from None
+        time.sleep(RETRY_S)
+
+
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM node list such as `gpu[01-03,07],login`. Not by scontrol, which containers lack."""
+    """The first name of a list such as `gpu[01-03,07],login`. Containers have no scontrol."""
+    # Every bracket becomes its first number, and what follows the first comma outside goes.
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).partition(",")[0]
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """How many tasks each node of a step has: `4(x2),1` is 4, 4, 1."""
+    """The number of tasks on each node of a step: `4(x2),1` is 4, 4, 1."""
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(count) for count, times in counts for _ in range(int(times or 1))]
 
 
 def node_name() -> str:
-    """This machine, as SLURM calls it where it is one of its nodes."""
+    """This machine, by its name in SLURM if it has one."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def gpus_here() -> int:
-    """The GPUs of this node that SLURM gave the job; 0 where it gave none, or is not there."""
+    """The GPUs of this node that SLURM allocated to the job; 0 if there are none, or no SLURM."""
     return _number("SLURM_GPUS_ON_NODE", 0)
 
 
@@ -116,7 +198,7 @@ def was_requeued() -> bool:
 
 
 def cores_per_rank() -> int | None:
-    """The cores that srun gave each rank, where it started them and was told how many."""
+    """The cores srun gave each rank; None if it started none, or without --cpus-per-task."""
     return _number("SLURM_CPUS_PER_TASK", 0) or None if _claimed().by_srun else None
 
 
@@ -124,7 +206,10 @@ def _claimed() -> Placement:
     if "RANK" not in os.environ and _number("SLURM_STEP_NUM_TASKS", 1) > 1:
         return _of_srun()
     return Placement(
-        _number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+        rank=_number("RANK", 0),
+        size=_number("WORLD_SIZE", 1),
+        local_rank=_number("LOCAL_RANK", 0),
+        local_size=_number("LOCAL_WORLD_SIZE", 1),
     )
 
 
@@ -132,43 +217,52 @@ def _of_srun() -> Placement:
     """Ranks count node by node. SLURM_PROCID does so too, but not under --distribution=cyclic."""
     counts = tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
     node, local_rank = _number("SLURM_NODEID", 0), _number("SLURM_LOCALID", 0)
-    return Placement(sum(counts[:node]) + local_rank, sum(counts), local_rank, counts[node], by_srun=True)
+    return Placement(
+        rank=sum(counts[:node]) + local_rank,
+        size=sum(counts),
+        local_rank=local_rank,
+        local_size=counts[node],
+        by_srun=True,
+    )
 
 
 def _refuse_two_launchers() -> None:
-    """Torchrun is one task a node and knows all of them; RANK set by hand may also be srun's own count."""
+    """torchrun needs one task a node and all nodes; RANK set by hand may agree with srun."""
     tasks, nodes = _number("SLURM_STEP_NUM_TASKS", 1), _number("SLURM_STEP_NUM_NODES", 1)
     if "RANK" not in os.environ or tasks == 1:
         return
-    told, by_torchrun = _claimed(), "GROUP_WORLD_SIZE" in os.environ
-    agents = _number("GROUP_WORLD_SIZE", told.size)
+    claimed, by_torchrun = _claimed(), "GROUP_WORLD_SIZE" in os.environ
+    # torchrun reports its agents, one for each node. Set by hand, the ranks have to be at least as
+    # many as the tasks.
+    agents = _number("GROUP_WORLD_SIZE", claimed.size)
     if tasks == nodes and agents >= tasks:
         return
     slurms = _of_srun()
-    if not by_torchrun and (told.rank, told.size) == (slurms.rank, slurms.size):
+    if not by_torchrun and (claimed.rank, claimed.size) == (slurms.rank, slurms.size):
         return
-    if _number("SLURM_PROCID", 0) or told.local_rank:
+    if _number("SLURM_PROCID", 0) or claimed.local_rank:
         leave_to_first()
     raise UserError(
-        f"srun started {tasks} tasks on {nodes} node(s), but RANK={told.rank} and WORLD_SIZE={told.size} say otherwise: "
-        f"torchrun wants one task a node (srun --ntasks-per-node=1) and to be told of all nodes (--nnodes={nodes}); "
-        "one task a rank wants no torchrun, and RANK and WORLD_SIZE unset; a shell of srun --pty wants --ntasks=1, or "
-        "SLURM_STEP_NUM_TASKS unset"
+        f"srun started {tasks} tasks on {nodes} node(s), but RANK={claimed.rank} and WORLD_SIZE={claimed.size} disagree: "
+        f"for torchrun, start one task a node (srun --ntasks-per-node=1) and pass --nnodes={nodes}; for one task per rank, "
+        "start no torchrun and unset RANK and WORLD_SIZE; in a shell of srun --pty, use --ntasks=1 or unset "
+        "SLURM_STEP_NUM_TASKS"
     )
 
 
 def _refuse_mpi() -> None:
-    """Processes of mpirun that SLURM does not count alike would each train alone, into one folder."""
+    """Processes of mpirun that SLURM counts differently would each train alone, into one folder."""
     variables = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
     for size, rank_ in variables:
+        # srun --mpi=pmi2 sets PMI_SIZE too, to the number of its tasks.
         processes = _number(size, 1)
         if "RANK" in os.environ or processes in (1, _number("SLURM_STEP_NUM_TASKS", 1)):
             continue
         if _number(rank_, 0):
             leave_to_first()
         raise UserError(
-            f"mpirun started {processes} processes ({size}), and none of them is told its rank: "
-            "start them with torchrun, or with srun and one task a rank"
+            f"mpirun started {processes} processes ({size}), but none of them knows its rank: "
+            "use torchrun, or srun with one task per rank"
         )
 
 

@@ -1,7 +1,8 @@
-"""The talk of the program, all of it on stderr: log lines and progress.
+"""Log lines and progress, all on stderr.
 
-On a terminal long work shows a bar. Into a file it writes a plain line every `LINE_INTERVAL_S`, because people follow
-SLURM logs, and never a control character. Of several ranks only 0 talks; the others speak up when something is wrong.
+On a terminal long work shows a bar. Into a file it writes a plain line every `LINE_INTERVAL_S`,
+because people follow SLURM logs, and never a control character. Only rank 0 logs everything; the
+others log warnings and errors.
 """
 
 import logging
@@ -19,32 +20,33 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from pipeline import launch
 
 LINE_INTERVAL_S = 10.0
-LAYOUT = "\n\t\u00a0\u3000"  # what a text is laid out with: a terminal takes none of it for a command
+LAYOUT = "\n\t\u00a0\u3000"  # whitespace that no terminal interprets as a command
 
 logger = logging.getLogger("pipeline")
 console = Console(stderr=True, highlight=False)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints through the console that draws the bar, so that a log line does not tear it."""
+    """Prints through the console that draws the bar, so that a log line does not break it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         console.print(self.format(record), markup=False, soft_wrap=True)
 
 
 def configure() -> None:
-    """Send the log to stderr; a rank other than 0 keeps to warnings and says who it is."""
+    """Send the log to stderr; ranks other than 0 log warnings only, with their number."""
     handler = _ConsoleHandler() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
     rank = launch.rank()
+    # torchrun prints all ranks into one stream, so a line without a number is rank 0's.
     handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s" if rank else "%(message)s"))
     logger.handlers = [handler]
     logger.setLevel(logging.WARNING if rank else logging.INFO)
-    logger.propagate = False
+    logger.propagate = False  # or a library that configures the root logger would print every line again
 
 
 @contextmanager
 def also_to_file(path: Path) -> Iterator[None]:
-    """Append every log line to `path` as well, with the time it was written."""
+    """Append every log line to `path` as well, with a timestamp."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
@@ -56,17 +58,18 @@ def also_to_file(path: Path) -> Iterator[None]:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with its control characters escaped, but for those in `keep`: what comes out of a file may be written to
-    command the terminal.
+    """`text` with its control characters escaped, except those in `keep`: the content of a file may
+    hold terminal escape sequences.
     """
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 class ProgressReport:
-    """Progress of one piece of long work: `with ProgressReport("encode", total=n, unit="MB") as report: report.advance(1)`.
+    """Progress of a long operation: `with ProgressReport("encode", total=n, unit="MB") as report:
+    report.advance(1)`.
 
-    `total`, `done` (what an earlier start finished) and the amounts are in `unit`; a total of None (a stream) shows
-    amounts without a percentage.
+    `total`, `done` (by an earlier start) and the amounts are in `unit`; a total of None (a stream)
+    shows amounts without a percentage.
     """
 
     def __init__(self, title: str, total: float | None, unit: str, done: float = 0.0) -> None:
@@ -77,6 +80,7 @@ class ProgressReport:
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty() and logger.level <= logging.INFO:
+            # transient: the bar disappears at its end, and the log lines above it stay.
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -97,9 +101,10 @@ class ProgressReport:
             self._bar.stop()
 
     def advance(self, amount: float, note: str = "") -> None:
-        """Add `amount`; `note` is the short text shown beside the rate."""
+        """Add `amount`; `note` is a short text shown next to the rate."""
         self.done += amount
         now = time.monotonic()
+        # What an earlier start finished must not count as speed.
         rate = (self.done - self._done_before) / max(now - self._started, 1e-9)
         text = f"{self.done:,.0f} {self.unit}, {rate:,.1f} {self.unit}/s" + (f", {note}" if note else "")
         if self._bar is not None:

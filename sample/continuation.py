@@ -1,4 +1,4 @@
-"""Tokens -> text that may be shown: whole characters, up to a stop string, and why it ended."""
+"""Tokens -> text that may be shown: complete characters, up to a stop string, and why it ended."""
 
 import codecs
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,10 @@ REPLACEMENT = "\ufffd".encode()
 
 
 class AddedText:
-    """What each token adds to the text behind `context`: in some vocabularies the space depends on both sides.
+    """What each token adds to the text after `context`: in some vocabularies a space depends on the tokens on both sides.
 
-    Hugging Face's decoders give U+FFFD for a character whose last byte is still to come; it waits for that.
+    Hugging Face's decoders return U+FFFD for an incomplete character; tokens are held back until it is
+    complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
@@ -24,11 +25,12 @@ class AddedText:
         if self._text().endswith(REPLACEMENT):
             return b""
         piece = self.rest()
+        # One complete piece before the next is context enough, and keeps each decoding short.
         self.shown, self.held = self.held, []
         return piece
 
     def rest(self) -> bytes:
-        """Of the tokens that wait."""
+        """The text of the tokens that are held back."""
         return self._text()[len(self.tokenizer.decode_bytes(self.shown)) :]
 
     def _text(self) -> bytes:
@@ -36,10 +38,10 @@ class AddedText:
 
 
 class Continuation:
-    """One sample as it grows. `pieces` of text are final: what might begin a stop string, or a character, waits.
+    """One sample as it grows. `pieces` of text are final: the possible beginning of a stop string or character is held back.
 
-    `token_ids` are all that were drawn but for end-of-text; where a stop string ended the text, they reach past it.
-    `finish_reason` is empty while the sample grows.
+    `token_ids` are all that were drawn except end-of-text; if a stop string ended the text, they reach
+    past it. `finish_reason` is empty while the sample grows.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: list[int], stops: Sequence[str] = ()) -> None:
@@ -55,7 +57,7 @@ class Continuation:
         return "".join(self.pieces)
 
     def add(self, token: int, log_probability: float | None = None) -> None:
-        """Go on with `token`, unless the sample has ended."""
+        """Append `token`, unless the sample has ended."""
         if self.finish_reason:
             return
         if token == self.end_of_text:
@@ -67,7 +69,7 @@ class Continuation:
         self._take(self._characters.decode(self._added.add(token)))
 
     def end(self, reason: str) -> None:
-        """Let go of what waits, unless the sample has ended."""
+        """Release the text that is held back, unless the sample has ended."""
         if self.finish_reason:
             return
         self._take(self._characters.decode(self._added.rest(), final=True))
@@ -76,10 +78,10 @@ class Continuation:
             self.finish_reason = reason
 
     def _take(self, more: str) -> None:
-        """Add text up to a stop string, or to what might become one. The stop string that is complete first counts."""
+        """Add text up to a stop string, or to what might become one."""
         self._waiting += more
         found = [(at + len(stop), at) for stop in self.stops if (at := self._waiting.find(stop)) >= 0]
-        if found:
+        if found:  # the stop string that ends first was complete first, whatever the tokens' borders
             self.pieces.append(self._waiting[: min(found)[1]])
             self.finish_reason = "stop"
             return
@@ -89,13 +91,13 @@ class Continuation:
 
 
 def overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
+    """The number of characters at the end of `text` that may be the beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
 
 
 def grow(texts: Sequence[Continuation], steps: Iterator[Tokens]) -> Iterator[None]:
-    """Let every text go on until all have ended, or the steps have; yields after each change."""
+    """Append tokens until every text has ended, or the steps have; yields after each step."""
     for ids, log_probabilities in steps:
         for text, token, *scores in zip(texts, ids, *([log_probabilities] if log_probabilities else []), strict=True):
             text.add(token, *scores)

@@ -1,7 +1,7 @@
 """The loop that asks for the next token.
 
-The model sees at most `block_size` tokens: when they are full, the older half of the window is forgotten and the newer
-half is read again at the first positions.
+The model sees at most `block_size` tokens. When the window is full, its older half is dropped and the
+newer half is read again at the first positions, which costs one prefill every block_size / 2 tokens.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from pipeline.model.decoder import Decoder
 from sample.choice import choose
 from sample.options import Choice
 
-DRAWN_AT_ONCE = 128  # random numbers a sample
+DRAWN_AT_A_TIME = 128  # random numbers of a sample, by one call of torch.rand
 
 
 class Tokens(NamedTuple):
-    """The next id of every sample, and the natural logarithms of what the model itself gave them, where asked for."""
+    """The next id of every sample, and the logarithms of the probabilities that the model gave them, if asked for."""
 
     ids: list[int]
     log_probabilities: list[float]
@@ -27,11 +27,11 @@ class Tokens(NamedTuple):
 
 @torch.inference_mode()
 def generate(
-    decoder: Decoder, prompt: list[int], max_new_tokens: int, choice: Choice, seed: int, scored: bool = False
+    decoder: Decoder, prompt: list[int], *, max_new_tokens: int, choice: Choice, seed: int, scored: bool = False
 ) -> Iterator[Tokens]:
-    """Yields, token after token, how each of the decoder's samples goes on after `prompt`, which is not empty.
+    """Yields the next token of each of the decoder's samples, which continue `prompt`; it must not be empty.
 
-    Raises UserError where the model's logits are no numbers, be it only at a position that few texts reach.
+    Raises UserError if logits are not finite, even at a position that few texts reach.
     """
     block_size = decoder.block_size
     ids = torch.tensor([prompt], device=decoder.device)
@@ -55,15 +55,16 @@ def generate(
 
 
 def log_probabilities(logits: Tensor, chosen: Tensor) -> Tensor:
-    """(B,): natural logarithms of the probabilities that `logits` (B, V) give to the ids `chosen` (B,)."""
+    """(B,): natural logarithms of the probabilities of the ids `chosen` (B,) by `logits` (B, V)."""
     return logits.gather(1, chosen.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)
 
 
 def uniforms(seed: int, samples: int, device: torch.device) -> Iterator[Tensor]:
-    """Endless rows (samples,) of random numbers from [0, 1). Those of sample i are the same, however many samples there are."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has nothing wider
+    """Endless rows (samples,) of random numbers in [0, 1). Those of sample i do not depend on the number of samples."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
     seeds = [xxhash.xxh3_64_intdigest(b"sample:%d:%d" % (seed, sample)) for sample in range(samples)]
-    generators = [torch.Generator().manual_seed(own) for own in seeds]
+    # Drawn on the CPU, so that a seed gives the same numbers on every device.
+    generators = [torch.Generator().manual_seed(number) for number in seeds]
     while True:
-        drawn = [torch.rand(DRAWN_AT_ONCE, generator=generator, dtype=dtype) for generator in generators]
+        drawn = [torch.rand(DRAWN_AT_A_TIME, generator=generator, dtype=dtype) for generator in generators]
         yield from torch.stack(drawn, dim=1).to(device)

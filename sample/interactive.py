@@ -1,4 +1,4 @@
-"""Prompts from whoever sits at the terminal, line after line."""
+"""Prompts from a terminal or a pipe, line by line."""
 
 import os
 import sys
@@ -14,12 +14,12 @@ REMEMBERED_LINES = 1000
 
 
 def at_terminal() -> bool:
-    """Whether there is somebody to ask; else lines come down a pipe, and are read to its end."""
+    """Whether a person types the lines; otherwise they come from a pipe, which is read to its end."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def ask() -> Iterator[str]:
-    """Every line that is typed, until Ctrl-D. Ctrl-C at the sign begins the line anew. Raises UserError."""
+    """Every line, until Ctrl-D or the end of the pipe. Ctrl-C at the sign discards the line. Raises UserError."""
     if not at_terminal():
         yield from _piped_lines()
         return
@@ -37,7 +37,8 @@ def ask() -> Iterator[str]:
 
 
 def history_file() -> Path:
-    """Where the XDG base directory specification has what should outlive a restart and is no setting."""
+    """In the folder of the XDG base directory specification for state that outlives a restart."""
+    # The specification has relative paths ignored.
     state = os.environ.get("XDG_STATE_HOME", "")
     return (Path(state) if state.startswith("/") else Path("~/.local/state").expanduser()) / "pipeline" / "history"
 
@@ -49,12 +50,12 @@ def _piped_lines() -> Iterator[str]:
         for line in sys.stdin:
             yield line.removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"a line of the input is not UTF-8: {error}") from None
+        raise UserError(f"stdin is not UTF-8 text: {error}") from None
 
 
 @contextmanager
 def _history(path: Path) -> Iterator[None]:
-    """Lines of earlier starts at the arrow keys, for their owner's eyes only. Without readline, or a place to write, none."""
+    """Lines of earlier starts at the arrow keys; none without readline or a writable folder. Only the user may read them."""
     try:
         import readline
     except ImportError:

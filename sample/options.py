@@ -1,4 +1,4 @@
-"""What the user of `pipeline sample` chose, and the prompts that were meant."""
+"""What the user of `pipeline sample` chose, and the prompts."""
 
 import sys
 from dataclasses import dataclass, field, fields
@@ -8,27 +8,24 @@ from pipeline.config.keys import DTYPES
 from pipeline.errors import UserError
 
 STDIN = Path("-")
-# Beyond these a float32 may overflow, and all the probability is with one token, or a few, long before.
+# Beyond these float32 logits may overflow; one token, or a few, have all the probability long before.
 MIN_TEMPERATURE = 1e-3
 MIN_PENALTY, MAX_PENALTY = 0.01, 100
 _RANGES = {
-    "--num-samples": "wanted 1 or more",
-    "--max-new-tokens": "wanted 1 or more",
-    "--temperature": f"wanted 0 (the likeliest token), or {MIN_TEMPERATURE} or more",
-    "--top-k": "wanted 0 (off) or more",
-    "--top-p": "wanted more than 0 and at most 1 (off)",
-    "--min-p": "wanted 0 (off) to 1",
-    "--repetition-penalty": f"wanted {MIN_PENALTY} to {MAX_PENALTY}; 1 is off, and 1.2 is a lot",
-    "--seed": "wanted 0 to 2**63 - 1",
+    "--num-samples": "expected 1 or more",
+    "--max-new-tokens": "expected 1 or more",
+    "--temperature": f"expected 0 (the likeliest token), or at least {MIN_TEMPERATURE}",
+    "--top-k": "expected 0 (off) or more",
+    "--top-p": "expected more than 0 and at most 1 (off)",
+    "--min-p": "expected 0 (off) to 1",
+    "--repetition-penalty": f"expected {MIN_PENALTY} to {MAX_PENALTY}; 1 is off, and 1.2 is a lot",
+    "--seed": "expected 0 to 2**63 - 1",
 }
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a token is drawn: temperature 0 takes the likeliest.
-
-    top_k 0, top_p 1 and min_p 0 leave every token in; repetition_penalty 1 changes nothing.
-    """
+    """How a token is chosen. Temperature 0 takes the likeliest; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off."""
 
     temperature: float = 1.0
     top_k: int = 50
@@ -39,7 +36,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """The options of `pipeline sample`; no prompt at all means the start of a document."""
+    """The options of `pipeline sample`; without a prompt a sample begins a new document."""
 
     ckpt: str
     prompts: list[str] = field(default_factory=list)
@@ -64,9 +61,9 @@ class SampleOptions:
         return Choice(**{entry.name: getattr(self, entry.name) for entry in fields(Choice)})
 
 
-def check(options: SampleOptions) -> None:
-    """Raises UserError with everything that is wrong with the options themselves."""
-    fits = {
+def check_options(options: SampleOptions) -> None:
+    """Raises UserError with all options that are invalid whatever the checkpoint."""
+    is_valid = {
         "--num-samples": options.num_samples >= 1,
         "--max-new-tokens": options.max_new_tokens >= 1,
         "--temperature": options.temperature == 0 or MIN_TEMPERATURE <= options.temperature < float("inf"),
@@ -77,24 +74,24 @@ def check(options: SampleOptions) -> None:
         "--seed": 0 <= (options.seed or 0) < 1 << 63,
     }
     faults = [
-        f"{name} {getattr(options, name[2:].replace('-', '_'))} is out of range: {_RANGES[name]}"
-        for name, within in fits.items()
-        if not within
+        f"invalid {name} {getattr(options, name[2:].replace('-', '_'))}: {_RANGES[name]}"
+        for name, valid in is_valid.items()
+        if not valid
     ]
     if "" in options.stop:
-        faults.append("--stop wants some text, found none")
+        faults.append("invalid --stop '': expected some text")
     if options.dtype != "auto" and options.dtype not in DTYPES:
-        faults.append(f"--dtype {options.dtype!r} is not one of auto, {', '.join(DTYPES)}")
+        faults.append(f"invalid --dtype {options.dtype!r}: expected auto, {', '.join(DTYPES)}")
     given = {"--prompt": options.prompts, "--prompt-file": options.prompt_files, "--json": options.json}
     if options.interactive and any(given.values()):
         unwanted = " and ".join(name for name, value in given.items() if value)
-        faults.append(f"--interactive asks for its prompts and answers in text: leave {unwanted} out")
+        faults.append(f"--interactive reads prompts line by line and prints text: remove {unwanted}")
     if faults:
         raise UserError("; ".join(faults))
 
 
 def read_prompts(options: SampleOptions) -> list[str | None]:
-    """The prompts asked for; None, the start of a document, where there is none."""
+    """The prompts; a single None, the beginning of a document, if there is none."""
     return [*options.prompts, *map(_read, options.prompt_files)] or [None]
 
 

@@ -1,4 +1,4 @@
-"""What a model that is still training writes."""
+"""A short sample of a model in training, for its log."""
 
 import torch
 
@@ -14,8 +14,9 @@ CHOICE = Choice(temperature=0.8, top_k=50)
 
 
 def preview(model: GPT, dtype: torch.dtype, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str:
-    """A few words with which `model`, rounded to `dtype`, goes on after `prompt`. Raises UserError for weights not finite."""
+    """How `model`, rounded to `dtype`, continues `prompt`. Raises UserError for weights that are not finite."""
     text = Continuation(tokenizer, prompt)
-    for _ in grow([text], generate(Decoder(model, 1, dtype), prompt, MAX_NEW_TOKENS, CHOICE, seed)):
+    steps = generate(Decoder(model, 1, dtype), prompt, max_new_tokens=MAX_NEW_TOKENS, choice=CHOICE, seed=seed)
+    for _ in grow([text], steps):
         pass
     return text.text

@@ -15,7 +15,7 @@ from pipeline.vocabulary.tokenizer import Tokenizer, encode_prompt
 from sample.continuation import Continuation, grow
 from sample.generate import generate
 from sample.interactive import ask, at_terminal
-from sample.options import SampleOptions, check, read_prompts
+from sample.options import SampleOptions, check_options, read_prompts
 
 SEPARATOR = "\n---------------\n"
 
@@ -25,13 +25,13 @@ def run(options: SampleOptions) -> None:
     try:
         write_samples(options)
     except BrokenPipeError:
-        # The reader has seen enough; without this, Python complains once more while it shuts down.
+        # The reader, such as head, has exited; without this Python prints an error when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_samples(options: SampleOptions) -> None:
-    """`run`, for as long as somebody reads."""
-    check(options)
+    """`run`, for as long as stdout has a reader."""
+    check_options(options)
     prompts = [] if options.interactive else read_prompts(options)
     folder = find_checkpoint(options.ckpt, options.run_dir)
     decoder, tokenizer = load(folder, options)
@@ -46,22 +46,22 @@ def write_samples(options: SampleOptions) -> None:
 
 
 def load(folder: Path, options: SampleOptions) -> tuple[Decoder, Tokenizer]:
-    """The decoder holds weights of its own: those that were read are let go here."""
+    """The decoder copies the weights into its layout; those of the model are freed when this returns."""
     device = pick_device(options.device)
     model, tokenizer = load_model(folder)
     dtype, why = pick_dtype(options.dtype, device, model.config.n_embd)
-    logger.info("%s on %s in %s: %s", folder, device, str(dtype).removeprefix("torch."), why)
+    logger.info(f"{folder} on {device} in {str(dtype).removeprefix('torch.')}: {why}")
     return Decoder(model.to(device), options.num_samples, dtype), tokenizer
 
 
 def converse(writer: "Writer", seed: int) -> None:
-    """Answer line after line, each a prompt of its own: the model was trained on documents, not on conversations."""
+    """Continue line after line, each without those before it: the model was trained on documents, not on conversations."""
     if at_terminal():
-        logger.info("every line is a new prompt, an empty one begins a document; Ctrl-C stops a text, Ctrl-D leaves")
+        logger.info("each line is a new prompt, an empty line begins a document; Ctrl-C stops a sample, Ctrl-D exits")
     for number, line in enumerate(ask()):
         prompt = line or None
         if at_terminal():
-            writer.separator = ""  # the next sign sets texts apart
+            writer.separator = ""  # the sign of the next prompt separates samples
         try:
             writer.write(prompt, _encode(prompt, writer.tokenizer), (seed + number) % (1 << 63))
         except UserError as error:
@@ -77,20 +77,20 @@ def _encode(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
 
 
 class Writer:
-    """Writes the samples of one prompt after the other: as text, set apart by lines, or as JSON objects."""
+    """Writes the samples of one prompt after the other: as text with lines between them, or as JSON objects."""
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, options: SampleOptions) -> None:
         self.decoder, self.tokenizer, self.options = decoder, tokenizer, options
-        self.separator = ""
-        self.told_of_window = False
+        self.separator, self.window_was_noted = "", False
 
     def write(self, prompt: str | None, ids: list[int], seed: int) -> None:
-        """What the model makes of `ids`, which are the prompt's, or end-of-text where there is none."""
+        """Continue `ids`, the tokens of the prompt, or end-of-text without one."""
         options = self.options
         texts = [Continuation(self.tokenizer, ids if prompt else [], options.stop) for _ in range(options.num_samples)]
-        steps = generate(self.decoder, ids, options.max_new_tokens, options.choice, seed, scored=options.json)
+        length, choice, scored = options.max_new_tokens, options.choice, options.json
+        steps = generate(self.decoder, ids, max_new_tokens=length, choice=choice, seed=seed, scored=scored)
         alone = options.num_samples == 1 and not options.json
-        if alone:  # written as it grows; of several, which grow side by side, one is written after the other
+        if alone:  # written as it grows; several grow together, so each is written when all are complete
             self._begin(prompt)
         shown = 0
         for _ in grow(texts, steps):
@@ -105,14 +105,15 @@ class Writer:
                 self._begin(prompt)
                 self._put(text.text)
             self._put("\n")
-        self._tell_of_window(len(ids), max(len(text.token_ids) for text in texts))
+        # After the text: a log line in the middle of it would split it on a terminal.
+        self._note_window(len(ids), max(len(text.token_ids) for text in texts))
 
     def _begin(self, prompt: str | None) -> None:
         self._put(self.separator + (prompt or ""))
         self.separator = SEPARATOR
 
     def _put(self, text: str) -> None:
-        """Exactly, into a file or a pipe. On a terminal nothing that a model writes is a command."""
+        """Exactly, into a file or a pipe. On a terminal control characters are escaped: a model's text is no command."""
         sys.stdout.write(printable(text, keep=LAYOUT) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
@@ -127,13 +128,12 @@ class Writer:
         sys.stdout.write(json.dumps(document) + "\n")
         sys.stdout.flush()
 
-    def _tell_of_window(self, prompt: int, drawn: int) -> None:
-        """Once a run, and after a text: in its middle the line would tear it. The last token drawn was not read again."""
+    def _note_window(self, prompt: int, drawn: int) -> None:
+        """Log, once, that a text of `prompt` + `drawn` tokens exceeded the context. The last token drawn was never read."""
         block_size = self.decoder.block_size
-        if prompt + max(0, drawn - 1) > block_size and not self.told_of_window:
-            self.told_of_window = True
+        if prompt + max(0, drawn - 1) > block_size and not self.window_was_noted:
+            self.window_was_noted = True
             logger.info(
-                "a text of %d tokens is longer than the model's context of %d: what it wrote last, it wrote seeing only the "
-                "%d to %d tokens before it",
-                prompt + drawn, block_size, max(1, block_size // 2), block_size,
-            )  # fmt: skip
+                f"note: a text of {prompt + drawn} tokens is longer than the model's context of {block_size}: its last tokens "
+                f"were predicted from only the {max(1, block_size // 2)} to {block_size} tokens before them"
+            )

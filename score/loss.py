@@ -1,16 +1,18 @@
-"""The loss of a model over a whole split: every token but the first, which nothing predicts, is scored exactly once.
+"""The loss of a model over a complete split: every token but the first, which nothing predicts, is scored once.
 
     window k   reads    tokens [k stride, k stride + block_size)
-               scores   of what follows each of them, all that no window before it has scored
+               scores   the tokens after them, except those that an earlier window has scored
 
-With a stride of block_size the windows do not overlap: the first token of each is predicted from one token of context, the
-last from block_size. A smaller stride gives every token at least block_size - stride tokens of context, where the split has
-them, and costs block_size / stride times as much. The ranks take batches of windows in turn; sums are float64.
+With a stride of block_size windows do not overlap: the first token of each is predicted from one
+token of context, the last from block_size. A smaller stride gives every token at least
+block_size - stride tokens of context, where the split has them, and costs block_size / stride times
+as much. The ranks take batches of windows in turn; sums are float64.
 
-Bits per byte make vocabularies comparable: the nats of all tokens, in bits, by the UTF-8 bytes of the text. An end-of-text
-token counts with its nats, since where a text ends is part of what is to be known, and with no bytes; every vocabulary has
-as many of them, in the same places. The bytes of the very first token are counted though its nats are not: no matter in a
-split of any size. A vocabulary that does not keep its text (word's <|unk|>) looks better than it is.
+Bits per byte make vocabularies comparable: the loss of all tokens, in bits, divided by the UTF-8
+bytes of the text. An end-of-text token counts with its loss, since where a document ends has to be
+predicted too, and with no bytes; every vocabulary has as many of them, in the same positions. The
+bytes of the very first token count although its loss does not: a difference of at most one token in
+a split. A vocabulary that loses text (`word` with <|unk|>) looks better than it is.
 """
 
 import math
@@ -31,7 +33,7 @@ from pipeline.model.language_model import GPT, document_numbers, finite
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model as it is scored: the type it computes in, the sequences it takes at once, the ranks that share the work."""
+    """A model, its autocast type, the sequences of a batch, and the ranks that share the work."""
 
     model: GPT
     dtype: torch.dtype
@@ -42,44 +44,42 @@ class Scorer:
     def block_size(self) -> int:
         return self.model.config.block_size
 
-    def autocast(self) -> torch.autocast:
-        return autocast(self.world.device, self.dtype)
-
     def logits(self, ids: Tensor, where: Tensor, documents: Tensor | None = None) -> Tensor:
-        """(n, V), float32: the logits after those of `ids` (B, T) that `where` (B, T) marks, row by row."""
-        with self.autocast():
+        """(n, V), float32: the logits at the n positions of `ids` (B, T) that are true in `where` (B, T), row by row."""
+        with autocast(self.world.device, self.dtype):
             hidden = self.model.transformer(ids, documents)
+            # The head costs the most, so it sees only the positions to score.
             logits: Tensor = self.model.lm_head(hidden[where])
         return finite(logits[:, : self.model.vocab_size].float())
 
 
 @dataclass(frozen=True)
 class Score:
-    """`loss`: nats per token, the mean over `tokens`. What another program's shards do not tell is None."""
+    """`loss` is the mean over `tokens`, in nats. None: shards of another program do not record it."""
 
     loss: float
     tokens: int
-    documents: int | None
-    bytes_per_token: float | None
+    documents: int | None = None
+    bytes_per_token: float | None = None
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf  # float64 ends at exp(709.8)
+        return math.exp(self.loss) if self.loss < 700 else math.inf  # float64 overflows at exp(709.8)
 
     @property
     def bits_per_byte(self) -> float | None:
         return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
 
 
-def mean_score(scores: list[Score], shares: list[float]) -> Score:
-    """That of a mixture in which a token is from each source with its share: the loss training calls `val_loss`."""
+def mean_score(scores: list[Score], weights: list[float]) -> Score:
+    """The score of a mixture in whose samples each dataset has its weight: the loss that training calls `val_loss`."""
     documents = [score.documents for score in scores if score.documents is not None]
     lengths = [score.bytes_per_token for score in scores if score.bytes_per_token is not None]
     return Score(
-        loss=sum(share * score.loss for share, score in zip(shares, scores, strict=True)),
+        loss=sum(weight * score.loss for weight, score in zip(weights, scores, strict=True)),
         tokens=sum(score.tokens for score in scores),
         documents=sum(documents) if len(documents) == len(scores) else None,
-        bytes_per_token=float(np.dot(shares, lengths)) if len(lengths) == len(scores) else None,
+        bytes_per_token=float(np.dot(weights, lengths)) if len(lengths) == len(scores) else None,
     )
 
 
@@ -87,16 +87,19 @@ def mean_score(scores: list[Score], shares: list[float]) -> Score:
 def split_loss(scorer: Scorer, reader: TokenReader, stride: int, end_of_text: int | None = None) -> float:
     """Nats per token over every token of a split but its first; the same on every rank.
 
-    With `end_of_text` attention stays inside documents, as in training with data.document_mask: what a window cuts off
-    from the beginning of a document is not seen from its rest.
+    With `end_of_text` attention stays inside documents, as in training with data.document_mask; a
+    document's tokens in earlier windows are not seen either.
     """
     predicted = len(reader) - 1
+    # The last window is the first that reaches the end; a split shorter than a window has one.
     starts = range(0, max(1, predicted - scorer.block_size + stride), stride)
     world, size = scorer.world, scorer.batch_size
     total = 0.0
     with world.fail_together(), ProgressReport(f"score {reader.name}", len(starts), "windows") as progress:
         if predicted < 1:
-            raise UserError(f"{reader.name} has {len(reader)} token(s): wanted 2 or more, of which one is predicted")
+            raise UserError(
+                f"{reader.name} has {len(reader)} token(s): expected at least 2, since the first is not predicted"
+            )
         for at in range(world.rank * size, len(starts), world.size * size):
             windows, scored = read_windows(reader, starts[at : at + size], scorer.block_size, stride)
             windows, scored = windows.to(world.device), scored.to(world.device)
@@ -110,12 +113,12 @@ def split_loss(scorer: Scorer, reader: TokenReader, stride: int, end_of_text: in
 
 
 def read_windows(reader: TokenReader, starts: range, block_size: int, stride: int) -> tuple[Tensor, Tensor]:
-    """Windows (B, block_size + 1), zeros behind the end of the split, and which targets (B, block_size) are theirs to score."""
+    """Windows (B, block_size + 1), int64, padded with zeros, and which of their targets (B, block_size) to score, bool."""
     windows = np.zeros((len(starts), block_size + 1), dtype=np.int64)
     scored = np.zeros((len(starts), block_size), dtype=np.bool_)
     for row, start in enumerate(starts):
         ids = reader.read(start, min(start + block_size + 1, len(reader)))
         windows[row, : len(ids)] = ids
-        # The window before reached `stride` targets less far than this one does.
+        # All but the last `stride` targets of a full window were scored by the one before it.
         scored[row, block_size - stride if start else 0 : len(ids) - 1] = True
     return torch.from_numpy(windows), torch.from_numpy(scored)

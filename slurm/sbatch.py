@@ -1,4 +1,4 @@
-"""Batch scripts: their `#SBATCH` lines as sbatch reads them, and ours with a site's values filled in."""
+"""Batch scripts: directives as sbatch parses them, and our scripts with values filled in."""
 
 import os
 import re
@@ -13,14 +13,17 @@ _LONG_NAMES = {
     "-n": "ntasks", "-N": "nodes", "-o": "output", "-p": "partition", "-t": "time",
 }  # fmt: skip
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+NO_LIMIT = ("INFINITE", "UNLIMITED")
+# What SLURM takes where --signal names no seconds.
 DEFAULT_LEAD_S = 60
-# SLURM allows no larger MaxArraySize than one more.
+# SLURM allows no larger MaxArraySize than this plus one.
 LAST_ELEMENT = 4_000_000
+SLURMS_LOG = "slurm-%j.out"
 
 
 @dataclass(frozen=True)
 class Directive:
-    """One option of a `#SBATCH` line; `value` is empty for an option that has none."""
+    """One option of a `#SBATCH` line; `value` is empty for an option that takes none."""
 
     line: int
     name: str
@@ -31,13 +34,12 @@ class Directive:
 class EarlySignal:
     """What `--signal=[B:]SIGNAL[@SECONDS]` asks for."""
 
-    signal: str
     batch_shell_only: bool
     lead_s: int
 
 
 def directives(text: str) -> list[Directive]:
-    """The options that sbatch takes from a script. Of one that stands there twice the last counts."""
+    """The options that sbatch takes from a script. The last one of a name counts."""
     found = []
     for number, line in enumerate(text.splitlines()[: first_command(text) - 1], start=1):
         if line.startswith("#SBATCH"):
@@ -46,12 +48,12 @@ def directives(text: str) -> list[Directive]:
 
 
 def values(text: str) -> dict[str, str]:
-    """What a script asks for, by the options' names."""
+    """A script's options and their values, by long name."""
     return {directive.name: directive.value for directive in directives(text)}
 
 
 def first_command(text: str) -> int:
-    """The number of the first line that is neither blank nor a comment: behind it sbatch looks for no more options."""
+    """The number of the first line that is a command: sbatch reads no options after it."""
     lines = text.splitlines()
     commands = (number for number, line in enumerate(lines, start=1) if not re.match(r"\s*(#|$)", line))
     return next(commands, len(lines) + 1)
@@ -60,7 +62,7 @@ def first_command(text: str) -> int:
 def _options(line: int, text: str) -> list[Directive]:
     try:
         words = shlex.split(text, comments=True)
-    except ValueError:  # sbatch itself will say it
+    except ValueError:  # an unclosed quote, which sbatch itself reports
         return []
     found = []
     while words:
@@ -75,7 +77,7 @@ def _options(line: int, text: str) -> list[Directive]:
 
 
 def seconds(text: str) -> int | None:
-    """A time as `--time` takes it: minutes, minutes:seconds, h:m:s, days-hours, days-h:m, days-h:m:s. None for others."""
+    """Seconds of a limit in minutes, m:s, h:m:s, d-h, d-h:m or d-h:m:s; None if invalid."""
     match = _TIME.fullmatch(text)
     if match is None:
         return None
@@ -87,27 +89,30 @@ def seconds(text: str) -> int | None:
     return first * 60 + second
 
 
-def in_words(time_s: int) -> str:
-    """Seconds as `days-h:mm:ss`."""
-    days, rest = divmod(time_s, 86_400)
+def format_time(limit: str) -> str:
+    """A time limit as `d-h:mm:ss`."""
+    limit_s = seconds(limit)
+    if not limit_s:
+        return "unlimited time"
+    days, rest = divmod(limit_s, 86_400)
     return f"{f'{days}-' if days else ''}{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
 
 
 def early_signal(value: str) -> EarlySignal:
     """The meaning of `--signal`'s value."""
     flags, colon, rest = value.rpartition(":")
-    name, _, lead = rest.partition("@")
-    return EarlySignal(
-        name.upper().removeprefix("SIG"), bool(colon) and "B" in flags.upper(), _number(lead, DEFAULT_LEAD_S)
-    )
+    lead = rest.partition("@")[2]
+    return EarlySignal(bool(colon) and "B" in flags.upper(), int(lead) if lead.isdigit() else DEFAULT_LEAD_S)
 
 
-def _number(text: str, otherwise: int) -> int:
-    return int(text) if text.isdigit() else otherwise
+def gpu_count(value: str) -> int | None:
+    """The number in `[TYPE:]N`, as --gpus-per-node takes it; None if invalid."""
+    match = re.fullmatch(r"(?:[\w.-]+:)?(\d+)", value)
+    return int(match[1]) if match else None
 
 
 def elements(array: str) -> list[int]:
-    """The numbers of `--array`, such as 0-7, 1,3,5 or 0-15:4, a limit (%2) left out; empty for what is none."""
+    """The indices of `--array` (0-7, 1,3,5 or 0-15:4), without a limit (%2); empty if invalid."""
     numbers: list[int] = []
     for part in array.partition("%")[0].split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", part)
@@ -118,32 +123,33 @@ def elements(array: str) -> list[int]:
 
 
 def file_name(pattern: str, known: Mapping[str, str]) -> str:
-    """A pattern of `--output` with what is known of %x, %j, %A and %a in it, and %u, who submits. Others stay."""
+    """`--output` with %u, the user, and the `known` ones of %x, %j, %A and %a replaced."""
     known = {"%u": os.environ.get("USER", "%u"), **known}
     return re.sub("|".join(known), lambda match: known[match[0]], pattern)
 
 
 def find(name: str) -> Path:
-    """One of our batch scripts, which lie beside this file."""
+    """One of our batch scripts, which are next to this file."""
     return Path(__file__).with_name(name)
 
 
 def fill(text: str, options: Mapping[str, str], prologue: list[str]) -> str:
     """A script with `options` in its `#SBATCH` lines and `prologue` before its first command.
 
-    An option takes its line's place, or that of the `##SBATCH` line that proposes it; one with neither gets a line.
+    An option replaces its own line, or the `##SBATCH` line that suggests it; one with neither gets
+    a new line.
     """
     lines = text.splitlines()
     commands = first_command(text) - 1
     head = lines[:commands]
     for name, value in options.items():
-        wanted = f"#SBATCH --{name}={shlex.quote(value)}"
-        proposed = re.compile(rf"##?SBATCH --{re.escape(name)}(=|\s|$)")
-        places = [number for number, line in enumerate(head) if proposed.match(line)]
-        active = [number for number in places if head[number].startswith("#SBATCH")]
-        if places:
-            head[(active or places)[-1]] = wanted
+        filled = f"#SBATCH --{name}={shlex.quote(value)}"
+        pattern = re.compile(rf"##?SBATCH --{re.escape(name)}(=|\s|$)")
+        matches = [number for number, line in enumerate(head) if pattern.match(line)]
+        active = [number for number in matches if head[number].startswith("#SBATCH")]
+        if matches:
+            head[(active or matches)[-1]] = filled
         else:
             last = max((number for number, line in enumerate(head) if line.startswith("#SBATCH")), default=0)
-            head.insert(last + 1, wanted)
+            head.insert(last + 1, filled)
     return "\n".join([*head, *prologue, *lines[commands:]]) + "\n"

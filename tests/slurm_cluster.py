@@ -136,9 +136,9 @@ class Cluster:
         return found
 
     def rank(self, job: str, rank: int) -> int:
-        """The id of the process that is this rank of the job's training."""
-        [found] = [pid for pid, variables in self.processes(job).items() if variables.get("RANK") == str(rank)]
-        return found
+        """The id of the process that is this rank of the job's training: the task itself, not what it started."""
+        tasks = {pid: env for pid, env in self.processes(job).items() if env.get("SLURM_PROCID") == str(rank)}
+        return min(pid for pid, env in tasks.items() if "SLURM_STEP_NUM_TASKS" in env)
 
     def job(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says, such as JobState and Restarts."""
@@ -302,23 +302,35 @@ def losses(run_dir: Path, steps: int = 30) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows}
 
 
-def train_undisturbed(cluster: Cluster, config: Config) -> Path:
-    job = cluster.submit(TRAIN, f"{config.run.name}.toml", nodes=2)
+def train_undisturbed(cluster: Cluster, config: Config, *options: str) -> str:
+    """The log of a job on two nodes."""
+    job = cluster.submit(TRAIN, f"{config.run.name}.toml", nodes=2, options=options)
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
-    assert "2 rank(s) on cpu" in cluster.log(job)
-    return config.run_dir
+    return cluster.log(job)
 
 
 @pytest.fixture(scope="session")
 def two_node_run(cluster: Cluster) -> Path:
-    """The folder of a run of thirty steps that two nodes trained without being disturbed."""
-    return train_undisturbed(cluster, write_config(cluster.folder, "undisturbed"))
+    """The folder of a run of thirty steps that two nodes trained without being disturbed, with two ranks each.
+
+    Submitted as on a site that exports little of the environment: where sbatch's --export is not ALL, srun passes no more
+    than that on to its tasks, and nothing that the script sets.
+    """
+    config = write_config(cluster.folder, "undisturbed")
+    exported = "PATH,LD_LIBRARY_PATH,PYTHON,PYTHONPATH,OMP_NUM_THREADS,RANKS_PER_NODE=2,GLOO_SOCKET_IFNAME=lo"
+    log = train_undisturbed(cluster, config, f"--export={exported}")
+    assert log.count("4 rank(s) on cpu") == log.count("done at step 30") == 1  # one rank logs
+    assert len(re.findall(r"^4 ranks over gloo, with .*GLOO_SOCKET_IFNAME=lo", log, flags=re.MULTILINE)) == 1
+    assert len(re.findall(r"^waiting for 4 ranks of srun at 127.0.0.1:[23]\d{4}$", log, flags=re.MULTILINE)) == 1
+    return config.run_dir
 
 
 @pytest.fixture(scope="session")
 def long_curve(cluster: Cluster) -> dict[int, float]:
     """The losses of a long run that two nodes trained without being disturbed."""
-    return losses(train_undisturbed(cluster, write_long_config(cluster.folder, "long")), LONG_STEPS)
+    config = write_long_config(cluster.folder, "long")
+    train_undisturbed(cluster, config)
+    return losses(config.run_dir, LONG_STEPS)
 
 
 def check_same_weights(run_dir: Path, alone: Path) -> None:

@@ -1,4 +1,4 @@
-"""The container recipes, as far as they can be read: nothing here builds them."""
+"""The container recipes, checked by reading them: nothing here builds one."""
 
 import re
 import shutil
@@ -16,13 +16,13 @@ both = pytest.mark.parametrize("recipe", [DOCKERFILE, APPTAINER], ids=lambda pat
 
 
 def code(recipe: Path) -> str:
-    """A recipe without its comments, and with lines that go on joined."""
+    """A recipe without its comments, and with continued lines joined."""
     lines = [line for line in recipe.read_text().splitlines() if not line.lstrip().startswith("#")]
     return re.sub(r"\\\n\s*", "", "\n".join(lines))
 
 
 def copied(recipe: Path) -> set[str]:
-    """What a recipe takes from the checkout."""
+    """What a recipe copies from the checkout."""
     if recipe == DOCKERFILE:
         arguments = re.findall(r"^COPY (?!--from)(.+)$", code(recipe), re.MULTILINE)
         return {name for line in arguments for name in line.split()[:-1]}
@@ -34,7 +34,7 @@ def copied(recipe: Path) -> set[str]:
 
 
 def install(recipe: Path) -> str:
-    """The command that installs the program, without where its lines end."""
+    """The command that installs the program."""
     (found,) = re.findall(r"/opt/pipeline/bin/python -m pip install .*?'\.\[fast\]'", code(recipe))
     return found
 
@@ -42,7 +42,7 @@ def install(recipe: Path) -> str:
 @both
 def test_what_is_copied_is_tracked_and_is_all_that_a_wheel_needs(recipe: Path) -> None:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout: nothing tells the project's files from others")
+        pytest.skip("not a git checkout: nothing distinguishes the project's files from others")
     names = copied(recipe)
     for name in names:
         listed = subprocess.run(["git", "ls-files", name], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -73,7 +73,7 @@ def test_the_base_has_a_python_that_the_project_takes(recipe: Path) -> None:
 
 
 def test_the_image_runs_the_program_itself_as_an_ordinary_user() -> None:
-    """A shell between would keep the signals that ask for a save."""
+    """A shell would keep the signals that ask for a save."""
     stages = code(DOCKERFILE).split("\nFROM ")
     assert len(stages) == 3 and " AS build" in stages[1]
     assert "pip install" not in stages[2]

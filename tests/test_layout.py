@@ -32,36 +32,37 @@ from tree import (
 # From the ground up: a room imports those before it.
 ORDER = {
     "pipeline": (
-        "errors", "launch", "log", "files", "config", "vocabulary", "dataset", "budget", "machine", "model", "checkpoint",
-        "rendezvous", "cli", "__main__",
+        "errors", "launch", "log", "files", "config", "vocabulary", "dataset", "budget", "runs", "machine", "model",
+        "checkpoint", "cli", "__main__",
     ),
     "prepare": (
         "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "options", "run",
     ),
     "train": (
-        "data", "optimizer", "metrics", "parallel", "replicas", "resume", "saving", "spikes", "stop", "trainer", "run",
+        "data", "optimizer", "parallel", "replicas", "resume", "spikes", "evaluation", "metrics", "preview", "saving",
+        "stop", "trainer", "run",
     ),
     "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
-    "score": ("options", "loss", "harness", "tasks", "run"),
+    "score": ("options", "loss", "tables", "run"),
     "observe": ("shared_documents", "inspect", "verify"),
     "export": ("options", "model_card", "gguf", "run"),
-    "slurm": ("sbatch", "filesystems", "shell", "mistakes", "doctor", "submit"),
+    "slurm": ("sbatch", "filesystems", "doctor", "job", "checks", "submit"),
 }  # fmt: skip
 # Code lines a package may hold: without blanks, comments and docstrings.
 CEILINGS = {
-    "pipeline": 4200, "prepare": 3300, "train": 1800, "observe": 1400, "slurm": 1100, "sample": 500, "score": 560, "export": 500,
+    "pipeline": 4200, "prepare": 3300, "train": 1800, "observe": 1400, "slurm": 600, "sample": 500, "score": 400, "export": 250,
 }  # fmt: skip
 # Rooms of `pipeline` that answer before torch is there; and the whole of prepare.
 WITHOUT_TORCH = (
     "pipeline.errors", "pipeline.log", "pipeline.files", "pipeline.config", "pipeline.launch", "pipeline.budget",
-    "pipeline.vocabulary", "pipeline.dataset", "pipeline.machine.gpus", "prepare", "slurm",
+    "pipeline.runs", "pipeline.vocabulary", "pipeline.dataset", "pipeline.machine.gpus", "prepare", "slurm",
 )  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 MOST_ENTRIES = 14  # modules and packages at one level
 MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 60
-EXEMPT_FROM_FILE_LINES = {"pipeline/cli/main.py", "slurm/mistakes.py", "slurm/submit.py", "train/trainer.py"}
+EXEMPT_FROM_FILE_LINES: set[str] = set()
 
 every_source = pytest.mark.parametrize("path", SOURCES, ids=str)
 
@@ -127,6 +128,8 @@ def dangers(path: Path) -> Iterator[str]:
                 yield f"line {node.lineno}: {name}()"
             case ast.Attribute(value=ast.Name(id="torch"), attr="load"):
                 yield f"line {node.lineno}: torch.load"
+            case ast.keyword(arg="trust_remote_code", value=ast.Constant(value=False)):
+                pass
             case ast.keyword(arg="allow_pickle" | "trust_remote_code" as name):
                 yield f"line {node.value.lineno}: {name}="
     yield from (f"imports {name}" for name in imports(path) if package_of(name) in FORBIDDEN_MODULES)

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard, status.json. Only rank 0 has one of these."""
+"""What a run records about itself: metrics.jsonl, bad_steps.jsonl, status.json and TensorBoard."""
 
 import json
 import math
@@ -6,34 +6,59 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from pipeline.files import write_atomic
+from pipeline.dataset.mixture import Mixture
 from pipeline.log import logger
+from pipeline.runs import RunFolder, Status
+from train.evaluation import ValLoss
+from train.spikes import StepResult
+
+Row = dict[str, Any]
+# Whoever watches status.json takes a run for dead when it is much older.
+STATUS_INTERVAL_S = 15.0
 
 
 class Metrics:
-    """Rows of numbers by step. On resume, rows past the resumed step are dropped: one curve, no step twice."""
+    """Records nothing: what every rank has but the first, which has `FileMetrics`."""
 
-    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool) -> None:
-        self.run_dir, self.tensorboard = run_dir, tensorboard
-        self._open(first_step)
+    def write(self, row: Row) -> None:
+        """Append a row; it has a `step`, and every other number becomes a TensorBoard scalar. NaN
+        and inf become null.
+        """
 
-    def _open(self, first_step: int) -> None:
-        path = self.run_dir / "metrics.jsonl"
-        _drop_rows_after(path, first_step)
-        _drop_rows_after(self.run_dir / "bad_steps.jsonl", first_step - 1)  # a bad step's row has the steps before it
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = _summary_writer(self.run_dir / "tb", first_step) if self.tensorboard else None
+    def write_bad_step(self, row: Row, result: StepResult) -> None:
+        """Append to bad_steps.jsonl the samples of a step that did not reach the weights."""
 
-    def rewind(self, step: int) -> None:
-        """Forget what is past `step`, from where the run takes another way."""
-        self.close()
-        self._open(step)
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Show `text` in TensorBoard as it is."""
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row; it has a `step`, and every other number becomes a TensorBoard scalar. NaN and inf become null."""
+    def write_status(self, status: Status) -> None:
+        """Replace status.json. A time that is not known yet is kept from an earlier start of the
+        run.
+        """
+
+    def keep_alive(self, status: Status) -> None:
+        """`write_status`, if the last one was long ago."""
+
+    def close(self) -> None:
+        """Close the files."""
+
+
+class FileMetrics(Metrics):
+    """Rows and curves in the run's folder. Those past `first_step` are dropped: one curve, no step
+    twice.
+    """
+
+    def __init__(self, folder: RunFolder, first_step: int, tensorboard: bool) -> None:
+        folder.drop_rows_after(first_step)
+        self._folder, self._written_at = folder, 0.0
+        self._file = folder.metrics.open("a", encoding="utf-8")
+        self._tensorboard = _summary_writer(folder, first_step) if tensorboard else None
+
+    def write(self, row: Row) -> None:
+        # json would write NaN, which is not JSON.
         row = {name: value if math.isfinite(value or 0) else None for name, value in row.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -41,18 +66,31 @@ class Metrics:
             for name, value in row.items():
                 if name != "step" and value is not None:
                     self._tensorboard.add_scalar(name, value, row["step"])
-            self._tensorboard.flush()  # or a kill would take up to two minutes of rows that metrics.jsonl has
+            self._tensorboard.flush()  # or a kill would lose up to two minutes of rows that metrics.jsonl has
+
+    def write_bad_step(self, row: Row, result: StepResult) -> None:
+        why = {"reason": result.outcome.value, "loss": str(result.loss), "grad_norm": str(result.grad_norm)}
+        # As text, since what is worth knowing here is inf or nan.
+        with self._folder.bad_steps.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row | why) + "\n")
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        """Show `text` in TensorBoard, as it is: to Markdown it is code. metrics.jsonl has numbers only."""
         if self._tensorboard is not None:
+            # Indented, it is code to Markdown, which would otherwise lay it out.
             self._tensorboard.add_text(name, textwrap.indent(text, "    ", lambda line: True), step)
             self._tensorboard.flush()
 
-    def status(self, state: str, step: int, reason: str = "") -> None:
-        """Replace status.json. `state` is running, done, stopped or failed."""
-        content = {"state": state, "step": step, "reason": reason}
-        write_atomic(self.run_dir / "status.json", json.dumps(content).encode() + b"\n")
+    def write_status(self, status: Status) -> None:
+        self._written_at = time.monotonic()
+        if (before := self._folder.read_status()) is not None:
+            step_s = before.step_s if status.step_s is None else status.step_s
+            last_save_s = before.last_save_s if status.last_save_s is None else status.last_save_s
+            status = replace(status, step_s=step_s, last_save_s=last_save_s)
+        self._folder.write_status(status)
+
+    def keep_alive(self, status: Status) -> None:
+        if time.monotonic() - self._written_at >= STATUS_INTERVAL_S:
+            self.write_status(status)
 
     def close(self) -> None:
         self._file.close()
@@ -61,57 +99,65 @@ class Metrics:
 
 
 class Throughput:
-    """Tokens per second of training alone, since the last `restart`: evaluations and saves do not count."""
+    """Tokens per second of training alone, since the last row: evaluations and saves do not count."""
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> None:
         self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
         self.last_step_s = 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        self._steps, self.seconds = 0, 0.0
+        self._steps, self._seconds = 0, 0.0
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Times one step. A step ends by reading its loss, so the device's work is in it."""
+        """Times one step. A step ends by reading its loss, so the device's work is included."""
         started = time.perf_counter()
         yield
         self.last_step_s = time.perf_counter() - started
         self._steps += 1
-        self.seconds += self.last_step_s
+        self._seconds += self.last_step_s
 
     @property
     def tokens_per_s(self) -> float:
-        return self._steps * self.tokens_per_step / max(self.seconds, 1e-9)
+        return self._steps * self.tokens_per_step / max(self._seconds, 1e-9)
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation (Chowdhery et al. 2022), 0 to 1 of the peak of all ranks; None where it is unknown."""
+        """Model FLOPs utilisation (Chowdhery et al. 2022), 0 to 1 of the peak of all ranks; None
+        where that is unknown.
+        """
         return self.tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
 
-
-def _drop_rows_after(path: Path, step: int) -> None:
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        kept = [row for row in text.splitlines() if _step_of(row) <= step]
-        if "".join(row + "\n" for row in kept) != text:
-            write_atomic(path, "".join(row + "\n" for row in kept).encode())
-
-
-def _step_of(row: str) -> float:
-    """The step of a row; infinity for a line that a crash cut short, so that it is dropped."""
-    try:
-        return float(json.loads(row)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+    def columns(self, waited_s: float) -> Row:
+        """The speeds of a row, and the part of the time spent waiting for data; then start over."""
+        data_wait = waited_s / max(self._seconds, 1e-9)
+        row = {"tokens_per_s": self.tokens_per_s, "mfu": self.mfu, "data_wait": data_wait}
+        self._steps, self._seconds = 0, 0.0
+        return row
 
 
-def _summary_writer(folder: Path, first_step: int) -> Any:
+def step_columns(step: int, tokens: int, result: StepResult, lr: float) -> Row:
+    """What every row has."""
+    return {"step": step, "tokens": tokens, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
+
+
+def val_columns(val_loss: ValLoss, mixture: Mixture, samples: int) -> Row:
+    """The loss on the val split and, in a mixture, each source's loss and what the first `samples`
+    samples took of it.
+    """
+    row: Row = {"val_loss": val_loss.mean}
+    if len(mixture.sources) > 1:
+        for (name, (tokens, epochs)), loss in zip(mixture.progress(samples).items(), val_loss.by_source, strict=True):
+            row |= {f"val_loss_{name}": loss, f"tokens_{name}": tokens, f"epochs_{name}": epochs}
+    return row
+
+
+def _summary_writer(folder: RunFolder, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         logger.warning(
-            "tensorboard is not installed: no files in %s; pip install tensorboard, or log.tensorboard=false", folder
+            "tensorboard is not installed, so %s stays empty: pip install tensorboard, or set log.tensorboard=false",
+            folder.tensorboard,
         )
         return None
-    return SummaryWriter(folder, purge_step=first_step + 1)
+    # purge_step: TensorBoard hides what an earlier start wrote past the resumed step.
+    return SummaryWriter(folder.tensorboard, purge_step=first_step + 1)

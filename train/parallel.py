@@ -1,8 +1,12 @@
-"""How ranks share one model: a copy each (ddp), a part each (fsdp), or parts inside a node and copies over nodes (hsdp).
+"""How ranks share one model: a replica each (ddp), a shard each (fsdp), or shards inside a node and
+replicas over nodes (hsdp).
 
-Loss, gradient norm and steps are those of one rank under each of them, and the checkpoint folder is the same: a run may go
-on under another one, with another number of ranks. Sharding is PyTorch's FSDP2: a block's weights are whole only while it
-computes.
+    ddp, 4 ranks        fsdp, 4 ranks       hsdp, 2 nodes of 2 ranks
+    ABCD ABCD ABCD ABCD   A   B   C   D       AB  CD | AB  CD
+
+Loss, gradient norm and steps are those of one rank under each of them, and the checkpoint folder is
+the same: a run may resume under another strategy, with another number of ranks. Sharding is
+PyTorch's FSDP2: a block's weights are gathered only while it computes.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +27,8 @@ from pipeline.model.sharding import whole
 
 
 def mesh_of(strategy: str, world: World) -> DeviceMesh | None:
-    """The ranks between which weights are cut up, one row a node under hsdp; None where every rank holds all of them.
+    """The ranks over which weights are sharded, one row per node under hsdp; None where every rank
+    holds all of them.
 
     All ranks call it together. Raises UserError where the nodes differ in size.
     """
@@ -35,54 +40,66 @@ def mesh_of(strategy: str, world: World) -> DeviceMesh | None:
     with world.fail_together():
         if len(sizes) > 1 or world.size % sizes[0]:
             raise UserError(
-                f"parallel.strategy=hsdp wants as many ranks on every node, found {world.size} ranks and nodes of "
+                f"parallel.strategy=hsdp expects the same number of ranks on every node, got {world.size} ranks and nodes of "
                 f"{' and '.join(map(str, sizes))}: start torchrun with one --nproc-per-node, or set parallel.strategy=fsdp"
             )
+    # Ranks are numbered node by node, so that a row of the mesh is a node, and gathering weights
+    # stays inside it.
     shape = (world.size // sizes[0], sizes[0])
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def place(model: GPT, world: World, mesh: DeviceMesh | None, dtype: torch.dtype, compiled: bool) -> None:
-    """Bring the model from the CPU to the device, whole or, with a mesh, this rank's part of it."""
+def to_device(model: GPT, world: World, mesh: DeviceMesh | None, *, dtype: torch.dtype, compiled: bool) -> None:
+    """Move the model from the CPU to the device: all of it or, with a mesh, this rank's shard."""
     if mesh is not None:
-        shard(model, mesh, dtype, compiled)
+        shard(model, mesh, dtype=dtype, compiled=compiled)
         return
     model.to(world.device)
     if compiled:
         model.compile()
 
 
-def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype, compiled: bool) -> None:
-    """Leave this rank its part of every parameter: block by block, so that no device ever holds the whole model.
+def shard(model: GPT, mesh: DeviceMesh, *, dtype: torch.dtype, compiled: bool) -> None:
+    """Keep this rank's shard of every parameter: block by block, so that no device ever holds the
+    full model.
 
     Raises UserError for float16.
     """
     if dtype == torch.float16:
+        # One rank may overflow where the others do not, and only all of them together may skip the
+        # step.
         raise UserError(
-            "float16 trains under parallel.strategy=ddp only, as its loss scaling does not look across shards: "
+            "float16 needs parallel.strategy=ddp, as its loss scaling does not look across shards: "
             "set run.dtype=bfloat16 or float32, or parallel.strategy=ddp"
         )
-    # Autocast would turn a block's matrices into `dtype` before each product: gathered as such, half as much travels. The
-    # residual stream stays float32, as without sharding; so what is outside of the blocks is gathered in float32.
+    # Autocast would cast a block's matrices to `dtype` before each product: gathered as such, half
+    # as many bytes travel. The residual stream stays float32, as without sharding; so what is
+    # outside of the blocks is gathered in float32.
     in_blocks = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         if compiled:  # the forward pass alone: what FSDP does around it cannot be traced
             block.forward = torch.compile(block.forward)
         fully_shard(block, mesh=mesh, mp_policy=in_blocks)
+    # Embeddings, head and last norm: what no block took.
     fully_shard(model, mesh=mesh)
 
 
 def replicate(model: GPT, world: World) -> GPT | DistributedDataParallel:
-    """What to call in training, once every copy or part is filled. The copies are made equal: they start as rank 0's."""
+    """What to call in training, once every replica or shard has its weights. Replicas start as
+    copies of rank 0's.
+    """
     if isinstance(model, FSDPModule):
         for parameter in model.parameters():
             assert isinstance(parameter, DTensor)
+            # Of two mesh dimensions (hsdp) the first goes over the nodes: their shards are replicas
+            # of each other.
             if parameter.device_mesh.ndim == 2:
                 dist.broadcast(parameter.to_local().detach(), group=parameter.device_mesh.get_group(0), group_src=0)
         return model
     if world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
+    # Gradients that are views of the buckets that travel: one copy of them less in memory.
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
@@ -96,27 +113,29 @@ def reduce_gradients(model: nn.Module, now: bool) -> AbstractContextManager[None
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of the gathered weights that a forward pass keeps for a backward pass, where none comes."""
+    """Free the gathered weights that a forward pass keeps for a backward pass, where none follows."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def whole_model(model: GPT, world: World) -> GPT | None:
-    """On rank 0 the model with all of its weights: itself, or of a sharded one a copy on the CPU. All ranks call it."""
+    """On rank 0 the model with all of its weights: itself, or a copy of a sharded one on the CPU.
+    All ranks call it.
+    """
     if not isinstance(model, FSDPModule):
         return model if world.is_first else None
     copy = uninitialised(model.config, model.vocab_size) if world.is_first else None
     copies = dict(copy.named_parameters()) if copy else {}
     for name, parameter in model.named_parameters():
-        gathered = whole(parameter.detach())
+        gathered = whole(parameter.detach())  # a collective, so on every rank and in the same order
         if copy:
             copies[name].detach().copy_(gathered)
     return copy
 
 
-def in_words(strategy: str, mesh: DeviceMesh | None, world: World) -> str:
-    """The log's line on who holds what."""
+def format_strategy(strategy: str, mesh: DeviceMesh | None, world: World) -> str:
+    """Which rank holds what, for the log."""
     if mesh is None:
-        return "one rank holds everything" if world.size == 1 else f"ddp: {world.size} whole copies"
-    copies, parts = (1, *mesh.shape)[-2:]
-    return f"{strategy}: weights, gradients and optimizer state in {parts} parts, {copies} time(s)"
+        return "one rank holds everything" if world.size == 1 else f"ddp: {world.size} replicas"
+    replicas, shards = (1, *mesh.shape)[-2:]
+    return f"{strategy}: weights, gradients and optimizer state in {shards} shards, {replicas} replica(s)"

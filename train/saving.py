@@ -1,99 +1,220 @@
-"""Checkpoints written beside training: a copy in memory stops it for a moment, files, hashes and syncs do not."""
+"""Checkpoints written while training continues: it stops for a copy in memory, not for files,
+hashes and syncs.
+
+    training thread   step | copy | step | step | step | ...
+    writing thread               | files, hashes, sync, rename |
+
+The copy is what makes the checkpoint one moment's: the optimizer changes its tensors in place at
+the next step.
+"""
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.folder import State
+from pipeline.checkpoint.folder import (
+    Description,
+    State,
+    best_val_loss,
+    prune_checkpoints,
+    read_description,
+    write_checkpoint,
+)
+from pipeline.checkpoint.load import load_optimizer, load_weights
+from pipeline.config.keys import Config
+from pipeline.config.load import to_dict
 from pipeline.errors import UserError
 from pipeline.log import logger
+from pipeline.machine.ranks import World
+from pipeline.model.language_model import GPT
 from pipeline.model.sharding import whole
+from pipeline.runs import RunFolder
+from pipeline.vocabulary.tokenizer import Tokenizer
+from train.spikes import StepGuard
 
 
 class Saver:
-    """Writes one checkpoint at a time in a thread of its own. On ranks other than 0 it has nothing to do."""
+    """Writes one checkpoint at a time in a thread. Used by rank 0 only."""
 
     def __init__(self) -> None:
         self.last_save_s: float | None = None
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._work: Future[None] | None = None  # what was handed to the thread last
-        self._memory: dict[str, Tensor] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._buffers: dict[str, Tensor] = {}  # the copies; every save uses the same memory
+        self._allocation: Future[None] | None = None
+        self._save: Future[None] | None = None  # the one handed to the thread last
 
     def reserve(self, state: State) -> None:
-        """Get the memory of the copies ready: its first use takes longer than copying (measured: 12 times as long)."""
-        self._work = self._executor.submit(self._reserve, state)
+        """Touch the memory of the copies once, while training continues: the first use takes 12
+        times as long as a copy.
+        """
+        if self._allocation is None:
+            self._allocation = self._thread.submit(self._allocate, state)
 
     @property
-    def unused(self) -> bool:
-        return self._work is None
-
-    def start(self, state: State, write: Callable[[State], Path]) -> None:
-        """Copy `state`, then have `write` take the copy to the disk while the caller goes on.
-
-        At most one is in flight: the one before is waited for. Where that one failed nothing is started, since
-        `failed` and `wait` are about to tell.
-        """
-        started = time.monotonic()
-        failed = self._work is not None and self._work.exception() is not None
-        copy = self._copy(state)  # in any case: where `state` is sharded, the other ranks are handing in their parts
-        if failed:
-            return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies out of the GPU were only asked for
-        self._work = self._executor.submit(self._write, copy, write, time.monotonic() - started)
+    def reserved(self) -> bool:
+        return self._allocation is not None
 
     @property
     def busy(self) -> bool:
-        return self._work is not None and not self._work.done()
+        return any(work is not None and not work.done() for work in (self._allocation, self._save))
 
     @property
     def failed(self) -> bool:
-        return self._work is not None and self._work.done() and self._work.exception() is not None
+        return self._save is not None and self._save.done() and self._save.exception() is not None
+
+    def start(self, state: State, write: Callable[[State], Path]) -> None:
+        """Copy `state`, then have `write` put the copy on the disk while the caller continues.
+
+        At most one save is in flight: the one before is waited for. If that one failed nothing is
+        started, since `failed` and `wait` are about to report it.
+        """
+        started = time.monotonic()
+        if self._allocation is not None:
+            self._allocation.result()
+        before_failed = self._save is not None and self._save.exception() is not None
+        # In any case, as copying a sharded state takes all ranks, and the others are handing in
+        # their shards.
+        copy = self._copy(state)
+        if before_failed:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies from the GPU have only been queued
+        self._save = self._thread.submit(self._write, copy, write, time.monotonic() - started)
 
     def wait(self) -> None:
-        """Until what was started is on the disk. Raises what it died of."""
-        if self._work is None:
+        """Until the last save is on the disk. Raises what went wrong with it."""
+        if self._save is None:
             return
         try:
-            self._work.result()
+            self._save.result()
         except OSError as error:
             raise UserError(
-                f"a checkpoint could not be written: {error}; mend that and start again: the run goes on from the one before"
+                f"a checkpoint could not be written: {error}; fix that and start again: the run resumes from the one before"
             ) from error
 
     def close(self) -> None:
-        """End the thread, after the checkpoint in flight: none may be left while the process goes down."""
-        self._executor.shutdown()
+        """End the thread, after the checkpoint in flight: the process must not end in the middle of
+        one.
+        """
+        self._thread.shutdown()
 
-    def _reserve(self, state: State) -> None:
+    def _allocate(self, state: State) -> None:
         for kind, tensors in (("weights", state.weights), ("optimizer", state.optimizer)):
             for name, tensor in tensors.items():
-                self._memory_for(f"{kind}.{name}", tensor).zero_()
+                self._buffer(f"{kind}.{name}", tensor).zero_()
 
     def _write(self, copy: State, write: Callable[[State], Path], stall_s: float) -> None:
         started = time.monotonic()
         try:
             folder = write(copy)
         except Exception as error:
-            logger.error("a checkpoint could not be written: %s", error)  # at once: training asks after its step
+            logger.error("a checkpoint could not be written: %s", error)  # now: training asks after its current step
             raise
         self.last_save_s = time.monotonic() - started
-        logger.info("saved %s in %.2f s, for which training stood still for %.3f s", folder, self.last_save_s, stall_s)
+        logger.info("saved %s in %.2f s; training waited %.3f s for the copy", folder, self.last_save_s, stall_s)
 
     def _copy(self, state: State) -> State:
         def copied(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
             return {
-                name: self._memory_for(f"{kind}.{name}", tensor).copy_(whole(tensor), non_blocking=tensor.is_cuda)
+                # Of a sharded state one tensor at a time is gathered, so that no GPU holds the full
+                # model.
+                name: self._buffer(f"{kind}.{name}", tensor).copy_(whole(tensor), non_blocking=tensor.is_cuda)
                 for name, tensor in tensors.items()
             }
 
         return State(copied(state.weights, "weights"), copied(state.optimizer, "optimizer"))
 
-    def _memory_for(self, name: str, tensor: Tensor) -> Tensor:
-        if name not in self._memory:
-            self._memory[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return self._memory[name]
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self._buffers:
+            # From a GPU only a copy to pinned memory runs beside other work.
+            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self._buffers[name]
+
+
+@dataclass
+class Checkpoints:
+    """What a run saves and restores. `dataset` is the fingerprint of its mixture."""
+
+    config: Config
+    world: World
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    guard: StepGuard
+    tokenizer: Tokenizer
+    dataset: str
+    best_val_loss: float = float("inf")
+    saver: Saver = field(default_factory=Saver)
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.config.run_dir)
+
+    @property
+    def requested(self) -> bool:
+        """Whether the user asks for one by creating `save-now`; not while the save in flight may be
+        about to remove it.
+        """
+        return self.world.is_first and not self.saver.busy and self.run.save_now.exists()
+
+    def reserve(self) -> None:
+        """Have the saver get its memory: after the first step, when the optimizer has its state."""
+        if self.world.is_first and not self.saver.reserved:
+            self.saver.reserve(State.of(self.model, self.optimizer))
+
+    def save(self, step: int, val_loss: float | None) -> None:
+        """Have rank 0 write a checkpoint while training continues; `latest` will name it, and
+        `best` if it is the best.
+        """
+        best = val_loss is not None and val_loss < self.best_val_loss
+        if val_loss is not None and best:
+            self.best_val_loss = val_loss
+        state = State.of(self.model, self.optimizer)
+        if not self.world.is_first:
+            state.hand_in()
+            return
+        description = self.describe(step, val_loss)
+        requested = self.run.save_now.exists()
+
+        def write(state: State) -> Path:
+            folder = write_checkpoint(
+                self.run.checkpoints, state, self.model, self.tokenizer, description=description, best=best
+            )
+            if requested:
+                self.run.save_now.unlink(missing_ok=True)
+            prune_checkpoints(self.run.checkpoints, self.config.checkpoint.keep)
+            return folder
+
+        self.saver.start(state, write)
+
+    def describe(self, step: int, val_loss: float | None) -> Description:
+        return Description(
+            step=step, tokens=step * self.config.train.tokens_per_step, config=to_dict(self.config),
+            tokenizer=self.tokenizer.spec(), dataset=self.dataset, val_loss=val_loss,
+            scaler=self.scaler.state_dict(), bad_steps=self.guard.bad_steps, grad_norms=self.guard.norms,
+        )  # fmt: skip
+
+    def restore(self, folder: Path) -> int:
+        """Load a verified checkpoint, and return its step. What it does not hold follows from the
+        seed and the step.
+        """
+        description = read_description(folder)
+        load_weights(self.model, folder)
+        load_optimizer(self.optimizer, self.model, folder)
+        if description.scaler:  # empty where the run was not in float16
+            self.scaler.load_state_dict(description.scaler)
+        self.guard.restore(description.grad_norms, description.bad_steps)
+        self.best_val_loss = best_val_loss(self.run.checkpoints)
+        return description.step
+
+    def wait(self) -> None:
+        """Until rank 0 has written the last one. All ranks call it together, and a failure ends all
+        of them.
+        """
+        with self.world.fail_together():
+            self.saver.wait()

@@ -1,9 +1,9 @@
 """When to stop before the last step: a signal, a stop-file, a deadline.
 
-Each rank only notices; the trainer makes all ranks agree at a step's end, then saves and leaves with exit code 0. Nothing
-is saved inside a signal handler, where half a step may be in flight.
+A rank only notices; at the end of the step the trainer makes all ranks agree, saves, and exits with
+code 0. Nothing is saved inside a signal handler, where half a step may be in flight.
 
-    PIPELINE_STOP_FILE   stop once this file exists: reaches no process by signal, so torchrun does not turn it into a kill
+    PIPELINE_STOP_FILE   stop once this file exists: not a signal, which torchrun would turn into a kill
     PIPELINE_DEADLINE    Unix time by which the run must be saved, such as the end of a SLURM job
 """
 
@@ -21,16 +21,19 @@ from pipeline.log import logger
 
 # A save is given twice the time the last one took; before any was made, this many seconds.
 FIRST_SAVE_S = 30.0
-# The batch scripts set the deadline that much before the job's end. One longer past at the start is another job's, and would
-# stop every start of the run after a step.
-LEAVING_S = 60.0
+# The batch scripts set the deadline this many seconds before the job ends. One that passed earlier
+# than that when the run starts belongs to another job, and would stop every start of the run after
+# one step.
+EXIT_MARGIN_S = 60.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopRequest:
-    """Listens inside its `with`. SIGTERM may come twice (SLURM's own and torchrun's copy); a second SIGINT stops now.
+    """Handles signals inside its `with`. SIGTERM may come twice (from SLURM and from torchrun); a
+    second SIGINT stops now.
 
-    SIGUSR2 is what `sbatch --signal=USR2@300` sends the ranks that srun started; torchrun would not pass it on.
+    SIGUSR2 is what `sbatch --signal=USR2@300` sends the ranks that srun started; torchrun would not
+    forward it.
     """
 
     def __init__(self) -> None:
@@ -42,12 +45,12 @@ class StopRequest:
             self._deadline = float(deadline)
         except ValueError:
             raise UserError(
-                f"PIPELINE_DEADLINE={deadline!r} is no time: wanted seconds since 1970, as `date +%s` prints"
+                f"invalid PIPELINE_DEADLINE {deadline!r}: expected seconds since 1970, as `date +%s` prints"
             ) from None
         past_s = time.time() - self._deadline
-        if past_s > LEAVING_S:
+        if past_s > EXIT_MARGIN_S:
             if launch.rank() == 0:
-                logger.warning("warning: PIPELINE_DEADLINE=%s was %.0f s ago: not heeded", deadline, past_s)
+                logger.warning("warning: PIPELINE_DEADLINE=%s was %.0f s ago: ignored", deadline, past_s)
             self._deadline = math.inf
 
     def __enter__(self) -> Self:
@@ -56,17 +59,18 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            if signal.getsignal(number) != signal.SIG_IGN:  # else this rank is to outlive others
+            if signal.getsignal(number) != signal.SIG_IGN:  # set where this rank has to outlive others
                 signal.signal(number, handler)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
+        # Only noted: the step that is running ends first.
         self._signal = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def reason(self, step_s: float, save_s: float | None) -> str:
-        """Why this rank wants to stop, empty for no reason. `step_s`: seconds one more step and its evaluation would take;
-        `save_s`: what the last save took.
+        """Why this rank wants to stop, empty for no reason. `step_s`: seconds that one more step
+        and its evaluation take; `save_s`: that the last save took.
         """
         if self._signal:
             return self._signal

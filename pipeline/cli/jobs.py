@@ -25,7 +25,7 @@ PASSED_ON = {"ignore_unknown_options": True}
 
 
 def _job() -> type:
-    from slurm.submit import Job
+    from slurm.job import Job
 
     return Job
 
@@ -50,8 +50,8 @@ def _submit_prepare(job: Any, arguments: tuple[str, ...], tasks: int, dry_run: b
     from prepare.run import check_before
     from slurm.submit import prepare as submit_preparation
 
-    dataset, sources = check_before(prepare.options_from(prepare.parse(arguments)), tasks)
-    submit_preparation(list(arguments), dataset=dataset, sources=sources, tasks=tasks, job=job, dry_run=dry_run)
+    dataset, _ = check_before(prepare.options_from(prepare.parse(arguments)), tasks)
+    submit_preparation(list(arguments), dataset=dataset, tasks=tasks, job=job, dry_run=dry_run)
 
 
 dry_run = click.Option(["--dry-run"], is_flag=True, help="Check, and print the script: sbatch takes it as it is.")

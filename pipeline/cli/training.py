@@ -86,6 +86,7 @@ def train(
     if print_run_dir:
         click.echo(config.run_dir.absolute())
         return
+    launch.check_nodes()
     from sample.preview import preview
     from train.run import run
 

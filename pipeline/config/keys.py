@@ -98,7 +98,7 @@ class TrainConfig:
     tokens_per_step: int = key(524_288, "tokens of one optimizer step, all ranks", at_least=1)
     # Set by memory, not by learning: accumulation makes up the rest of tokens_per_step.
     micro_batch_size: int = key(16, "sequences of one forward pass, each rank", at_least=1)
-    # Steps whose loss or gradient is not finite, or rewinds to one checkpoint.
+    # Steps that are skipped: a loss or gradient that is not finite, or a spike.
     max_bad_steps: int = key(20, "bad steps in a row before the run gives up", at_least=1)
     spike_z_score: float = key(0.0, "standard deviations that are a spike; 0: off", at_least=0)
     spike_window: int = key(128, "gradient norms that a new one is compared with", at_least=2)

@@ -1,12 +1,15 @@
-"""The datasets of a run -> batches, as a pure function of (seed, step): the whole state is the step number.
+"""The datasets of a run -> batches, as a pure function of (seed, step): the whole state is the step
+number.
 
-    global sample i  --i modulo PERIOD-->  (source, its own sample j)  --loader-->  window
+    global sample i  --i modulo PERIOD-->  (source, that source's sample j)  --loader-->  window
 
-Whose turn it is follows from i alone: a table of PERIOD turns, repeated for ever, in which each source has its share, spread
-evenly. So the shares hold in every batch and not only in the long run, any sample is found in O(1), and each source goes
-through its own epochs in its own order. A single dataset is a mixture of one.
+Which source is next follows from i alone: a table of PERIOD turns, repeated forever, in which each
+source has its share, spread evenly. So the shares hold in every batch and not only in the long run,
+any sample is found in O(1), and each source goes through its epochs independently of the others. A
+single dataset is a mixture of one.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ PERIOD = 10_000  # shares are exact to a hundredth of a percent
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset of a mixture. `turns`: how many of PERIOD samples are its own."""
+    """One dataset of a mixture. `turns`: how many of every PERIOD samples come from it."""
 
     name: str
     folder: Path
@@ -37,13 +40,15 @@ class Source:
 
     @property
     def share(self) -> float:
+        """The part of the samples that come from here, 0 to 1."""
         return self.turns / PERIOD
 
 
 class Mixture:
-    """The datasets a config names, each with its loader. Raises UserError where they do not go together.
+    """The datasets a config names, each with its loader. Raises UserError where they cannot be
+    mixed.
 
-    `folders`: where they are, if not where the config says.
+    `folders`: where copies of them are, if not where the config says.
     """
 
     def __init__(self, config: Config, folders: list[Path] | None = None) -> None:
@@ -51,11 +56,12 @@ class Mixture:
         turns = apportion([entry.weight for entry in config.datasets])
         self.sources = []
         folders = folders or [config.dataset_dir(entry.dataset) for entry in config.datasets]
-        for number, (entry, folder, own_turns) in enumerate(zip(config.datasets, folders, turns, strict=True)):
+        for number, (entry, folder, count) in enumerate(zip(config.datasets, folders, turns, strict=True)):
             manifest = load_manifest(folder)
-            # A seed of its own, so that no two sources go through their windows in the same order.
+            # Different seeds, so that no two sources go through their windows in the same order.
             loader = Loader(TokenReader(folder, manifest, "train"), self.block_size, config.run.seed + number)
-            self.sources.append(Source(entry.dataset, folder, manifest, own_turns, loader))
+            source = Source(entry.dataset, folder, manifest=manifest, turns=count, loader=loader)
+            self.sources.append(source)
         check_compatible(self.sources)
         self._source_at, self._before = spread(turns)
 
@@ -66,7 +72,9 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """Names the content: equal fingerprints mean the same tokens in every sample, given seed and block size."""
+        """Names the content: equal fingerprints mean the same tokens in every sample, given seed
+        and block size.
+        """
         if len(self.sources) == 1:
             return self.sources[0].manifest.fingerprint
         return hash_bytes(orjson.dumps([[source.manifest.fingerprint, source.turns] for source in self.sources]))
@@ -78,61 +86,89 @@ class Mixture:
 
     def batch(self, first_sample: int, samples: int) -> Windows:
         """Windows (samples, block_size + 1), int64, of the global samples from `first_sample` on."""
-        sources, own_samples = self.locate(np.arange(first_sample, first_sample + samples))
+        sources, samples_within = self.locate(np.arange(first_sample, first_sample + samples))
+        # Each source fills its rows in one call, as the permutation is computed for many samples at
+        # a time.
         windows = np.empty((samples, self.block_size + 1), dtype=np.int64)
         for number, source in enumerate(self.sources):
             if (here := sources == number).any():
-                windows[here] = source.loader.batch(own_samples[here])
+                windows[here] = source.loader.batch(samples_within[here])
         return windows
 
     def locate(self, samples: Samples) -> tuple[Samples, Samples]:
-        """The number of each global sample's source, and which of that source's own samples it is."""
-        periods, places = np.divmod(samples, PERIOD)
-        sources = self._source_at[places]
+        """The number of each global sample's source, and which of that source's samples it is."""
+        periods, positions = np.divmod(samples, PERIOD)
+        sources = self._source_at[positions]
         turns = np.array([source.turns for source in self.sources])
-        return sources, periods * turns[sources] + self._before[sources, places]
+        return sources, periods * turns[sources] + self._before[sources, positions]
 
     def samples_of(self, samples: int) -> list[int]:
         """How many of the first `samples` global samples come from each source."""
-        periods, places = divmod(samples, PERIOD)
+        periods, position = divmod(samples, PERIOD)
         return [
-            periods * source.turns + int(before[places])
+            periods * source.turns + int(before[position])
             for source, before in zip(self.sources, self._before, strict=True)
         ]
 
     def progress(self, samples: int) -> dict[str, tuple[int, float]]:
-        """For each source by name the tokens and the epochs that the first `samples` global samples take of it."""
+        """For each source by name the tokens and the epochs that the first `samples` global samples
+        take of it.
+        """
         return {
-            source.name: (own * self.block_size, own / source.loader.windows)
-            for source, own in zip(self.sources, self.samples_of(samples), strict=True)
+            source.name: (count * self.block_size, count / source.loader.windows)
+            for source, count in zip(self.sources, self.samples_of(samples), strict=True)
         }
 
 
 def check_compatible(sources: list[Source]) -> None:
-    """Raises UserError unless the datasets have one vocabulary, no two are the same, and each has a turn."""
-    ours = sources[0].manifest.tokenizer
+    """Raises UserError unless the datasets have one vocabulary, no two are the same, and each has a
+    turn.
+    """
+    first = sources[0]
     first_with: dict[str, Path] = {}
     for source in sources:
-        theirs = source.manifest.tokenizer
-        if theirs != ours:
-            raise UserError(
-                f"{source.folder} has the vocabulary {theirs['name']} of {theirs['vocab_size']:,} tokens, "
-                f"{sources[0].folder} another one ({ours['name']}, {ours['vocab_size']:,}): prepare both with the same tokenizer"
-            )
+        check_same_vocabulary(
+            source.folder, source.manifest.tokenizer, of=first.folder, expected=first.manifest.tokenizer
+        )
         same = first_with.setdefault(source.manifest.fingerprint, source.folder)
         if same is not source.folder:
             raise UserError(
-                f"data.mixture has {same} and {source.folder}, which hold the same tokens: name it once, with one weight"
+                f"data.mixture has {same} and {source.folder}, which hold the same tokens: list it once, with one weight"
             )
         if not source.turns:
             raise UserError(
-                f"data.mixture gives {source.name!r} less than one sample in {PERIOD:,}: raise its weight, or leave it out"
+                f"data.mixture gives {source.name!r} less than one sample in {PERIOD:,}: raise its weight, or remove it"
             )
 
 
+def check_same_vocabulary(
+    dataset: Path | str, spec: dict[str, Any], *, of: Path, expected: dict[str, Any], fingerprints: Collection[str] = ()
+) -> None:
+    """Raises UserError unless an id means the same token in a dataset as in `of`, another dataset
+    or a checkpoint.
+
+    `spec`, `expected`: their tokenizers' specifications. `fingerprints`: others by which that of a
+    checkpoint is known.
+    """
+    if spec == expected or spec["fingerprint"] in fingerprints:
+        return
+    found, wanted = (
+        f"{each['name']} ({each['vocab_size']:,} tokens, end-of-text token {each['end_of_text']})"
+        for each in (spec, expected)
+    )
+    # A vocabulary that was learned, or read from a file, is in the folder; its name alone would not
+    # find it.
+    tokenizer = expected["name"] if expected["name"] in ("gpt2", "byte") else of
+    raise UserError(
+        f"{dataset} has the vocabulary {found}, but {of} has {wanted}: prepare the text with --tokenizer {tokenizer}"
+    )
+
+
 def apportion(weights: list[float]) -> list[int]:
-    """PERIOD turns shared out in proportion to `weights`; what rounding down leaves goes to the largest remainders."""
-    relative = np.array(weights) / max(weights)
+    """PERIOD turns in proportion to `weights`; what rounding down leaves over goes to the largest
+    remainders.
+    """
+    relative = np.array(weights) / max(weights)  # first, or the sum of huge weights would overflow
     exact = relative / relative.sum() * PERIOD
     turns = exact.astype(np.int64)
     left = PERIOD - int(turns.sum())
@@ -141,12 +177,14 @@ def apportion(weights: list[float]) -> list[int]:
 
 
 def spread(turns: list[int]) -> tuple[Samples, npt.NDArray[np.int64]]:
-    """The source at each place of a period, and how many turns each source had before it: (PERIOD,), (sources, PERIOD).
+    """The source at each position of a period, and how many turns each source had before:
+    (PERIOD,), (sources, PERIOD).
 
-    A source with n turns would best have them at the middles of n equal parts of the period; sorting by those times keeps
-    every source within a few samples of its share from any place to any other.
+    A source with n turns would best have them at the middles of n equal parts of the period;
+    sorting by those times keeps every source within a few samples of its share between any two
+    positions.
     """
     times = np.concatenate([(np.arange(count) + 0.5) / count for count in turns])
     sources = np.repeat(np.arange(len(turns)), turns)[np.argsort(times, kind="stable")]
-    own = sources == np.arange(len(turns))[:, None]
-    return sources, np.cumsum(own, axis=1) - own
+    has_turn = sources == np.arange(len(turns))[:, None]
+    return sources, np.cumsum(has_turn, axis=1) - has_turn

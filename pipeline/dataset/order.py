@@ -1,4 +1,6 @@
-"""A keyed permutation: the order in which an epoch visits its windows, computed one index at a time."""
+"""A keyed permutation: the order in which an epoch visits its windows, computed one index at a
+time.
+"""
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +13,14 @@ FEISTEL_ROUNDS = 6
 
 
 def permute(index: Indices, size: int, key: int) -> Indices:
-    """Where a permutation of 0..size-1, chosen by `key`, sends each index.
+    """The images of `index` under a permutation of 0..size-1 that is chosen by `key`.
 
-    A Feistel network is a bijection of 0..4^b-1 whatever its round function; walking on from results that are not below
-    `size` makes it one of 0..size-1 (Black and Rogaway 2002, "cycle walking": at most 4 steps on average).
+    A Feistel network is a bijection of 0..4^b-1 for any round function; applying it again to
+    results that are not below `size` makes it one of 0..size-1 (Black and Rogaway 2002, "cycle
+    walking": at most 4 steps on average).
     """
+    # Half the bits of the smallest 4^b that is not below `size`; a single window still needs two
+    # halves of one bit.
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     result = _feistel(index, half_bits, key)
     while (outside := result >= size).any():
@@ -28,12 +33,15 @@ def _feistel(index: Indices, half_bits: np.uint64, key: int) -> Indices:
     left, right = index >> half_bits, index & mask
     for round_ in range(FEISTEL_ROUNDS):
         round_key = np.uint64(xxhash.xxh3_64_intdigest(round_.to_bytes(8, "little"), seed=key))
+        # left ^ f(right) is undone by repeating it, which is why this is a bijection.
         left, right = right, left ^ (_mix(right ^ round_key) & mask)
     return (left << half_bits) | right
 
 
 def _mix(x: Indices) -> Indices:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every
+    output bit.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,6 +1,7 @@
-"""One pass over the shards of a dataset, for those who look at every id: in blocks, several shards at a time.
+"""One pass over every id of a dataset's shards: in blocks, several shards at a time.
 
-Memory does not grow with the corpus: a shard is read in blocks of 1 MiB, and documents are arrays of where they lie.
+Memory does not grow with the corpus: a shard is read in blocks of 1 MiB, and documents are arrays
+of positions.
 """
 
 import os
@@ -22,25 +23,31 @@ Advance = Callable[[int], None]
 Result = TypeVar("Result")
 
 BLOCK_BYTES = 1 << 20  # with its intermediate arrays it stays in a core's cache
-# numpy and xxhash let go of the interpreter's lock: one thread does about 1 GB/s, and few disks feed more than eight.
+# numpy and xxhash release the interpreter's lock: one thread does about 1 GB/s, and few disks feed
+# more than eight.
 THREADS = 8
 
 
 class DocumentFinder:
-    """Finds a shard's documents by their end-of-text ids, as the ids come. `count` is the number of those ids so far.
+    """Finds a shard's documents in a stream of its ids. `count` is the number of end-of-text tokens
+    so far.
 
-    Where end-of-text stands before a document, what a shard holds before its first one has no beginning: it is left out.
+    Where that token comes before a document, whatever precedes the first one has no beginning, and
+    is left out.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self.end_of_text: int = manifest.tokenizer["end_of_text"]
         self.position = self.count = 0
-        self._begins_with_shard = manifest.end_of_text == "after each document"
+        self._begins_with_shard = manifest.end_of_text_follows
         self._start = 0
 
     def feed(self, ids: TokenIds) -> tuple[Positions, Positions]:
-        """The documents that end in these `ids`: where each starts in the shard, and its ids without end-of-text."""
+        """The documents that end in these `ids`: start in the shard and number of ids, without the
+        end-of-text token.
+        """
         ends = np.flatnonzero(ids == self.end_of_text) + self.position
+        # A document may have begun in an earlier block: its start is carried from call to call.
         starts = np.concatenate([[self._start], ends + 1])
         skipped = 0 if self.count or self._begins_with_shard else 1
         self.position += len(ids)
@@ -49,16 +56,19 @@ class DocumentFinder:
         return starts[skipped:-1], (ends - starts[:-1])[skipped:]
 
     def rest(self) -> tuple[int, int]:
-        """Start and length of what follows the last end-of-text: no whole document, unless end-of-text stands before."""
+        """Start and length of what follows the last end-of-text token: not a complete document,
+        unless those come before.
+        """
         return self._start, self.position - self._start
 
 
 def each_shard(
     shards: list[Shard], report: ProgressReport, work: Callable[[Shard, Advance], Result]
 ) -> Iterator[Result]:
-    """`work(shard, advance)` of every shard, in threads; results in the order of the shards.
+    """`work(shard, advance)` for every shard, in threads; results in the order of the shards.
 
-    `work` calls `advance` with the bytes of each block it has done; that is also where it ends if nobody waits any more.
+    `work` calls `advance` with the size of each block it has done, which raises once the caller has
+    stopped waiting.
     """
     lock, abandoned = threading.Lock(), threading.Event()
 
@@ -68,6 +78,7 @@ def each_shard(
         with lock:
             report.advance(done / 1e6)
 
+    # Threads, as a process would have to send its arrays of positions back.
     pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
     try:
         yield from pool.map(lambda shard: work(shard, advance), shards)
@@ -77,13 +88,15 @@ def each_shard(
 
 
 def entropy_nats(counts: npt.NDArray[np.int64]) -> float:
-    """H = -sum p ln p of what was counted: the loss of a model that knows how often each comes, and nothing else."""
+    """H = -sum p ln p: the loss in nats of a model that knows how frequent each thing is, and
+    nothing else.
+    """
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 
 
 def blocks(path: Path, header_bytes: int) -> Iterator[bytes]:
-    """A shard's bytes after its header."""
+    """A shard's bytes after its header, up to 1 MiB at a time."""
     with path.open("rb") as file:
         file.seek(header_bytes)
         while block := file.read(BLOCK_BYTES):

@@ -4,10 +4,10 @@
     data/<name>/val_00000.bin ...
     data/<name>/manifest.json         written last; a folder without it is not a dataset
 
-Documents follow each other, each ended by the end-of-text id. A document is never cut: a shard is closed by the document
-that fills it, so every shard ends with end-of-text.
+Documents follow each other, each ended by the end-of-text token. A document is never split: a shard
+is closed by the document that fills it, so every shard ends with an end-of-text token.
 
-Shards of nanoGPT and llm.c are read too: they have no manifest, so one is made of what their files show.
+Shards of nanoGPT and llm.c are read too: they have no manifest, so one is derived from their files.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -27,13 +27,16 @@ from pipeline.vocabulary.tokenizer import token_dtype
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val")
+AFTER_EACH_DOCUMENT = foreign.END_OF_TEXT_STANDS[foreign.NANOGPT]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of token ids. `bytes` counts the UTF-8 text it was made from; `hash` is XXH3-128 of the file.
+    """One file of token ids. `bytes` is the size of the UTF-8 text it was made from; `hash` is
+    XXH3-128 of the file.
 
-    Of another program's shard only `tokens` is known, and `hash` covers samples of it (`foreign.sample_hash`).
+    In another program's shard only `tokens` is known, and `hash` covers samples of it
+    (`foreign.sample_hash`).
     """
 
     file: str
@@ -47,8 +50,8 @@ class Shard:
 class Manifest:
     """Everything a reader of the shards has to know, and where they came from.
 
-    `skipped` tells for each reason how many documents were left out (`count`) and the place of one (`example`);
-    `statistics` is what `prepare` measured of the tokens.
+    `skipped` holds for each reason how many documents were left out (`count`) and the location of
+    one (`example`); `statistics` is what `prepare` measured about the tokens.
     """
 
     tokenizer: dict[str, Any]
@@ -62,19 +65,29 @@ class Manifest:
     unusual: dict[str, dict[str, Any]] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT_VERSION
-    end_of_text: str = field(default="after each document")
+    end_of_text: str = AFTER_EACH_DOCUMENT
 
     @property
     def fingerprint(self) -> str:
-        """Names the content: equal fingerprints mean the same tokens in the same order under the same vocabulary."""
+        """Names the content: equal fingerprints mean the same tokens in the same order under the
+        same vocabulary.
+        """
+        # Neither sources nor options: they may differ where the tokens do not.
         shards = {split: [shard.hash for shard in shards] for split, shards in self.splits.items()}
         content = {"tokenizer": self.tokenizer, "dtype": self.dtype, "shards": shards}
         return hash_bytes(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
 
     @property
     def is_foreign(self) -> bool:
-        """Whether another program wrote the shards: there is no manifest on disk, and GPT-2's vocabulary is assumed."""
+        """Whether another program wrote the shards: no manifest is on disk, and GPT-2's vocabulary
+        is assumed.
+        """
         return self.program in foreign.HEADER_BYTES
+
+    @property
+    def end_of_text_follows(self) -> bool:
+        """Whether the end-of-text token stands after each document, and not before it."""
+        return self.end_of_text == AFTER_EACH_DOCUMENT
 
     @property
     def header_bytes(self) -> int:
@@ -83,11 +96,13 @@ class Manifest:
 
     @property
     def remedy(self) -> str:
-        """What mends a damaged shard."""
+        """How to fix a damaged shard."""
         return "fetch or write it again" if self.is_foreign else "restore it, or prepare again with --force"
 
     def count(self, split: str, what: str) -> int:
-        """The sum over a split's shards of `what`: tokens, or, if prepared here, documents or bytes."""
+        """The sum over a split's shards of `what`: tokens, or, if prepared here, documents or
+        bytes.
+        """
         return sum(getattr(shard, what) for shard in self.splits[split])
 
     def save(self, folder: Path) -> None:
@@ -95,8 +110,8 @@ class Manifest:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a dataset whose shards have their size. Raises UserError where it is missing, not whole, or
-    written otherwise.
+    """The manifest of a dataset whose shards have the right size. Raises UserError where it is
+    missing, incomplete or in another format.
     """
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
@@ -104,7 +119,9 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a dataset's manifest, or the headers of another program's shards, say; no promise is checked yet."""
+    """A dataset's manifest, or one from the headers of another program's shards; files are not
+    checked against it.
+    """
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
         raise UserError(f"no dataset at {folder}: prepare one with `pipeline prepare SOURCE --name {folder.name}`")
@@ -112,7 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
         if found := foreign.find(folder):
             return _foreign_manifest(*found)
         raise UserError(
-            f"{folder} is not a whole dataset: it has no {MANIFEST_NAME}, so its preparation did not finish; "
+            f"{folder} is not a complete dataset: it has no {MANIFEST_NAME}, so its preparation did not finish; "
             "run the same `pipeline prepare` command again"
         )
     try:
@@ -133,9 +150,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_path(path: Path) -> tuple[Path, Manifest]:
-    """A folder and what `read_manifest` says of it; a single shard is a dataset of that shard alone."""
+    """The folder of a dataset and its manifest; a single shard is a dataset of that shard alone."""
     if (path / "checkpoints").is_dir():
-        raise UserError(f"{path} is a run: name one of the folders in {path / 'checkpoints'}")
+        raise UserError(f"{path} is a run: give one of the folders in {path / 'checkpoints'}")
     if not path.is_file():
         return path, read_manifest(path)
     folder = path.parent
@@ -144,11 +161,11 @@ def read_path(path: Path) -> tuple[Path, Manifest]:
         named = {split: [shard for shard in manifest.splits[split] if shard.file == path.name] for split in SPLITS}
         alone = {split: shards for split, shards in named.items() if shards}
         if not alone:
-            raise UserError(f"{path} is not named by the {MANIFEST_NAME} beside it: name one of its shards")
+            raise UserError(f"{path} is not listed in the {MANIFEST_NAME} next to it: give one of its shards")
         return folder, replace(manifest, splits=alone)
-    program = foreign.sniff(path)
+    program = foreign.sniff(path)  # first, as it has more to say about a file that is not a shard
     if path.suffix != ".bin":
-        raise UserError(f"{path} is no shard: wanted a dataset's folder or a .bin file of token ids")
+        raise UserError(f"{path} is not a shard: expected a dataset folder or a .bin file of token ids")
     if program == foreign.NANOGPT:
         foreign.refuse_pickled_vocabulary(folder)
     return folder, _foreign_manifest(program, {"shard": [path]})
@@ -158,22 +175,21 @@ def _foreign_manifest(program: str, files: dict[str, list[Path]]) -> Manifest:
     tokenizer = BytePairTokenizer("gpt2")
     splits = {
         split: [
-            Shard(path.name, foreign.token_count(path, program), None, None, foreign.sample_hash(path))
+            Shard(
+                path.name,
+                foreign.token_count(path, program),
+                documents=None,
+                bytes=None,
+                hash=foreign.sample_hash(path),
+            )
             for path in paths
         ]
         for split, paths in files.items()
     }
     return Manifest(
-        tokenizer=tokenizer.spec(),
-        dtype=token_dtype(tokenizer.vocab_size).name,
-        splits=splits,
-        sources=[],
-        options={},
-        val_rule={},
-        skipped={},
-        program=program,
-        end_of_text=foreign.END_OF_TEXT_STANDS[program],
-    )
+        tokenizer=tokenizer.spec(), dtype=token_dtype(tokenizer.vocab_size).name, splits=splits, sources=[], options={},
+        val_rule={}, skipped={}, program=program, end_of_text=foreign.END_OF_TEXT_STANDS[program],
+    )  # fmt: skip
 
 
 def _check_form(folder: Path, manifest: Manifest) -> None:
@@ -186,29 +202,32 @@ def _check_form(folder: Path, manifest: Manifest) -> None:
             f"{folder} holds {manifest.dtype} ids, but a vocabulary of {vocab_size} needs {wanted.name}: prepare it again"
         )
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        # A manifest may come from anyone, and must not have other files read or removed.
         if Path(shard.file).name != shard.file:
-            raise UserError(f"{folder / MANIFEST_NAME} names a shard outside its folder: {shard.file!r}")
+            raise UserError(f"{folder / MANIFEST_NAME} lists a shard outside its folder: {shard.file!r}")
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raises UserError for the first shard that is missing or of another size than its manifest says."""
+    """Raises UserError for the first shard that is missing or does not have the size in the
+    manifest.
+    """
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
         if fault := size_fault(folder, manifest, shard):
             raise UserError(f"{folder / shard.file} {fault}: {manifest.remedy}")
 
 
 def size_fault(folder: Path, manifest: Manifest, shard: Shard) -> str | None:
-    """What is wrong with a shard's size, None where it is as the manifest says."""
+    """What is wrong with a shard's size, None where it is as recorded in the manifest."""
     path = folder / shard.file
     wanted = manifest.header_bytes + shard.tokens * np.dtype(manifest.dtype).itemsize
     found = path.stat().st_size if path.is_file() else None
     if found == wanted:
         return None
-    return f"{'is missing' if found is None else f'has {found} bytes'}, the manifest wants {wanted} bytes"
+    return f"{'is missing' if found is None else f'has {found} bytes'}, expected {wanted} bytes"
 
 
 def map_shard(folder: Path, manifest: Manifest, shard: Shard) -> np.memmap[Any, np.dtype[Any]]:
-    """A shard's ids, memory-mapped: nothing is read until it is asked for."""
+    """A shard's ids, memory-mapped: nothing is read until it is accessed."""
     dtype = token_dtype(manifest.tokenizer["vocab_size"])
     return np.memmap(folder / shard.file, dtype=dtype, mode="r", offset=manifest.header_bytes)
 
@@ -221,26 +240,33 @@ class TokenReader:
         self._maps = [map_shard(folder, manifest, shard) for shard in shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._remedy = manifest.remedy
-        self.name = f"{folder}'s {split} split"
+        self.folder, self.split = folder, split
         self.vocab_size: int = manifest.tokenizer["vocab_size"]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def name(self) -> str:
+        return f"{self.folder}'s {self.split} split"
+
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Ids [start, stop) of the split, across shard borders. Raises UserError for an id outside the vocabulary."""
-        parts, at = [], start
-        while at < stop:
-            shard = self._shard_of(at)
+        """Ids [start, stop) of the split, across shard borders. Raises UserError for an id outside
+        the vocabulary.
+        """
+        pieces, position = [], start
+        while position < stop:
+            shard = self._shard_of(position)
             end = min(stop, int(self._starts[shard + 1]))
-            parts.append(self._maps[shard][at - self._starts[shard] : end - self._starts[shard]])
-            at = end
-        ids = np.concatenate(parts).astype(np.int64)
+            pieces.append(self._maps[shard][position - self._starts[shard] : end - self._starts[shard]])
+            position = end
+        ids = np.concatenate(pieces).astype(np.int64)
+        # Checked here, as an id past the embedding's rows would be a CUDA assertion without a name.
         if ids.size and ids.max() >= self.vocab_size:
             file = self._maps[self._shard_of(start + int(ids.argmax()))].filename
             raise UserError(
                 f"{file} holds id {ids.max()}, but its vocabulary has {self.vocab_size}: "
-                f"the file is damaged or of another vocabulary; {self._remedy}"
+                f"the file is damaged or was made with another vocabulary; {self._remedy}"
             )
         return ids
 

@@ -71,7 +71,7 @@ def test_the_card_tells_data_tokens_loss_and_config_and_the_hub_reads_it(tiny: P
     manifest = load_manifest(tiny / "data" / "tiny")
     for told in (
         "# out", "`tiny`", f"{manifest.count('train', 'tokens'):,} training tokens", manifest.fingerprint,
-        "| tokens seen | 1,280 |", "| steps | 10 of 10 |", f"| validation loss | {described.val_loss:.4f} nats",
+        "| tokens seen | 1,280 |", "| steps | 10 of 10 |", f"| validation loss | {described.val_loss:.4f} nats per token |",
         "trained from random weights", "`byte`, 257 tokens", "n_layer = 2", "pipeline sample --ckpt out",
     ):  # fmt: skip
         assert told in card.text, told
@@ -79,7 +79,7 @@ def test_the_card_tells_data_tokens_loss_and_config_and_the_hub_reads_it(tiny: P
     (tiny / "data").rename(tiny / "gone")
     run(ExportOptions(str(folder), tiny / "later"))
     text = (tiny / "later" / "README.md").read_text()
-    assert "training tokens" not in text and f"The data's fingerprint is `{manifest.fingerprint}`" in text
+    assert "training tokens" not in text and f"The fingerprint of the dataset is `{manifest.fingerprint}`" in text
 
 
 def test_the_card_names_no_place_of_the_machine(tiny: Path) -> None:
@@ -102,9 +102,29 @@ def test_the_card_names_no_place_of_the_machine(tiny: Path) -> None:
         model, tokenizer = load_model(folder)
         fingerprint = read_manifest(tiny / "data" / "tiny").fingerprint
         saved_as = replace(described, config=to_dict(moved), dataset=fingerprint)
-        card = model_card("name", model, tokenizer, "float32", saved_as, file="")
+        card = model_card("name", model, tokenizer, dtype="float32", saved=saved_as, file="")
         assert str(tiny) not in card
         assert "from the weights of `first`" in card and 'init_from = "first"' in card and "- `path a.txt`" in card
+
+
+def test_text_from_files_is_shown_in_the_card_and_never_interpreted(tiny: Path) -> None:
+    """Neither as Markdown nor as a Jinja template; of many sources the first 20 are listed."""
+    config = tiny_config(tiny)
+    train(config)
+    folder = find_checkpoint("latest", config.run_dir, tiny)
+    hostile = "`[x](javascript:1)`|<script>{{ 7 * 6 }}\x1b[2J\n# title"
+    manifest_file = tiny / "data" / "tiny" / "manifest.json"
+    sources = [{"path": hostile}, *({"path": f"{number}.txt"} for number in range(30))]
+    manifest_file.write_text(json.dumps(json.loads(manifest_file.read_text()) | {"sources": sources}))
+    described = replace(
+        read_description(folder), dataset=read_manifest(tiny / "data" / "tiny").fingerprint, program=hostile
+    )
+    model, tokenizer = load_model(folder)
+    card = model_card("name", model, tokenizer, dtype="float32", saved=described, file="")
+    assert r"- `path '[x](javascript:1)'/<script>{{ 7 * 6 }}\x1b[2J\n# title`" in card
+    assert card.count("javascript") == card.count("'[x](javascript:1)'/<script>") == 2
+    assert "\n# title" not in card and "\x1b" not in card and "42" not in card
+    assert "- `path 18.txt`" in card and "19.txt" not in card and "- and 11 more" in card
 
 
 def test_whoever_may_read_the_card_may_read_the_weights(tmp_path: Path) -> None:
@@ -116,7 +136,9 @@ def test_whoever_may_read_the_card_may_read_the_weights(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "run")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"--to .*/file/out cannot be written .*: make room, or choose another place"):
+    with pytest.raises(
+        UserError, match=r"--to .*/file/out cannot be written .*: free some space, or choose another --to"
+    ):
         run(ExportOptions(str(folder), tmp_path / "file" / "out"))
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -149,7 +171,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path: Path, to: str) -> None:
         (tmp_path / name / "mine").write_text("mine")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="is there already, and nothing is overwritten"):
+    with pytest.raises(UserError, match="already exists and is not overwritten"):
         run(ExportOptions(str(folder), tmp_path / to, format="gguf"))
     assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "mine"
 
@@ -159,15 +181,15 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     for options, reason in (
         (
             ExportOptions(str(folder), tmp_path / "out", format="gguf"),
-            "GGUF cannot say how the vocabulary byte cuts text",
+            "GGUF has no name for the pre-tokenizer of the vocabulary byte",
         ),
         (
-            ExportOptions(str(folder), tmp_path / "out", "int8"),
-            "--dtype 'int8' is not one of float32, bfloat16, float16",
+            ExportOptions(str(folder), tmp_path / "out", dtype="int8"),
+            "invalid --dtype 'int8': expected float32, bfloat16, float16",
         ),
         (
             ExportOptions(str(folder), tmp_path / "out", format="onnx"),
-            "--format 'onnx' is not one of safetensors, gguf",
+            "invalid --format 'onnx': expected safetensors, gguf",
         ),
         (ExportOptions(str(folder), tmp_path / "out.gguf"), "add --format gguf"),
     ):
@@ -181,7 +203,7 @@ def test_numbers_past_float16_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.transformer.wpe.weight[0, 0] = 1e5
     write_model(tmp_path, model, tokenizer_named("bpe:512"))
-    with pytest.raises(UserError, match=r"transformer.wpe.weight holds numbers that are not finite in float16"):
+    with pytest.raises(UserError, match=r"transformer.wpe.weight has values that are not finite in float16"):
         run(ExportOptions(str(tmp_path), tmp_path / "out", "float16"))
 
 
@@ -190,7 +212,7 @@ def test_weights_that_are_damaged_are_not_said_to_be_out_of_range(tmp_path: Path
     with torch.no_grad():
         model.transformer.wpe.weight[0, 0] = torch.nan
     write_model(tmp_path, model, tokenizer_named("bpe:512"))
-    with pytest.raises(UserError, match=r"transformer.wpe.weight holds numbers that are not finite, so it is damaged"):
+    with pytest.raises(UserError, match=r"transformer.wpe.weight has values that are not finite, so it is damaged"):
         run(ExportOptions(str(tmp_path), tmp_path / "out", "float16"))
 
 
@@ -233,7 +255,7 @@ def test_the_ggufs_tokenizer_gives_the_same_ids(tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize("name", ["own.tiktoken", "merges.json", "unigram.json", "char", "byte", "word"])
 def test_vocabularies_that_gguf_cannot_name_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match="GGUF cannot say how"):
+    with pytest.raises(UserError, match="GGUF has no name for"):
         vocabulary_of(tokenizer_named(name))
 
 

@@ -129,11 +129,11 @@ def test_a_single_shard_is_described_with_its_manifest(dataset: Path, capsys: py
 
 def test_a_damaged_dataset_is_one_line(dataset: Path) -> None:
     (dataset / "val_00000.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="val_00000.bin has 0 bytes, the manifest wants "):
+    with pytest.raises(UserError, match="val_00000.bin has 0 bytes, expected "):
         run(dataset, as_json=True)
     with pytest.raises(UserError, match="no dataset at"):
         run(dataset / "nowhere", as_json=True)
-    with pytest.raises(UserError, match="manifest.json is not named by"):
+    with pytest.raises(UserError, match="manifest.json is not listed in"):
         run(dataset / "manifest.json", as_json=True)
 
 
@@ -176,7 +176,7 @@ def test_ids_that_are_no_text_are_shown_as_ids(tmp_path: Path, capsys: pytest.Ca
 
 def test_other_files_are_no_shards(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("words")
-    with pytest.raises(UserError, match="notes.txt is no shard: wanted a dataset's folder or a .bin file"):
+    with pytest.raises(UserError, match="notes.txt is not a shard: expected a dataset folder or a .bin file"):
         run(tmp_path / "notes.txt", as_json=False)
 
 

@@ -87,8 +87,8 @@ def test_every_fault_of_every_shard_is_listed(dataset: Path, capsys: pytest.Capt
     assert others == [
         "train_00000.bin holds 3 documents, the manifest wants 2",
         "train_00000.bin holds 37 bytes of text, the manifest wants 38",
-        "train_00001.bin is missing, the manifest wants 68 bytes",
-        "val_00000.bin has 3 bytes, the manifest wants 36 bytes",
+        "train_00001.bin is missing, expected 68 bytes",
+        "val_00000.bin has 3 bytes, expected 36 bytes",
     ]
 
 
@@ -181,7 +181,7 @@ def test_a_single_shard_is_held_against_its_line_of_the_manifest(
     with pytest.raises(UserError, match=r"train_00001.bin has 1 fault\(s\)"):
         run(dataset / "train_00001.bin")
     (dataset / "train_00007.bin").touch()
-    with pytest.raises(UserError, match="train_00007.bin is not named by the manifest.json beside it"):
+    with pytest.raises(UserError, match="train_00007.bin is not listed in the manifest.json next to it"):
         run(dataset / "train_00007.bin")
 
 
@@ -289,5 +289,5 @@ def test_a_checkpoint_is_held_against_its_hashes(tiny: Path, capsys: pytest.Capt
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(UserError, match="model.safetensors does not match its hash"):
         run(folder)
-    with pytest.raises(UserError, match="is a run: name one of the folders in"):
+    with pytest.raises(UserError, match="is a run: give one of the folders in"):
         run(config.run_dir)

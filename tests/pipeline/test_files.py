@@ -107,7 +107,7 @@ def test_a_second_writer_is_told_who_holds_the_folder_until_that_one_is_killed(t
 def test_a_writer_with_patience_waits_so_long_and_says_once_for_whom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.files.LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr("pipeline.files.POLL_INTERVAL_S", 0.01)
     caplog.set_level("INFO", "pipeline")
     with one_writer(tmp_path), pytest.raises(UserError, match="wait for it"), one_writer(tmp_path, patience_s=0.05):
         pass

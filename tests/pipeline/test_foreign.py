@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ids_of, llm_c, overrides, run_program, tiny_config, write_dataset, write_llm_c, write_nanogpt
+from conftest import ids_of, llm_c, tiny_config, write_dataset, write_llm_c, write_nanogpt
 
 from pipeline.dataset.foreign import sample_hash
 from pipeline.dataset.shards import TokenReader, load_manifest
 from pipeline.errors import UserError
 from pipeline.files import hash_file
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
+from train.run import run
 
 WRITERS = pytest.mark.parametrize("write", [write_nanogpt, write_llm_c])
 
@@ -71,16 +72,16 @@ IDS = ids_of(2)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (put(TRAIN, llm_c(IDS)[:-2]), f"{TRAIN} has 1182 bytes, wanted 1184 (its header says 80 ids): it is cut"),
-        (put(TRAIN, llm_c(IDS) + b"1"), f"{TRAIN} has 1185 bytes, wanted 1184 (its header says 80 ids)"),
-        (put(TRAIN, llm_c(IDS)[:700]), f"{TRAIN} has 700 bytes, wanted 1184 (its header says 80 ids)"),
+        (put(TRAIN, llm_c(IDS)[:-2]), f"{TRAIN} has 1182 bytes, expected 1184 (its header says 80 ids): it is truncated"),
+        (put(TRAIN, llm_c(IDS) + b"1"), f"{TRAIN} has 1185 bytes, expected 1184 (its header says 80 ids)"),
+        (put(TRAIN, llm_c(IDS)[:700]), f"{TRAIN} has 700 bytes, expected 1184 (its header says 80 ids)"),
         (put(TRAIN, llm_c(IDS[:0])), f"{TRAIN} holds no ids"),
-        (put(TRAIN, llm_c(IDS, version=2)), f"{TRAIN} has version 2 of llm.c's format, this program reads 1"),
-        (put(TRAIN, llm_c(IDS, 20240801, 7)), "llm.c's format for Llama 3, whose vocabulary this program does not have"),
+        (put(TRAIN, llm_c(IDS, version=2)), f"{TRAIN} has version 2 of llm.c's format, expected 1"),
+        (put(TRAIN, llm_c(IDS, 20240801, 7)), "llm.c's format for Llama 3, whose vocabulary is not supported"),
         (put(TRAIN, llm_c(IDS, 20240522)), "llm.c's format for multiple-choice questions"),
         (put("train.bin", IDS.tobytes()), f"mixes formats: {TRAIN} has llm.c's header, train.bin has none"),
         (put("other_val_000000.bin", llm_c(IDS)), "holds several datasets (fineweb_, other_): give each its own folder"),
-        (lambda folder: (folder / "fineweb_val_000000.bin").unlink(), "but nothing for val: wanted a file such as fineweb_val_0"),
+        (lambda folder: (folder / "fineweb_val_000000.bin").unlink(), "nothing for val: expected a file such as fineweb_val_0"),
     ],
 )  # fmt: skip
 def test_llm_cs_shards_that_are_not_whole_are_refused(
@@ -93,11 +94,11 @@ def test_llm_cs_shards_that_are_not_whole_are_refused(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (put("train.bin", IDS.tobytes()[:-1]), "train.bin has 159 bytes, wanted 158 (2 an id): it is cut"),
+        (put("train.bin", IDS.tobytes()[:-1]), "train.bin has 159 bytes, expected 158 (2 an id): it is truncated"),
         (put("val.bin", b""), "val.bin holds no ids"),
         (put("val.bin", llm_c(IDS)), "mixes formats: val.bin has llm.c's header, train.bin has none"),
-        (put("val.bin", b"\x93NUMPY\x01\x00 more"), "val.bin is a NumPy .npy file, wanted bare uint16 ids"),
-        (lambda folder: (folder / "val.bin").unlink(), "has train.bin but nothing for val: wanted a file such as val.bin"),
+        (put("val.bin", b"\x93NUMPY\x01\x00 more"), "val.bin is a NumPy .npy file, expected bare uint16 ids"),
+        (lambda folder: (folder / "val.bin").unlink(), "has train.bin but nothing for val: expected a file such as val.bin"),
     ],
 )  # fmt: skip
 def test_nanogpts_files_that_are_not_whole_are_refused(
@@ -114,7 +115,7 @@ def test_a_folder_of_npy_files_is_told_how_to_become_readable(tmp_path: Path) ->
 
 def test_what_an_unfinished_prepare_left_is_not_taken_for_nanogpts(tmp_path: Path) -> None:
     (write_dataset(tmp_path) / "manifest.json").unlink()
-    assert "is not a whole dataset" in refusal(tmp_path)
+    assert "is not a complete dataset" in refusal(tmp_path)
 
 
 class Trap:
@@ -130,7 +131,7 @@ class Trap:
 def test_a_pickled_vocabulary_is_refused_and_never_opened(tmp_path: Path) -> None:
     write_nanogpt(tmp_path)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    assert "keeps its vocabulary in meta.pkl, a pickle, which is never opened: prepare the text anew" in refusal(
+    assert "keeps its vocabulary in meta.pkl, a pickle, which is never opened: prepare the text again" in refusal(
         tmp_path
     )
     assert not (tmp_path / "sprung").exists()
@@ -188,16 +189,17 @@ def test_a_large_file_is_named_by_its_size_and_samples(tmp_path: Path) -> None:
 # ---- training ----
 
 
-@pytest.mark.slow
 @WRITERS
-def test_train_takes_such_a_folder_and_resumes_only_on_the_same(write: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_train_takes_such_a_folder_and_resumes_only_on_the_same(
+    write: Callable[[Path], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "pipeline")
     folder = write(tmp_path / "elsewhere")
     config = tiny_config(tmp_path, data={"dataset": str(folder)})
-    done = run_program("train", "quickstart", *overrides(config), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "2,000 train tokens" in done.stderr and "vocabulary 50,257 (gpt2)" in done.stderr
-    assert f"{folder} has no manifest: taken for" in done.stderr
+    run(config)
+    assert "2,000 train tokens" in caplog.text and "vocabulary 50,257 (gpt2)" in caplog.text
+    assert f"{folder} has no manifest: assumed to be" in caplog.text
     path = folder / load_manifest(folder).splits["train"][0].file
     path.write_bytes(path.read_bytes()[:-2] + b"\1\1")
-    again = run_program("train", "quickstart", *overrides(config), "train.max_steps=12", cwd=tmp_path)
-    assert again.returncode == 2 and "was trained on another dataset" in again.stderr
+    with pytest.raises(UserError, match="was trained on another dataset"):
+        run(replace(config, train=replace(config.train, max_steps=12)))

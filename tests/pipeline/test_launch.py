@@ -1,22 +1,20 @@
-"""Who a process is among the ranks: tables of what launchers set, and whole steps of srun on a real two-node SLURM."""
+"""Which rank a process is, and where ranks meet: tables of what launchers set, and steps of srun on a real two-node SLURM."""
 
 import os
-import re
 import shlex
 import signal
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, run_program
-from safetensors.torch import load_file
-from slurm_cluster import Cluster, check_same_weights, losses, status_of, wait_until, write_config
+from slurm_cluster import Cluster, free_ports, write_config
 from torch.distributed import HashStore
 
 from pipeline import launch
-from pipeline.dataset.shards import load_manifest
 from pipeline.errors import UserError
 from pipeline.launch import Placement
 from pipeline.machine import ranks as distributed
@@ -102,11 +100,11 @@ def of_torchrun(agents: int, local_rank: int = 0) -> dict[str, str]:
     ("variables", "said"),
     [
         (of_torchrun(16) | step(0, "8(x2)", 0, 0), "srun started 16 tasks on 2 node(s), but RANK=0 and WORLD_SIZE=16"),
-        (of_torchrun(1) | step(0, "1(x2)", 0, 0), "to be told of all nodes (--nnodes=2)"),
-        ({"RANK": "0", "WORLD_SIZE": "1"} | step(0, "8(x2)", 0, 0), "RANK and WORLD_SIZE unset"),
-        (of_torchrun(1) | step(0, "8", 0, 0), "a shell of srun --pty wants --ntasks=1, or SLURM_STEP_NUM_TASKS unset"),
+        (of_torchrun(1) | step(0, "1(x2)", 0, 0), "and pass --nnodes=2"),
+        ({"RANK": "0", "WORLD_SIZE": "1"} | step(0, "8(x2)", 0, 0), "unset RANK and WORLD_SIZE"),
+        (of_torchrun(1) | step(0, "8", 0, 0), "in a shell of srun --pty, use --ntasks=1 or unset SLURM_STEP_NUM_TASKS"),
         ({"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "0"} | BATCH, "mpirun started 16 processes"),
-        ({"PMI_SIZE": "16", "PMI_RANK": "0"} | step(0, "1(x2)", 0, 0), "with srun and one task a rank"),
+        ({"PMI_SIZE": "16", "PMI_RANK": "0"} | step(0, "1(x2)", 0, 0), "or srun with one task per rank"),
     ],
     ids=[
         "torchrun in every task", "a torchrun alone on each node", "left over", "torchrun in a shell of srun --pty", "mpirun",
@@ -155,7 +153,7 @@ def test_the_meeting_point_is_the_first_node_and_the_users_word_goes_before(monk
     started(monkeypatch, step(9, "8(x2)", 1, 1))
     host, port = launch.meeting_point()
     assert host == "n1"
-    # The rule of slurm/train.sbatch: below 32768, where the kernel's own begin, and another one for each step and start.
+    # Below 32768, where the kernel's begin, and another one for each step and start.
     assert port == 20000 + (70 * 16 + 3) % 12000
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert launch.meeting_point() == ("n1", port + 1)
@@ -194,7 +192,7 @@ def test_without_a_c_compiler_nothing_is_compiled_and_the_reason_is_told(monkeyp
 def test_one_gpu_for_several_ranks_is_refused_in_words_of_any_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "placement", lambda: Placement(size=2, local_size=2))
     with pytest.raises(
-        UserError, match=r"^device cuda:0 is one GPU for 2 ranks: use device cuda, and each takes its own"
+        UserError, match=r"^device cuda:0 is one GPU for 2 ranks: use device cuda, and each rank takes its own"
     ):
         distributed.start("cuda:0")
 
@@ -256,36 +254,94 @@ def test_a_node_without_its_gpus_is_named_and_the_cpu_may_be_asked_for(
     monkeypatch: pytest.MonkeyPatch, no_gpu: None
 ) -> None:
     assert distributed.start("cpu").device.type == "cpu"
-    with pytest.raises(UserError, match=r"^SLURM gave this job 8 GPU\(s\) on n2, .*--exclude=n2; run.device=cpu"):
+    with pytest.raises(
+        UserError, match=r"^SLURM allocated 8 GPU\(s\) to this job on n2, .*--exclude=n2, or set run.device=cpu"
+    ):
         distributed.start("auto")
 
 
-# --- the batch script ---
+# --- nodes that find each other ---
 
 
-def test_the_script_warns_the_ranks_and_not_itself() -> None:
-    subprocess.run(["bash", "-n", str(TRAIN_SRUN)], check=True)
-    directives = re.findall(r"^#SBATCH --(.*)$", TRAIN_SRUN.read_text(), flags=re.MULTILINE)
-    assert {"signal=USR2@300", "requeue", "open-mode=append", "output=%x-%j.out"} <= set(directives)
+def meet(monkeypatch: pytest.MonkeyPatch, address: str, nodes: int = 3, **patience: float) -> list[str]:
+    """What each node's first rank reports where `nodes` nodes start, the first one last; empty if it is satisfied."""
+    port = str(free_ports(1)[0])
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", str(nodes))
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    monkeypatch.setattr(launch, "meeting_point", lambda: (address, int(port)))
+    monkeypatch.setattr(launch, "outlive_others", lambda: None)
+
+    here = threading.local()
+
+    def check(node: int) -> str:
+        here.node = node
+        try:
+            launch.check_nodes(**patience)
+        except UserError as error:
+            return str(error).replace(port, "PORT")
+        return ""
+
+    # A node is a thread here.
+    monkeypatch.setattr(launch, "_claimed", lambda: Placement(here.node, nodes, 0, 1, by_srun=True))
+    with ThreadPoolExecutor(nodes) as pool:
+        return list(pool.map(check, reversed(range(nodes))))
+
+
+def test_nodes_that_start_in_any_order_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert meet(monkeypatch, "127.0.0.1") == [""] * 3
+    assert meet(monkeypatch, "localhost", nodes=2) == [""] * 2
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_nodes_and_ranks_that_reach_each_other_by_ipv6_alone_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert meet(monkeypatch, "::1", nodes=2, reach_s=10.0, welcome_s=10.0) == [""] * 2
+    with ThreadPoolExecutor(2) as pool:
+        stores = list(pool.map(distributed._srun_store, [Placement(rank, 2, by_srun=True) for rank in (1, 0)]))
+    stores[0].set("from", "rank 1")
+    assert stores[1].get("from") == b"rank 1"
+
+
+def test_a_node_that_cannot_be_reached_is_named_with_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_welcome", lambda *_: None)
+    reached = meet(monkeypatch, "127.0.0.1", nodes=2, reach_s=0.2)
+    assert reached[1] == ""
+    assert reached[0].startswith("node n7 cannot reach 127.0.0.1:PORT, where the ranks meet (")
+    assert "refused" in reached[0] and "set MASTER_ADDR" in reached[0]
+
+
+def test_a_first_node_that_does_not_resolve_is_named_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fails)
+    monkeypatch.setattr(launch, "wait_for_turn", lambda: None)
+    for report in meet(monkeypatch, "a01", nodes=2):
+        assert report.startswith(
+            "node n7 cannot resolve 'a01', where the ranks meet (Name or service not known): set MASTER"
+        )
+
+
+def test_the_first_node_does_not_wait_for_ever_for_a_node_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_reach", lambda *_: None)
+    assert meet(monkeypatch, "127.0.0.1", nodes=2, welcome_s=0.2) == [""] * 2
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"^port {port} of node n7 is unavailable .*in use"):
+            launch._welcome(port, 1, 1.0)
+
+
+def test_a_process_that_srun_did_not_start_looks_for_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "meeting_point", lambda: pytest.fail("looked"))
+    for variables in ({}, BATCH, ONE_TASK, TORCHRUN | step(1, "1(x2)", 1, 0)):
+        started(monkeypatch, variables)
+        launch.check_nodes()
 
 
 # --- a real SLURM ---
-
-TRAIN_SRUN = ROOT / "slurm" / "train-srun.sbatch"
-# The tenth step of the first start ends once a signal has come; every rank runs this when Python starts.
-SLOW_FROM_STEP_TEN = """
-import os, pathlib, time
-if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-    from train.stop import StopRequest
-    real, asked = StopRequest.reason, []
-    def reason(self, *seconds):
-        asked.append(1)
-        while len(asked) == 10 and not self._signal:
-            pathlib.Path("step-ten").touch()
-            time.sleep(0.05)
-        return real(self, *seconds)
-    StopRequest.reason = reason
-"""
 
 
 def srun(cluster: Cluster, *command: str, nodes: int = 2, tasks: int = 2, **variables: str) -> tuple[int, str]:
@@ -307,62 +363,11 @@ def complaints(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if "error: " in line and not line.startswith(("srun: ", "slurmstepd"))]
 
 
-@pytest.fixture(scope="module")
-def srun_run(cluster: Cluster) -> Path:
-    """The folder of a run that two nodes trained without torchrun, two ranks on each."""
-    config = write_config(cluster.folder, "srun")
-    code, stderr = srun(cluster, *train(cluster, "srun.toml"), GLOO_SOCKET_IFNAME="lo")
-    assert code == 0, stderr
-    assert stderr.count("4 rank(s) on cpu") == stderr.count("done at step 30") == 1  # one rank talks
-    assert len(re.findall(r"^4 ranks over gloo, with .*GLOO_SOCKET_IFNAME=lo", stderr, flags=re.MULTILINE)) == 1
-    assert len(re.findall(r"^waiting for 4 ranks of srun at 127.0.0.1:[23]\d{4}$", stderr, flags=re.MULTILINE)) == 1
-    return config.run_dir
-
-
-@pytest.mark.slow
-def test_srun_alone_trains_to_the_weights_of_one_process(cluster: Cluster, srun_run: Path) -> None:
-    alone = write_config(cluster.folder, "srun-alone")
-    assert run_program("train", "srun-alone.toml", cwd=cluster.folder).returncode == 0
-    assert losses(srun_run) == pytest.approx(losses(alone.run_dir), rel=1e-4)
-    check_same_weights(srun_run, alone.run_dir)
-
-
-@pytest.mark.slow
-def test_each_node_stages_the_data_on_a_disk_of_its_own_and_the_run_is_the_same(
-    cluster: Cluster, srun_run: Path
-) -> None:
-    config = write_config(cluster.folder, "srun-staged")
-    command = shlex.join(train(cluster, "srun-staged.toml")) + ' --stage "$PWD/disk-$SLURMD_NODENAME"'
-    code, stderr = srun(cluster, "bash", "-c", f"exec {command}")
-    assert code == 0, stderr
-    for node in ("n1", "n2"):
-        (copy,) = (cluster.folder / f"disk-{node}").glob("tiny-*")
-        assert (copy / ".staged").read_text() == load_manifest(cluster.folder / "data" / "tiny").fingerprint
-    weights = Path("checkpoints", "step_00000030", "model.safetensors")
-    found, wanted = load_file(config.run_dir / weights), load_file(srun_run / weights)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-@pytest.mark.slow
-def test_under_srun_a_mistake_is_one_line_and_its_exit_code_survives(cluster: Cluster) -> None:
-    write_config(cluster.folder, "mistaken", dataset="nowhere")
-    code, stderr = srun(cluster, *train(cluster, "mistaken.toml"), tasks=1)
-    assert (code, len(complaints(stderr))) == (2, 1), stderr
-    assert "error: no dataset at" in complaints(stderr)[0]
-    code, stderr = srun(cluster, *train(cluster, "quickstart", "trian.max_steps=3"))
-    assert (code, complaints(stderr)) == (2, ["error: unknown section [trian] (did you mean train?)"]), stderr
-    write_config(cluster.folder, "diverges")
-    code, stderr = srun(
-        cluster, *train(cluster, "diverges.toml", "optimizer.lr=1e30", "train.max_bad_steps=2"), tasks=1
-    )
-    assert (code, len(complaints(stderr))) == (3, 1), stderr
-
-
 @pytest.mark.slow
 def test_a_first_node_that_does_not_resolve_is_one_line_that_names_it(cluster: Cluster) -> None:
     code, stderr = srun(cluster, *train(cluster, "quickstart"), tasks=1, MASTER_ADDR="")
     assert (code, len(complaints(stderr))) == (2, 1), stderr
-    assert "error: n1, where the ranks are to meet, does not resolve" in stderr
+    assert "error: node n1 cannot resolve 'n1', where the ranks meet" in stderr
     assert "set MASTER_ADDR" in stderr
 
 
@@ -373,7 +378,7 @@ def test_a_node_that_does_not_see_its_gpus_is_named_once_and_none_waits_for_it(c
     lost = f"[[ $SLURMD_NODENAME == n1 ]] || export SLURM_GPUS_ON_NODE=8; exec {command}"
     code, stderr = srun(cluster, "bash", "-c", lost, CUDA_VISIBLE_DEVICES="")
     assert code and len(complaints(stderr)) == 1, stderr
-    assert "[rank 2] error: SLURM gave this job 8 GPU(s) on n2, but torch" in stderr
+    assert "[rank 2] error: SLURM allocated 8 GPU(s) to this job on n2, but torch" in stderr
 
 
 @pytest.mark.slow
@@ -383,44 +388,4 @@ def test_torchrun_in_every_task_is_refused_in_one_line(cluster: Cluster) -> None
     assert code != 0
     ours = [line for line in complaints(stderr) if "srun started" in line]
     assert len(ours) == 1, stderr
-    assert "error: srun started 2 tasks on 1 node(s), but RANK=0 and WORLD_SIZE=1 say otherwise" in ours[0]
-
-
-def start_slow_run(cluster: Cluster, name: str) -> tuple[str, Path]:
-    """A job at its tenth step, which ends once a signal has come, so that the run is not over before; and the run's folder."""
-    config = write_config(cluster.folder, name)
-    slow = cluster.folder / "slow"
-    slow.mkdir(exist_ok=True)
-    (slow / "sitecustomize.py").write_text(SLOW_FROM_STEP_TEN)
-    (cluster.folder / "step-ten").unlink(missing_ok=True)
-    variables = f"--export=ALL,MASTER_ADDR=127.0.0.1,PYTHONPATH={slow}:{ROOT}"
-    options = ("--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", variables)
-    job = cluster.call("sbatch", *options, str(TRAIN_SRUN), f"{name}.toml")
-    wait_until("step ten is at work", (cluster.folder / "step-ten").exists)
-    return job, config.run_dir
-
-
-@pytest.mark.campaign
-def test_scancel_ends_a_job_of_srun_for_good_and_saves(cluster: Cluster) -> None:
-    job, run_dir = start_slow_run(cluster, "srun-cancelled")
-    cluster.call("scancel", job)
-    end = cluster.wait(job)
-    wait_until("the nodes are cleared", lambda: cluster.node_states() == ["idle", "idle"])
-    assert (cluster.job(job)["JobState"], end["Restarts"]) == ("CANCELLED", "0"), cluster.log(job)
-    assert status_of(run_dir) == ("stopped", 10), cluster.log(job)
-
-
-@pytest.mark.campaign
-def test_the_warning_signal_to_the_ranks_saves_requeues_and_leaves_the_curve_as_it_was(
-    cluster: Cluster, srun_run: Path
-) -> None:
-    """Sent as --signal=USR2@300 does it: to every process of the step, and not to the batch script."""
-    job, run_dir = start_slow_run(cluster, "srun-warned")
-    cluster.call("scancel", "--signal=USR2", job)
-    cluster.wait_requeued(job)
-    assert status_of(run_dir) == ("stopped", 10), cluster.log(job)
-    cluster.go_on(job)
-    end = cluster.wait(job)
-    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
-    assert status_of(run_dir) == ("done", 30)
-    assert losses(run_dir) == pytest.approx(losses(srun_run), rel=1e-4)
+    assert "error: srun started 2 tasks on 1 node(s), but RANK=0 and WORLD_SIZE=1 disagree" in ours[0]

@@ -8,7 +8,7 @@ from conftest import write_shard
 
 from pipeline.dataset.order import permute
 from pipeline.dataset.shards import Manifest, TokenReader
-from pipeline.dataset.windows import Loader, evaluation_starts, windows_at
+from pipeline.dataset.windows import Loader, check_length, evaluation_starts, windows_at
 from pipeline.errors import UserError
 
 
@@ -103,4 +103,4 @@ def test_evaluation_windows_are_fixed_and_spread_over_the_split(tmp_path: Path) 
 
 def test_a_val_split_below_one_block_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"split has 10 tokens.*--val-fraction.*eval.every_steps=0"):
-        evaluation_starts(counting_reader(tmp_path, 10), 16, windows=4)
+        check_length(tmp_path, "val", 10, 16)

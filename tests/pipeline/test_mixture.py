@@ -99,10 +99,10 @@ def test_the_global_batch_is_the_same_on_every_number_of_ranks(tmp_path: Path, s
         world = World(rank, size, local_size=1, device=torch.device("cpu"))  # more would take threads from later tests
         trainer, _ = assemble(config, world, Mixture(config))
         trainer.step = 3
-        for turn in range(trainer.accumulation):
-            inputs, targets = trainer.micro_batch(turn)
-            place = (turn * size + rank) * 2
-            found[place : place + 2] = torch.cat([inputs, targets[:, -1:]], dim=1)
+        for number in range(trainer.accumulation):
+            inputs, targets, _ = trainer.micro_batch(number)
+            first = (number * size + rank) * 2
+            found[first : first + 2] = torch.cat([inputs, targets[:, -1:]], dim=1)
             assert (targets[:, :-1] == inputs[:, 1:]).all()
     assert (found == wanted).all()
 
@@ -152,8 +152,10 @@ def test_sources_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
             Mixture(replace(config, data=replace(config.data, mixture=mixture)))
         return str(caught.value)
 
-    assert "other has the vocabulary gpt2 of 50,257 tokens" in refused(("s0", 1), (str(other), 1))
-    assert "hold the same tokens: name it once" in refused(("s0", 1), (str(tmp_path / "data/s0"), 1))
+    assert "other has the vocabulary gpt2 (50,257 tokens, end-of-text token 50256), but" in refused(
+        ("s0", 1), (str(other), 1)
+    )
+    assert "hold the same tokens: list it once" in refused(("s0", 1), (str(tmp_path / "data/s0"), 1))
     assert "gives 's1' less than one sample in 10,000" in refused(("s0", 1), ("s1", 1e-5))
     assert "no dataset at" in refused(("s0", 1), ("nowhere", 1))
     write_documents(tmp_path / "data" / "short", {"train": [["ab"]], "val": [["cd"]]})

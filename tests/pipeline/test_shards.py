@@ -136,7 +136,7 @@ def test_a_missing_dataset_is_answered_with_the_command_that_makes_it(tmp_path: 
 def test_a_folder_without_a_manifest_is_not_a_dataset(tmp_path: Path) -> None:
     dataset(tmp_path)
     (tmp_path / MANIFEST_NAME).unlink()
-    with pytest.raises(UserError, match=f"{tmp_path} is not a whole dataset: it has no {MANIFEST_NAME}"):
+    with pytest.raises(UserError, match=f"{tmp_path} is not a complete dataset: it has no {MANIFEST_NAME}"):
         load_manifest(tmp_path)
 
 
@@ -206,9 +206,9 @@ def test_a_manifest_of_another_form_is_refused(
             lambda d: d["tokenizer"].update(vocab_size=65_537),
             "holds uint16 ids, but a vocabulary of 65537 needs uint32",
         ),
-        (lambda d: d["splits"]["val"][0].update(file="../val_00000.bin"), "names a shard outside its folder"),
-        (lambda d: d["splits"]["val"][0].update(file="/etc/passwd"), "names a shard outside its folder"),
-        (lambda d: d["splits"]["val"][0].update(tokens=11), "val_00000.bin has 20 bytes, the manifest wants 22 bytes"),
+        (lambda d: d["splits"]["val"][0].update(file="../val_00000.bin"), "lists a shard outside its folder"),
+        (lambda d: d["splits"]["val"][0].update(file="/etc/passwd"), "lists a shard outside its folder"),
+        (lambda d: d["splits"]["val"][0].update(tokens=11), "val_00000.bin has 20 bytes, expected 22 bytes"),
     ],
     ids=["a wider dtype", "a wider vocabulary", "a path upwards", "an absolute path", "more tokens"],
 )
@@ -223,9 +223,9 @@ def test_a_missing_or_truncated_shard_is_named(tmp_path: Path, file: str) -> Non
     dataset(tmp_path)
     content = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(content[:-1])
-    found = f"{tmp_path / file} has {len(content) - 1} bytes, the manifest wants {len(content)} bytes: "
+    found = f"{tmp_path / file} has {len(content) - 1} bytes, expected {len(content)} bytes: "
     with pytest.raises(UserError, match=found):
         load_manifest(tmp_path)
     (tmp_path / file).unlink()
-    with pytest.raises(UserError, match=f"{tmp_path / file} is missing, the manifest wants {len(content)} bytes: "):
+    with pytest.raises(UserError, match=f"{tmp_path / file} is missing, expected {len(content)} bytes: "):
         load_manifest(tmp_path)

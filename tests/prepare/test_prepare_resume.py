@@ -105,7 +105,7 @@ def test_killed_midway_it_goes_on_where_it_was(tmp_path: Path) -> None:
     victim.kill()
     victim.wait()
     folder = tmp_path / "data" / "killed"
-    with pytest.raises(UserError, match="not a whole dataset"):
+    with pytest.raises(UserError, match="not a complete dataset"):
         load_manifest(folder)
     wait_until(lambda: not group_is_alive(victim.pid))  # its workers do not outlive it
     done = {path: path.stat().st_mtime_ns for path in (folder / "unfinished").glob("*.part")}

@@ -408,7 +408,7 @@ def test_a_missing_source_makes_no_folder(tmp_path: Path) -> None:
 
 def test_a_data_dir_that_is_a_file_is_one_line(tmp_path: Path, jsonl: Path) -> None:
     (tmp_path / "data").write_text("")
-    with pytest.raises(UserError, match=r"cannot write to .*choose another place"):
+    with pytest.raises(UserError, match=r"cannot write to .*choose another folder"):
         prepare(tmp_path, jsonl)
 
 

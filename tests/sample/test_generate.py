@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.model.decoder import Decoder
 from pipeline.model.language_model import GPT
 from sample.choice import Choice, choose
-from sample.generate import DRAWN_AT_ONCE, generate, uniforms
+from sample.generate import DRAWN_AT_A_TIME, generate, uniforms
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16)
 VOCAB_SIZE = 100
@@ -46,7 +46,7 @@ def samples(
     model: GPT, prompt: list[int], number: int, steps: int, choice: Choice, seed: int = 0
 ) -> list[tuple[int, ...]]:
     """The tokens of each sample."""
-    tokens = generate(Decoder(model, number), prompt, steps, choice, seed)
+    tokens = generate(Decoder(model, number), prompt, max_new_tokens=steps, choice=choice, seed=seed)
     return list(zip(*(step.ids for step in tokens), strict=True))
 
 
@@ -97,15 +97,18 @@ def test_a_sample_is_the_same_however_many_there_are() -> None:
 def test_one_decoder_goes_from_prompt_to_prompt() -> None:
     decoder, fresh = (Decoder(model_with_opinions(), 2) for _ in range(2))
     for _ in range(2):
-        texts = [list(generate(decoder, prompt, 30, Choice(), seed=1)) for prompt in ([1, 2], [3], [1, 2])]
-        assert texts[0] == texts[2] == list(generate(fresh, [1, 2], 30, Choice(), seed=1))
+        texts = [
+            list(generate(decoder, prompt, max_new_tokens=30, choice=Choice(), seed=1))
+            for prompt in ([1, 2], [3], [1, 2])
+        ]
+        assert texts[0] == texts[2] == list(generate(fresh, [1, 2], max_new_tokens=30, choice=Choice(), seed=1))
 
 
 def test_random_numbers_are_one_stream_a_sample_without_a_seam() -> None:
-    rows = torch.stack(list(itertools.islice(uniforms(1, 3, CPU), 2 * DRAWN_AT_ONCE)))
+    rows = torch.stack(list(itertools.islice(uniforms(1, 3, CPU), 2 * DRAWN_AT_A_TIME)))
     assert ((rows >= 0) & (rows < 1)).all() and len(rows.unique()) == rows.numel()
     assert rows.mean().item() == pytest.approx(0.5, abs=0.05)
-    alone = torch.stack(list(itertools.islice(uniforms(1, 1, CPU), 2 * DRAWN_AT_ONCE)))
+    alone = torch.stack(list(itertools.islice(uniforms(1, 1, CPU), 2 * DRAWN_AT_A_TIME)))
     assert torch.equal(alone[:, 0], rows[:, 0])
 
 
@@ -138,17 +141,20 @@ def test_a_penalised_greedy_text_equals_transformers() -> None:
 def test_log_probabilities_are_the_models_own_whatever_the_filters() -> None:
     model = model_with_opinions()
     for choice in (Choice(0.5, 3, 0.8, 0.1, 1.5), GREEDY):
-        steps = list(generate(Decoder(model, 2), [7, 8], 12, choice, seed=1, scored=True))
+        steps = list(generate(Decoder(model, 2), [7, 8], max_new_tokens=12, choice=choice, seed=1, scored=True))
         for sample in range(2):
             ids = torch.tensor([[7, 8, *(step.ids[sample] for step in steps)]])
             wanted = twin_of(model)(ids).logits.log_softmax(dim=-1)[0, 1:-1].gather(1, ids[0, 2:, None])[:, 0]
             found = torch.tensor([step.log_probabilities[sample] for step in steps])
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
-    assert all(step.log_probabilities == [] for step in generate(Decoder(model, 2), [7], 3, GREEDY, seed=1))
+    assert all(
+        step.log_probabilities == []
+        for step in generate(Decoder(model, 2), [7], max_new_tokens=3, choice=GREEDY, seed=1)
+    )
 
 
 def test_generation_is_lazy() -> None:
-    steps = generate(Decoder(model_with_opinions(), 1), [1], 10**9, Choice(), 0)
+    steps = generate(Decoder(model_with_opinions(), 1), [1], max_new_tokens=10**9, choice=Choice(), seed=0)
     assert len(list(itertools.islice(steps, 3))) == 3
 
 
@@ -161,7 +167,7 @@ def test_nothing_is_computed_after_the_last_token(monkeypatch: pytest.MonkeyPatc
         return step(self, ids)
 
     monkeypatch.setattr(Decoder, "step", counted)
-    assert len(list(generate(Decoder(model_with_opinions(), 1), [1, 2], 5, GREEDY, 0))) == 5
+    assert len(list(generate(Decoder(model_with_opinions(), 1), [1, 2], max_new_tokens=5, choice=GREEDY, seed=0))) == 5
     assert steps == [2, 3, 4, 5]
 
 
@@ -184,7 +190,7 @@ def test_weights_that_are_not_finite_are_said_to_be_damaged_when_they_are_met(ch
     with torch.no_grad():
         model.transformer.wpe.weight[6] = number
     for samples in (1, 3):
-        steps = generate(Decoder(model, samples), [1, 2], 20, choice, 0)
+        steps = generate(Decoder(model, samples), [1, 2], max_new_tokens=20, choice=choice, seed=0)
         assert len(list(itertools.islice(steps, 5))) == 5
         with pytest.raises(UserError, match="logits are not finite, so its weights are damaged: take another"):
             next(steps)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, run_program
+from conftest import ROOT
 
 from pipeline.errors import UserError
 from sample import interactive
@@ -95,7 +95,7 @@ def test_the_same_line_twice_gives_two_texts_and_a_seed_repeats_both(
 def test_a_pipe_of_other_bytes_is_one_line(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for lenient in ("utf-8", "latin-1"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), lenient, "surrogateescape"))
-        with pytest.raises(UserError, match="a line of the input is not UTF-8"):
+        with pytest.raises(UserError, match="stdin is not UTF-8 text"):
             list(interactive.ask())
 
 
@@ -222,7 +222,7 @@ def test_a_session_at_a_terminal(trained: Path, tmp_path: Path) -> None:
     """A text that would never end is stopped, the program goes on, the next session knows the lines of the first."""
     endless = ("--temperature", "0", "--max-new-tokens", str(10**9))
     with at_terminal(trained, tmp_path, *endless) as (terminal, process):
-        assert b"Ctrl-D leaves" in terminal.expect(b"> ")
+        assert b"Ctrl-D exits" in terminal.expect(b"> ")
         terminal.type(b"first\n")
         terminal.expect(b"first\r\nfirst")  # what is typed, then the text that begins with it
         terminal.type(CTRL_C)
@@ -245,12 +245,3 @@ def test_a_session_at_a_terminal(trained: Path, tmp_path: Path) -> None:
         terminal.expect(b"\r\n> ")
         terminal.type(CTRL_D)
         assert process.wait(timeout=120) == 0
-
-
-@pytest.mark.slow
-def test_interactive_goes_with_nothing_that_brings_prompts(trained: Path) -> None:
-    result = run_program("sample", "--ckpt", "latest", "--interactive", "--prompt", "a", "--json", cwd=trained)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == (
-        "error: --interactive asks for its prompts and answers in text: leave --prompt and --json out\n"
-    )

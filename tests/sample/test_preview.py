@@ -111,7 +111,7 @@ def test_a_sample_is_computed_in_the_type_of_training(tiny: Path, dtype: str) ->
 
 @pytest.mark.parametrize("error", [UserError, torch.OutOfMemoryError])
 def test_no_sample_is_a_reason_to_end_a_run(tiny: Path, error: type[Exception]) -> None:
-    def refuse(*_: object) -> str:
+    def refuse(*_: object, **__: object) -> str:
         raise error("the GPU is\x1b full")
 
     config = sampling_config(tiny)
@@ -131,7 +131,7 @@ def test_a_sample_of_damaged_weights_is_said_to_be_none(tiny: Path) -> None:
 
 def test_what_the_terminal_would_obey_is_escaped(tiny: Path) -> None:
     config = sampling_config(tiny)
-    run(config, preview=lambda *_: "\x1b[2J\n\tnext")
+    run(config, preview=lambda *_, **__: "\x1b[2J\n\tnext")
     assert logged(config)[0] == (3, "ABC\\x1b[2J\n\tnext")
 
 
@@ -149,7 +149,7 @@ def test_a_prompt_outside_the_vocabulary_is_refused_at_the_start(tiny: Path, mon
         with pytest.raises(
             UserError, match=r"eval.sample_prompt: character 'C' \(U\+0043, at position 2\) is not among"
         ):
-            run(config, dry_run, preview=preview)
+            run(config, dry_run=dry_run, preview=preview)
     assert not config.run_dir.exists()
 
 

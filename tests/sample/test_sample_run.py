@@ -16,29 +16,30 @@ from conftest import ROOT, run_program
 
 from pipeline import log
 from pipeline.cli import main as cli
+from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from pipeline.vocabulary.char_byte_word import ByteTokenizer
 from sample import run as sample
 from sample.generate import Tokens
 from sample.options import SampleOptions
+from train.run import run as train
 
 
 @pytest.mark.slow
-def test_text_goes_to_stdout_and_talk_to_stderr(trained: Path) -> None:
+def test_text_goes_to_stdout_and_the_log_to_stderr(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--prompt", "ABC", "--seed", "1", "--max-new-tokens", "30")
-    result = run_program("sample", "--ckpt", "latest", *options, cwd=trained)
+    result = run_program("sample", "--ckpt", "latest", *options, cwd=inside)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("ABC") and len(result.stdout) > 20
     assert "step_00000010" in result.stderr and "seed 1" in result.stderr
-    assert run_program("sample", "--ckpt", "best", *options, cwd=trained).stdout == result.stdout
+    assert written(SampleOptions("best", ["ABC"], seed=1, max_new_tokens=30), capsys) == result.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii:strict"])
-def test_a_pipe_carries_utf8_both_ways_whatever_the_locale(trained: Path, encoding: str) -> None:
+def test_a_pipe_carries_utf8_both_ways_whatever_the_locale(trained: Path) -> None:
     lines = "\ufeff東京\nnaïve\n".encode()
     command = [sys.executable, "-m", "pipeline", "sample", "--ckpt", "latest", "--max-new-tokens", "3", "--seed", "1"]
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": encoding}
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
     result = subprocess.run(
         [*command, "--interactive"], input=lines, cwd=trained, env=variables, capture_output=True, check=False
     )
@@ -203,7 +204,7 @@ def test_what_a_model_writes_commands_no_terminal_and_a_pipe_gets_it_exactly(
     assert out == ("\\x1bc\\x1b[2J\\x07\\r\\x9b1m\ta\u00a0b\\u202e\n\n" if at_terminal else f"\x1bc{text}\n")
 
 
-def test_a_text_longer_than_the_context_is_told_of_once(inside: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_text_longer_than_the_context_is_noted_once(inside: Path, caplog: pytest.LogCaptureFixture) -> None:
     told = "a text of 41 tokens is longer than the model's context of 16"
     with caplog.at_level("INFO", "pipeline"):
         sample.run(SampleOptions("latest", ["A", "B"], max_new_tokens=40, seed=1, num_samples=2, top_k=1))
@@ -253,7 +254,7 @@ def test_log_probabilities_equal_transformers_of_the_same_folder(
         (SampleOptions("latest", [""]), "the prompt has no tokens"),
         (SampleOptions("nowhere"), "no checkpoint at nowhere"),
         (SampleOptions("latest", ["a"], [Path("missing.txt")]), "--prompt-file missing.txt cannot be read"),
-        (SampleOptions("latest", num_samples=0), "--num-samples 0 is out of range: wanted 1 or more"),
+        (SampleOptions("latest", num_samples=0), "invalid --num-samples 0: expected 1 or more"),
         (SampleOptions("latest", max_new_tokens=0), "--max-new-tokens 0"),
         (SampleOptions("latest", temperature=-1.0), "--temperature -1.0"),
         (SampleOptions("latest", temperature=float("nan")), "--temperature nan"),
@@ -261,27 +262,30 @@ def test_log_probabilities_equal_transformers_of_the_same_folder(
         (SampleOptions("latest", top_p=0.0), "--top-p 0.0"),
         (
             SampleOptions("latest", temperature=1e-30),
-            "--temperature 1e-30 .* wanted 0 .the likeliest token., or 0.001 or",
+            "--temperature 1e-30: expected 0 .the likeliest token., or at least 0.001",
         ),
-        (SampleOptions("latest", min_p=1.5), "--min-p 1.5 is out of range: wanted 0 .off. to 1"),
+        (SampleOptions("latest", min_p=1.5), "--min-p 1.5: expected 0 .off. to 1"),
         (
             SampleOptions("latest", repetition_penalty=1e-40),
-            "--repetition-penalty 1e-40 is out of range: wanted 0.01 to 100; 1 is off",
+            "--repetition-penalty 1e-40: expected 0.01 to 100; 1 is off",
         ),
         (SampleOptions("latest", repetition_penalty=101.0), "--repetition-penalty 101.0"),
         (SampleOptions("latest", repetition_penalty=float("nan")), "--repetition-penalty nan"),
         (SampleOptions("latest", seed=-1), "--seed -1"),
-        (SampleOptions("latest", stop=["a", ""]), "--stop wants some text, found none"),
+        (SampleOptions("latest", stop=["a", ""]), "invalid --stop '': expected some text"),
         (
             SampleOptions("latest", top_k=-1, min_p=-1.0, dtype="x"),
-            "--top-k -1 .*; --min-p -1.0 .*; --dtype 'x' is not",
+            "--top-k -1: .*; invalid --min-p -1.0: .*; invalid --dtype 'x': expected",
         ),
-        (SampleOptions("latest", ["a"], interactive=True), "--interactive asks for its prompts .*: leave --prompt out"),
+        (
+            SampleOptions("latest", ["a"], interactive=True),
+            "--interactive reads prompts line by line .*: remove --prompt",
+        ),
         (
             SampleOptions("latest", prompt_files=[Path("-")], json=True, interactive=True),
-            "leave --prompt-file and --json out",
+            "remove --prompt-file and --json",
         ),
-        (SampleOptions("latest", dtype="int8"), "--dtype 'int8' is not one of auto, float32"),
+        (SampleOptions("latest", dtype="int8"), "--dtype 'int8': expected auto, float32"),
         (SampleOptions("latest", device="tpu"), "unknown device 'tpu'"),
         (SampleOptions("latest", dtype="float16", device="cpu"), "float16 works on CUDA only"),
     ],
@@ -292,11 +296,9 @@ def test_bad_input_is_one_line(inside: Path, options: SampleOptions, words: str)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
 def test_cuda_where_there_is_none_is_one_line(inside: Path) -> None:
-    result = run_program("sample", "--ckpt", "latest", "--device", "cuda", cwd=inside)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and "sees no CUDA GPU" in result.stderr
-    result = run_program("train", "quickstart", "run.device=cuda", cwd=inside)
-    assert result.returncode == 2 and "sees no CUDA GPU" in result.stderr
+    with pytest.raises(UserError, match="sees no CUDA GPU"):
+        sample.run(SampleOptions("latest", device="cuda"))
+    with pytest.raises(UserError, match="sees no CUDA GPU"):
+        train(load_config("quickstart", ["run.device=cuda"]))

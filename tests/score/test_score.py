@@ -27,7 +27,8 @@ from pipeline.vocabulary.char_byte_word import ByteTokenizer, CharTokenizer
 from pipeline.vocabulary.huggingface_files import open_folder
 from pipeline.vocabulary.tokenizer import Tokenizer
 from score.loss import Score, Scorer, mean_score, read_windows, split_loss
-from score.run import EvalOptions, run
+from score.options import EvalOptions
+from score.run import run
 from train.run import run as train
 
 BLOCK_SIZE = 8
@@ -267,10 +268,10 @@ def test_the_loss_is_training_s_own_where_that_took_whole_windows_only(
         "dataset": "tiny",
         "datasets": found["datasets"],
     }
-    assert "no longer what" not in caplog.text
+    assert "has changed" not in caplog.text
     write_dataset(tmp_path / "data" / "tiny", val_tokens=40)
     report(capsys, ckpt=str(folder))
-    assert "data/tiny is no longer what the checkpoint was trained on" in caplog.text
+    assert "data/tiny has changed since the checkpoint was trained on it" in caplog.text
 
 
 def test_the_table_is_all_that_stdout_gets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -299,7 +300,7 @@ def test_shards_of_another_program_have_no_bits_per_byte_and_a_foreign_model_nee
     reader = TokenReader(data, load_manifest(data), "val")
     assert found["loss"] == pytest.approx(split_loss(scorer_of(model), reader, BLOCK_SIZE), abs=1e-5)
     assert (found["step"], found["documents"], found["bits_per_byte"], found["tokens"]) == (None, None, None, 199)
-    with pytest.raises(UserError, match="does not say what it was trained on: name a dataset with --data"):
+    with pytest.raises(UserError, match="does not record what it was trained on: name a dataset with --data"):
         run(EvalOptions(str(folder), device="cpu"))
 
 
@@ -323,16 +324,20 @@ def test_one_vocabulary_under_two_names_is_the_same(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"split": "test"}, "--split 'test' is not one of train, val"),
-        ({"stride": 0}, "--stride 0 is out of range: wanted 1 to 8"),
-        ({"stride": 9}, "--stride 9 is out of range: wanted 1 to 8"),
-        ({"batch_size": 0}, "--batch-size 0 is out of range"),
-        ({"dtype": "int8"}, "--dtype 'int8' is not one of auto, float32"),
-        ({"limit": 5}, "--task-dir and --limit speak of tasks"),
-        ({"tasks": ("x",), "limit": 0}, "--limit 0 is out of range"),
+        ({"split": "test"}, "invalid --split 'test': expected train or val"),
+        ({"stride": 0}, "invalid --stride 0: expected 1 to 8"),
+        ({"stride": 9}, "invalid --stride 9: expected 1 to 8"),
+        ({"batch_size": 0}, "invalid --batch-size 0: expected 1 or more"),
+        ({"dtype": "int8"}, "invalid --dtype 'int8': expected auto, float32"),
+        ({"tasks": ("x",), "task_dir": Path("nowhere")}, "invalid --task-dir nowhere: not a folder"),
+        ({"limit": 5}, "--task-dir and --limit apply to tasks only"),
+        ({"tasks": ("x",), "limit": 0}, "invalid --limit 0: expected 1 or more"),
         ({"data": "nowhere"}, "no dataset at .*nowhere"),
         ({"data": "one"}, "val split has 1 token"),
-        ({"data": "chars"}, r"chars has the vocabulary char of 3 tokens, .* another one \(byte, 257, 256\): prepare"),
+        (
+            {"data": "chars"},
+            r"chars has the vocabulary char \(3 tokens, .* has byte \(257 tokens, end-of-text 256\): prepare",
+        ),
         ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),
     ],
 )

@@ -7,30 +7,35 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, overrides, run_program, tiny_config, write_documents
+from conftest import ROOT, overrides, run_program, tiny_config, write_dataset, write_documents
 from safetensors.torch import load_file
 
 from pipeline.checkpoint.pointers import pointed_folder
 from pipeline.config.keys import Config
+from train.run import run
 
 pytestmark = pytest.mark.slow
 # By the time that this rank says why all of them end, torchrun would have ended it, as soon as another one had left.
 SLOW_TO_SAY = """
 import os, time
 if os.environ.get("RANK") == "{rank}":
-    from pipeline import distributed
-    stop, gather = distributed.stop, distributed.World.gather
-    distributed.stop = lambda: (time.sleep(5), stop())
+    from pipeline.machine import ranks
+    stop, gather = ranks.stop, ranks.World.gather
+    ranks.stop = lambda: (time.sleep(5), stop())
 """
 NOISE = "attn.c_attn.bias"  # see test_trainer.py: its gradient is rounding alone, and Adam blows that up
 
 
-def trained(
-    config: Config, folder: Path, ranks: int, **environment: str
-) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """Rows and final weights of a run on `ranks` real processes."""
-    result = run_program("train", "quickstart", *overrides(config), cwd=folder, ranks=ranks, **environment)
-    assert result.returncode == 0, result.stderr
+Result = tuple[list[dict[str, Any]], dict[str, torch.Tensor]]
+
+
+def trained(config: Config, folder: Path, ranks: int, **environment: str) -> Result:
+    """Rows and final weights of a run on `ranks` real processes; a single one needs no process of its own."""
+    if ranks == 1 and not environment:
+        run(config)
+    else:
+        result = run_program("train", "quickstart", *overrides(config), cwd=folder, ranks=ranks, **environment)
+        assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     latest = pointed_folder(config.run_dir / "checkpoints", "latest")
     assert latest is not None
@@ -55,12 +60,47 @@ def assert_same_training(found: Any, wanted: Any) -> None:
             torch.testing.assert_close(weights[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
 
 
-def test_two_ranks_equal_one_with_accumulation_and_dropout(tiny: Path) -> None:
-    """Evaluation has an odd number of batches, so the ranks share it unevenly."""
-    config = tiny_config(tiny, model={"dropout": 0.1}, eval={"batches": 5})
-    one = trained(named(config, "one"), tiny, ranks=1)
-    two = trained(named(config, "two"), tiny, ranks=2)
-    assert_same_training(two, one)
+COUNT_NO_SYNC = """
+import os, pathlib
+from torch.nn.parallel import DistributedDataParallel as DDP
+real = DDP.no_sync
+def counted(self):
+    with pathlib.Path("no_sync." + os.environ["RANK"]).open("a") as file: file.write("x")
+    return real(self)
+DDP.no_sync = counted
+"""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Result]:
+    """A run on two ranks. Evaluation has an odd number of batches, so the ranks share it unevenly."""
+    folder = tmp_path_factory.mktemp("two")
+    write_dataset(folder / "data" / "tiny")
+    (folder / "sitecustomize.py").write_text(COUNT_NO_SYNC)
+    config = tiny_config(folder, model={"dropout": 0.1}, eval={"batches": 5})
+    return config, folder, trained(named(config, "two"), folder, ranks=2, PYTHONPATH=f"{folder}:{ROOT}")
+
+
+def test_two_ranks_equal_one_with_accumulation_and_dropout(two: tuple[Config, Path, Result]) -> None:
+    config, folder, result = two
+    assert_same_training(result, trained(named(config, "one"), folder, ranks=1))
+
+
+def test_gradients_travel_once_a_step_and_not_once_a_micro_batch(two: tuple[Config, Path, Result]) -> None:
+    """Four micro-batches on two ranks: two for each, and the first of them inside no_sync."""
+    assert [(two[1] / f"no_sync.{rank}").read_text() for rank in (0, 1)] == ["x" * 10] * 2
+
+
+def test_two_ranks_stopped_and_resumed_equal_straight_through_bit_for_bit(two: tuple[Config, Path, Result]) -> None:
+    config, folder, straight = two
+    (folder / "stop").touch()
+    chopped = named(config, "chopped")
+    stop = {"PIPELINE_STOP_FILE": str(folder / "stop")}
+    run_program("train", "quickstart", *overrides(chopped), cwd=folder, ranks=2, **stop)
+    assert json.loads((chopped.run_dir / "status.json").read_text())["step"] == 1
+    weights = trained(chopped, folder, ranks=2)[1]
+    for name, tensor in straight[1].items():
+        assert torch.equal(weights[name], tensor), name
 
 
 def test_two_ranks_share_a_mixture_with_document_mask_as_one_has_it(tiny: Path) -> None:
@@ -75,26 +115,12 @@ def test_two_ranks_share_a_mixture_with_document_mask_as_one_has_it(tiny: Path) 
     assert_same_training(two, one)
 
 
-def test_two_ranks_stopped_and_resumed_equal_straight_through_bit_for_bit(tiny: Path) -> None:
-    config = tiny_config(tiny, model={"dropout": 0.1})
-    straight = trained(named(config, "straight"), tiny, ranks=2)
-    (tiny / "stop").touch()
-    chopped = named(config, "chopped")
-    for _ in range(2):
-        run_program(
-            "train", "quickstart", *overrides(chopped), cwd=tiny, ranks=2, PIPELINE_STOP_FILE=str(tiny / "stop")
-        )
-    assert json.loads((chopped.run_dir / "status.json").read_text())["step"] == 2
-    weights = trained(chopped, tiny, ranks=2)[1]
-    for name, tensor in straight[1].items():
-        assert torch.equal(weights[name], tensor), name
-
-
+@pytest.mark.campaign
 def test_a_run_moves_from_one_rank_to_two_to_four_and_back(tiny: Path) -> None:
     """The same samples, so the same losses within rounding; each rank writes down what it takes."""
     (tiny / "sitecustomize.py").write_text(
         "import os, pathlib\n"
-        "from train.prefetch import Prefetcher\n"
+        "from train.data.prefetch import Prefetcher\n"
         "real = Prefetcher.batch\n"
         "def batch(self, first):\n"
         "    with pathlib.Path('samples.' + os.environ.get('RUN', '')).open('a') as file:\n"
@@ -118,26 +144,10 @@ def test_a_run_moves_from_one_rank_to_two_to_four_and_back(tiny: Path) -> None:
     assert taken[0] == taken[1] == list(range(96))
 
 
-def test_gradients_travel_once_a_step_and_not_once_a_micro_batch(tiny: Path) -> None:
-    """Four micro-batches on two ranks: two for each, and the first of them inside no_sync."""
-    (tiny / "sitecustomize.py").write_text(
-        "import contextlib, pathlib, os\n"
-        "from torch.nn.parallel import DistributedDataParallel as DDP\n"
-        "real = DDP.no_sync\n"
-        "def counted(self):\n"
-        "    with pathlib.Path('no_sync.' + os.environ['RANK']).open('a') as file: file.write('x')\n"
-        "    return real(self)\n"
-        "DDP.no_sync = counted\n"
-    )
-    config = tiny_config(tiny)
-    trained(config, tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}")
-    assert [(tiny / f"no_sync.{rank}").read_text() for rank in (0, 1)] == ["x" * 10] * 2
-
-
 def test_a_fault_of_one_rank_ends_both_with_one_line(tiny: Path) -> None:
     (tiny / "sitecustomize.py").write_text(
         SLOW_TO_SAY.format(rank=1)
-        + "    os.chdir('/')\n    distributed.World.gather = lambda *a: (gather(*a), time.sleep(2))[0]\n"
+        + "    os.chdir('/')\n    ranks.World.gather = lambda *a: (gather(*a), time.sleep(2))[0]\n"
     )
     config = tiny_config(tiny)
     config = replace(config, data=replace(config.data, data_dir="data"), run=replace(config.run, dir="runs"))
@@ -156,6 +166,7 @@ def test_a_divergence_is_told(tiny: Path) -> None:
     assert result.stderr.count("error: 2 steps in a row") == 1, result.stderr
 
 
+@pytest.mark.campaign  # the text is that of tests/pipeline/test_budget.py, said once as any error of all ranks
 def test_ranks_that_do_not_divide_the_batch_are_told_what_does_once(tiny: Path) -> None:
     config = tiny_config(tiny, train={"tokens_per_step": 96, "micro_batch_size": 2})
     result = run_program("train", "quickstart", *overrides(config), cwd=tiny, ranks=2)

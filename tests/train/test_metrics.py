@@ -2,19 +2,22 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from pipeline.config.load import load_config
 from pipeline.machine.gpus import PEAK_FLOPS
-from pipeline.model.language_model import GPT
-from train.metrics import Metrics, Throughput
+from pipeline.runs import RunFolder, State, Status
+from train.metrics import FileMetrics, Throughput
+
+
+def metrics_in(folder: Path) -> FileMetrics:
+    return FileMetrics(RunFolder(folder), 0, tensorboard=False)
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, 0, tensorboard=False)
+    metrics = metrics_in(tmp_path)
     metrics.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.0, "mfu": None})
     metrics.close()
     (row,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -28,7 +31,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
 
 
 def test_rows_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, 0, tensorboard=False)
+    metrics = metrics_in(tmp_path)
     metrics.write({"step": 1})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
     metrics.close()
@@ -44,19 +47,26 @@ def test_throughput_counts_training_seconds_only(monkeypatch: pytest.MonkeyPatch
     assert throughput.tokens_per_s == 1200 / 3
     assert throughput.mfu == pytest.approx(400 * 1000 / 1e6)
     assert throughput.last_step_s == 1.0
-    throughput.restart()
-    assert throughput.tokens_per_s == 0
+    assert throughput.columns(waited_s=1.5) == {"tokens_per_s": 400, "mfu": pytest.approx(0.4), "data_wait": 0.5}
+    assert throughput.tokens_per_s == 0, "a row's speeds are those since the last one"
+
+
+def test_a_status_keeps_the_times_of_an_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, folder = metrics_in(tmp_path), RunFolder(tmp_path)
+    metrics.write_status(Status(State.STOPPED, 5, "SIGTERM", step_s=0.5, last_save_s=2.0))
+    metrics.write_status(Status(State.RUNNING, 5))
+    assert folder.read_status() == Status(State.RUNNING, 5, step_s=0.5, last_save_s=2.0)
+    metrics.keep_alive(Status(State.RUNNING, 6))
+    assert folder.read_status() == Status(State.RUNNING, 5, step_s=0.5, last_save_s=2.0), "written a moment ago"
+    later = time.monotonic() + 16
+    monkeypatch.setattr("time.monotonic", lambda: later)
+    metrics.keep_alive(Status(State.RUNNING, 7, step_s=0.25))
+    assert folder.read_status() == Status(State.RUNNING, 7, step_s=0.25, last_save_s=2.0)
+    metrics.close()
 
 
 def test_mfu_is_unknown_without_a_peak() -> None:
     assert Throughput(1, 1, None).mfu is None
-
-
-def test_flops_of_gpt2_124m_follow_the_formula() -> None:
-    """6 N + 12 L C T (Chowdhery et al. 2022, appendix B) with N = 124,439,808 less the position embeddings."""
-    with torch.device("meta"):
-        model = GPT(load_config("gpt2-124m", []).model, 50257)
-    assert model.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
 
 
 def test_every_peak_is_found_by_its_own_name_first() -> None:

@@ -1,7 +1,6 @@
 """Ranks whose weights part are found, and named."""
 
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import GPT
 from train.replicas import check_replicas, parameter_hashes
+from train.run import run
 
 SMALL = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
 
@@ -49,7 +49,7 @@ def test_equal_weights_pass_and_one_flipped_bit_does_not() -> None:
     with torch.no_grad():
         weight.view(torch.int32)[0, 0] ^= 1
     with pytest.raises(
-        UserError, match=r"at step 7 rank\(s\) 2 of 3 hold other weights .* transformer.h.0.mlp.c_fc.weight"
+        UserError, match=r"at step 7 the weights of rank\(s\) 2 of 3 differ .* transformer.h.0.mlp.c_fc.weight"
     ):
         check_replicas(models[0], world_of(models), step=7)
 
@@ -61,9 +61,9 @@ def test_the_odd_ones_out_are_named_also_where_rank_0_is_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "told"), [("{0}", "at step 0"), ("{3}", "at step 4")])
-def test_a_rank_that_strays_ends_the_run_with_one_line(tiny: Path, steps: str, told: str) -> None:
-    """Rank 1 changes one weight at the start, or after step 3, a step before a check."""
+@pytest.mark.parametrize(("steps", "every", "message"), [("{0}", 0, "at step 0"), ("{3}", 2, "at step 4")])
+def test_a_rank_that_strays_ends_the_run_with_one_line(tiny: Path, steps: str, every: int, message: str) -> None:
+    """Rank 1 changes one weight at the start, which is always checked, or after step 3, a step before a check."""
     (tiny / "sitecustomize.py").write_text(
         "import os, sys, torch\n"
         "if os.environ.get('RANK') == '1':\n"
@@ -72,8 +72,8 @@ def test_a_rank_that_strays_ends_the_run_with_one_line(tiny: Path, steps: str, t
         "    def stray(trainer):\n"
         f"        if trainer.step in {steps}:\n"
         "            with torch.no_grad(): trainer.model.transformer.ln_f.weight[0] += 1e-6\n"
-        "    def assembled(*arguments):\n"
-        "        trainer, lines = assemble(*arguments)\n"
+        "    def assembled(*arguments, **options):\n"
+        "        trainer, lines = assemble(*arguments, **options)\n"
         "        stray(trainer)\n"
         "        return trainer, lines\n"
         "    def stepped(trainer):\n"
@@ -82,13 +82,21 @@ def test_a_rank_that_strays_ends_the_run_with_one_line(tiny: Path, steps: str, t
         "        return result\n"
         "    train.run.assemble, train.trainer.Trainer.train_step = assembled, stepped\n"
     )
-    config = tiny_config(tiny, parallel={"check_every_steps": 2})
+    config = tiny_config(tiny, parallel={"check_every_steps": every})
     result: subprocess.CompletedProcess[str] = run_program(
         "train", "quickstart", *overrides(config), cwd=tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}"
     )
     assert result.returncode != 0
-    assert result.stderr.count("hold other weights than the rest, first in transformer.ln_f.weight") == 1, result.stderr
-    assert told in result.stderr
-    off = replace(config, parallel=replace(config.parallel, check_every_steps=0), run=replace(config.run, name="off"))
-    result = run_program("train", "quickstart", *overrides(off), cwd=tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}")
-    assert (result.returncode == 0) == (steps == "{3}"), "at the start it is checked in any case"
+    assert result.stderr.count("differ from the others', first in transformer.ln_f.weight") == 1, result.stderr
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(("every", "checked"), [(0, []), (4, [4, 8])])
+def test_weights_are_checked_at_the_start_and_as_often_as_the_config_says(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, every: int, checked: list[int]
+) -> None:
+    seen: list[int] = []
+    for module in ("train.run", "train.trainer"):
+        monkeypatch.setattr(f"{module}.check_replicas", lambda model, world, step: seen.append(step))
+    run(tiny_config(tiny, parallel={"check_every_steps": every}))
+    assert seen == [0, *checked]

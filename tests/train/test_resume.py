@@ -153,7 +153,7 @@ def test_a_checkpoint_of_another_config_is_set_aside(finished: Config, caplog: p
     shutil.rmtree(foreign)
     shutil.copytree(other.run_dir / "checkpoints" / "step_00000010", foreign)
     run(config)
-    assert "cannot go on with run.seed 1 -> 1337" in caplog.text
+    assert "cannot resume with run.seed 1 -> 1337" in caplog.text
     assert_identical(config, finished)
 
 
@@ -172,9 +172,7 @@ def test_resume_by_name_goes_back_and_comes_to_the_same_end(finished: Config) ->
     assert_identical(config, finished)
     assert (config.run_dir / "checkpoints" / "left_behind_step_00000010").is_dir()
     absent = replace(config, checkpoint=replace(config.checkpoint, resume="step_00000007"))
-    with pytest.raises(
-        UserError, match=r"step_00000007: checkpoint.resume names it; there are: step_0.*05, step_0.*10"
-    ):
+    with pytest.raises(UserError, match=r"step_00000007: checkpoint.resume names it; found: step_0.*05, step_0.*10"):
         run(absent)
 
 
@@ -192,7 +190,7 @@ def test_a_pointer_to_nothing_is_never_a_fresh_start(finished: Config) -> None:
     config = copy_of(finished, "emptied")
     for folder in checkpoint_folders(config.run_dir / "checkpoints"):
         shutil.rmtree(folder)
-    with pytest.raises(UserError, match="latest names step 10, and there is no checkpoint up to there"):
+    with pytest.raises(UserError, match="latest names step 10, but no checkpoint up to that step exists"):
         run(config)
     assert len(rows(config)) == 10
 

@@ -14,6 +14,7 @@ from pipeline.checkpoint.folder import State, read_description, verify_files, wr
 from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder, step_of
 from pipeline.config.keys import Config
 from pipeline.errors import UserError
+from train.metrics import Metrics
 from train.run import run
 from train.saving import Saver
 from train.stop import StopRequest
@@ -31,15 +32,16 @@ def test_training_goes_on_while_the_checkpoint_of_that_moment_is_written(tiny: P
         written.append({name: tensor.clone() for name, tensor in state.weights.items()})
         return tiny
 
-    trainer.saver.start(State.of(trainer.model, trainer.optimizer), write)
-    assert trainer.saver.busy
+    saver = trainer.checkpoints.saver
+    saver.start(State.of(trainer.model, trainer.optimizer), write)
+    assert saver.busy
     trainer.train_step()
     moved_on.set()
-    trainer.saver.wait()
-    assert not trainer.saver.busy and not trainer.saver.failed
+    saver.wait()
+    assert not saver.busy and not saver.failed
     assert all(torch.equal(written[0][name], tensor) for name, tensor in before.items())
     assert not any(torch.equal(before[name], parameter) for name, parameter in trainer.model.named_parameters())
-    trainer.saver.close()
+    saver.close()
 
 
 def test_at_most_one_save_is_in_flight() -> None:
@@ -83,12 +85,12 @@ def test_a_failed_save_ends_training_at_the_next_step_and_says_why(
     config = tiny_config(tiny, train={"max_steps": 1000}, checkpoint={"every_steps": 3}, eval={"every_steps": 0})
     real = write_checkpoint
 
-    def full_disk(checkpoints: Path, state: State, *others: object) -> Path:
+    def full_disk(checkpoints: Path, state: State, *others: object, **options: object) -> Path:
         if checkpoint_folders(checkpoints):
             raise OSError(28, "No space left on device")
-        return real(checkpoints, state, *others)  # type: ignore[arg-type]
+        return real(checkpoints, state, *others, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("train.trainer.write_checkpoint", full_disk)
+    monkeypatch.setattr("train.saving.write_checkpoint", full_disk)
     with pytest.raises(UserError, match=r"could not be written: .*No space left on device"):
         run(config)
     assert "a checkpoint could not be written" in caplog.text
@@ -98,10 +100,10 @@ def test_a_failed_save_ends_training_at_the_next_step_and_says_why(
 
 
 def test_a_failure_of_the_last_save_is_no_success(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(*_: object) -> Path:
+    def full_disk(*_: object, **__: object) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.trainer.write_checkpoint", full_disk)
+    monkeypatch.setattr("train.saving.write_checkpoint", full_disk)
     config = tiny_config(tiny, checkpoint={"every_steps": 100})
     with pytest.raises(UserError, match="No space left"):
         run(config)
@@ -112,7 +114,7 @@ def test_the_stall_is_reported(tiny: Path, caplog: pytest.LogCaptureFixture) -> 
     caplog.set_level(logging.INFO, logger="pipeline")
     run(tiny_config(tiny))
     lines = [line for line in caplog.messages if line.startswith("saved")]
-    assert len(lines) == 2 and all("for which training stood still for" in line for line in lines)
+    assert len(lines) == 2 and all("; training waited" in line for line in lines)
 
 
 def test_a_run_that_is_done_has_its_last_checkpoint_whole(tiny: Path) -> None:
@@ -130,20 +132,20 @@ def saved_steps(config: Config) -> list[int]:
 def test_save_now_saves_once_and_is_removed(tiny: Path) -> None:
     config = tiny_config(tiny, checkpoint={"every_steps": 10, "keep": 10}, eval={"every_steps": 0})
     trainer = trainer_of(config)
-    trainer.save_now.touch()
-    assert trainer.fit(None, StopRequest()) == ""
+    trainer.checkpoints.run.save_now.touch()
+    assert trainer.fit(Metrics(), StopRequest()) == ""
     asked_for, last = saved_steps(config)  # the first waits until the thread has got its memory
     assert asked_for < last == 10
-    assert not trainer.save_now.exists()
+    assert not trainer.checkpoints.run.save_now.exists()
 
 
 def test_a_planned_save_answers_save_now_too(tiny: Path) -> None:
     config = tiny_config(tiny, checkpoint={"every_steps": 1, "keep": 20}, eval={"every_steps": 0})
     trainer = trainer_of(config)
-    trainer.save_now.touch()
-    trainer.fit(None, StopRequest())
+    trainer.checkpoints.run.save_now.touch()
+    trainer.fit(Metrics(), StopRequest())
     assert saved_steps(config) == list(range(1, 11))
-    assert not trainer.save_now.exists()
+    assert not trainer.checkpoints.run.save_now.exists()
 
 
 def test_rows_do_not_depend_on_when_it_was_saved(tiny: Path) -> None:

@@ -33,12 +33,13 @@ from pipeline.files import one_writer
 from pipeline.machine.ranks import World
 from pipeline.vocabulary.specs import from_spec
 from train.data import staging
+from train.run import run
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 
 def staged(config: Config, into: Path, dry_run: bool = False) -> Mixture:
-    return staging.stage(Mixture(config), config, ALONE, into, dry_run)
+    return staging.stage(Mixture(config), config, ALONE, into=into, dry_run=dry_run)
 
 
 def target_of(config: Config, into: Path) -> Path:
@@ -162,7 +163,7 @@ def test_killed_at_any_change_of_the_disk_it_leaves_a_whole_copy_or_none(tiny: P
 def test_a_second_job_of_the_node_waits_and_takes_the_first_ones_copy(
     tiny: Path, copies: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr(files, "POLL_INTERVAL_S", 0.05)
     config = tiny_config(tiny)
     local = tiny / "local"
     found: list[Path] = []
@@ -170,7 +171,7 @@ def test_a_second_job_of_the_node_waits_and_takes_the_first_ones_copy(
     one = staging.Staging(tiny / "data" / "tiny", load_manifest(tiny / "data" / "tiny"), target_of(config, local))
     with one_writer(local, f".{one.target.name}.lock"):
         second.start()
-        second.join(timeout=3 * files.LOOK_AGAIN_S)
+        second.join(timeout=3 * files.POLL_INTERVAL_S)
         assert second.is_alive() and not copies  # it stands at the lock
         folder = local / "by-hand"
         folder.mkdir()
@@ -224,7 +225,7 @@ def test_a_variable_is_what_it_is_on_the_node(tiny: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("into", ["", "gpt2-124m", "$NODE_DISK", "/scratch/$NODE_DISK"])
 def test_a_variable_that_is_not_set_is_no_folder(tiny: Path, into: str) -> None:
-    with pytest.raises(UserError, match="--stage wants the whole path"):
+    with pytest.raises(UserError, match="invalid --stage .*: expected the absolute path"):
         staged(tiny_config(tiny), Path(into))
 
 
@@ -240,18 +241,18 @@ def test_a_dry_run_says_what_it_would_copy_and_writes_nothing(tiny: Path, caplog
 # --- a run ---
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_with_or_without_copies_bit_for_bit(tiny: Path) -> None:
+def test_a_run_resumes_with_or_without_copies_bit_for_bit(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pipeline")
     weights = []
-    for name, stages in (("plain", ([], [])), ("mixed", (["--stage", str(tiny / "local")], []))):
-        for max_steps, stage in zip((5, 10), stages, strict=True):
+    for name, stages in (("plain", (None, None)), ("mixed", (tiny / "local", None))):
+        for max_steps, stage_to in zip((5, 10), stages, strict=True):
             config = tiny_config(
                 tiny, run={"name": name}, train={"max_steps": max_steps}, schedule={"decay_steps": 10}, model={"dropout": 0.1}
             )  # fmt: skip
-            done = run_program("train", "quickstart", *overrides(config), *stage, cwd=tiny)
-            assert done.returncode == 0, done.stderr
-            assert (f"data {tiny / 'local' / 'tiny-'}" in done.stderr) == bool(stage)
-            assert "changed since the checkpoint: data" not in done.stderr
+            caplog.clear()
+            run(config, stage_to=stage_to)
+            assert (f"data {tiny / 'local' / 'tiny-'}" in caplog.text) == bool(stage_to)
+            assert "changed since the checkpoint: data" not in caplog.text
         weights.append(load_file(config.run_dir / "checkpoints" / "step_00000010" / "model.safetensors"))
     assert weights[0].keys() == weights[1].keys()
     for key, tensor in weights[0].items():

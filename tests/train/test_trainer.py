@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partialmethod
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from pipeline.dataset.shards import TokenReader, load_manifest
 from pipeline.dataset.windows import evaluation_starts, windows_at
 from pipeline.errors import Diverged
 from pipeline.machine.ranks import World
+from pipeline.runs import RunFolder
+from train.metrics import FileMetrics, Metrics
 from train.run import assemble
+from train.spikes import Outcome
 from train.stop import StopRequest
 from train.trainer import Trainer
 
@@ -38,6 +42,10 @@ def trained(config: Config, steps: int) -> tuple[Trainer, list[float]]:
         losses.append(trainer.train_step().loss)
         trainer.step += 1
     return trainer, losses
+
+
+def evaluate(trainer: Trainer) -> float:
+    return trainer.evaluation.run(trainer.model).mean
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -71,7 +79,7 @@ def test_activation_checkpointing_computes_every_block_twice_and_changes_no_bit(
     again.train_step()
     assert len(calls) == 2 * again.accumulation
     calls.clear()
-    again.evaluate()
+    evaluate(again)
     assert len(calls) == config.eval.batches
 
 
@@ -150,14 +158,14 @@ def test_evaluation_is_the_mean_over_its_windows_and_leaves_training_alone(tiny:
     windows = torch.from_numpy(windows_at(reader, evaluation_starts(reader, 16, 20), 16))
     with torch.no_grad():
         expected = trainer.model(windows[:, :-1], windows[:, 1:]).item()
-    assert trainer.evaluate() == pytest.approx(expected, rel=1e-5)
-    assert trainer.evaluate() == trainer.evaluate()
+    assert evaluate(trainer) == pytest.approx(expected, rel=1e-5)
+    assert evaluate(trainer) == evaluate(trainer)
     assert trainer.model.training
     undisturbed = trained(tiny_config(tiny, model={"dropout": 0.2}), steps=3)[1]
     disturbed = trainer_of(tiny_config(tiny, model={"dropout": 0.2}))
     losses = []
     for _ in range(3):
-        disturbed.evaluate()
+        evaluate(disturbed)
         losses.append(disturbed.train_step().loss)
         disturbed.step += 1
     assert losses == undisturbed
@@ -165,9 +173,9 @@ def test_evaluation_is_the_mean_over_its_windows_and_leaves_training_alone(tiny:
 
 def test_evaluation_weighs_a_short_last_batch_by_its_windows(tiny: Path) -> None:
     whole = trainer_of(tiny_config(tiny, eval={"batches": 0}, train={"micro_batch_size": 8}))
-    assert len(whole.val_starts[0]) % 8 != 0
+    assert len(whole.evaluation.starts[0]) % 8 != 0
     single = trainer_of(tiny_config(tiny, eval={"batches": 0}, train={"micro_batch_size": 1}))
-    assert whole.evaluate() == pytest.approx(single.evaluate(), rel=1e-5)
+    assert evaluate(whole) == pytest.approx(evaluate(single), rel=1e-5)
 
 
 def mixed(folder: Path, **sections: dict[str, Any]) -> Config:
@@ -186,8 +194,8 @@ def test_val_loss_of_a_mixture_is_the_mean_of_its_sources_by_share(tiny: Path) -
         assert len(windows) % 8 != 0, "the last batch of each source should be a short one"
         with torch.no_grad():
             expected.append(trainer.model(windows[:, :-1], windows[:, 1:]).item())
-    assert trainer.evaluate() == pytest.approx(0.7 * expected[0] + 0.3 * expected[1], rel=1e-5)
-    assert trainer.val_losses == pytest.approx(expected, rel=1e-5)
+    assert evaluate(trainer) == pytest.approx(0.7 * expected[0] + 0.3 * expected[1], rel=1e-5)
+    assert trainer.evaluation.run(trainer.model).by_source == pytest.approx(expected, rel=1e-5)
     assert expected[0] != pytest.approx(expected[1], rel=1e-4)
 
 
@@ -197,7 +205,7 @@ def test_a_document_mask_reaches_training_and_evaluation(tiny: Path) -> None:
     write_documents(tiny / "data" / "packed", {"train": [texts], "val": [texts]})
     data = {"dataset": "packed", "document_mask": True}
     trainer = trainer_of(tiny_config(tiny, data=data, eval={"batches": 0}))
-    end = trainer.tokenizer.end_of_text
+    end = trainer.mixture.tokenizer["end_of_text"]
 
     def loss_one_by_one(windows: torch.Tensor) -> float:
         losses = []
@@ -210,9 +218,9 @@ def test_a_document_mask_reaches_training_and_evaluation(tiny: Path) -> None:
         return sum(losses) / len(losses)
 
     train_windows = torch.from_numpy(trainer.mixture.batch(0, 8))
-    val_windows = torch.from_numpy(windows_at(trainer.val[0], trainer.val_starts[0], 16))
+    val_windows = torch.from_numpy(windows_at(trainer.evaluation.readers[0], trainer.evaluation.starts[0], 16))
     assert (train_windows[:, 1:-1] == end).any() and (val_windows[:, 1:-1] == end).any()
-    assert trainer.evaluate() == pytest.approx(loss_one_by_one(val_windows), rel=1e-5)
+    assert evaluate(trainer) == pytest.approx(loss_one_by_one(val_windows), rel=1e-5)
     expected = loss_one_by_one(train_windows)
     assert trainer.train_step().loss == pytest.approx(expected, rel=1e-5)
     crossing = trainer_of(tiny_config(tiny, data=data | {"document_mask": False}))
@@ -237,32 +245,38 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny: Path, value: 
     before = weights(trainer)
     moments = {id(p): state["exp_avg"].clone() for p, state in trainer.optimizer.state.items()}
     result = trainer.train_step()
-    assert not result.taken
+    assert result.outcome is Outcome.NOT_FINITE
     for name, tensor in weights(trainer).items():
         assert torch.equal(tensor, before[name]), name
     for parameter, state in trainer.optimizer.state.items():
         assert torch.equal(state["exp_avg"], moments[id(parameter)])
     trainer.step += 1
-    assert trainer.train_step().taken
+    assert trainer.train_step().outcome is Outcome.TAKEN
 
 
 def test_bad_steps_are_written_down_with_their_samples_and_training_goes_on(tiny: Path) -> None:
     config = tiny_config(tiny, train={"max_bad_steps": 2})
     trainer = poisoned(trainer_of(config), {3, 6}, math.nan)
-    assert trainer.fit(None, StopRequest()) == ""
+    metrics = FileMetrics(RunFolder(config.run_dir), 0, tensorboard=False)
+    assert trainer.fit(metrics, StopRequest()) == ""
+    metrics.close()
     rows = [json.loads(line) for line in (config.run_dir / "bad_steps.jsonl").read_text().splitlines()]
     assert [(row["step"], row["first_sample"], row["samples"]) for row in rows] == [(3, 24, 8), (6, 48, 8)]
+    assert {row["reason"] for row in rows} == {"not finite"}
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
 def test_too_many_bad_steps_in_a_row_are_a_divergence(tiny: Path) -> None:
     trainer = poisoned(trainer_of(tiny_config(tiny, train={"max_bad_steps": 3})), {4, 5, 6, 7}, math.nan)
     with pytest.raises(Diverged, match=r"3 steps in a row, up to step 6.*weights of step 4 were kept"):
-        trainer.fit(None, StopRequest())
+        trainer.fit(Metrics(), StopRequest())
 
 
-@pytest.mark.slow
-def test_the_compiled_model_follows_the_eager_one(tiny: Path) -> None:
+@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.campaign), "aot_eager"])
+def test_the_compiled_model_follows_the_eager_one(tiny: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Generating C++ takes 20 s: by default what is captured runs as it is."""
+    compiler = partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiler)
     eager = trained(tiny_config(tiny, run={"compile": "off"}), steps=5)[1]
     trainer, compiled = trained(tiny_config(tiny, run={"compile": "on"}), steps=5)
     assert trainer.model._compiled_call_impl is not None
@@ -273,12 +287,12 @@ def test_float16_scales_its_loss_and_halves_the_scale_at_an_overflow(tiny: Path)
     """On a GPU only; the scaler itself also runs on a CPU, so that its part of the step can be seen here."""
     config = tiny_config(tiny)
     exact = trained(config, steps=3)[1]
-    trainer = Trainer(config, ALONE, trainer_of(config).model, Mixture(config), torch.float16)
+    trainer = Trainer(config, ALONE, Mixture(config), model=trainer_of(config).model, dtype=torch.float16, preview=None)
     torch.manual_seed(0)
     assert trainer.train_step().loss == pytest.approx(exact[0], rel=1e-2)
     assert trainer.scaler.get_scale() == 65536
     trainer.scaler.update(2.0**60)
     before = weights(trainer)
-    assert not trainer.train_step().taken
+    assert trainer.train_step().outcome is Outcome.NOT_FINITE
     assert trainer.scaler.get_scale() == 2.0**59
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())

@@ -1,7 +1,8 @@
-"""Batches made ahead of the training thread, on one thread of their own.
+"""Batches made ahead of the training thread, in another thread.
 
-A rank's micro-batches begin at samples that lie one stride apart, within a step as from step to step, so what comes next is
-known without the step. Whoever asks for another sample, after a resume or a rewind, gets it: what lies ahead is dropped.
+A rank's micro-batches begin at samples one stride apart, within a step as from step to step, so the
+next one is known without the step. A request for another sample, such as the first after a resume,
+drops what was made ahead.
 """
 
 import time
@@ -22,13 +23,15 @@ class Prefetcher:
     def __init__(self, mixture: Mixture, size: int, stride: int, device: torch.device) -> None:
         self.mixture, self.size, self.stride, self.device = mixture, size, stride, device
         self.waited_s = 0.0
-        # Left alone, a thread pins its memory through GPU 0.
+        # By default a thread would pin its memory through GPU 0.
         start = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._thread = ThreadPoolExecutor(1, "prefetch", *start)
         self._ahead: deque[tuple[int, Future[Tensor]]] = deque()
 
     def batch(self, first_sample: int) -> Tensor:
-        """Windows (size, block_size + 1), in pinned memory for a GPU. An error in making them is raised here."""
+        """Windows (size, block_size + 1), in pinned memory for a GPU. An error in making them is
+        raised here.
+        """
         if not self._ahead or self._ahead[0][0] != first_sample:
             self._drop()
             self._request(first_sample)
@@ -40,7 +43,7 @@ class Prefetcher:
         return windows
 
     def close(self) -> None:
-        """End the thread, after the batch it is at."""
+        """End the thread, after its current batch."""
         self._drop()
         self._thread.shutdown()
 
@@ -53,7 +56,7 @@ class Prefetcher:
         self._ahead.clear()
 
     def _make(self, first_sample: int) -> Tensor:
-        # NumPy makes the batch: the prefetching thread is to leave torch's threads to training.
+        # NumPy makes the batch, as torch's threads are busy with training.
         windows = torch.from_numpy(self.mixture.batch(first_sample, self.size))
         # From pinned memory the copy does not wait for the device.
         return windows.pin_memory() if self.device.type == "cuda" else windows

@@ -1,12 +1,13 @@
-"""Datasets copied to a disk of the node's own, from which its ranks then read: `train --stage DIR`.
+"""Datasets copied to the node's local disk, from which its ranks then read: `train --stage DIR`.
 
     DIR/NAME-FINGERPRINT/     the shards, the vocabulary's file and the manifest of one dataset, and
-        .staged               its whole fingerprint, written last: a folder that has it was copied whole, every hash checked
+        .staged               the full fingerprint, written last: a folder that has it is complete, and every hash matched
 
-Each node copies once, whoever asks: a second job there waits for the first, and a later one finds the copy and takes it if
-its mark and the sizes of its files are right. Bytes are not hashed again then: `pipeline verify` does that. Nothing is ever
-removed but damaged copies, as sites wipe such disks when a job ends. Checkpoints and the run's folder stay where they were,
-and fingerprints are the copies' own, so a run may go on with or without this.
+Each node copies once: a second job there waits for the first, and a later one uses the copy if its
+marker and the sizes of its files are right. Bytes are not hashed again then: `pipeline verify` does
+that. Only damaged copies are ever removed, as sites wipe such disks when a job ends. Checkpoints
+and the run's folder are not staged, and a copy has the fingerprint of the original, so a run may
+resume with or without this.
 """
 
 import math
@@ -28,15 +29,15 @@ from pipeline.log import ProgressReport, logger
 from pipeline.machine.ranks import World
 from pipeline.vocabulary.specs import vocabulary_file
 
-MARK = ".staged"
+MARKER = ".staged"
 FINGERPRINT_DIGITS = 12
-# The slowest node may be that much later than the fastest: terabytes from a busy file system.
+# How much later than the fastest node the slowest may finish: terabytes from a busy file system.
 PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
 class Staging:
-    """One dataset: where it is, what is in it, and where its copy on this node goes."""
+    """One dataset: its folder and content, and the folder of its copy on this node."""
 
     source: Path
     manifest: Manifest
@@ -48,7 +49,7 @@ class Staging:
 
     @property
     def small_files(self) -> list[Path]:
-        """What stands beside the shards, where it does: the vocabulary's file, then the manifest."""
+        """What is next to the shards, if it exists: the vocabulary's file, then the manifest."""
         names = (vocabulary_file(self.manifest.tokenizer["name"]), MANIFEST_NAME)
         return [self.source / name for name in names if name and (self.source / name).is_file()]
 
@@ -57,10 +58,10 @@ class Staging:
         paths = [*(self.source / shard.file for shard in self.shards), *self.small_files]
         return sum(path.stat().st_size for path in paths)
 
-    def is_whole(self) -> bool:
-        """Whether the copy is there with its mark, and each file has its size."""
-        mark = self.target / MARK
-        if not mark.is_file() or mark.read_text(encoding="ascii", errors="replace") != self.manifest.fingerprint:
+    def is_complete(self) -> bool:
+        """Whether the copy exists with its marker, and each file has its size."""
+        marker = self.target / MARKER
+        if not marker.is_file() or marker.read_text(encoding="ascii", errors="replace") != self.manifest.fingerprint:
             return False
         try:
             check_sizes(self.target, self.manifest)
@@ -70,26 +71,24 @@ class Staging:
         return all(copy.is_file() and copy.read_bytes() == path.read_bytes() for path, copy in copies.items())
 
 
-def stage(mixture: Mixture, config: Config, world: World, into: Path, dry_run: bool) -> Mixture:
-    """The same mixture, read from copies on this node. All ranks call it together; the first of each node copies.
+def stage(mixture: Mixture, config: Config, world: World, *, into: Path, dry_run: bool) -> Mixture:
+    """The same mixture, read from copies on this node. All ranks call it together; the first of
+    each node copies.
 
     With `dry_run` nothing is copied, and `mixture` comes back. Raises UserError.
     """
-    into = Path(os.path.expandvars(into))  # here, as some variables exist on the nodes alone
+    into = Path(os.path.expandvars(into))  # here, as some variables exist on compute nodes only
     with world.fail_together():
         if not into.is_absolute() or "$" in str(into):
             raise UserError(
-                f"--stage wants the whole path of a folder on the node's own disk, found {str(into)!r}: "
-                "where a variable such as $SLURM_TMPDIR was meant, it is not set here"
+                f"invalid --stage {str(into)!r}: expected the absolute path of a folder on the node's local disk; "
+                "a variable such as $SLURM_TMPDIR in it must be set on the node"
             )
-    stagings = [
-        Staging(
-            source.folder,
-            source.manifest,
-            into / f"{source.folder.name}-{source.manifest.fingerprint[:FINGERPRINT_DIGITS]}",
-        )
-        for source in mixture.sources
-    ]
+    stagings = []
+    for source in mixture.sources:
+        name = f"{source.folder.name}-{source.manifest.fingerprint[:FINGERPRINT_DIGITS]}"
+        stagings.append(Staging(source.folder, source.manifest, into / name))
+    # Collectives give up after half an hour, and a copy may take longer.
     with world.fail_together(PATIENCE):
         if world.local_rank == 0:
             bring(stagings, dry_run)
@@ -101,11 +100,13 @@ def stage(mixture: Mixture, config: Config, world: World, into: Path, dry_run: b
 
 
 def bring(stagings: list[Staging], dry_run: bool) -> None:
-    """Copy what is not there yet, or say what would be. Raises UserError, also for what the disk has to say."""
+    """Copy what is missing, or log what would be copied. Raises UserError, also for errors of the
+    disk.
+    """
     try:
         for number, staging in enumerate(stagings):
-            if staging.is_whole():
-                logger.info("stage: %s is there already", staging.target)
+            if staging.is_complete():
+                logger.info("stage: %s exists already", staging.target)
             elif dry_run:
                 check_space(stagings[number:])
                 logger.info("stage: %s would be copied to %s", staging.source, staging.target)
@@ -114,38 +115,41 @@ def bring(stagings: list[Staging], dry_run: bool) -> None:
     except OSError as error:
         raise UserError(
             f"cannot stage to {error.filename or stagings[0].target.parent}: {error.strerror}: "
-            "choose another folder for --stage, or leave it out"
+            "choose another folder for --stage, or omit it"
         ) from None
 
 
 def check_space(stagings: list[Staging]) -> None:
-    """Raises UserError where the disk has no room for all that is to come."""
+    """Raises UserError where the disk has no room for what is still to be copied."""
     into = stagings[0].target.parent
-    there = next(folder for folder in (into, *into.parents) if folder.exists())
-    needed = sum(staging.bytes for staging in stagings if not staging.is_whole())
-    free = shutil.disk_usage(there).free
+    nearest = next(folder for folder in (into, *into.parents) if folder.exists())
+    needed = sum(staging.bytes for staging in stagings if not staging.is_complete())
+    free = shutil.disk_usage(nearest).free
     if needed > free:
         raise UserError(
             f"--stage {into} has {free / 1e6:,.1f} MB free, the datasets need {needed / 1e6:,.1f} MB: "
-            "choose another folder, or leave --stage out"
+            "choose another folder, or omit --stage"
         )
 
 
-def copy(staging: Staging, still_to_come: list[Staging]) -> None:
-    """Make the copy, unless another job has done so meanwhile; `still_to_come` begins with it."""
+def copy(staging: Staging, remaining: list[Staging]) -> None:
+    """Make the copy, unless another job has done so meanwhile. `remaining`: this one and those
+    after it.
+    """
+    # Another job's copy of a terabyte may take hours: waiting is still cheaper than a second one.
     with one_writer(staging.target.parent, f".{staging.target.name}.lock", patience_s=math.inf):
-        if staging.is_whole():
+        if staging.is_complete():
             return
         partial = staging.target.with_name(f".{staging.target.name}.partial")
-        for leftover in (partial, staging.target):  # a copier that was killed; a copy of which files went
+        for leftover in (partial, staging.target):  # of a process that was killed; a copy that lost files
             if leftover.exists():
                 shutil.rmtree(leftover)
-        check_space(still_to_come)
+        check_space(remaining)
         try:
             partial.mkdir()
             fill(staging, partial)
             publish(partial, staging.target)
-        except BaseException:
+        except BaseException:  # Ctrl-C too
             shutil.rmtree(partial, ignore_errors=True)  # a full disk should not stay full
             raise
 
@@ -157,13 +161,16 @@ def fill(staging: Staging, folder: Path) -> None:
     for path in staging.small_files:
         (folder / path.name).write_bytes(path.read_bytes())
         sync(folder / path.name)
-    (folder / MARK).write_text(staging.manifest.fingerprint, encoding="ascii")
-    sync(folder / MARK)
+    # Last: a copy without it is started over.
+    (folder / MARKER).write_text(staging.manifest.fingerprint, encoding="ascii")
+    sync(folder / MARKER)
     logger.info("stage: %s is at %s (%.1f MB)", staging.source, staging.target, staging.bytes / 1e6)
 
 
 def copy_shard(staging: Staging, shard: Shard, target: Path, report: ProgressReport) -> None:
-    """Copy a shard, hashing what goes over. Raises UserError where it is not what its manifest says."""
+    """Copy a shard, hashing its bytes on the way. Raises UserError where the hash is not that in
+    the manifest.
+    """
     source = staging.source / shard.file
     state = xxhash.xxh3_128()
     with source.open("rb") as reader, target.open("wb") as writer:
@@ -175,5 +182,5 @@ def copy_shard(staging: Staging, shard: Shard, target: Path, report: ProgressRep
     found = foreign.sample_hash(target) if staging.manifest.is_foreign else state.hexdigest()
     if found != shard.hash:
         raise UserError(
-            f"{source} is damaged: its hash is {found}, {MANIFEST_NAME} says {shard.hash}: {staging.manifest.remedy}"
+            f"{source} is damaged: its hash is {found}, expected {shard.hash} from {MANIFEST_NAME}: {staging.manifest.remedy}"
         )

@@ -7,7 +7,9 @@ from pipeline.config.keys import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019). Matrices decay; biases and layer norms, which are vectors, do not."""
+    """Fused AdamW (Loshchilov and Hutter 2019). Matrices decay; biases and layer norms, which are
+    vectors, do not.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

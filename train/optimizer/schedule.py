@@ -6,10 +6,14 @@ from pipeline.config.keys import Config
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """The rate of the optimizer step after `step` completed ones: linear warmup, half a cosine down to min_lr, then flat."""
+    """The rate of the optimizer step after `step` completed ones: linear warmup, half a cosine down
+    to min_lr, then flat.
+    """
     lr, min_lr, warmup = config.optimizer.lr, config.optimizer.min_lr, config.schedule.warmup_steps
     if step < warmup:
-        return lr * (step + 1) / warmup
+        return lr * (step + 1) / warmup  # never 0: the first step is not wasted
+    # After the warmup check: a run shorter than its warmup keeps rising, and a note at its start
+    # says so.
     if step >= config.decay_steps:
         return min_lr
     progress = (step - warmup) / (config.decay_steps - warmup)

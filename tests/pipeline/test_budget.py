@@ -1,0 +1,60 @@
+"""The arithmetic of a run against the model itself, and against figures from the literature."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config, write_dataset
+
+from pipeline.budget import (
+    accumulation_steps,
+    checkpoint_bytes,
+    data_arithmetic,
+    flops_per_token,
+    parameters,
+    step_arithmetic,
+)
+from pipeline.config.keys import ModelConfig
+from pipeline.dataset.shards import load_manifest
+from pipeline.errors import UserError
+from pipeline.model.language_model import GPT
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_parameters_are_those_of_the_model(bias: bool, tie_weights: bool) -> None:
+    config = ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, bias=bias, tie_weights=tie_weights)
+    with torch.device("meta"):
+        model = GPT(config, 257)
+    assert parameters(config, 257) == model.parameter_count()
+
+
+def test_gpt2_124m() -> None:
+    """6 N + 12 L C T (Chowdhery et al. 2022, appendix B) with N = 124,439,808 less the position embeddings."""
+    assert parameters(ModelConfig(), 50257) == 124_439_808
+    assert flops_per_token(ModelConfig(), 50257) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert checkpoint_bytes(ModelConfig(), 50257) == 12 * 124_439_808
+    untied = replace(ModelConfig(), tie_weights=False)
+    assert flops_per_token(untied, 50257) == flops_per_token(ModelConfig(), 50257), "a lookup takes no FLOPs"
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_what_does(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, train={"tokens_per_step": 96, "micro_batch_size": 2})
+    assert accumulation_steps(config, 1) == 3
+    with pytest.raises(
+        UserError, match=r"x 2 rank\(s\) = 64 tokens; set train.tokens_per_step=64 or 128, or .*size=1 or 3"
+    ):
+        accumulation_steps(config, 2)
+
+
+def test_every_factor_is_printed(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, train={"max_steps": 20})
+    assert step_arithmetic(config, 2) == (
+        "tokens_per_step 128 = micro_batch_size 2 x block_size 16 x accumulation 2 x 2 rank(s)"
+    )
+    manifest = load_manifest(write_dataset(tmp_path, train_tokens=500))
+    # 48 of 160 windows; one epoch has 500 // 16 - 1 = 30 of them.
+    assert data_arithmetic(config, Path("data/tiny"), manifest, 0.3) == (
+        "data data/tiny (30.00% of the samples): 500 train tokens; 20 steps take 768 tokens, 1.60 epoch(s)"
+    )

@@ -1,0 +1,72 @@
+"""The loss on the val split: the same windows at every evaluation, shared among the ranks."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config.keys import Config
+from pipeline.dataset.mixture import Mixture
+from pipeline.dataset.shards import TokenReader
+from pipeline.dataset.windows import evaluation_starts, windows_at
+from pipeline.machine.device import autocast
+from pipeline.machine.ranks import World
+from pipeline.model.language_model import GPT
+from train.data.inputs import model_inputs
+from train.parallel import reshard
+
+
+@dataclass(frozen=True)
+class ValLoss:
+    """Mean nats per token of each source of the mixture, and `mean`: theirs, weighted by share."""
+
+    mean: float
+    by_source: list[float]
+
+
+class Evaluation:
+    """`eval.batches` micro-batches, spread evenly over the val split of each source. `last_s`:
+    seconds the last one took.
+    """
+
+    def __init__(self, config: Config, world: World, mixture: Mixture, dtype: torch.dtype) -> None:
+        self.config, self.world, self.mixture, self.dtype = config, world, mixture, dtype
+        self.last_s = 0.0
+        self.readers = [TokenReader(source.folder, source.manifest, "val") for source in mixture.sources]
+        windows = config.eval.batches * config.train.micro_batch_size
+        self.starts = [
+            evaluation_starts(reader, config.model.block_size, windows) if config.eval.every_steps else []
+            for reader in self.readers
+        ]
+
+    @torch.no_grad()
+    def run(self, model: GPT) -> ValLoss:
+        """All ranks call it together, and all get the result."""
+        started = time.monotonic()
+        size = self.config.train.micro_batch_size
+        batches = [
+            (source, starts[first : first + size])
+            for source, starts in enumerate(self.starts)
+            for first in range(0, len(starts), size)
+        ]
+        model.eval()
+        totals = torch.zeros(len(self.readers), dtype=torch.float64)
+        for first in range(0, len(batches), self.world.size):
+            index = first + self.world.rank
+            # Gathering sharded weights takes all ranks: one without a batch of its own repeats
+            # another, and counts it as 0.
+            source, starts = batches[index % len(batches)]
+            windows = torch.from_numpy(windows_at(self.readers[source], starts, self.config.model.block_size))
+            with autocast(self.world.device, self.dtype):
+                loss = model(*model_inputs(windows, self.config, self.mixture, self.world.device)).cpu()
+            # Weighted by windows, as the last batch of a source may be a short one.
+            totals[source] += loss * len(starts) if index < len(batches) else 0
+        model.train()
+        reshard(model)
+        # Summed on the device, as NCCL needs it; mps has no float64.
+        totals = totals.to(self.world.device, torch.float32 if self.world.device.type == "mps" else None)
+        sums = self.world.sum(totals).tolist()
+        losses = [total / len(starts) for total, starts in zip(sums, self.starts, strict=True)]
+        self.last_s = time.monotonic() - started
+        shares = [source.share for source in self.mixture.sources]
+        return ValLoss(sum(share * loss for share, loss in zip(shares, losses, strict=True)), losses)
