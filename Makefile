@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-fast test-campaign check bench
+.PHONY: setup quickstart test test-fast test-campaign test-sample check bench
 
 setup: $(VENV)/.installed
 
@@ -29,6 +29,12 @@ test-fast: setup
 # Kills, SLURM jobs and large inputs: about fifteen minutes.
 test-campaign: setup
 	$(BIN)/python -m pytest -m campaign
+
+# A part of the campaign, another one each time; `make test-sample SEED=...` repeats it.
+SEED ?= $(shell date +%s)
+test-sample: setup
+	@echo "campaign sample: make test-sample SEED=$(SEED)"
+	$(BIN)/python -m pytest -m campaign --campaign-share 0.2 --campaign-seed $(SEED)
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
-"""What the user chose for a preparation, and whether it makes sense."""
+"""The options of a preparation, and what is checked about them before anything starts."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,48 +29,51 @@ class PrepareOptions:
 
 
 def check(options: PrepareOptions) -> Share:
-    """Raises UserError that lists every fault of the options; returns which part of the work is this program's."""
-    faults = []
+    """Which share of the work falls to this program.
+
+    Raises UserError with every fault of the options.
+    """
+    if faults := [*_faults(options), *_task_faults(options)]:
+        raise UserError("; ".join(faults))
+    return Share(options.task_id or 0, options.tasks or 1)
+
+
+def _faults(options: PrepareOptions) -> Iterator[str]:
     try:
         check_name(options.tokenizer)
     except UserError as error:
-        faults.append(str(error))
+        yield str(error)
     if options.val_fraction is not None and not 0 < options.val_fraction < 1:
-        faults.append(f"--val-fraction {options.val_fraction} is not between 0 and 1, such as 0.01")
+        yield f"invalid --val-fraction {options.val_fraction}: expected a number between 0 and 1, such as 0.01"
+    # The name becomes a folder: one that begins with "." would be hidden, and "/" or ".." would
+    # lead elsewhere.
     if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):
-        faults.append(f"--name {options.name!r} is not a plain name: use letters, digits, '.', '_' and '-'")
-    for flag, value in (
-        ("--workers", options.workers),
-        ("--limit-docs", options.limit_docs),
-        ("--shard-tokens", options.shard_tokens),
-    ):
-        if value is not None and value < 1:
-            faults.append(f"{flag} {value} is below 1")
+        yield f"invalid --name {options.name!r}: expected up to 64 letters, digits, '.', '_' and '-', not '.' first"
+    for name in ("workers", "limit_docs", "shard_tokens"):
+        if (count := getattr(options, name)) is not None and count < 1:
+            yield f"invalid --{name.replace('_', '-')} {count}: expected at least 1"
     if not 0 <= options.seed < 1 << 64:
-        faults.append(f"--seed {options.seed} is not in 0 .. 2**64 - 1")
-    task, tasks = options.task_id or 0, options.tasks or 1
-    if (options.task_id is None) != (options.tasks is None) or not 0 <= task < tasks:
-        faults.append(
-            f"--task-id {options.task_id} --tasks {options.tasks}: wanted both, the first in 0 .. tasks - 1 "
-            "(an array of jobs numbered from 0: sbatch --array=0-7)"
+        yield f"invalid --seed {options.seed}: expected 0 .. 2**64 - 1"
+
+
+def _task_faults(options: PrepareOptions) -> Iterator[str]:
+    if (options.task_id is None) != (options.tasks is None) or not 0 <= (options.task_id or 0) < (options.tasks or 1):
+        yield (
+            f"invalid --task-id {options.task_id} with --tasks {options.tasks}: expected both, with --task-id in "
+            "0 .. tasks - 1 (a job array numbered from 0: sbatch --array=0-7)"
         )
-    if tasks > 1:
-        faults += [
-            f"{flag} does not go with --tasks: {why}"
-            for flag, given, why in (
-                ("--limit-docs", options.limit_docs, "no task knows which documents are the first; limit the sources"),
-                ("--force", options.force, "a late task would undo the others' work; remove the dataset first"),
-                ("stdin", "-" in options.sources, "it can be read by one task only; put it in a file"),
-            )
-            if given
-        ]
-    if faults:
-        raise UserError("; ".join(faults))
-    return Share(task, tasks)
+    if (options.tasks or 1) > 1:
+        # Tasks do not communicate, so what needs to know about the others' work is refused.
+        conflicts = (
+            ("--limit-docs", options.limit_docs, "no task knows which documents come first; limit the sources"),
+            ("--force", options.force, "a late task would undo the work of the others; remove the dataset first"),
+            ("stdin", "-" in options.sources, "only one task can read it; write it to a file"),
+        )
+        yield from (f"{flag} cannot be combined with --tasks: {why}" for flag, given, why in conflicts if given)
 
 
 def choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
-    """The options that determine the bytes."""
+    """The options that determine the bytes of the dataset."""
     return {
         "tokenizer": check_name(options.tokenizer),
         "text_field": options.text_field,
@@ -82,9 +86,9 @@ def choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
 
 
 def default_fraction(file_bytes: int | None) -> float:
-    """A few thousand validation documents are enough for a steady loss; small corpora need a larger share for that.
+    """The fraction of val: a few thousand documents, for a steady loss, are more of a small corpus.
 
-    OpenWebText's 24 GB of Parquet get nanoGPT's share, about 4.4 M of 9 G tokens; a small stand-in of it gets enough.
+    OpenWebText's 24 GB of Parquet get nanoGPT's fraction, about 4.4 M of 9 G tokens.
     """
     if file_bytes is None:
         return 0.01

@@ -1,29 +1,25 @@
-"""Reading text in units of work: a unit knows its place in a corpus and yields the documents there.
+"""Reading text in units of work: a unit knows where it lies in a corpus and yields the documents there.
 
-Units can be pickled, so worker processes read what they encode and the parent only plans. Text stays UTF-8 bytes: a str
-of mostly ASCII with one emoji takes four times the room.
+Units can be pickled, so worker processes read what they encode and the parent only lists them. Text stays UTF-8 bytes: a
+str of mostly ASCII with one emoji takes four times the memory.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, Protocol
 
-# About what one unit holds in text, between these: small enough that a kill loses seconds and the workers come to the
-# end together, large enough that handing over a unit and syncing what it gave (some 20 ms) do not count.
+# About what one unit holds in text, between these: small enough that a kill loses seconds and the workers finish
+# together, large enough that handing over a unit and syncing its result (some 20 ms) do not count.
 SMALLEST_UNIT_BYTES = 1 << 20
 LARGEST_UNIT_BYTES = 16 << 20
 UNITS_IN_A_CORPUS = 64
-# Longer documents are read block by block, so that memory does not follow the longest one.
+# Longer texts are read block by block where their format allows it, so that memory does not follow the longest one.
 LONG_BYTES = 4 << 20
 BLOCK_BYTES = 1 << 20
 STDIN_SPOOL = "stdin.partial"
-# The folder, below a dataset's, for what can be read only once and is too long to hold; it goes when the work is done.
-SPOOL_FOLDER = "unfinished/spool"
-# Places inside an item, which are bytes of a file or rows, lie below 2**48.
+# Positions inside an item, which are bytes of a file or rows, lie below 2**48: in a batch the item's number goes above.
 POSITION_BITS = 48
-# Why a document is left out.
+# Why a document is skipped.
 NOT_UTF8 = "not UTF-8"
 NULL = "null"
 LONE_SURROGATE = "lone surrogate"
@@ -31,7 +27,7 @@ LONE_SURROGATE = "lone surrogate"
 
 @dataclass(frozen=True)
 class Refused:
-    """A document that is left out, counted and reported, such as one that is not UTF-8."""
+    """A document that is skipped, counted and reported, such as one that is not UTF-8."""
 
     reason: str
 
@@ -40,7 +36,7 @@ class LongDocument(Protocol):
     """A document above `LONG_BYTES`."""
 
     def blocks(self) -> Iterator[bytes]:
-        """Its UTF-8 text from the beginning, each time it is asked, in blocks cut anywhere."""
+        """Its UTF-8 text from the beginning, on every call, in blocks that may end inside a character."""
         ...
 
 
@@ -54,16 +50,16 @@ class Unit(Protocol):
         ...
 
     def documents(self) -> Iterator[tuple[int, Document]]:
-        """Each document and its position, of which `place` makes words. Bytes are valid UTF-8, and may be empty."""
+        """Each document with its position, for `locate`. Bytes are valid UTF-8, and may be empty."""
         ...
 
-    def place(self, position: int) -> str:
-        """Where a document lies, for people: a file and what leads to the place in it."""
+    def locate(self, position: int) -> str:
+        """The position of a document in words: a file, and the byte or row in it."""
         ...
 
 
 class Item(Protocol):
-    """A piece of a corpus that is planned before any text is read: one unit, or a stream that has to be read in order."""
+    """A piece of a corpus that is listed before any text is read: one unit, or a stream that has to be read in order."""
 
     @property
     def size(self) -> int:
@@ -74,8 +70,8 @@ class Item(Protocol):
         """The same units in the same order every time."""
         ...
 
-    def place(self, position: int) -> str:
-        """As its units' `place`."""
+    def locate(self, position: int) -> str:
+        """As `locate` of its units."""
         ...
 
 
@@ -93,18 +89,18 @@ class OneUnit:
 
 @dataclass(frozen=True)
 class Texts(OneUnit):
-    """Documents that were already read, from `first` on of what `what` names."""
+    """Documents that were already read, from row `first` of `source`."""
 
     texts: tuple[Document, ...]
     size: int
-    what: str
+    source: str
     first: int
 
     def documents(self) -> Iterator[tuple[int, Document]]:
         yield from enumerate(self.texts, start=self.first)
 
-    def place(self, position: int) -> str:
-        return f"{self.what} row {position}"
+    def locate(self, position: int) -> str:
+        return f"{self.source} row {position}"
 
 
 @dataclass(frozen=True)
@@ -119,26 +115,13 @@ class Batch(OneUnit):
             for unit in item.units():
                 for position, document in unit.documents():
                     yield number << POSITION_BITS | position, document
-                release(unit)
 
-    def place(self, position: int) -> str:
-        return self.items[position >> POSITION_BITS].place(position & ((1 << POSITION_BITS) - 1))
-
-
-def spool_file(folder: Path) -> Any:
-    """A new file in a spool folder, open for writing: no two units share one, even of a source that is named twice."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return NamedTemporaryFile("wb", dir=folder, suffix=".partial", delete=False)
-
-
-def release(unit: Unit) -> None:
-    """Give back what a unit holds on disk, once what it gave is kept or not wanted; its item can make it again."""
-    spooled = getattr(unit, "spooled", None)
-    if spooled is not None:
-        Path(spooled).unlink(missing_ok=True)
+    def locate(self, position: int) -> str:
+        return self.items[position >> POSITION_BITS].locate(position & ((1 << POSITION_BITS) - 1))
 
 
 def utf8(content: bytes) -> Document:
+    """The bytes as a document, or why they are none."""
     try:
         content.decode()
     except UnicodeDecodeError:
@@ -146,12 +129,19 @@ def utf8(content: bytes) -> Document:
     return content
 
 
-def no_field(place: str, text_field: str, row: Iterable[str]) -> str:
-    there = ", ".join(row) or "none"
-    return f"{place} has no field {text_field!r}; the fields there are: {there}; choose one with --text-field"
+def encoded(text: str) -> bytes | Refused:
+    """The text as a document; half of a surrogate pair, which JSON can hold, has no UTF-8."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return Refused(LONE_SURROGATE)
 
 
-def no_text(place: str, text_field: str, value: Any) -> str:
-    return (
-        f"{place}: the field {text_field!r} holds {type(value).__name__}, wanted text; choose another with --text-field"
-    )
+def no_field(where: str, text_field: str, row: Iterable[str]) -> str:
+    names = ", ".join(row) or "none"
+    return f"{where} has no field {text_field!r}, its fields are: {names}; choose one with --text-field"
+
+
+def no_text(where: str, text_field: str, value: Any) -> str:
+    found = type(value).__name__
+    return f"{where}: the field {text_field!r} holds {found}, expected text; choose another field with --text-field"

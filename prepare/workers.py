@@ -1,6 +1,7 @@
-"""Processes that do the same work side by side, and end with the program whatever becomes of it."""
+"""Worker processes that never outlive the program, whatever ends it."""
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -10,22 +11,22 @@ from pipeline.launch import start_worker
 
 
 class Workers:
-    """Calls functions in `count` processes, or in this one if that is all, with a bounded number under way."""
+    """Calls functions in `count` processes, in this one if `count` is 1; few calls are pending."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool: ProcessPoolExecutor | None = None
 
     def start(self, call: Callable[[], None]) -> None:
-        """Start the processes now, each with `call`: they take a third of a second to load what they need."""
+        """Start the processes now, each with `call`, which imports what they need: 0.3 s."""
         if self.count > 1:
             for _ in range(self.count):
                 self._processes().submit(call)
 
     def map(self, call: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
-        """The results as they come. When it ends, by an error too, no call is under way any more.
+        """The results in the order they finish. Raises BrokenProcessPool if a worker was killed.
 
-        Raises BrokenProcessPool where a worker was killed.
+        When it ends, also by an exception, no call is still running.
         """
         if self.count == 1:
             yield from map(call, arguments)
@@ -34,7 +35,8 @@ class Workers:
         try:
             for argument in arguments:
                 pending.add(self._processes().submit(call, argument))
-                # A stream's text lies in the arguments, so no more of them wait than keep the workers busy.
+                # The text of a stream travels in the arguments, so only enough of them wait to keep
+                # all workers busy.
                 if len(pending) >= self.count + 2:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
@@ -57,7 +59,8 @@ class Workers:
 
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            # spawn: a forked child would inherit the threads of pyarrow and datasets in whatever state they are.
+            # spawn: a forked child would inherit locks that threads of pyarrow or datasets hold,
+            # and never release them.
             self._pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), start_worker)
         return self._pool
 
@@ -65,3 +68,10 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+
+
+def available_cores() -> int:
+    """The cores this process may use: under SLURM fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

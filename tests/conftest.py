@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,26 @@ ALPHABET = "abE '\"’sdmtlvre019½ \t\n\r\u00a0\u2003.,-_(){}<|>/éßñΩжǅʰ
 WriteDataset = Callable[..., Path]
 GPT2_END = 50256
 MakeConfig = Callable[..., Config]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--campaign-share", type=float, default=1.0, help="run this share of the campaign, drawn at random"
+    )
+    parser.addoption("--campaign-seed", type=int, default=0, help="chooses which tests of the campaign these are")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """CI takes a sample of the campaign, another one each time: the whole of it takes a quarter of an hour."""
+    share = config.option.campaign_share
+    campaign = [item for item in items if item.get_closest_marker("campaign")]
+    if share < 1 and campaign:
+        taken = set(
+            random.Random(config.option.campaign_seed).sample(range(len(campaign)), ceil(share * len(campaign)))
+        )
+        left_out = [item for number, item in enumerate(campaign) if number not in taken]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def prose() -> list[str]:
@@ -76,9 +98,8 @@ TOKENIZERS = (
 def shuffled_json() -> tuple[bytes, int]:
     """A byte-level tokenizer.json in Llama 3's manner, with its ids in no order; and its end-of-text."""
     import json
-    import random
 
-    from pipeline.vocabulary.merges import _LLAMA3
+    from pipeline.vocabulary.merges import LLAMA3_PATTERN
 
     document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
     ids = random.Random(0).sample(range(600), 512)
@@ -87,7 +108,7 @@ def shuffled_json() -> tuple[bytes, int]:
     document["pre_tokenizer"] = {
         "type": "Sequence",
         "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         ],
     }

@@ -36,7 +36,8 @@ ORDER = {
         "checkpoint", "cli", "__main__",
     ),
     "prepare": (
-        "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "options", "run",
+        "formats", "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "fetch",
+        "options", "preparation", "run",
     ),
     "train": (
         "data", "optimizer", "parallel", "replicas", "resume", "spikes", "evaluation", "metrics", "preview", "saving",

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from pipeline.cli.command import Argument, Command, Shown
-from pipeline.errors import UserError
 
 GROUP = "Data"
 
@@ -87,22 +86,18 @@ def merge(folder: Path, workers: int | None) -> None:
 
 
 @click.command(
-    cls=Command, group=GROUP, example="pipeline fetch openwebtext /shared/corpora",
+    cls=Command, group=GROUP, example="pipeline fetch openwebtext",
     params=[
-        Argument("source", "SOURCE", "A named corpus, hf:ORG/NAME[:CONFIG][@REVISION], or a URL."),
-        Argument("folder", "DIR", "Folder of the copies; it may hold several.", type=click.Path(path_type=Path)),
+        Argument("source", "SOURCE", "A named corpus, or hf:ORG/NAME[:CONFIG][@REVISION]."),
     ],
 )  # fmt: skip
 @click.option("--tokenizer", default="gpt2", metavar="NAME", help="Vocabulary to fetch too; gpt2 needs no fetching.")
-def fetch(source: str, folder: Path, tokenizer: str) -> None:
+def fetch(source: str, tokenizer: str) -> None:
     """Download a corpus and a vocabulary for nodes without a network.
 
-    It prints the environment variables to set there.
+    They go to Hugging Face's cache. It prints the environment variables to set on those nodes.
     """
-    from pipeline.vocabulary.specs import TOKENIZER_NAMES
-    from prepare.sources.fetch import run
+    from prepare.fetch import run
 
-    if tokenizer not in TOKENIZER_NAMES:
-        raise UserError(f"invalid --tokenizer {tokenizer!r}: expected one of {', '.join(TOKENIZER_NAMES)}")
-    for name, value in run(source, folder, tokenizer).items():
+    for name, value in run(source, tokenizer).items():
         click.echo(f"export {name}={shlex.quote(value)}")

@@ -1,4 +1,4 @@
-"""The small vocabularies: characters, bytes, and words."""
+"""The small vocabularies: characters, bytes and words."""
 
 import json
 from functools import cache
@@ -14,28 +14,34 @@ from pipeline.vocabulary.tokenizer import (
     UNKNOWN,
     WORDS_FILE,
     TokenIds,
+    TokenTable,
     lone_surrogates_refused,
     spec_of,
     token_dtype,
 )
 
 UNICODE_CODE_POINTS = 0x110000
-# A word, a line's end, or any other character that is no space. Marks belong to the letters they stand on.
+# A word with its combining marks (\p{M}), a newline, or any other character but a space.
 WORD_PATTERN = r"[\p{L}\p{M}\p{N}_]+|\n|[^\s\p{L}\p{M}\p{N}_]"
+# Where print has no space, for the text that is made of words again.
 NO_SPACE_BEFORE = frozenset(",.:;?!)]}%'’\n")
 NO_SPACE_AFTER = frozenset("([{'’\n")
 
 
-class CharTokenizer:
-    """One id per Unicode character of the corpus, in code point order; end-of-text is the last id."""
+class CharTokenizer(TokenTable):
+    """One id per Unicode character of the corpus, in code point order.
+
+    End-of-text is the last id.
+    """
 
     name = "char"
 
     def __init__(self, characters: str) -> None:
         self.characters = "".join(sorted(set(characters)))
-        self.end_of_text = len(self.characters)
-        self.vocab_size = self.end_of_text + 1
-        # One row per code point makes encoding a single numpy look-up; unknown characters hold vocab_size.
+        tokens = dict(enumerate(character.encode() for character in self.characters))
+        super().__init__(tokens, len(tokens) + 1, len(tokens))
+        # (code points,): encoding is a single lookup in numpy. Characters outside the vocabulary
+        # have the id vocab_size.
         self._id_of = np.full(UNICODE_CODE_POINTS, self.vocab_size, dtype=np.uint32)
         self._id_of[code_points(self.characters)] = np.arange(self.end_of_text)
 
@@ -46,16 +52,10 @@ class CharTokenizer:
         if unknown.size:
             at = int(unknown[0])
             raise UserError(
-                f"character {text[at]!r} (U+{ord(text[at]):04X}, at position {at}) is not among the {self.end_of_text} "
-                "characters of this char vocabulary: leave it out, or prepare with --tokenizer byte"
+                f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not in this char vocabulary of "
+                f"{self.end_of_text} characters: remove it, or prepare with --tokenizer byte"
             )
         return ids.astype(token_dtype(self.vocab_size))
-
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        return "".join(END_OF_TEXT if i == self.end_of_text else self.characters[i] for i in ids).encode()
-
-    def token_bytes(self) -> npt.NDArray[np.int64]:
-        return np.array([*(len(character.encode()) for character in self.characters), 0])
 
     def spec(self) -> dict[str, Any]:
         return spec_of(self, fingerprint=hash_bytes(self.characters.encode()), characters=self.characters)
@@ -64,22 +64,19 @@ class CharTokenizer:
         return {}
 
 
-class ByteTokenizer:
-    """UTF-8 bytes as ids 0..255; end-of-text is 256."""
+class ByteTokenizer(TokenTable):
+    """The UTF-8 bytes are the ids 0..255; end-of-text is 256."""
 
     name = "byte"
     vocab_size = 257
     end_of_text = 256
 
+    def __init__(self) -> None:
+        super().__init__({byte: bytes([byte]) for byte in range(256)}, self.vocab_size, self.end_of_text)
+
     def encode(self, text: str) -> TokenIds:
         with lone_surrogates_refused():
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(token_dtype(self.vocab_size))
-
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else bytes([i]) for i in ids)
-
-    def token_bytes(self) -> npt.NDArray[np.int64]:
-        return np.array([1] * 256 + [0])
 
     def spec(self) -> dict[str, Any]:
         return spec_of(self, fingerprint=hash_bytes(b"byte"))
@@ -89,10 +86,10 @@ class ByteTokenizer:
 
 
 class WordTokenizer:
-    """Words, single punctuation marks and line ends; a word outside the vocabulary is <|unk|>. For teaching.
+    """Words, punctuation marks and newlines, for teaching; a word it does not know is <|unk|>.
 
-    The spaces of a text are not kept: decoding puts one between words and none where print has none, so a text comes back
-    legible, not exactly.
+    Spaces are not kept: decoding puts one between words, and none where print has none, so text
+    comes back readable but not exactly as it was.
     """
 
     name = "word"
@@ -107,7 +104,7 @@ class WordTokenizer:
     def encode(self, text: str) -> TokenIds:
         with lone_surrogates_refused():
             text.encode()
-        # One word at a time: all words of a long document as strings would take forty times its size.
+        # An iterator: a list of all words of a long document would take forty times its size.
         ids = (self._id_of.get(found[0], self.unknown) for found in _word_pattern().finditer(text))
         return np.fromiter(ids, dtype=token_dtype(self.vocab_size))
 
@@ -132,20 +129,13 @@ class WordTokenizer:
 
 
 def split_words(text: str) -> list[str]:
-    """The words, punctuation marks and line ends of a text."""
+    """The words, punctuation marks and newlines of a text."""
     return list(_word_pattern().findall(text))
 
 
 def code_points(text: str) -> npt.NDArray[np.uint32]:
-    """The characters of a text as numbers, in one step."""
+    """(characters,) code points of a text. Raises UnicodeEncodeError for lone surrogates."""
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-
-
-@cache
-def _word_pattern() -> Any:
-    import regex
-
-    return regex.compile(WORD_PATTERN)
 
 
 def read_words(content: bytes) -> list[str]:
@@ -156,3 +146,10 @@ def read_words(content: bytes) -> list[str]:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{WORDS_FILE} is not a list of words: restore it")
     return words
+
+
+@cache
+def _word_pattern() -> Any:
+    import regex
+
+    return regex.compile(WORD_PATTERN)

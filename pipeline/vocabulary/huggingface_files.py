@@ -1,4 +1,4 @@
-"""The files by which other programs know a vocabulary: tokenizer.json and what lies beside it, read and written."""
+"""The tokenizer files of a Hugging Face folder, tokenizer.json and others, read and written."""
 
 import json
 from functools import cache
@@ -12,20 +12,23 @@ from pipeline.files import read_limited
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import WORD_PATTERN, ByteTokenizer, CharTokenizer, WordTokenizer
 from pipeline.vocabulary.merges import PUBLISHED, Merges, merges_of, published_for, symbols
-from pipeline.vocabulary.tokenizer import END_OF_TEXT, JSON_FILE, MOST_VOCABULARY_BYTES, UNKNOWN, Tokenizer
+from pipeline.vocabulary.tokenizer import END_OF_TEXT, JSON_FILE, MAX_VOCABULARY_BYTES, UNKNOWN, Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer, json_fingerprint, vocabulary_in
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
-VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"  # the two files that were there before tokenizer.json
-# What ends a text where the folder does not say, the ones meant for whole documents first.
-ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"  # GPT-2's two files, older than tokenizer.json
+# End-of-text tokens to look for if the folder names none, those meant for whole documents first.
+END_OF_TEXT_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 
 
 # ---- reading ----
 
 
 def open_folder(folder: Path) -> JsonTokenizer | None:
-    """The vocabulary of a Hugging Face folder; None where it has no file of one. Raises UserError for one out of use."""
+    """The vocabulary of a Hugging Face folder, None if it has none.
+
+    Raises UserError for one that cannot be used.
+    """
     return open_json(folder / JSON_FILE) if has_vocabulary(folder) else None
 
 
@@ -35,15 +38,18 @@ def has_vocabulary(folder: Path) -> bool:
 
 
 def open_json(path: Path) -> JsonTokenizer:
-    """The vocabulary in a tokenizer.json, or in the two files in its place, with the end-of-text that its folder names."""
+    """The vocabulary in a tokenizer.json, or in the two older files if there is none.
+
+    Raises UserError if the file is damaged, or no token ends a text.
+    """
     content = _content(path)
     try:
         document = json.loads(content)
         vocabulary = vocabulary_in(document)
         content = _unadorned(document, content)
-    except Exception:  # whatever is wrong, the next lines say it better
+    except Exception:  # JsonTokenizer reports what is wrong with the file
         vocabulary = {}
-    wanted = [*_named_ends(path), *ENDS_OF_TEXT]
+    wanted = [*_named_ends(path), *END_OF_TEXT_TOKENS]
     end_of_text = next((token for token in wanted if token in vocabulary), None)
     try:
         tokenizer = JsonTokenizer(path.name, content, 0 if end_of_text is None else vocabulary[end_of_text])
@@ -51,39 +57,42 @@ def open_json(path: Path) -> JsonTokenizer:
         raise UserError(f"{path}: {error}") from None
     if end_of_text is None:
         raise UserError(
-            f"{path} has no token that ends a text: looked for {', '.join(wanted)}; "
-            f"name one as eos_token in a {TOKENIZER_CONFIG} beside it"
+            f"{path} has no end-of-text token: expected one of {', '.join(wanted)}; "
+            f"name it as eos_token in a {TOKENIZER_CONFIG} next to it"
         )
     return tokenizer
 
 
 def is_gpt2(tokenizer: JsonTokenizer) -> bool:
-    """Whether it is GPT-2's vocabulary by another name: the same tokens under the same ids, merged in the same order."""
+    """Whether it is GPT-2's under another name: the same tokens, ids and order of merges."""
     merges, gpt2 = tokenizer.merges, PUBLISHED["gpt2"]
     sizes = (tokenizer.vocab_size, tokenizer.end_of_text) == (gpt2.vocab_size, gpt2.end_of_text)
     return sizes and merges is not None and merges.pattern == gpt2.pattern and _ids(merges) == _gpt2_ranks()
 
 
 def fingerprints(folder: Path, tokenizer: Tokenizer) -> set[str]:
-    """What a dataset's spec may call the vocabulary of this folder: the same one came from a file, or ships here."""
+    """The fingerprints of this folder's vocabulary in datasets, however those were prepared."""
     found = {tokenizer.spec()["fingerprint"]}
     if isinstance(tokenizer, JsonTokenizer) and is_gpt2(tokenizer):
         found.add(BytePairTokenizer("gpt2").spec()["fingerprint"])
     from_file = open_folder(folder)
     if from_file is not None and from_file.end_of_text == tokenizer.end_of_text:
         found.add(from_file.spec()["fingerprint"])
-        # The first datasets hold the file as it lies there, with what it adds around a text; their ids are the same.
+        # The oldest datasets have the fingerprint of the file with its post-processor; their ids
+        # are the same.
         found.add(json_fingerprint(_content(folder / JSON_FILE), tokenizer.end_of_text))
     return found
 
 
 def _content(path: Path) -> bytes:
-    return read_limited(path, MOST_VOCABULARY_BYTES) if path.is_file() else _document_of_pairs(path.parent)
+    return read_limited(path, MAX_VOCABULARY_BYTES) if path.is_file() else _document_of_pairs(path.parent)
 
 
 def _unadorned(document: dict[str, Any], content: bytes) -> bytes:
-    """A tokenizer.json without what it adds around a text, such as Llama 3's <|begin_of_text|> before it: no document of a
-    dataset has that, so no other program should put it before a prompt. GPT-2's ByteLevel adds nothing.
+    """A tokenizer.json without the tokens it adds around a text.
+
+    Llama 3's adds <|begin_of_text|>, for one. No document of a dataset has them, so no other
+    program should add them to a prompt. GPT-2's ByteLevel adds nothing.
     """
     match document.get("post_processor"):
         case None | {"type": "ByteLevel"}:
@@ -92,14 +101,17 @@ def _unadorned(document: dict[str, Any], content: bytes) -> bytes:
 
 
 def _named_ends(path: Path) -> list[str]:
-    """The tokens that the files beside a tokenizer.json call the end of a text."""
-    tokens = [_beside(path, name).get("eos_token") for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS)]
+    """The end-of-text tokens that the files next to a tokenizer.json name."""
+    tokens = [_next_to(path, name).get("eos_token") for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS)]
     tokens = [token.get("content") if isinstance(token, dict) else token for token in tokens]
     return [token for token in tokens if isinstance(token, str)]
 
 
 def _ids(merges: Merges) -> dict[bytes, int]:
-    """Ids that rise with the rank, byte for byte; empty where some do not: merged in another order."""
+    """The id of each token.
+
+    Empty if the ids do not rise with the ranks, since the merges then have another order.
+    """
     if (np.diff(merges.ids[256:]) <= 0).any():
         return {}
     return dict(zip(merges.ranks, merges.ids.tolist(), strict=True))
@@ -110,23 +122,23 @@ def _gpt2_ranks() -> dict[bytes, int]:
     return BytePairTokenizer("gpt2").ranks()
 
 
-def _beside(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object in a file beside `path`; empty where there is no such file."""
+def _next_to(path: Path, name: str) -> dict[str, Any]:
+    """The JSON object in the file `name` next to `path`; empty if there is no such file."""
     if not path.with_name(name).is_file():
         return {}
     try:
-        document = json.loads(read_limited(path.with_name(name), MOST_VOCABULARY_BYTES))
+        document = json.loads(read_limited(path.with_name(name), MAX_VOCABULARY_BYTES))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.with_name(name)} is not JSON ({error}): mend it, or move it away") from None
+        raise UserError(f"{path.with_name(name)} is not JSON ({error}): fix it, or remove it") from None
     return document if isinstance(document, dict) else {}
 
 
 def _document_of_pairs(folder: Path) -> bytes:
-    """A tokenizer.json of a vocab.json and a merges.txt, which leave unsaid what GPT-2's tokenizer does with them."""
-    vocab, config = _beside(folder / JSON_FILE, VOCAB_FILE), _beside(folder / JSON_FILE, TOKENIZER_CONFIG)
-    lines = read_limited(folder / MERGES_FILE, MOST_VOCABULARY_BYTES).decode(errors="replace").split("\n")
+    """A tokenizer.json from a vocab.json, a merges.txt and what they leave to GPT-2's tokenizer."""
+    vocab, config = _next_to(folder / JSON_FILE, VOCAB_FILE), _next_to(folder / JSON_FILE, TOKENIZER_CONFIG)
+    lines = read_limited(folder / MERGES_FILE, MAX_VOCABULARY_BYTES).decode(errors="replace").split("\n")
     pairs = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
-    special = [token for token in vocab if token in ENDS_OF_TEXT or token == config.get("eos_token")]
+    special = [token for token in vocab if token in END_OF_TEXT_TOKENS or token == config.get("eos_token")]
     document = {
         "version": "1.0",
         "added_tokens": [_added_token(token, vocab[token]) for token in special],
@@ -141,15 +153,17 @@ def _document_of_pairs(folder: Path) -> bytes:
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """File name -> content of what `AutoTokenizer.from_pretrained` reads: text gives the same ids there. What differs is
-    transformers' own: a special token written out in a text is found there, and `word` is joined by other rules.
+    """File name -> content, for `AutoTokenizer.from_pretrained`: text gives the same ids there.
+
+    Two things differ in transformers: it finds a special token written out in a text, and joins the
+    words of `word` by other rules.
     """
     end_of_text, about = END_OF_TEXT, {"unk_token": END_OF_TEXT}
     match tokenizer:
         case JsonTokenizer():
             content = tokenizer.content
             (end_of_text,) = (token for token, i in tokenizer.vocabulary().items() if i == tokenizer.end_of_text)
-            about = {}  # a token that the file lacks would be added behind its vocabulary
+            about = {}  # transformers would add an unknown token that the file does not have
         case BytePairTokenizer():
             content = _byte_pair_json(tokenizer)
         case ByteTokenizer():
@@ -159,7 +173,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         case WordTokenizer():
             content, about = _word_json(tokenizer), {"unk_token": UNKNOWN}
         case _:
-            raise AssertionError(f"{tokenizer.name} has no form as a tokenizer.json")
+            raise AssertionError(f"{tokenizer.name} cannot be written as a tokenizer.json")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end_of_text,
@@ -170,21 +184,22 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return {JSON_FILE: content, TOKENIZER_CONFIG: json.dumps(config).encode()}
 
 
-@cache  # finding the merges of 100,256 ranks takes a second, and every checkpoint wants them
+@cache  # finding the merges of 100,256 ranks takes a second, and every checkpoint needs them
 def _byte_pair_json(tokenizer: BytePairTokenizer) -> bytes:
     ranks = tokenizer.ranks()
     published = published_for(tokenizer.name, ranks)
     if published is PUBLISHED["gpt2"]:
         return _byte_level_json(tokenizer, _byte_level(True), ranks)
-    cut = {"type": "Split", "pattern": {"Regex": published.plain}, "behavior": "Isolated", "invert": False}
-    return _byte_level_json(tokenizer, {"type": "Sequence", "pretokenizers": [cut, _byte_level(False)]}, ranks)
+    split = {"type": "Split", "pattern": {"Regex": published.plain}, "behavior": "Isolated", "invert": False}
+    return _byte_level_json(tokenizer, {"type": "Sequence", "pretokenizers": [split, _byte_level(False)]}, ranks)
 
 
 def _byte_level_json(tokenizer: Tokenizer, pre_tokenizer: dict[str, Any], ranks: dict[bytes, int]) -> bytes:
     merges = merges_of(ranks)
     model = {
         "type": "BPE",
-        # tiktoken takes a piece that is a token whole; that only differs for tokens which no merge makes.
+        # tiktoken takes a word that is a token as it is, which makes a difference only for tokens
+        # that no merge makes.
         "ignore_merges": len(merges) + 256 < len(ranks),
         "vocab": {**{symbols(token): rank for token, rank in ranks.items()}, END_OF_TEXT: tokenizer.end_of_text},
         "merges": [[symbols(left), symbols(right)] for left, right in merges],
@@ -194,17 +209,18 @@ def _byte_level_json(tokenizer: Tokenizer, pre_tokenizer: dict[str, Any], ranks:
 
 def _char_json(tokenizer: CharTokenizer) -> bytes:
     vocabulary = {character: i for i, character in enumerate((*tokenizer.characters, END_OF_TEXT))}
-    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": ""}  # in no vocabulary: unknown ones are refused
-    cut = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-    return _tokenizer_json(tokenizer, model, cut, {"type": "Fuse"})
+    # The unknown token is not in the vocabulary, so that unknown characters are refused.
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": ""}
+    split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    return _tokenizer_json(tokenizer, model, split, {"type": "Fuse"})
 
 
 def _word_json(tokenizer: WordTokenizer) -> bytes:
     vocabulary = {word: i for i, word in enumerate((*tokenizer.words, UNKNOWN, END_OF_TEXT))}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": UNKNOWN}
-    # Inverted, the pattern's words are what is kept and the spaces between them what is removed.
-    cut = {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Removed", "invert": True}
-    return _tokenizer_json(tokenizer, model, cut, {"type": "WordPiece", "prefix": "##", "cleanup": True})
+    # Inverted, what the pattern matches is kept, and the spaces between are removed.
+    split = {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Removed", "invert": True}
+    return _tokenizer_json(tokenizer, model, split, {"type": "WordPiece", "prefix": "##", "cleanup": True})
 
 
 def _tokenizer_json(

@@ -1,7 +1,8 @@
-"""Byte-pair vocabularies as they are published: rank tables, lists of merges, and the patterns that cut text first.
+"""Byte-pair vocabularies as they are published: rank tables, lists of merges, patterns for words.
 
-tiktoken merges the pair whose result has the lowest rank; a tokenizer.json lists the pairs to merge, in order. Where each
-token has one way of coming about the two are the same, and `merges_of` tells whether it has.
+tiktoken merges the pair whose result has the lowest rank; a tokenizer.json lists the pairs to
+merge, in order. The two give the same ids if the ranks lead to each token by the pair that the list
+has for it, which `merges_of` finds out.
 """
 
 import base64
@@ -16,17 +17,21 @@ import numpy.typing as npt
 
 from pipeline.errors import UserError
 
-# Ids and ranks are below it: eighty times the largest vocabulary in use, and what a list of tokens can be held for.
-MOST_IDS = 1 << 24
-# `merges_of` takes a quarter of a microsecond for each squared byte of a token, so one of 64 kB would take it ten minutes.
-# All of GPT-2's tokens have 2.5 million of them, o200k_base's 12.8 million, each with a longest token of 128 bytes.
-MOST_SQUARED_BYTES = 1 << 26
+# Ids and ranks are below this: eighty times the largest vocabulary in use, and few enough for a
+# list of tokens in memory.
+MAX_IDS = 1 << 24
+# `merges_of` takes 0.25 us per squared byte of a token: ten minutes for one token of 64 kB. The
+# squares of GPT-2's tokens add up to 2.5 million, those of o200k_base to 12.8 million; the longest
+# token of either has 128 bytes.
+MAX_SQUARED_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class Published:
-    """What belongs to a rank table of OpenAI's. `pattern` is tiktoken's; `plain` cuts the same pieces in Hugging Face's
-    regular expressions too, where {1,3}+ repeats and $ stands for the end of a line.
+    """What belongs to one of OpenAI's rank tables.
+
+    `pattern` is tiktoken's; `plain` finds the same words in the regular expressions of Hugging
+    Face's library too, where {1,3}+ repeats the group and $ matches at the end of a line.
     """
 
     ranks: int
@@ -41,11 +46,12 @@ _O200K = (
     r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
     r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
-# vocab_size counts ids that no text gives, as tiktoken's n_vocab does: cl100k_base and o200k_base have holes there.
+# vocab_size is tiktoken's n_vocab; in cl100k_base and o200k_base it counts ids that stand for
+# nothing.
 PUBLISHED = {
     "gpt2": Published(
         50_256,
-        # Radford et al. 2019, possessive: the same pieces, found faster.
+        # Radford et al. 2019, with possessive quantifiers: the same words, found faster.
         r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
         r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
         end_of_text=50_256,
@@ -60,29 +66,25 @@ PUBLISHED = {
         end_of_text=100_257,
         vocab_size=100_277,
     ),
-    "o200k_base": Published(
-        199_998,
-        _O200K,
-        _O200K,
-        end_of_text=199_999,
-        vocab_size=200_019,
-    ),
+    "o200k_base": Published(199_998, _O200K, _O200K, end_of_text=199_999, vocab_size=200_019),
 }
 
-# As tokenizer.json files have it since Llama 3. At the end of a text it cuts a line's end from the spaces behind it, which
-# cl100k_base does not.
-_LLAMA3 = (
+# In tokenizer.json files since Llama 3. At the end of a text it splits a newline from the spaces
+# after it, unlike cl100k_base.
+LLAMA3_PATTERN = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
     r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
-# The patterns of tokenizer.json files that tiktoken's regular expressions are tested to read in the same way.
-SAME_IN_BOTH = frozenset({_LLAMA3, *(published.plain for published in PUBLISHED.values())})
+# The patterns of tokenizer.json files that mean the same to tiktoken; tests compare the words that
+# both libraries find.
+SAME_IN_BOTH = frozenset({LLAMA3_PATTERN, *(published.plain for published in PUBLISHED.values())})
 
 
 def published_for(name: str, ranks: dict[bytes, int]) -> Published:
-    """What belongs to the rank table `name`, else to one of as many ranks, else to one of the user's own.
+    """What belongs to a rank table: found by its name, then by its number of ranks, else assumed.
 
-    A table does not say how text was cut. Those made since GPT-4, Llama 3's for one, mostly cut as cl100k_base does.
+    A table does not say how text was split into words. Tables made since GPT-4, such as Llama 3's,
+    mostly split as cl100k_base does.
     """
     for known, published in PUBLISHED.items():
         if name == known or (name not in PUBLISHED and len(ranks) == published.ranks):
@@ -92,7 +94,11 @@ def published_for(name: str, ranks: dict[bytes, int]) -> Published:
 
 
 def read_ranks(table: bytes) -> dict[bytes, int]:
-    """A .tiktoken file's tokens and ranks, by rank. Raises UserError unless every text can be made of them."""
+    """The tokens of a .tiktoken file and their ranks, in the order of the ranks.
+
+    Raises UserError for a damaged table, and for one that lacks a byte and so cannot encode every
+    text.
+    """
     ranks: dict[bytes, int] = {}
     lines = [line for line in table.splitlines() if line]
     for line in lines:
@@ -101,15 +107,19 @@ def read_ranks(table: bytes) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             shown = line[:40].decode(errors="replace")
-            raise UserError(f"the .tiktoken file has the line {shown!r}: wanted a base64 token and its rank") from None
+            raise UserError(
+                f"the .tiktoken file has the line {shown!r}: expected a base64 token and its rank"
+            ) from None
     ids = set(ranks.values())
-    if len(ids) != len(lines) or min(ids, default=0) < 0 or max(ids, default=0) >= MOST_IDS:
-        raise UserError("the .tiktoken file gives a token or a rank twice, or one out of range: wanted each once")
+    if len(ids) != len(lines) or min(ids, default=0) < 0 or max(ids, default=0) >= MAX_IDS:
+        raise UserError(f"the .tiktoken file has a token or rank twice, or a rank that is not in 0 .. {MAX_IDS - 1}")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise UserError(f"the .tiktoken file has no token for byte 0x{missing[0]:02x}: wanted all 256, for any text")
+        raise UserError(
+            f"the .tiktoken file has no token for byte 0x{missing[0]:02x}: expected one for each of the 256"
+        )
     if _are_too_long(ranks):
-        raise UserError(f"the .tiktoken file has tokens of up to {max(map(len, ranks)):,} bytes: wanted shorter ones")
+        raise UserError(f"the .tiktoken file has tokens of up to {max(map(len, ranks)):,} bytes: expected shorter ones")
     return dict(sorted(ranks.items(), key=lambda item: item[1]))
 
 
@@ -120,33 +130,36 @@ def write_ranks(ranks: dict[bytes, int]) -> bytes:
 
 
 def make_encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> Any:
-    """tiktoken's encoder. A literal <|endoftext|> is ordinary text to `encode_to_numpy(text, disallowed_special=())`.
+    """tiktoken's encoder.
 
-    It is named as special all the same: without any, tiktoken 0.14 looks for one at each character, and is a third slower.
+    A literal <|endoftext|> is ordinary text to `encode_to_numpy(text, disallowed_special=())`.
     """
     import tiktoken
 
+    # Without any special token, tiktoken 0.14 looks for one at each character, and is a third
+    # slower.
     unused = {"<|endoftext|>": max(ranks.values(), default=0) + 1}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused)
 
 
 def _are_too_long(tokens: Iterable[bytes | str]) -> bool:
-    """Whether `merges_of` would take minutes for them: nobody learns such tokens, but a file may hold them."""
-    return sum(len(token) ** 2 for token in tokens) > MOST_SQUARED_BYTES
+    """Whether `merges_of` would take minutes: no training gives such tokens, but a file may."""
+    return sum(len(token) ** 2 for token in tokens) > MAX_SQUARED_BYTES
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that made each token of two bytes or more, in rank order; none for a token that no pair makes.
+    """The pair that makes each token of two or more bytes, in rank order, for those that have one.
 
-    A rank table keeps only results. Merging a token's bytes by rank comes by the two halves that its own merge joined.
+    A rank table has only the results. Merging the bytes of a token by rank, up to the last step,
+    leads to its pair.
     """
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            joined = [ranks.get(left + right, MOST_IDS) for left, right in pairwise(parts)]
+            joined = [ranks.get(left + right, MAX_IDS) for left, right in pairwise(parts)]
             best = min(range(len(joined)), key=joined.__getitem__)
-            if joined[best] == MOST_IDS:
+            if joined[best] == MAX_IDS:
                 break
             parts[best : best + 2] = [parts[best] + parts[best + 1]]
         if len(parts) == 2:
@@ -156,7 +169,10 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 @dataclass(frozen=True)
 class Merges:
-    """A byte-level tokenizer.json as tiktoken can apply it: merges in order give ranks, `ids` has the id of each."""
+    """A byte-level tokenizer.json for tiktoken: the order of its merges gives their ranks.
+
+    `ids` is (ranks,): the id of each rank's token.
+    """
 
     ranks: dict[bytes, int]
     ids: npt.NDArray[np.int64]
@@ -164,11 +180,12 @@ class Merges:
 
 
 def merges_in(document: dict[str, Any]) -> Merges | None:
-    """The merges of a tokenizer.json that tiktoken would apply to the same effect, None where it would not.
+    """The merges of a tokenizer.json if tiktoken gives the same ids with them, else None.
 
-    Ranks merge by what a pair gives, the file by the pair. They agree on every text if each token's own bytes, merged by
-    rank, come about by the pair in the file. Suppose they first part where ranks join two neighbours and the file does
-    not: the token's own bytes would have come to the same two neighbours, and that is the file's pair.
+    Ranks choose a merge by its result, the file by its pair. They agree on every text if merging
+    the bytes of each token by rank ends with the file's pair for it. Suppose they first differed
+    where the ranks join two neighbours and the file does not: the bytes of the resulting token
+    alone would have led to the same two neighbours, so they are the file's pair.
     """
     model, pattern = document["model"], _pattern_of(document.get("pre_tokenizer"))
     others = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -177,7 +194,7 @@ def merges_in(document: dict[str, Any]) -> Merges | None:
         return None
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     tokens = [*byte_symbols().values(), *(left + right for left, right in pairs)]
-    if model.get("ignore_merges"):  # a piece that is a token is taken whole, however it would come about
+    if model.get("ignore_merges"):  # a word that is a token is taken, whether or not merges make it
         tokens += sorted(model["vocab"].keys() - set(tokens), key=model["vocab"].__getitem__)
     if _are_too_long(tokens):
         return None
@@ -191,7 +208,7 @@ def merges_in(document: dict[str, Any]) -> Merges | None:
 
 
 def _pattern_of(pre_tokenizer: Any) -> str | None:
-    """tiktoken's pattern for a tokenizer.json's pre-tokenizer; patterns are known or not, none is translated."""
+    """tiktoken's pattern for a pre-tokenizer, None for an unknown one: none is translated."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, **rest} if rest.get("use_regex", True):
             return PUBLISHED["gpt2"].pattern
@@ -208,7 +225,7 @@ def _pattern_of(pre_tokenizer: Any) -> str | None:
 
 @cache
 def byte_symbols() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: itself where printable, else the code points from 256 on, in order."""
+    """GPT-2's symbol for each byte: its code point if printable, else the next one from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -1,6 +1,5 @@
-"""From a tokenizer's name or spec to the tokenizer."""
+"""A tokenizer's name or spec -> the tokenizer."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_limited
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import ByteTokenizer, CharTokenizer, WordTokenizer, read_words
-from pipeline.vocabulary.tokenizer import JSON_FILE, MOST_VOCABULARY_BYTES, RANKS_FILE, WORDS_FILE, Tokenizer
+from pipeline.vocabulary.tokenizer import JSON_FILE, MAX_VOCABULARY_BYTES, RANKS_FILE, WORDS_FILE, Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 
 TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
@@ -17,30 +16,25 @@ TOKENIZER_NAMES = (*TIKTOKEN_NAMES, "char", "byte", "word", "bpe:N", PATHS)
 
 
 def from_spec(spec: dict[str, Any], folder: Path) -> Tokenizer:
-    """The tokenizer a spec describes, with its file from `folder`. Raises UserError where that is missing or another."""
+    """The tokenizer of a spec, with its file from `folder`.
+
+    Raises UserError if they do not make the tokenizer described.
+    """
     name = str(spec.get("name"))
     file = vocabulary_file(name)
-    if file is None:
-        return rebuild(spec, {})
-    if not (folder / file).is_file():
-        raise UserError(f"{folder} has no {file}, which holds the vocabulary {name}: restore it beside what needs it")
-    return rebuild(spec, {file: read_limited(folder / file, MOST_VOCABULARY_BYTES)})
-
-
-def rebuild(spec: dict[str, Any], files: Mapping[str, bytes]) -> Tokenizer:
-    """The tokenizer of which `spec` and `files` were taken. Raises UserError where it is another one."""
-    name = str(spec.get("name"))
-    tokenizer = _build(name, spec, files.get(vocabulary_file(name) or "", b""))
+    if file and not (folder / file).is_file():
+        raise UserError(f"{folder} has no {file}, which holds the vocabulary {name}: restore it")
+    tokenizer = _build(name, spec, read_limited(folder / file, MAX_VOCABULARY_BYTES) if file else b"")
     if tokenizer.spec() != spec:
         raise UserError(
-            f"the {name} vocabulary does not match its description: vocab_size {spec.get('vocab_size')} and fingerprint "
-            f"{spec.get('fingerprint')} were recorded, found {tokenizer.vocab_size} and {tokenizer.spec()['fingerprint']}"
+            f"the {name} vocabulary does not match its description: found vocab_size {tokenizer.vocab_size} and fingerprint "
+            f"{tokenizer.spec()['fingerprint']}, expected {spec.get('vocab_size')} and {spec.get('fingerprint')}"
         )
     return tokenizer
 
 
 def vocabulary_file(name: str) -> str | None:
-    """The file beside the spec that a vocabulary of this name needs."""
+    """The file that a vocabulary of this name needs next to its spec."""
     if name.endswith(".tiktoken") or (name in TIKTOKEN_NAMES and name != "gpt2"):
         return RANKS_FILE
     if name.endswith(".json") or name.startswith("bpe:"):
@@ -48,22 +42,22 @@ def vocabulary_file(name: str) -> str | None:
     return WORDS_FILE if name == "word" else None
 
 
+def unknown_name(name: str) -> str:
+    return f"unknown tokenizer {name!r}: expected one of {', '.join(TOKENIZER_NAMES)}"
+
+
 def _build(name: str, spec: dict[str, Any], content: bytes) -> Tokenizer:
+    file = vocabulary_file(name)
+    if file == RANKS_FILE:
+        return BytePairTokenizer(name, content)
+    if file == JSON_FILE:
+        return JsonTokenizer(name, content, int(spec.get("end_of_text", -1)))
+    if file == WORDS_FILE:
+        return WordTokenizer(read_words(content))
     if name == "gpt2":
         return BytePairTokenizer(name)
     if name == "char":
         return CharTokenizer(str(spec.get("characters", "")))
     if name == "byte":
         return ByteTokenizer()
-    match vocabulary_file(name):
-        case "vocabulary.tiktoken":
-            return BytePairTokenizer(name, content)
-        case "tokenizer.json":
-            return JsonTokenizer(name, content, int(spec.get("end_of_text", -1)))
-        case "vocabulary.json":
-            return WordTokenizer(read_words(content))
     raise UserError(unknown_name(name))
-
-
-def unknown_name(name: str) -> str:
-    return f"unknown tokenizer {name!r}: there are {', '.join(TOKENIZER_NAMES)}"

@@ -1,4 +1,7 @@
-"""A Hugging Face tokenizer.json as a vocabulary."""
+"""A Hugging Face tokenizer.json as a vocabulary.
+
+Text is text: special tokens written out in it are not looked for, and none are added.
+"""
 
 import json
 from typing import Any
@@ -8,22 +11,21 @@ import numpy.typing as npt
 
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes
-from pipeline.vocabulary.merges import MOST_IDS, Merges, make_encoding, merges_in
+from pipeline.vocabulary.merges import MAX_IDS, Merges, make_encoding, merges_in
 from pipeline.vocabulary.tokenizer import (
     JSON_FILE,
     TokenIds,
+    TokenTable,
     lone_surrogates_refused,
-    piece_lengths,
-    pieces_by_id,
     spec_of,
     token_dtype,
 )
 
 
 class JsonTokenizer:
-    """A Hugging Face tokenizer.json. Text is text: special tokens in it are not looked for, and none are added.
+    """Encodes by tiktoken, several times faster, if `merges` proves that the ids are the same.
 
-    tiktoken encodes where it is proven to do the same, at several times the speed; Hugging Face's own library otherwise.
+    `merges` is None without that proof; Hugging Face's library encodes then.
     """
 
     def __init__(self, name: str, content: bytes, end_of_text: int) -> None:
@@ -34,59 +36,32 @@ class JsonTokenizer:
             _mark_special(self.document, end_of_text)
             self.vocab_size = _checked_size(self.vocabulary())
             self.merges = merges_in(self.document)
-            if self.merges is None or end_of_text in self.merges.ids:
-                self.merges = None
-                self._engine = _library(self.document)
-            else:
-                self._read(self.merges)
+            if self.merges is not None and end_of_text in self.merges.ids:
+                self.merges = None  # a text may give end-of-text then, which only `_Library` finds
+            self._engine = _Library(self) if self.merges is None else _Ranks(self, self.merges)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException as error:  # the library raises nothing more special, and a Rust panic is no Exception
-            said = f"{type(error).__name__}: {error}"
-            raise UserError(f"{name} is not a tokenizer.json that can be read ({said}): save it again") from None
+        except BaseException as error:  # of the library: plain Exceptions and Rust panics
+            found = f"{type(error).__name__}: {error}"
+            raise UserError(f"{name} is not a valid tokenizer.json ({found}): save it again") from None
         if not 0 <= end_of_text < self.vocab_size:
-            raise UserError(f"{name} has {self.vocab_size} ids, so end-of-text cannot be {end_of_text}")
-
-    def _read(self, merges: Merges) -> None:
-        self._engine = make_encoding(self.name, merges.pattern, merges.ranks)
-        self._ids: TokenIds = merges.ids.astype(token_dtype(self.vocab_size))
-        pieces = dict(zip(merges.ids.tolist(), merges.ranks, strict=True))
-        added = {entry["id"]: entry["content"].encode() for entry in self.document.get("added_tokens", ())}
-        self._pieces = pieces_by_id(self.vocab_size, pieces | added, self.end_of_text)
+            raise UserError(f"{name} has {self.vocab_size} ids, so the end-of-text token cannot be {end_of_text}")
 
     def vocabulary(self) -> dict[str, int]:
-        """Every token as the file writes it, with its id."""
+        """Every token, as the file writes it, and its id."""
         return vocabulary_in(self.document)
 
     def encode(self, text: str) -> TokenIds:
         with lone_surrogates_refused():
-            if self.merges is not None:
-                ids: TokenIds = np.take(self._ids, self._engine.encode_to_numpy(text, disallowed_special=()))
-                return ids
-            text.encode()
-        return self._encode_by_library(text)
-
-    def _encode_by_library(self, text: str) -> TokenIds:
-        try:
-            found = self._engine.encode(text, add_special_tokens=False).ids
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except BaseException as error:  # a Rust panic is no Exception
-            raise ValueError(f"{self.name} gives up on the text ({type(error).__name__}: {error})") from None
-        ids: TokenIds = np.array(found, dtype=token_dtype(self.vocab_size))
-        if (ids == self.end_of_text).any():  # a model of whole words or Unigram may know no other way to write it
-            raise ValueError(f"{self.name} cannot tell the end-of-text token in a text from the end of the text")
-        return ids
+            return self._engine.encode(text)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        if self.merges is not None:
-            return b"".join(map(self._pieces.__getitem__, ids))
-        return str(self._engine.decode(ids, skip_special_tokens=False)).encode()
+        return self._engine.decode_bytes(ids)
 
     def token_bytes(self) -> npt.NDArray[np.int64] | None:
-        return piece_lengths(self._pieces, self.end_of_text) if self.merges is not None else None
+        return self._engine.token_bytes()
 
     def spec(self) -> dict[str, Any]:
         return spec_of(self, fingerprint=json_fingerprint(self.content, self.end_of_text))
@@ -95,13 +70,65 @@ class JsonTokenizer:
         return {JSON_FILE: self.content}
 
 
+class _Ranks(TokenTable):
+    """Encodes by tiktoken, with the file's merges as ranks."""
+
+    def __init__(self, tokenizer: JsonTokenizer, merges: Merges) -> None:
+        self._encoding = make_encoding(tokenizer.name, merges.pattern, merges.ranks)
+        self._id_of_rank: TokenIds = merges.ids.astype(token_dtype(tokenizer.vocab_size))
+        tokens = dict(zip(merges.ids.tolist(), merges.ranks, strict=True))
+        added = {entry["id"]: entry["content"].encode() for entry in tokenizer.document.get("added_tokens", ())}
+        super().__init__(tokens | added, tokenizer.vocab_size, tokenizer.end_of_text)
+
+    def encode(self, text: str) -> TokenIds:
+        ids: TokenIds = np.take(self._id_of_rank, self._encoding.encode_to_numpy(text, disallowed_special=()))
+        return ids
+
+
+class _Library:
+    """Encodes and decodes by Hugging Face's library."""
+
+    def __init__(self, tokenizer: JsonTokenizer) -> None:
+        import tokenizers
+
+        # Always the ids of the whole text: not truncated, not padded, and the same each time.
+        document = tokenizer.document | {"truncation": None, "padding": None}
+        if "dropout" in document["model"]:
+            document["model"] = document["model"] | {"dropout": None}
+        self._library = tokenizers.Tokenizer.from_str(json.dumps(document))
+        self._library.encode_special_tokens = True
+        self._name, self._end_of_text = tokenizer.name, tokenizer.end_of_text
+        self._dtype = token_dtype(tokenizer.vocab_size)
+
+    def encode(self, text: str) -> TokenIds:
+        text.encode()  # a lone surrogate raises here; the library would replace it
+        try:
+            found = self._library.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # its Rust panics are BaseExceptions
+            raise ValueError(f"{self._name} cannot encode the text ({type(error).__name__}: {error})") from None
+        ids: TokenIds = np.array(found, dtype=self._dtype)
+        # A model of whole words, or Unigram, may have no other token for the written-out
+        # end-of-text.
+        if (ids == self._end_of_text).any():
+            raise ValueError(f"{self._name} cannot tell a written-out end-of-text token from the end of a text")
+        return ids
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return str(self._library.decode(ids, skip_special_tokens=False)).encode()
+
+    def token_bytes(self) -> None:
+        return None
+
+
 def json_fingerprint(content: bytes, end_of_text: int) -> str:
-    """What a spec calls a tokenizer.json with this end-of-text."""
+    """The fingerprint in the spec of a tokenizer.json with this end-of-text token."""
     return hash_bytes(content + b"\n%d" % end_of_text)
 
 
 def vocabulary_in(document: dict[str, Any]) -> dict[str, int]:
-    """Every token of a tokenizer.json, as the file writes it, with its id."""
+    """Every token of a tokenizer.json, as the file writes it, and its id."""
     return _model_vocabulary(document) | {entry["content"]: entry["id"] for entry in document.get("added_tokens", ())}
 
 
@@ -115,38 +142,29 @@ def _model_vocabulary(document: dict[str, Any]) -> dict[str, int]:
 def _checked_size(vocabulary: dict[str, int]) -> int:
     ids = set(vocabulary.values())
     if not all(type(i) is int for i in ids):
-        raise UserError("an id is no whole number: save the file again")
-    if len(ids) < len(vocabulary) or min(ids) < 0 or max(ids) >= MOST_IDS:
-        raise UserError(f"an id is there twice, or one is not in 0 .. {MOST_IDS - 1}: save the file again")
+        raise UserError("an id is not an integer: save the file again")
+    if len(ids) < len(vocabulary) or min(ids) < 0 or max(ids) >= MAX_IDS:
+        raise UserError(f"an id occurs twice, or one is not in 0 .. {MAX_IDS - 1}: save the file again")
     return max(ids) + 1
 
 
 def _check_added(document: dict[str, Any]) -> None:
-    """The library numbers added tokens itself, behind the model's own, whatever id the file gives them."""
+    """Raises UserError if an added token does not have the id that Hugging Face's library gives it.
+
+    The library numbers added tokens itself, after those of the model, whatever the file says.
+    """
     tokens = _model_vocabulary(document)
     following = len(tokens)
     for entry in sorted(document.get("added_tokens", ()), key=lambda entry: entry["id"]):
         if (wanted := tokens.get(entry["content"], following)) != entry["id"]:
             raise UserError(
-                f"the added token {entry['content']!r} has id {entry['id']}, where Hugging Face's library makes it {wanted}: "
+                f"the added token {entry['content']!r} has id {entry['id']}, but Hugging Face's library makes it {wanted}: "
                 "save the file again with that library"
             )
         following += entry["content"] not in tokens
 
 
 def _mark_special(document: dict[str, Any], end_of_text: int) -> None:
-    """Some files hold end-of-text as an ordinary token, which the library would find in a text."""
+    """Some files have end-of-text as an ordinary token, which the library would find in a text."""
     for entry in document.get("added_tokens", ()):
         entry["special"] = entry["special"] or entry["id"] == end_of_text
-
-
-def _library(document: dict[str, Any]) -> Any:
-    """Hugging Face's tokenizer of the whole text, always the same: not cut, not padded, without dropout."""
-    import tokenizers
-
-    document = document | {"truncation": None, "padding": None}
-    if "dropout" in document["model"]:
-        document["model"] = document["model"] | {"dropout": None}
-    library = tokenizers.Tokenizer.from_str(json.dumps(document))
-    library.encode_special_tokens = True
-    return library

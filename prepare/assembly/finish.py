@@ -1,4 +1,4 @@
-"""From the parts of all tasks to the dataset: duplicates, splits, shards, statistics, manifest."""
+"""The parts of all tasks -> the dataset: duplicates, split rule, shards, statistics, manifest."""
 
 from pathlib import Path
 
@@ -10,52 +10,58 @@ from pipeline.log import ProgressReport, logger
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
 from prepare.assembly.duplicates import mark_duplicates
-from prepare.assembly.shards import Assembly, ShardPlan, plan_shards, statistics, write_shard, written_shard
+from prepare.assembly.shards import Assembly, ShardLayout, lay_out_shards, statistics, write_shard, written_shard
 from prepare.assembly.splits import dropped, find_rule
 from prepare.sources.corpus import Corpus
 from prepare.unfinished.journal import Journal, Plan
-from prepare.unfinished.parts import Part, Reports, add_reports, read_summary, report
+from prepare.unfinished.parts import Part, merge_reports, read_summary, report
 from prepare.workers import Workers
 
 DUPLICATE = "duplicate"
 
 
 def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> None:
-    """Make the dataset of the parts, which all have to be there, and put it in its place."""
+    """Make the dataset from its parts, which must all exist, and publish it."""
     tokenizer = from_spec(plan.tokenizer, journal.staged)
     dtype = token_dtype(tokenizer.vocab_size)
-    parts = journal.parts(len(plan.sizes), plan.options["limit_docs"])
-    skipped, unusual, documents = _reports(parts)
+    parts = journal.parts(plan.options["limit_docs"])
+    summaries = [read_summary(path) for path in parts]
+    documents = sum(summary.documents for summary in summaries)
+    skipped = merge_reports(summary.skipped for summary in summaries)
     duplicates = None
     if plan.options["dedup"]:
         duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
-        marks = dropped(duplicates, 0, documents)
-        if marks.any():
+        if (marks := dropped(duplicates, 0, documents)).any():
             report(skipped, DUPLICATE, f"document {int(marks.argmax())} of the corpus, from 0", int(marks.sum()))
     if documents == 0:
-        left_out = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in skipped.items())
+        reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in skipped.items())
         raise UserError(
-            "the corpus is empty: no source holds a document with text in it" + (f" ({left_out})" if left_out else "")
+            "the corpus is empty: no source has a document with text in it" + (f" ({reasons})" if reasons else "")
         )
     rule = find_rule(parts, tokenizer, plan.options["val_fraction"], duplicates)
-    assembly = Assembly(journal.folder, journal.staged, tokenizer.vocab_size, tokenizer.end_of_text, rule, duplicates)
-    plans = plan_shards(parts, assembly, plan.options["shard_tokens"])
-    shards = _write_shards(assembly, plans, workers)
+    assembly = Assembly(
+        parts=journal.folder, folder=journal.staged, vocab_size=tokenizer.vocab_size, rule=rule, duplicates=duplicates
+    )
+    layouts = lay_out_shards(parts, assembly, plan.options["shard_tokens"])
+    shards = _write_shards(assembly, layouts, workers)
+    # The last moment at which a change of a source would make the dataset differ from what its
+    # manifest says.
     if changed := changed_sources(plan, corpus, journal):
         raise UserError(
-            f"{changed[0]} changed while {journal.dataset} was prepared from it: start over with --force once it stays as it is"
+            f"{changed[0]} changed while {journal.dataset} was prepared from it: start over with --force once it no longer "
+            "changes"
         )
     known = journal.known_hashes()
     manifest = Manifest(
         tokenizer=plan.tokenizer,
         dtype=dtype.name,
-        splits={split: [shards[each.name] for each in plans if each.split == split] for split in SPLITS},
+        splits={split: [shards[each.name] for each in layouts if each.split == split] for split in SPLITS},
         sources=corpus.record(lambda path: known[str(path)][1] if str(path) in known else hash_file(path)),
         options=plan.options,
         val_rule=rule.record(),
         skipped=skipped,
-        unusual=unusual,
-        statistics=statistics(assembly, plans, list(shards.values())),
+        unusual=merge_reports(summary.unusual for summary in summaries),
+        statistics=statistics(assembly, layouts, list(shards.values())),
         program=__version__,
     )
     journal.publish(manifest)
@@ -63,7 +69,10 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
 
 
 def changed_sources(plan: Plan, corpus: Corpus, journal: Journal) -> list[str]:
-    """The sources that are not as they were when the plan was made; a file that was only touched is the same."""
+    """The sources that changed since the plan was made.
+
+    A file with a new time but the same content has not.
+    """
     known = journal.known_hashes()
     stamps = corpus.stamps()
 
@@ -71,28 +80,19 @@ def changed_sources(plan: Plan, corpus: Corpus, journal: Journal) -> list[str]:
         stamp, digest = known.get(name, (None, ""))
         return name in stamps and stamp == plan.stamps.get(name) and hash_file(Path(name)) == digest
 
+    # A stamp is size and time, cheap to compare; only where they differ is a file read, to compare
+    # its hash.
     names = sorted({*stamps, *plan.stamps})
     return [name for name in names if stamps.get(name) != plan.stamps.get(name) and not only_touched(name)]
 
 
-def _reports(parts: list[Path]) -> tuple[Reports, Reports, int]:
-    """What was left out and what was unusual, with counts and examples; and how many documents there are."""
-    skipped: Reports = {}
-    unusual: Reports = {}
-    documents = 0
-    for path in parts:
-        summary = read_summary(path)
-        add_reports(skipped, summary.skipped)
-        add_reports(unusual, summary.unusual)
-        documents += summary.documents
-    return dict(sorted(skipped.items())), dict(sorted(unusual.items())), documents
-
-
-def _write_shards(assembly: Assembly, plans: list[ShardPlan], workers: Workers) -> dict[str, Shard]:
-    """Every shard, by its plan's name."""
-    found = {each.name: shard for each in plans if (shard := written_shard(assembly, each))}
-    missing = [each for each in plans if each.name not in found]
-    with ProgressReport("write shards", len(plans), "shards", done=len(found)) as progress:
+def _write_shards(assembly: Assembly, layouts: list[ShardLayout], workers: Workers) -> dict[str, Shard]:
+    """Every shard, by the name of its layout."""
+    # Shards of an earlier run that was killed while it wrote them; the layout is the same, so their
+    # content is too.
+    found = {each.name: shard for each in layouts if (shard := written_shard(assembly, each))}
+    missing = [each for each in layouts if each.name not in found]
+    with ProgressReport("write shards", len(layouts), "shards", done=len(found)) as progress:
         for shard in workers.map(write_shard, [(assembly, each) for each in missing]):
             found[shard.file.removesuffix(".bin")] = shard
             progress.advance(1)
@@ -103,7 +103,8 @@ def _summarise(dataset: Path, manifest: Manifest) -> None:
     for split in SPLITS:
         tokens, documents = manifest.count(split, "tokens"), manifest.count(split, "documents")
         logger.info("%s: %s tokens in %s documents", split, f"{tokens:,}", f"{documents:,}")
-    for what, reports in (("left out", manifest.skipped), ("kept, but unusual", manifest.unusual)):
+    for what, reports in (("skipped", manifest.skipped), ("kept, but unusual", manifest.unusual)):
         for reason, entry in reports.items():
-            logger.info("%s: %s documents: %s (such as %s)", what, f"{entry['count']:,}", reason, entry["example"])
+            count = f"{entry['count']:,} documents"
+            logger.info("%s: %s: %s (such as %s)", what, count, reason, entry["example"])
     logger.info("prepared %s", dataset)

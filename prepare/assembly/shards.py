@@ -1,7 +1,9 @@
-"""Parts -> the dataset's shards: which document goes where, and then shard by shard, in as many processes as there are.
+"""Parts -> the dataset's shards.
 
-Where everything goes follows from the parts' documents, their lengths and hashes; so shards are written independently,
-and one that is there is whole.
+First the layout: which documents go into which shard follows from the parts' document lengths and
+hashes alone, and takes no look at a token. Then each shard is copied from the parts by itself, in
+any process and in any order; a shard whose file exists is complete, so a killed run resumes with
+the next one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 import xxhash
 
@@ -19,13 +20,13 @@ from pipeline.dataset.shards import SPLITS, Shard
 from pipeline.files import publish, write_atomic
 from pipeline.vocabulary.tokenizer import TokenIds, token_dtype
 from prepare.assembly.counts import Counts
-from prepare.assembly.splits import TOKENS_AT_ONCE, SplitRule, dropped
+from prepare.assembly.splits import COPY_TOKENS, Flags, SplitRule, dropped, numbered_parts
 from prepare.unfinished.parts import Part
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Documents [first, stop) of a part whose document 0 is the corpus's document `number`."""
+class DocumentRange:
+    """Documents [first, stop) of a part whose document 0 is document `number` of the corpus."""
 
     part: str
     number: int
@@ -34,10 +35,15 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class ShardPlan:
+class ShardLayout:
+    """Where the documents of a shard are.
+
+    The ranges also hold documents of the other split, and duplicates.
+    """
+
     split: str
     number: int
-    stretches: tuple[Stretch, ...]
+    ranges: tuple[DocumentRange, ...]
 
     @property
     def name(self) -> str:
@@ -46,106 +52,109 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Assembly:
-    """What every shard of a dataset has in common. `parts` holds the parts; `folder` is where shards go."""
+    """What all shards have in common.
+
+    `parts` is the folder of parts, `folder` that of the shards.
+    """
 
     parts: Path
     folder: Path
     vocab_size: int
-    end_of_text: int
     rule: SplitRule
-    duplicates: Path | None
+    duplicates: Path | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
         return token_dtype(self.vocab_size)
 
-    def chosen(self, split: str, part: Part, stretch: Stretch) -> npt.NDArray[np.bool_]:
-        """Which documents of a stretch are the split's."""
-        found = self.rule.chosen(split, part.hashes[stretch.first : stretch.stop])
-        return found & ~dropped(self.duplicates, stretch.number + stretch.first, stretch.number + stretch.stop)
+    def chosen(self, split: str, part: Part, documents: DocumentRange) -> Flags:
+        """(stop - first,): which documents of a range are in the split."""
+        first, stop, number = documents.first, documents.stop, documents.number
+        return self.rule.chosen(split, part.hashes[first:stop]) & ~dropped(
+            self.duplicates, number + first, number + stop
+        )
 
 
-def plan_shards(parts: list[Path], assembly: Assembly, shard_tokens: int) -> list[ShardPlan]:
-    """The shards of both splits: a document is never cut, and the one that fills a shard closes it."""
-    if assembly.rule.kind == "position":
-        parts = [path for path in parts if Part(path, assembly.dtype).summary.documents]
-        whole = (Stretch(parts[0].name, 0, 0, 1),)
-        return [ShardPlan(split, 0, whole) for split in SPLITS]
-    plans: list[ShardPlan] = []
-    for split in SPLITS:
-        stretches: list[Stretch] = []
-        filled = documents = 0
-        closed = 0
-        for path in parts:
-            part = Part(path, assembly.dtype)
-            whole_part = Stretch(path.name, documents, 0, part.summary.documents)
-            documents += part.summary.documents
-            mine = np.flatnonzero(assembly.chosen(split, part, whole_part))
-            ends = np.cumsum(part.lengths[mine])
-            at = taken = 0
-            while taken < len(mine):
-                upto = min(int(np.searchsorted(ends, at + shard_tokens - filled)) + 1, len(mine))
-                stretches.append(Stretch(path.name, whole_part.number, int(mine[taken]), int(mine[upto - 1]) + 1))
-                filled += int(ends[upto - 1]) - at
-                at, taken = int(ends[upto - 1]), upto
-                if filled >= shard_tokens:
-                    plans.append(ShardPlan(split, closed, tuple(stretches)))
-                    stretches, filled, closed = [], 0, closed + 1
-        if stretches:
-            plans.append(ShardPlan(split, closed, tuple(stretches)))
-    return plans
+def lay_out_shards(parts: list[Path], assembly: Assembly, shard_tokens: int) -> list[ShardLayout]:
+    """The shards of both splits.
+
+    A document is never divided: the one that brings a shard to `shard_tokens` closes it.
+    """
+    return [layout for split in SPLITS for layout in _lay_out_split(split, parts, assembly, shard_tokens)]
 
 
-def write_shard(job: tuple[Assembly, ShardPlan]) -> Shard:
-    """Write a shard, and beside the parts what there is to say of it."""
-    assembly, plan = job
-    final = assembly.folder / f"{plan.name}.bin"
-    partial = assembly.folder / f"{plan.name}.bin.partial"
+def _lay_out_split(split: str, parts: list[Path], assembly: Assembly, shard_tokens: int) -> Iterator[ShardLayout]:
+    shard = filled = 0
+    ranges: list[DocumentRange] = []
+    for part, number in numbered_parts(parts, assembly.dtype):
+        everything = DocumentRange(part.path.name, number, 0, part.summary.documents)
+        mine = np.flatnonzero(assembly.chosen(split, part, everything))
+        # Tokens of the split in this part, up to and with each of its documents. They increase, so
+        # a binary search finds the document that fills a shard, in one step a shard instead of one
+        # a document.
+        ends = np.cumsum(part.lengths[mine])
+        # Of those documents `taken` are in shards already, with `begin` tokens.
+        taken = begin = 0
+        while taken < len(mine):
+            stop = min(int(np.searchsorted(ends, begin + shard_tokens - filled)) + 1, len(mine))
+            ranges.append(DocumentRange(part.path.name, number, int(mine[taken]), int(mine[stop - 1]) + 1))
+            filled += int(ends[stop - 1]) - begin
+            begin, taken = int(ends[stop - 1]), stop
+            if filled >= shard_tokens:
+                yield ShardLayout(split, shard, tuple(ranges))
+                ranges, filled, shard = [], 0, shard + 1
+    if ranges:
+        yield ShardLayout(split, shard, tuple(ranges))
+
+
+def write_shard(arguments: tuple[Assembly, ShardLayout]) -> Shard:
+    """Write a shard, and next to the parts its token counts and its entry for the manifest."""
+    assembly, layout = arguments
+    final = assembly.folder / f"{layout.name}.bin"
+    partial = assembly.folder / f"{layout.name}.bin.partial"
     tokens = documents = text_bytes = 0
     content_hash = xxhash.xxh3_128()
-    counts = Counts(assembly.vocab_size if plan.split == "train" else 0)
+    counts = Counts(assembly.vocab_size if layout.split == "train" else 0)
     with partial.open("wb") as file:
-        for stretch in plan.stretches:
-            part = Part(assembly.parts / stretch.part, assembly.dtype)
-            chosen = assembly.chosen(plan.split, part, stretch)
+        for each in layout.ranges:
+            part = Part(assembly.parts / each.part, assembly.dtype)
+            chosen = assembly.chosen(layout.split, part, each)
             documents += int(chosen.sum())
-            text_bytes += int(part.text_bytes[stretch.first : stretch.stop][chosen].sum())
-            for ids in _tokens(assembly, plan.split, part, stretch, chosen):
+            text_bytes += int(part.text_bytes[each.first : each.stop][chosen].sum())
+            for ids in _copied(part, assembly.rule.token_ranges(layout.split, part.lengths[: each.stop], chosen)):
                 file.write(ids.data)
                 content_hash.update(ids.data)
                 counts.add(ids)
                 tokens += len(ids)
-                part.let_go()
-    if assembly.rule.kind == "position":
-        text_bytes = assembly.rule.head_bytes if plan.split == "train" else text_bytes - assembly.rule.head_bytes
-    shard = Shard(final.name, tokens, documents, text_bytes, content_hash.hexdigest())
-    counts.save(assembly.parts / f"{plan.name}.counts")
-    write_atomic(assembly.parts / f"{plan.name}.json", orjson.dumps(asdict(shard)))
+                part.release_memory()  # else one long document would be in memory as a whole
+    text_bytes = assembly.rule.text_bytes(layout.split, text_bytes)
+    # The hash is of all that was written, so that `verify` finds damage that came afterwards.
+    digest = content_hash.hexdigest()
+    shard = Shard(file=final.name, tokens=tokens, documents=documents, bytes=text_bytes, hash=digest)
+    # Renamed last: `written_shard` takes the file of tokens as the sign that these two exist as
+    # well.
+    counts.save(assembly.parts / f"{layout.name}.counts")
+    write_atomic(assembly.parts / f"{layout.name}.json", orjson.dumps(asdict(shard)))
     publish(partial, final)
     return shard
 
 
-def written_shard(assembly: Assembly, plan: ShardPlan) -> Shard | None:
-    """The shard, if an earlier start wrote it."""
-    if not (assembly.folder / f"{plan.name}.bin").exists():
+def written_shard(assembly: Assembly, layout: ShardLayout) -> Shard | None:
+    """The shard, if an earlier run has written it."""
+    if not (assembly.folder / f"{layout.name}.bin").exists():
         return None
-    return Shard(**orjson.loads((assembly.parts / f"{plan.name}.json").read_bytes()))
+    return Shard(**orjson.loads((assembly.parts / f"{layout.name}.json").read_bytes()))
 
 
-def _tokens(
-    assembly: Assembly, split: str, part: Part, stretch: Stretch, chosen: npt.NDArray[np.bool_]
-) -> Iterator[TokenIds]:
-    """The ids of the chosen documents, `TOKENS_AT_ONCE` or fewer at a time."""
-    if assembly.rule.kind == "position":
-        cut, end = assembly.rule.threshold, int(part.lengths[0])
-        runs: list[Any] = [(0, cut), (end - 1, end)] if split == "train" else [(cut, end)]
-    else:
-        starts = np.concatenate([[0], np.cumsum(part.lengths[: stretch.stop])])[stretch.first :]
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], chosen.astype(np.int8), [0]])))
-        runs = starts[edges].reshape(-1, 2).tolist()
+def _copied(part: Part, ranges: list[tuple[int, int]]) -> Iterator[TokenIds]:
+    """The part's ids in `ranges`, `COPY_TOKENS` or fewer at a time.
+
+    Ranges may be as short as a document or longer than memory, so short ones are joined and long
+    ones divided.
+    """
     waiting: list[TokenIds] = []
-    room = TOKENS_AT_ONCE
-    for start, stop in runs:
+    room = COPY_TOKENS
+    for start, stop in ranges:
         while start < stop:
             upto = min(stop, start + room)
             waiting.append(part.tokens[start:upto])
@@ -153,25 +162,27 @@ def _tokens(
             start = upto
             if room == 0:
                 yield np.concatenate(waiting)
-                waiting, room = [], TOKENS_AT_ONCE
+                waiting, room = [], COPY_TOKENS
     if waiting:
         yield np.concatenate(waiting)
 
 
-def statistics(assembly: Assembly, plans: Sequence[ShardPlan], shards: Sequence[Shard]) -> dict[str, Any]:
-    """Entropies in nats of the train split's tokens: of one alone, and of one when the one before it is known.
+def statistics(assembly: Assembly, layouts: Sequence[ShardLayout], shards: Sequence[Shard]) -> dict[str, Any]:
+    """Entropies of the train split in nats: of a token, and of a token given the one before it.
 
-    A model that only counts tokens, or pairs, reaches these losses (H = -sum p ln p); a trained one has to get below.
+    They are the losses of a model that knows only the counts of tokens, or of pairs (H = -sum p ln
+    p): a trained model has to get below both.
     """
     counts = Counts(assembly.vocab_size)
-    for plan in plans:
-        if plan.split == "train":
-            counts.load(assembly.parts / f"{plan.name}.counts")
+    for layout in layouts:
+        if layout.split == "train":
+            counts.load(assembly.parts / f"{layout.name}.counts")
     found: dict[str, Any] = {
         "bytes_per_token": round(sum(shard.bytes or 0 for shard in shards) / sum(shard.tokens for shard in shards), 4),
         "unigram_entropy_nats": round(entropy_nats(counts.unigrams), 4),
     }
     if len(counts.bigrams):
+        # H(second | first) = H(first, second) - H(first)
         first = counts.bigrams.sum(axis=1)
         found["bigram_entropy_nats"] = round(entropy_nats(counts.bigrams.ravel()) - entropy_nats(first), 4)
     return found

@@ -1,10 +1,10 @@
-"""Whole files and lines as documents: units that know a place in a file and read it in the worker."""
+"""Text files and lines as documents: units that know a range of a file and read it in the worker."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prepare.documents.jsontext import parse, parse_long
+from prepare.documents.jsontext import MOST_VALUE_BYTES, parse, too_long
 from prepare.storage.compressed import BYTE_ORDER_MARK, text_blocks
 from prepare.storage.files import blocks, shown
 from prepare.units import LONG_BYTES, STDIN_SPOOL, Document, OneUnit, utf8
@@ -12,7 +12,7 @@ from prepare.units import LONG_BYTES, STDIN_SPOOL, Document, OneUnit, utf8
 
 @dataclass(frozen=True)
 class FileText:
-    """A whole file as a long document; packed ones are unpacked each time they are read."""
+    """A file as a long document; a compressed one is decompressed each time it is read."""
 
     path: str
 
@@ -36,7 +36,7 @@ class TextFile(OneUnit):
                 return
         yield 0, utf8(bytes(held))
 
-    def place(self, position: int) -> str:
+    def locate(self, position: int) -> str:
         return shown(self.path)
 
 
@@ -54,9 +54,9 @@ class LineText:
 
 @dataclass(frozen=True)
 class Lines(OneUnit):
-    """The lines of a file that begin in bytes [start, stop), so that neighbours share no line and leave none out.
+    """The lines of a file that begin in bytes [start, stop), so that neighbours share no line and skip none.
 
-    With a text field a line is a JSON object (JSONL; blank lines are no documents), without one it is the document.
+    With a text field a line is a JSON object, and blank lines are skipped; without one every line is a document.
     """
 
     path: str
@@ -70,28 +70,34 @@ class Lines(OneUnit):
 
     def documents(self) -> Iterator[tuple[int, Document]]:
         for begin, line in self._lines():
-            if isinstance(line, LineText):
-                yield begin, self._long(line)
-            elif self.text_field is None:
-                yield begin, utf8(line.removesuffix(b"\r"))
-            elif line.strip():
-                yield begin, parse(line, self.text_field, lambda begin=begin: self._line(begin))  # type: ignore[misc]
+            if self.text_field is None:
+                yield begin, self._plain(line)
+                continue
+            content = self._held(line) if isinstance(line, LineText) else line
+            if content.strip():
+                yield begin, parse(content, self.text_field, lambda begin=begin: self._number(begin))  # type: ignore[misc]
 
-    def place(self, position: int) -> str:
+    def locate(self, position: int) -> str:
         return f"{self._shown} at byte {position}"
 
     @property
     def _shown(self) -> str:
         return "stdin" if Path(self.path).name == STDIN_SPOOL else shown(self.path)
 
-    def _long(self, line: LineText) -> Document:
-        if self.text_field is not None:
-            return parse_long(line.path, line.begin, line.end, self.text_field, lambda: self._line(line.begin))
+    def _held(self, line: LineText) -> bytes:
+        if line.end - line.begin > MOST_VALUE_BYTES:
+            raise too_long(self._number(line.begin))
+        return b"".join(line.blocks())
+
+    def _plain(self, line: bytes | LineText) -> Document:
+        """The line as a document, without a carriage return at its end."""
+        if isinstance(line, bytes):
+            return utf8(line.removesuffix(b"\r"))
         last = b"".join(blocks(line.path, line.end - 1, line.end))
-        return LineText(line.path, line.begin, line.end - 1) if last == b"\r" else line
+        return LineText(line.path, line.begin, line.end - (last == b"\r"))
 
     def _lines(self) -> Iterator[tuple[int, bytes | LineText]]:
-        """A line that is too long to hold is passed over, and read again by whoever wants it."""
+        """A long line is passed over, and read again when its text is needed."""
         begin = self._first()
         at, held = begin, b""
         for block in blocks(self.path, begin) if begin < self.stop else ():
@@ -109,24 +115,25 @@ class Lines(OneUnit):
             yield begin, LineText(self.path, begin, at) if at - begin > LONG_BYTES else held
 
     def _first(self) -> int:
-        """Where the first line of this unit begins; `stop` where none does."""
+        """Where the first line of this unit begins; `stop` if none does."""
         if not self.start:
             head = b"".join(blocks(self.path, 0, len(BYTE_ORDER_MARK)))
             return len(head) if head == BYTE_ORDER_MARK else 0
-        # From the byte before: where that is a line's end, the line at `start` is ours.
+        # From the byte before: if that one ends a line, the line at `start` is ours.
         at = self.start - 1
         for block in blocks(self.path, at, self.stop):
-            cut = block.find(b"\n")
-            if cut >= 0:
-                return at + cut + 1
+            newline = block.find(b"\n")
+            if newline >= 0:
+                return at + newline + 1
             at += len(block)
         return self.stop
 
-    def _line(self, begin: int) -> str:
-        """Counted only when an error needs it: units know bytes, people know lines."""
+    def _number(self, begin: int) -> str:
+        """The line's number, counted only when an error needs it: units know bytes, editors know lines."""
         return f"{self._shown} line {1 + sum(block.count(10) for block in blocks(self.path, 0, begin))}"
 
 
-def plan_lines(path: str, size: int, text_field: str | None, unit_bytes: int) -> Iterator[Lines]:
+def split_lines(path: str, size: int, text_field: str | None, unit_bytes: int) -> Iterator[Lines]:
+    """The lines of a file in units of so many bytes."""
     for start in range(0, size, unit_bytes):
         yield Lines(path, start, min(start + unit_bytes, size), text_field)

@@ -1,7 +1,8 @@
 """Reading Parquet: a unit is a slice of rows of one row group.
 
-A file says of itself how large it is. What it says is held against its bytes before anything is read, and the rows of
-a step against the longest value its dictionary can repeat: a few KB of Parquet can unfold to terabytes.
+A file's footer claims how large its parts are. Those claims are checked against the file's size before anything is read,
+and the rows of a step are limited by the longest value its dictionary can repeat: a few KB of Parquet can expand to
+terabytes.
 """
 
 import re
@@ -15,23 +16,23 @@ from pipeline.errors import UserError, one_line
 from prepare.storage.files import describe, is_url, open_bytes, reading, shown
 from prepare.units import BLOCK_BYTES, LONG_BYTES, NULL, Document, OneUnit, Refused, utf8
 
-# Rows of one step, and of one unit: what a dictionary repeats shows in no size that the file tells.
+# Rows of one step, and of one unit: no size in the footer shows how much a dictionary repeats.
 MOST_ROWS = 8192
 MOST_ROWS_IN_UNIT = 1 << 15
-# A step that may unfold to more takes fewer rows, down to one.
+# A step that may expand to more takes fewer rows, down to one.
 STEP_BYTES = 16 << 20
-# A dictionary beyond this is not unpacked to look for its longest value.
+# A larger dictionary is not decompressed to find its longest value.
 DICTIONARY_BYTES = 16 << 20
-# A row group that unfolds further is a bomb: text shrinks to a third, and a dictionary of a few texts is no corpus.
-MOST_UNFOLDING = 250
+# A row group that expands further is a bomb: text compresses to a third, and a dictionary of a few texts is not a corpus.
+MOST_EXPANSION = 250
 FREE_BYTES = 256 << 20
-# Equal rows need next to no bytes; beyond this many they are a claim.
+# Equal rows take almost no bytes, so a count up to this is believed.
 ROWS_WITHOUT_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class ParquetRows(OneUnit):
-    """Rows [start, stop) of one row group, of which the file's row `first` is row 0. `batch` rows are read in a step."""
+    """Rows [start, stop) of one row group, which begins at the file's row `first`. `batch` rows are read in a step."""
 
     path: str
     column: str
@@ -49,13 +50,13 @@ class ParquetRows(OneUnit):
                 yield from enumerate(_documents(rows), start=row)
                 row += len(rows)
 
-    def place(self, position: int) -> str:
+    def locate(self, position: int) -> str:
         return f"{shown(self.path)} row {self.first + position}"
 
 
 @dataclass(frozen=True)
 class LongValue:
-    """A long document that lies in an Arrow buffer, which holds it anyway."""
+    """A long document in an Arrow buffer, which is in memory anyway."""
 
     content: Any
 
@@ -65,7 +66,7 @@ class LongValue:
 
 
 def _documents(rows: Any) -> Iterator[Document]:
-    """The texts of an Arrow array, checked to be UTF-8 all at once where they are."""
+    """The texts of an Arrow array. Arrow checks all of them for UTF-8; if one is not, each is checked alone."""
     import pyarrow as pa
 
     try:
@@ -85,22 +86,22 @@ def _document(scalar: Any, known: bool) -> Document:
     if not scalar.is_valid:
         return Refused(NULL)
     content = scalar.as_buffer()
-    if content.size > LONG_BYTES:  # whoever encodes it finds out whether it is UTF-8
+    if content.size > LONG_BYTES:  # the encoder finds out whether it is UTF-8
         return LongValue(content)
     return content.to_pybytes() if known else utf8(content.to_pybytes())
 
 
 class _RowGroup:
-    """A place in one row group. Skipping rows costs as much as reading them, and pq.write_table's groups have 1 M rows.
+    """A reader in one row group. Skipping rows costs as much as reading them, and pq.write_table's groups have 1 M rows.
 
-    Later units of a group lie further on, so a process that keeps its place reads each group once, not once a unit.
+    Units of a group come in order, so a process that keeps its reader reads each group once, not once a unit.
     """
 
     def __init__(self, path: str, column: str, group: int, batch: int) -> None:
         self._file = _parquet_file(path)
         chunk = _chunk(self._file, group, column)
-        self._most_bytes = max(MOST_UNFOLDING * chunk.total_compressed_size, FREE_BYTES)
-        self._words = f"{shown(path)} row group {group}"
+        self._most_bytes = _most_bytes(chunk.total_compressed_size)
+        self._where = f"{shown(path)} row group {group}"
         batch = max(1, min(batch, STEP_BYTES // _longest_repeated(path, group, column, chunk)))
         self._options = {"batch_size": batch, "row_groups": [group], "columns": [column], "use_threads": False}
         self._rows: Any
@@ -121,18 +122,20 @@ class _RowGroup:
 
     def _rewind(self) -> None:
         self._batches = self._file.iter_batches(**self._options)
-        self._begin = self._unfolded = 0
+        self._begin = self._expanded = 0
         self._rows = self._next()
 
     def _next(self) -> Any:
         batch = next(self._batches, None)
         if batch is None:
-            raise UserError(f"{self._words} ends after {self._begin} rows, it promises more; fetch or write it again")
+            raise UserError(
+                f"{self._where} ends after {self._begin} rows, fewer than its footer claims: download or write it again"
+            )
         rows = batch.column(0)
         rows = rows.dictionary_decode() if hasattr(rows, "dictionary_decode") else rows
-        self._unfolded += rows.nbytes
-        if self._unfolded > self._most_bytes:
-            raise _bomb(self._words, self._unfolded, self._most_bytes)
+        self._expanded += rows.nbytes
+        if self._expanded > self._most_bytes:
+            raise _bomb(self._where, self._expanded, self._most_bytes)
         return rows
 
 
@@ -142,7 +145,7 @@ def _row_group(path: str, column: str, group: int, batch: int) -> _RowGroup:
 
 
 def _longest_repeated(path: str, group: int, column: str, chunk: Any) -> int:
-    """Bytes, or a bound of them, of the longest value in a chunk's dictionary, which any of its rows may repeat."""
+    """Bytes, or an upper bound, of the longest value in a chunk's dictionary, which any of its rows may repeat."""
     import pyarrow as pa
 
     if chunk.dictionary_page_offset is None:
@@ -150,7 +153,7 @@ def _longest_repeated(path: str, group: int, column: str, chunk: Any) -> int:
     page = _dictionary_bytes(path, chunk)
     if page > DICTIONARY_BYTES:
         return page
-    # As a dictionary a step of one row holds the dictionary page and nothing unfolded.
+    # Read as a dictionary, a step of one row holds the dictionary page and no expanded values.
     with _parquet_file(path, read_dictionary=[column]) as file:
         batch = next(file.iter_batches(batch_size=1, row_groups=[group], columns=[column], use_threads=False), None)
         rows = batch.column(0) if batch is not None else pa.array([])
@@ -161,7 +164,7 @@ def _longest_repeated(path: str, group: int, column: str, chunk: Any) -> int:
 
 
 def _dictionary_bytes(path: str, chunk: Any) -> int:
-    """The unpacked size of a chunk's dictionary page, the second field of the Thrift struct it opens with."""
+    """The uncompressed size of a chunk's dictionary page, the second field of its header (PageHeader in parquet.thrift)."""
     with open_bytes(path) as file:
         file.seek(chunk.dictionary_page_offset)
         head = file.read(32)
@@ -169,10 +172,11 @@ def _dictionary_bytes(path: str, chunk: Any) -> int:
     if fields is None:
         return int(chunk.total_uncompressed_size)
     number: int = sum((byte & 0x7F) << 7 * at for at, byte in enumerate(fields[1]))
-    return number >> 1  # an integer's sign is its last bit
+    return number >> 1  # Thrift's zigzag encoding: the last bit is the sign
 
 
-def plan_parquet(path: str, file_bytes: int, text_field: str, unit_bytes: int) -> Iterator[ParquetRows]:
+def split_rows(path: str, file_bytes: int, text_field: str, unit_bytes: int) -> Iterator[ParquetRows]:
+    """The rows of a file in units of about so much text. Raises UserError for a damaged file and for a bomb."""
     with _faults(path, "the footer"), _parquet_file(path) as file:
         _check_text_column(file.schema_arrow, path, text_field)
         first = 0
@@ -183,29 +187,33 @@ def plan_parquet(path: str, file_bytes: int, text_field: str, unit_bytes: int) -
             for start in range(0, rows, rows_in_unit):
                 stop = min(start + rows_in_unit, rows)
                 share = size * (stop - start) // rows
-                yield ParquetRows(path, text_field, group, first, start, stop, batch, share)
+                yield ParquetRows(path, text_field, group, first=first, start=start, stop=stop, batch=batch, size=share)
             first += rows
 
 
 def _claims(file: Any, path: str, file_bytes: int, group: int, column: str) -> tuple[int, int]:
-    """The rows and the unpacked bytes of a row group's text, as far as the file's bytes can bear them out."""
+    """The rows and the uncompressed bytes of a row group's text, as claimed, if the size of the file allows them."""
     rows, chunk = file.metadata.row_group(group).num_rows, _chunk(file, group, column)
-    packed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
-    words = f"{shown(path)} row group {group}"
-    if not 0 <= packed <= file_bytes or size < 0 or not 0 <= rows <= max(ROWS_WITHOUT_BYTES, size):
+    compressed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
+    where = f"{shown(path)} row group {group}"
+    if not 0 <= compressed <= file_bytes or size < 0 or not 0 <= rows <= max(ROWS_WITHOUT_BYTES, size):
         raise UserError(
-            f"{words} claims {rows:,} rows and {packed:,} packed bytes in a file of {file_bytes:,}: it is damaged; "
-            "fetch or write it again"
+            f"{where} is damaged: it claims {rows:,} rows and {compressed:,} compressed bytes in a file of "
+            f"{file_bytes:,}; download or write it again"
         )
-    if size > max(MOST_UNFOLDING * packed, FREE_BYTES):
-        raise _bomb(words, size, max(MOST_UNFOLDING * packed, FREE_BYTES))
+    if size > (limit := _most_bytes(compressed)):
+        raise _bomb(where, size, limit)
     return rows, size
 
 
-def _bomb(words: str, size: int, limit: int) -> UserError:
+def _most_bytes(compressed: int) -> int:
+    return max(MOST_EXPANSION * compressed, FREE_BYTES)
+
+
+def _bomb(where: str, size: int, limit: int) -> UserError:
     return UserError(
-        f"{words} unfolds like a bomb: to {size:,} bytes or more, the limit is {MOST_UNFOLDING} times its packed size, "
-        f"here {limit:,}; write it again as JSONL if it is meant"
+        f"{where} looks like a decompression bomb: it expands to {size:,} bytes or more, the limit is {MOST_EXPANSION} "
+        f"times its compressed size, here {limit:,}; if that is intended, write it as JSON lines"
     )
 
 
@@ -223,7 +231,7 @@ def _faults(path: str, part: str) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
-            f"cannot read {part} of {shown(path)} as Parquet: {one_line(error)}; fetch or write it again"
+            f"cannot read {part} of {shown(path)} as Parquet: {one_line(error)}; download or write it again"
         ) from None
 
 
@@ -234,28 +242,30 @@ def _parquet_file(path: str, **options: Any) -> Any:
     if is_url(path):
         with reading(path):
             if not describe(path).ranges:
-                raise UserError(f"{shown(path)} comes from a server that gives no ranges: pipeline fetch it first")
-            place: Any = open_bytes(path)
+                raise UserError(f"the server of {shown(path)} does not support range requests: download the file first")
+            file: Any = open_bytes(path)
     else:
-        place = path
+        file = path
     try:
         # Buffered and not pre-buffered: otherwise a whole column chunk, often the whole file, is held in memory.
-        return pyarrow.parquet.ParquetFile(place, pre_buffer=False, buffer_size=1 << 16, **options)
+        return pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16, **options)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"cannot read {shown(path)} as Parquet: {one_line(error)}; fetch or write it again") from None
+        raise UserError(
+            f"cannot read {shown(path)} as Parquet: {one_line(error)}; download or write it again"
+        ) from None
 
 
 def _check_text_column(schema: Any, path: str, text_field: str) -> None:
     import pyarrow.types as kinds
 
     if text_field not in schema.names:
-        there = ", ".join(schema.names)
+        names = ", ".join(schema.names)
         raise UserError(
-            f"{shown(path)} has no column {text_field!r}; the columns there are: {there}; choose with --text-field"
+            f"{shown(path)} has no column {text_field!r}, its columns are: {names}; choose one with --text-field"
         )
     kind = schema.field(text_field).type
     value = kind.value_type if kinds.is_dictionary(kind) else kind
     if not (kinds.is_string(value) or kinds.is_large_string(value) or kinds.is_string_view(value)):
         raise UserError(
-            f"{shown(path)}: the column {text_field!r} holds {kind}, wanted text; choose another with --text-field"
+            f"{shown(path)}: the column {text_field!r} holds {kind}, expected text; choose another column with --text-field"
         )

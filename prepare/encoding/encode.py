@@ -1,7 +1,7 @@
 """Units of text -> parts on disk.
 
-A part depends on its unit and the tokenizer alone: units are cut before the number of workers is looked at, and it does
-not matter which worker takes which, or when.
+A part depends on its unit and the tokenizer alone: the corpus is divided into units without regard
+to the number of workers, and it does not matter which worker encodes which unit, or when.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,105 +14,115 @@ import xxhash
 
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.specs import from_spec
-from pipeline.vocabulary.tokenizer import Tokenizer, token_dtype
+from pipeline.vocabulary.tokenizer import token_dtype
 from prepare.encoding.engine import Engine, Gigatoken, Plain
-from prepare.encoding.pieces import PIECE_CHARACTERS, pieces
+from prepare.encoding.pieces import PIECE_CHARACTERS, blocks_of, pieces
 from prepare.unfinished.parts import PartWriter, Summary, part_name, report
 from prepare.units import NOT_UTF8, Document, Refused, Unit
 
+# Why a document is left out, next to the reasons of `prepare.units`; the manifest counts documents
+# by these words.
 EMPTY = "empty"
 REFUSED = "refused by the tokenizer"
-# A piece of a long document that holds no place where a word surely ends.
-CUT = "cut inside a word"
-# Every character is a token of its own there, so a cut falls between two in any case.
-CUT_ANYWHERE = ("char", "byte")
+# Every character or byte is a token there, so a piece that ends inside a word still gives the ids
+# of the document.
+ENDS_ANYWHERE = ("char", "byte")
 
 
 @dataclass(frozen=True)
-class Task:
-    """One unit to encode: its place in the plan, and whether it is its item's last."""
+class Kept:
+    """A document that is in the part, and what the manifest reports as unusual about it."""
+
+    unusual: str | None = None
+
+
+# Made once: nearly every document gives the first.
+AS_USUAL = Kept()
+SPLIT_INSIDE_WORD = Kept("cut inside a word")
+
+
+@dataclass(frozen=True)
+class UnitJob:
+    """One unit to encode, its position in the plan, and whether it is the last of its item.
+
+    With a limit, only its first `limit` documents are kept.
+    """
 
     item: int
     unit: int
     last: bool
     work: Unit
-    limit: int | None
-
-    @property
-    def name(self) -> str:
-        return part_name(self.item, self.unit)
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """All that a worker needs beside the unit. `folder` is where parts go; `vocabulary` holds the tokenizer's files."""
+class EncodingOptions:
+    """What all units have in common. `parts` and `vocabulary` are folders."""
 
-    spec: dict[str, Any]
-    folder: Path
+    tokenizer: dict[str, Any]
+    parts: Path
     vocabulary: Path
     seed: int
-    fast: bool
-
-    def tokenizer(self) -> Tokenizer:
-        return from_spec(self.spec, self.vocabulary)
+    use_gigatoken: bool = False
 
 
 class UnitEncoder:
     """Encodes unit after unit in one process."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self._folder, self._seed = encoder.folder, encoder.seed
-        self._tokenizer = encoder.tokenizer()
-        self._engine: Engine = Gigatoken() if encoder.fast else Plain(self._tokenizer)
-        # A tokenizer of Hugging Face's library may look across a word's end.
+    def __init__(self, options: EncodingOptions) -> None:
+        self._folder, self._seed = options.parts, options.seed
+        self._tokenizer = from_spec(options.tokenizer, options.vocabulary)
+        self._engine: Engine = Gigatoken() if options.use_gigatoken else Plain(self._tokenizer)
+        # Hugging Face's library, which has no token_bytes, may look beyond the end of a word.
         self._ends_with_words = self._tokenizer.token_bytes() is not None or self._tokenizer.name == "word"
 
-    def encode(self, task: Task) -> Summary:
-        """Write the part of a unit. With a limit, only that many documents of it are taken."""
+    def encode(self, job: UnitJob) -> Summary:
+        """Write the part of a unit."""
         self._engine.begin_unit()
-        summary = Summary(task.item, task.unit, task.last, self._engine.name, task.work.size)
-        path = self._folder / task.name
+        summary = Summary(item=job.item, unit=job.unit, last=job.last, engine=self._engine.name, size=job.work.size)
+        path = self._folder / part_name(job.item, job.unit)
         writer = PartWriter(path, token_dtype(self._tokenizer.vocab_size), self._tokenizer.end_of_text)
         try:
-            taken = 0
-            for position, document in task.work.documents():
-                problem = self._encode_document(document, writer)
-                if problem == CUT:
-                    report(summary.unusual, CUT, task.work.place(position))
-                elif problem:
-                    report(summary.skipped, problem, task.work.place(position))
+            # A document is skipped with a reason, or kept and perhaps reported; only kept ones
+            # count towards the limit, so --limit-docs 100 gives 100 documents.
+            kept = 0
+            for position, document in job.work.documents():
+                result = self._write(document, writer)
+                if isinstance(result, Refused):
+                    report(summary.skipped, result.reason, job.work.locate(position))
                     continue
-                taken += 1
-                if taken == task.limit:
+                if result.unusual:
+                    report(summary.unusual, result.unusual, job.work.locate(position))
+                kept += 1
+                if kept == job.limit:
                     break
-            self._engine.end_unit()
+            self._engine.end_unit()  # may raise EngineFault: before the part has its name
             return writer.close(summary)
         except BaseException:
             writer.discard()
             raise
 
-    def _encode_document(self, document: Document, writer: PartWriter) -> str | None:
-        """Write a document; returns why it was left out, or `CUT`, or None."""
+    def _write(self, document: Document, writer: PartWriter) -> Kept | Refused:
         if isinstance(document, Refused):
-            return document.reason
-        if isinstance(document, bytes):
-            if not document:
-                return EMPTY
-            if len(document) > PIECE_CHARACTERS:
-                return self._encode_pieces([document], writer)
-            try:
-                writer.add(self._engine.encode(document))
-            except ValueError:
-                return REFUSED
-            writer.end_document(len(document), xxhash.xxh3_128_digest(document, self._seed))
-            return None
-        return self._encode_pieces(document.blocks(), writer)
+            return document
+        if not isinstance(document, bytes) or len(document) > PIECE_CHARACTERS:
+            return self._write_pieces(blocks_of(document), writer)
+        # Nearly every document comes this way, without the incremental decoder and hash that long
+        # ones need.
+        if not document:
+            return Refused(EMPTY)
+        try:
+            writer.add(self._engine.encode(document))
+        except ValueError:
+            return Refused(REFUSED)
+        writer.end_document(len(document), xxhash.xxh3_128_digest(document, self._seed))
+        return AS_USUAL
 
-    def _encode_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> str | None:
+    def _write_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> Kept | Refused:
         digest = xxhash.xxh3_128(seed=self._seed)
         size = 0
 
-        def passing() -> Iterator[bytes]:
+        def hashed() -> Iterator[bytes]:
             nonlocal size
             for block in blocks:
                 digest.update(block)
@@ -121,34 +131,33 @@ class UnitEncoder:
 
         count, all_safe = 0, True
         try:
-            for piece, safe in pieces(passing()):
+            for piece, safe in pieces(hashed()):
                 writer.add(self._engine.encode(piece.encode()))
                 count += 1
                 all_safe = all_safe and safe
-        except ValueError as error:  # UnicodeDecodeError is one too
+        except ValueError as error:  # UnicodeDecodeError is a ValueError too
             writer.abandon_document()
-            return NOT_UTF8 if isinstance(error, UnicodeDecodeError) else REFUSED
+            return Refused(NOT_UTF8 if isinstance(error, UnicodeDecodeError) else REFUSED)
         if size == 0:
-            return EMPTY
+            return Refused(EMPTY)
         writer.end_document(size, digest.digest())
-        if self._tokenizer.name in CUT_ANYWHERE:
-            return None
-        return None if count == 1 or (all_safe and self._ends_with_words) else CUT
+        same_ids = count == 1 or self._tokenizer.name in ENDS_ANYWHERE or (all_safe and self._ends_with_words)
+        return AS_USUAL if same_ids else SPLIT_INSIDE_WORD
 
 
-def encode(job: tuple[Encoder, Task]) -> Summary:
-    """Encode one unit, in whatever process this is; the tokenizer is kept from one call to the next."""
+def encode(arguments: tuple[EncodingOptions, UnitJob]) -> Summary:
+    """Encode one unit in this process; the tokenizer is kept while the options are the same."""
     global _encoder
-    encoder, task = job
-    if _encoder is None or _encoder[0] != encoder:
-        _encoder = (encoder, UnitEncoder(encoder))
-    return _encoder[1].encode(task)
+    options, job = arguments
+    if _encoder is None or _encoder[0] != options:
+        _encoder = (options, UnitEncoder(options))
+    return _encoder[1].encode(job)
 
 
-_encoder: tuple[Encoder, UnitEncoder] | None = None
+_encoder: tuple[EncodingOptions, UnitEncoder] | None = None
 
 
 def load() -> None:
-    """What encoding needs of a worker, before there is work for it: a third of a second."""
+    """Import what encoding needs in a worker before there is work for it: a third of a second."""
     import_module("pyarrow.parquet")
     BytePairTokenizer("gpt2")

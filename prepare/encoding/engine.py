@@ -1,34 +1,37 @@
-"""Who encodes: the tokenizer itself, or for GPT-2's vocabulary gigatoken, which is never trusted.
+"""What encodes: the tokenizer itself or, for GPT-2's vocabulary, gigatoken under constant checks.
 
-gigatoken is about ten times as fast as tiktoken, and young; tiktoken says what is right. Characters that the two class
-differently go to tiktoken. Of the rest tiktoken encodes a slice too, and the byte count has to come out.
-The first fault ends gigatoken's use for the whole dataset, so what is written depends on tiktoken alone.
+gigatoken is about ten times as fast as tiktoken, but young; tiktoken defines what is right. Texts
+with characters that the two classify differently go to tiktoken. Of the rest, tiktoken encodes a
+sample too, and all bytes of the text have to be in the tokens. The first fault ends the use of
+gigatoken for the whole dataset, so the bytes written depend on tiktoken alone.
 """
 
 import os
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from pipeline.vocabulary.byte_pair import GPT2_RANKS, BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import UNICODE_CODE_POINTS, code_points
 from pipeline.vocabulary.tokenizer import TokenIds, Tokenizer
+from prepare.unfinished.journal import GIGATOKEN
 
-# Beside each unit's first documents, one in so many, by its hash, is encoded by both: a twentieth of the time.
+# Both libraries encode the first documents of each unit, and of the others one in so many, chosen
+# by its hash so that the choice follows from the text: a twentieth of the run time.
 CHECK_ONE_IN = 256
 CHECK_FIRST = 2
-# gigatoken remembers every piece it ever saw: 1 MB for each MB of ordinary text, up to 9 for text of random letters. It
-# is built anew, in 20 to 50 ms, when it has grown by so much; where its size is not told, after so much text.
-MOST_GROWTH_BYTES = 100 << 20
-MOST_TEXT_BYTES = 16 << 20
-# Tokens are counted back into bytes so much text at a time: document by document takes four times as long.
-BYTES_AT_ONCE = 1 << 18
+# gigatoken caches every word it has seen: 1 MB per MB of ordinary text, up to 9 MB per MB of random
+# letters. It is rebuilt, in 20 to 50 ms, once the process has grown by so much or, where /proc does
+# not tell, after so much text.
+MAX_GROWTH_BYTES = 100 << 20
+MAX_TEXT_BYTES = 16 << 20
+# Text per check that its tokens have as many bytes: a check per document takes four times as long.
+CHECK_BYTES = 1 << 18
 NO_IDS = np.zeros(0, np.uint32)
+# Characters are compared in blocks of this many code points, when the first of a block is met.
 BLOCK = 512
 ASCII = bytes(range(128))
 _STATM = Path("/proc/self/statm")
@@ -36,25 +39,14 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class EngineFault(Exception):
-    """gigatoken did something else than tiktoken; the text says what. Raised in a worker, it reaches the parent."""
+    """gigatoken differed from tiktoken; the message says how.
 
-
-class Engine(Protocol):
-    name: str
-
-    def begin_unit(self) -> None: ...
-
-    def encode(self, content: bytes) -> TokenIds:
-        """Ids of a text given as UTF-8. Raises ValueError where the tokenizer refuses it."""
-        ...
-
-    def end_unit(self) -> None:
-        """Vouch for every id since `begin_unit`."""
-        ...
+    Raised in a worker, it reaches the parent process.
+    """
 
 
 def can_be_faster(name: str) -> bool:
-    """Whether gigatoken has the tokenizer of this name."""
+    """Whether gigatoken is installed and has this tokenizer."""
     return name == "gpt2" and find_spec("gigatoken") is not None
 
 
@@ -71,40 +63,38 @@ class Plain:
     def end_unit(self) -> None: ...
 
     def encode(self, content: bytes) -> TokenIds:
+        """The ids of a UTF-8 text. Raises ValueError if the tokenizer refuses it."""
         try:
             return self._tokenizer.encode(content.decode())
         except BaseException as error:
-            if type(error).__name__ == "PanicException":  # of Rust, and no Exception
+            if type(error).__name__ == "PanicException":  # a Rust panic derives from BaseException
                 raise ValueError(str(error)) from None
             raise
 
 
 class Gigatoken:
-    """GPT-2's vocabulary as tiktoken encodes it, faster. Raises EngineFault where that cannot be kept."""
+    """GPT-2's vocabulary as tiktoken encodes it, but faster.
 
-    name = "gigatoken"
+    Raises EngineFault at the first sign of a difference.
+    """
+
+    name = GIGATOKEN
 
     def __init__(self) -> None:
         tokenizer = BytePairTokenizer("gpt2")
         self._reference = Plain(tokenizer)
-        # The length of each token; nothing for end-of-text, which no text gives.
-        self._byte_counts = np.array([*map(len, tokenizer.ranks()), 0])
+        self._byte_counts = tokenizer.token_bytes()
         self._uncounted: list[TokenIds] = []
         self._uncounted_bytes = 0
-        self._build()
+        # By code point, the characters that the two classify differently, as gigatoken 0.10 follows
+        # a later Unicode; and the blocks of code points for which that is known.
+        self._disputed = np.zeros(UNICODE_CODE_POINTS, np.bool_)
+        self._probed = np.zeros(UNICODE_CODE_POINTS // BLOCK, np.bool_)
         self._to_check = CHECK_FIRST
+        self._build()
 
     def begin_unit(self) -> None:
-        """Check the next documents."""
         self._to_check = CHECK_FIRST
-
-    def _forget(self) -> None:
-        """What gigatoken remembers, when it has become too much: also in the midst of a long document."""
-        if _STATM.exists() and self._encoded_bytes:
-            if _resident_bytes() - self._built_at > MOST_GROWTH_BYTES:
-                self._build()
-        elif self._encoded_bytes > MOST_TEXT_BYTES:
-            self._build()
 
     def encode(self, content: bytes) -> TokenIds:
         if not content.isascii() and self._is_disputed(content):
@@ -117,7 +107,7 @@ class Gigatoken:
         return ids
 
     def end_unit(self) -> None:
-        """Every byte that went in has to be in the tokens that came out."""
+        """Raise EngineFault unless the tokens have as many bytes as the text."""
         self._count_bytes()
 
     def _encode_fast(self, content: bytes) -> TokenIds:
@@ -128,20 +118,28 @@ class Gigatoken:
         except BaseException as error:
             raise _fault(error) from None
         self._uncounted.append(ids)
-        if self._uncounted_bytes >= BYTES_AT_ONCE:
+        if self._uncounted_bytes >= CHECK_BYTES:
             self._count_bytes()
         return ids
 
     def _count_bytes(self) -> None:
         ids = np.concatenate([*self._uncounted, NO_IDS])
-        there = int(self._byte_counts.take(ids, mode="clip").sum())
-        if there != self._uncounted_bytes or (ids.size and ids.max() >= len(self._byte_counts)):
+        token_bytes = int(self._byte_counts.take(ids, mode="clip").sum())
+        if token_bytes != self._uncounted_bytes or (ids.size and ids.max() >= len(self._byte_counts)):
             raise EngineFault("lost or added text")
         self._uncounted, self._uncounted_bytes = [], 0
-        self._forget()
+        self._limit_cache()
+
+    def _limit_cache(self) -> None:
+        """Rebuild gigatoken once its cache is too large, also in the middle of a long document."""
+        if _STATM.exists() and self._encoded_bytes:
+            if _resident_bytes() - self._built_at > MAX_GROWTH_BYTES:
+                self._build()
+        elif self._encoded_bytes > MAX_TEXT_BYTES:
+            self._build()
 
     def _build(self) -> None:
-        self._fast: Any = None  # before the next one is there, so that they never stand side by side
+        self._fast: Any = None  # freed before the next one is built: there are never two in memory
         try:
             self._fast = _new_gigatoken()
         except BaseException as error:
@@ -156,31 +154,29 @@ class Gigatoken:
                 self._probe(block)
         return bool(self._disputed[points].any())
 
-    @cached_property
-    def _probed(self) -> npt.NDArray[np.bool_]:
-        """The blocks of code points of which `_disputed` knows; the surrogates are in no text."""
-        return np.zeros(UNICODE_CODE_POINTS // BLOCK, dtype=np.bool_)
-
-    @cached_property
-    def _disputed(self) -> npt.NDArray[np.bool_]:
-        """By code point, the characters that the engines class differently: gigatoken 0.10 knows a later Unicode."""
-        return np.zeros(UNICODE_CODE_POINTS, dtype=np.bool_)
-
     def _probe(self, block: int) -> None:
         characters = [chr(point) for point in range(block * BLOCK, (block + 1) * BLOCK)]
+        # Surrogates are in no UTF-8 text.
         characters = [character for character in characters if not "\ud800" <= character <= "\udfff"]
         if self._differ("".join(characters)):
             self._disputed[[ord(character) for character in characters if self._differ(character)]] = True
         self._probed[block] = True
 
     def _differ(self, characters: str) -> bool:
-        """A letter or digit leaves the 's behind it whole; any other character takes the quote with it."""
+        """Whether the two classify any of the characters differently."""
+        # After a letter or digit 's is a word; any other character takes the quote into its word.
         probe = "".join(f"{character}'s" for character in characters).encode()
         return not np.array_equal(self._encode_fast(probe), self._reference.encode(probe))
 
 
+Engine = Plain | Gigatoken
+
+
 def _fault(error: BaseException) -> BaseException:
-    """What gigatoken raised, as an EngineFault: a Rust panic is no Exception. An interrupt stays one."""
+    """What gigatoken raised as an EngineFault, Rust panics (BaseException) among them.
+
+    An interrupt is left as it is.
+    """
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return error
     return EngineFault(f"raised {type(error).__name__} ({error})")

@@ -1,12 +1,16 @@
-"""What `--tokenizer` names -> a tokenizer: a published vocabulary, a file of the user's, or one learnt from the corpus."""
+"""`--tokenizer` -> a tokenizer: published, from the user's file, or learned from the corpus."""
 
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import xxhash
+
 from pipeline.errors import UserError
-from pipeline.log import logger
+from pipeline.log import ProgressReport, logger
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import ByteTokenizer, CharTokenizer, WordTokenizer, split_words
 from pipeline.vocabulary.huggingface_files import has_vocabulary, open_json
@@ -14,18 +18,27 @@ from pipeline.vocabulary.merges import PUBLISHED, published_for, read_ranks, wri
 from pipeline.vocabulary.specs import TIKTOKEN_NAMES, unknown_name
 from pipeline.vocabulary.tokenizer import END_OF_TEXT, JSON_FILE, Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
+from prepare.encoding.pieces import blocks_of, pieces
+from prepare.storage.assets import assets
+from prepare.units import Item, Refused
 
-LEAST_BPE, MOST_BPE = 257, 1_000_000  # the 256 bytes and end-of-text; five times the largest in use
-# With <|unk|> and <|endoftext|> just what two bytes an id can hold.
-MOST_WORDS = (1 << 16) - 2
-# Distinct words held while counting: 200 MB, and 360 while the rarer half is forgotten, which happens beyond it.
-MOST_COUNTED = 1 << 21
-# One text handed to the trainer: a document may be a book of hundreds of MB, and the trainer holds what it is handed.
-PIECE_CHARACTERS = 1 << 20
+# The 256 bytes and end-of-text; five times the largest vocabulary in use.
+MIN_BPE_SIZE, MAX_BPE_SIZE = 257, 1_000_000
+# With <|unk|> and <|endoftext|> exactly the ids that fit two bytes.
+MAX_WORDS = (1 << 16) - 2
+# Distinct words held while counting: 200 MB. Beyond it the rarer half is dropped, which takes 360
+# MB for a moment.
+MAX_COUNTED_WORDS = 1 << 21
+# A vocabulary is learned from about this much text, spread over the corpus: ten times as much
+# changes few of its tokens.
+LEARN_BYTES = 200_000_000
 
 
 def check_name(name: str) -> str:
-    """The name a spec will carry: a file's without its folder. Raises UserError for what is no tokenizer."""
+    """The name that the spec will carry: for a file, without its folder.
+
+    Raises UserError for an unknown tokenizer.
+    """
     if name.startswith("bpe:"):
         _bpe_size(name)
     return _file(name).name if is_file(name) else name
@@ -37,12 +50,15 @@ def is_file(name: str) -> bool:
 
 
 def learns_from_corpus(name: str) -> bool:
-    """Whether the vocabulary is made from the documents; of `char`, from every one of them."""
+    """Whether the vocabulary is made from the documents."""
     return name in ("char", "word") or name.startswith("bpe:")
 
 
 def open_vocabulary(name: str) -> Tokenizer:
-    """A vocabulary that is there before the corpus. Raises UserError where it is missing or cannot be used."""
+    """A vocabulary that exists before the corpus is read.
+
+    Raises UserError if it is missing or cannot be used.
+    """
     if name == "byte":
         return ByteTokenizer()
     if name == "gpt2":
@@ -56,22 +72,53 @@ def open_vocabulary(name: str) -> Tokenizer:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
 
 
-def learn_vocabulary(name: str, documents: Iterator[str]) -> Tokenizer:
-    """The vocabulary of `documents`, which are read once and never held: `char`, `word` or `bpe:N`."""
+def learn_from(items: list[Item], name: str, limit: int | None) -> Tokenizer:
+    """The vocabulary of a corpus, or of its first `limit` documents."""
+    text_bytes = sum(item.size for item in items)
+    # All of it for `char`, since a character that was not seen could not be encoded.
+    one_in = 1 if name == "char" or limit else max(1, -(-text_bytes // LEARN_BYTES))
+    with ProgressReport(f"learn the vocabulary {name}", text_bytes / 1e6, "MB") as progress:
+        return learn_vocabulary(name, _texts(items, limit, one_in, progress))
+
+
+def learn_vocabulary(name: str, texts: Iterable[str]) -> Tokenizer:
+    """`char`, `word` or `bpe:N` from documents or their pieces, which are read once, never held."""
     if name == "char":
         characters: set[str] = set()
-        for text in documents:
+        for text in texts:
             characters.update(text)
         return CharTokenizer("".join(characters))
-    return _learn_words(documents) if name == "word" else _learn_merges(name, documents)
+    return _learn_words(texts) if name == "word" else _learn_merges(name, texts)
+
+
+def _texts(items: list[Item], limit: int | None, one_in: int, progress: ProgressReport) -> Iterator[str]:
+    """The first `limit` documents, or one in `one_in` by the hash of its first block, in pieces.
+
+    In pieces, because a document may be a book of hundreds of MB, and the trainer holds what it is
+    handed.
+    """
+    taken = 0
+    for unit in (unit for item in items for unit in item.units()):
+        for _, document in unit.documents():
+            if isinstance(document, Refused):
+                continue
+            head = next(blocks_of(document), b"")
+            if one_in > 1 and xxhash.xxh3_64_intdigest(head) % one_in:
+                continue
+            with suppress(UnicodeDecodeError):  # the encoder meets it too, and counts it
+                yield from (piece for piece, _ in pieces(blocks_of(document)))
+                taken += bool(head)
+            if taken == limit:
+                return
+        progress.advance(unit.size / 1e6)
 
 
 def _bpe_size(name: str) -> int:
     size = re.fullmatch(r"bpe:(\d{1,9})", name)
-    if size is None or not LEAST_BPE <= int(size[1]) <= MOST_BPE:
+    if size is None or not MIN_BPE_SIZE <= int(size[1]) <= MAX_BPE_SIZE:
         raise UserError(
-            f"unknown tokenizer {name!r}: wanted bpe:N, a vocabulary of N tokens with N in {LEAST_BPE} .. {MOST_BPE}, "
-            "such as bpe:4096"
+            f"unknown tokenizer {name!r}: expected bpe:N, a vocabulary of N tokens with N in "
+            f"{MIN_BPE_SIZE} .. {MAX_BPE_SIZE}, such as bpe:4096"
         )
     return int(size[1])
 
@@ -79,12 +126,12 @@ def _bpe_size(name: str) -> int:
 def _file(name: str) -> Path:
     path = Path(name)
     if path.is_dir() and has_vocabulary(path):
-        return path / JSON_FILE  # also where vocab.json and merges.txt take its place
+        return path / JSON_FILE  # also stands for a vocab.json with its merges.txt
     if path.suffix not in (".json", ".tiktoken"):
         raise UserError(unknown_name(name))
     if not path.is_file():
         raise UserError(
-            f"no tokenizer at {path}: wanted a tokenizer.json or .tiktoken file, or a folder with the first"
+            f"tokenizer not found: {path}; expected a tokenizer.json or .tiktoken file, or a folder with a tokenizer.json"
         )
     return path
 
@@ -93,12 +140,13 @@ def _fetch(name: str) -> bytes:
     """A rank table as a file, from tiktoken's cache or the network."""
     import tiktoken
 
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(assets() / "tiktoken"))
     try:
         return write_ranks(tiktoken.get_encoding(name)._mergeable_ranks)
-    except Exception as error:  # tiktoken lets the network library's own exceptions through
+    except Exception as error:  # tiktoken does not wrap the exceptions of the network library
         raise UserError(
-            f"the vocabulary of {name} could not be fetched ({type(error).__name__}): connect once, or point "
-            "TIKTOKEN_CACHE_DIR at a folder that holds tiktoken's cached file, or use --tokenizer gpt2, which ships here"
+            f"cannot download the vocabulary {name} ({type(error).__name__}): connect to the network once, or set "
+            "TIKTOKEN_CACHE_DIR to a folder with tiktoken's cached file, or use --tokenizer gpt2, which is built in"
         ) from None
 
 
@@ -109,32 +157,32 @@ def _open_ranks(path: Path, content: bytes) -> Tokenizer:
         raise UserError(f"{path}: {error}") from None
     if published_for(path.name, ranks) not in PUBLISHED.values():
         logger.info(
-            "%s has %s ranks, as no published table: text is cut as for cl100k_base, and %s gets the id after them; "
-            "a tokenizer.json would say both itself",
+            "%s has %s ranks, which matches no published table: assuming the pattern of cl100k_base, and the next id for %s; "
+            "a tokenizer.json would define both",
             path, f"{len(ranks):,}", END_OF_TEXT,
         )  # fmt: skip
     return BytePairTokenizer(path.name, content)
 
 
-def _learn_words(documents: Iterator[str]) -> Tokenizer:
+def _learn_words(texts: Iterable[str]) -> Tokenizer:
     counts: Counter[str] = Counter()
-    for piece in _pieces(documents):
-        counts.update(split_words(piece))
-        if len(counts) > MOST_COUNTED:
-            counts = Counter({word: counts[word] for word in _most_frequent(counts, MOST_COUNTED // 2)})
-    words = _most_frequent(counts, MOST_WORDS)
+    for text in texts:
+        counts.update(split_words(text))
+        if len(counts) > MAX_COUNTED_WORDS:
+            counts = Counter({word: counts[word] for word in _most_frequent(counts, MAX_COUNTED_WORDS // 2)})
+    words = _most_frequent(counts, MAX_WORDS)
     if len(words) < len(counts):
-        logger.info("word: the %s most frequent words are kept, others become <|unk|>", f"{len(words):,}")
+        logger.info("word: kept the %s most frequent words, the others become <|unk|>", f"{len(words):,}")
     return WordTokenizer(words)
 
 
-def _most_frequent(counts: Counter[str], most: int) -> list[str]:
-    """Words by falling count, equal ones in code point order."""
-    return sorted(counts, key=lambda word: (-counts[word], word))[:most]
+def _most_frequent(counts: Counter[str], count: int) -> list[str]:
+    """Words by falling frequency, equally frequent ones in code point order."""
+    return sorted(counts, key=lambda word: (-counts[word], word))[:count]
 
 
-def _learn_merges(name: str, documents: Iterator[str]) -> Tokenizer:
-    """Byte-level BPE with GPT-2's pattern: the 256 bytes, the merges as they were learnt, end-of-text with the last id."""
+def _learn_merges(name: str, texts: Iterable[str]) -> Tokenizer:
+    """Byte-level BPE with GPT-2's pattern: the 256 bytes, the merges as learned, end-of-text."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library
 
@@ -144,22 +192,9 @@ def _learn_merges(name: str, documents: Iterator[str]) -> Tokenizer:
     library.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=alphabet, show_progress=False)
-    library.train_from_iterator(_pieces(documents), trainer)
+    library.train_from_iterator(iter(texts), trainer)
     library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     found = library.get_vocab_size()
     if found < size:
-        logger.info("%s: the corpus gives %s tokens and no more", name, f"{found:,}")
+        logger.info("%s: the corpus gives only %s tokens", name, f"{found:,}")
     return JsonTokenizer(name, library.to_str().encode(), found - 1)
-
-
-def _pieces(documents: Iterator[str]) -> Iterator[str]:
-    """The documents, long ones in pieces that begin at a space or a line's end where there is one."""
-    for text in documents:
-        start = 0
-        while start < len(text):
-            end = start + PIECE_CHARACTERS
-            if end < len(text):
-                gap = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
-                end = gap if gap > 0 else end
-            yield text[start:end]
-            start = end

@@ -1,4 +1,4 @@
-"""The units of a task that are not done yet, through the workers."""
+"""The units that are not yet encoded, handed to the workers."""
 
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -6,113 +6,116 @@ from itertools import islice
 
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport, logger
-from prepare.encoding.encode import Encoder, Task, UnitEncoder, encode
+from prepare.encoding.encode import EncodingOptions, UnitEncoder, UnitJob, encode
 from prepare.encoding.engine import EngineFault, can_be_faster
-from prepare.unfinished.journal import Journal, Plan, Share
+from prepare.unfinished.journal import Journal, Plan
 from prepare.unfinished.parts import Summary, part_name, read_summary
-from prepare.units import Item, OneUnit, Texts, Unit, release
+from prepare.units import Item, OneUnit, Texts, Unit
 from prepare.workers import Workers
 
 
-def encode_share(journal: Journal, plan: Plan, items: list[Item], share: Share, workers: Workers) -> None:
-    """Encode every unit of a task's items, with gigatoken while it does what tiktoken does."""
-    fast = can_be_faster(plan.tokenizer["name"]) and not journal.distrusted()
+def encode_items(journal: Journal, plan: Plan, items: dict[int, Item], workers: Workers) -> None:
+    """Encode all units of `items` (by number), with gigatoken while it agrees with tiktoken."""
+    if len(items) == 1 and isinstance(next(iter(items.values())), OneUnit):
+        workers = Workers(1)  # one unit keeps one process busy, and this one is running already
+    use_gigatoken = can_be_faster(plan.tokenizer["name"]) and not journal.distrusted()
     try:
-        _encode_missing(journal, plan, items, share, workers, fast)
+        _encode_missing(journal, plan, _Missing(journal, plan, items), workers, use_gigatoken=use_gigatoken)
     except EngineFault as fault:
         logger.warning("gigatoken %s: starting over with tiktoken alone", fault)
         journal.distrust(str(fault))
-        _encode_missing(journal, plan, items, share, workers, fast=False)
-
-
-def _encode_missing(
-    journal: Journal, plan: Plan, items: list[Item], share: Share, workers: Workers, fast: bool
-) -> None:
-    encoder = Encoder(plan.tokenizer, journal.folder, journal.staged, plan.options["seed"], fast)
-    limit = plan.options["limit_docs"]
-    todo = _Missing(journal, plan, items, share)
-    if len(items) == 1 and isinstance(items[0], OneUnit):
-        workers = Workers(1)
-    total = None if limit else sum(plan.sizes[item] for item in share.items(plan.sizes)) / 1e6
-    documents = tokens = 0
-    with ProgressReport("encode", total, "MB", done=todo.done_bytes / 1e6) as report:
-        try:
-            for summary in workers.map(encode, ((encoder, task) for task in todo)):
-                todo.note(summary)
-                documents += summary.documents
-                tokens += summary.tokens
-                report.advance(summary.size / 1e6, f"{documents:,} documents, {tokens:,} tokens")
-        except BrokenProcessPool:
-            if fast:
-                raise EngineFault("may have killed a worker") from None
-            raise UserError(
-                f"one of the {workers.count} workers was killed, usually because memory ran out: run again with fewer "
-                "--workers; it goes on from here"
-            ) from None
-    if limit:
-        _cut_at_limit(journal, items, encoder, limit)
+        _encode_missing(journal, plan, _Missing(journal, plan, items), workers, use_gigatoken=False)
 
 
 class _Missing:
-    """A task's units that are not done, in the corpus's order; with a limit, up to the unit that reaches it."""
+    """The units that are not yet encoded, in corpus order.
 
-    def __init__(self, journal: Journal, plan: Plan, items: list[Item], share: Share) -> None:
-        self._journal, self._items = journal, items
-        self._mine = share.items(plan.sizes)
+    With a limit, up to the unit that reaches it.
+    """
+
+    def __init__(self, journal: Journal, plan: Plan, items: dict[int, Item]) -> None:
+        self.items = items
         self._limit = plan.options["limit_docs"]
-        self._done = journal.finished_units()
-        self._complete = {item for item, units in self._done.items() if journal.is_complete(item, units)}
-        self._under_way: dict[tuple[int, int], Unit] = {}
-        self.done_bytes = sum(plan.sizes[item] for item in self._mine if item in self._complete)
-        # For the limit: the documents of every unit that is done, and how far they are without a gap.
-        self._documents: dict[tuple[int, int], tuple[int, bool]] = {}
-        self._next, self._taken = (0, 0), 0
+        self._finished = journal.finished_units()
+        self._complete = {item for item, units in self._finished.items() if journal.is_complete(item, units)}
+        self.done_bytes = sum(plan.sizes[item] for item in items if item in self._complete)
+        self.total_bytes = None if self._limit else sum(plan.sizes[item] for item in items)
+        # Units finish in any order, but the limit counts documents from the corpus's beginning. So
+        # a finished unit waits here, as (documents, last), until all units before it are finished;
+        # `_next` is the first that is not.
+        self._waiting: dict[tuple[int, int], tuple[int, bool]] = {}
+        self._next, self._documents = (0, 0), 0
         if self._limit:
-            for item, units in self._done.items():
+            for item, units in self._finished.items():
                 for unit in units:
                     self.note(read_summary(journal.folder / part_name(item, unit)))
 
-    def __iter__(self) -> Iterator[Task]:
-        for item in self._mine:
-            if item in self._complete:
+    def __iter__(self) -> Iterator[UnitJob]:
+        for number, item in self.items.items():
+            if number in self._complete:
                 continue
-            done = self._done.get(item, set())
-            for unit, (work, last) in enumerate(_with_last(self._items[item].units())):
-                if self._limit and self._taken >= self._limit:
+            finished = self._finished.get(number, set())
+            for unit, (work, last) in enumerate(_with_last(item.units())):
+                if self._limit and self._documents >= self._limit:
                     return
-                if unit in done:
-                    release(work)
+                if unit in finished:
                     continue
-                self._under_way[item, unit] = work
-                yield Task(item, unit, last, work, self._limit)
+                yield UnitJob(item=number, unit=unit, last=last, work=work, limit=self._limit)
 
     def note(self, summary: Summary) -> None:
-        """A unit is done."""
-        if work := self._under_way.pop((summary.item, summary.unit), None):
-            release(work)
+        """A unit is finished."""
         if not self._limit:
             return
-        self._documents[summary.item, summary.unit] = (summary.documents, summary.last)
-        while self._next in self._documents:
-            documents, last = self._documents.pop(self._next)
-            self._taken += documents
+        self._waiting[summary.item, summary.unit] = (summary.documents, summary.last)
+        while self._next in self._waiting:
+            documents, last = self._waiting.pop(self._next)
+            self._documents += documents
             self._next = (self._next[0] + 1, 0) if last else (self._next[0], self._next[1] + 1)
 
 
+def _encode_missing(journal: Journal, plan: Plan, missing: _Missing, workers: Workers, *, use_gigatoken: bool) -> None:
+    seed, spec = plan.options["seed"], plan.tokenizer
+    options = EncodingOptions(
+        tokenizer=spec, parts=journal.folder, vocabulary=journal.staged, seed=seed, use_gigatoken=use_gigatoken
+    )
+    total = None if missing.total_bytes is None else missing.total_bytes / 1e6
+    documents = tokens = 0
+    with ProgressReport("encode", total, "MB", done=missing.done_bytes / 1e6) as progress:
+        try:
+            for summary in workers.map(encode, ((options, job) for job in missing)):
+                missing.note(summary)
+                documents += summary.documents
+                tokens += summary.tokens
+                progress.advance(summary.size / 1e6, f"{documents:,} documents, {tokens:,} tokens")
+        except BrokenProcessPool:
+            if use_gigatoken:
+                raise EngineFault("may have killed a worker") from None
+            raise UserError(
+                f"one of the {workers.count} workers was killed, usually because memory ran out: run the same command "
+                "again with fewer --workers, and it resumes here"
+            ) from None
+    if limit := plan.options["limit_docs"]:
+        _truncate_at_limit(journal, missing.items, options, limit)
+
+
 def _with_last(units: Iterator[Unit]) -> Iterator[tuple[Unit, bool]]:
-    """Each unit, and whether it is the last; an item without any has an empty one."""
-    before = next(units, None) or Texts((), 0, "", 0)
+    """Each unit, and whether it is the last one.
+
+    An item without units gets an empty one, so that it has a part.
+    """
+    previous = next(units, None) or Texts((), 0, "", 0)
     for unit in units:
-        yield before, False
-        before = unit
-    yield before, True
+        yield previous, False
+        previous = unit
+    yield previous, True
 
 
-def _cut_at_limit(journal: Journal, items: list[Item], encoder: Encoder, limit: int) -> None:
-    """Encode the unit in which the limit falls again, up to the last wanted document and no further."""
-    summaries = [read_summary(path) for path in journal.parts(len(items), limit)]
-    over = sum(summary.documents for summary in summaries) - limit
-    if over > 0:
-        cut = summaries[-1]
-        work = next(islice(items[cut.item].units(), cut.unit, None))
-        UnitEncoder(encoder).encode(Task(cut.item, cut.unit, cut.last, work, cut.documents - over))
+def _truncate_at_limit(journal: Journal, items: dict[int, Item], options: EncodingOptions, limit: int) -> None:
+    """Encode again the unit in which the limit falls, up to the last document that is wanted."""
+    summaries = [read_summary(path) for path in journal.parts(limit)]
+    excess = sum(summary.documents for summary in summaries) - limit
+    if excess > 0:
+        over = summaries[-1]
+        work = next(islice(items[over.item].units(), over.unit, None))
+        job = UnitJob(item=over.item, unit=over.unit, last=over.last, work=work, limit=over.documents - excess)
+        UnitEncoder(options).encode(job)

@@ -1,6 +1,6 @@
-"""Where text comes from: a corpus is some sources, named by the user; each becomes small units of work.
+"""Where text comes from: a corpus is one or more sources, named by the user; each becomes small units of work.
 
-The parent only plans: planning order is the corpus's order, and units read themselves wherever they are encoded.
+The parent only lists them, in the corpus's order; a unit reads itself in the process that encodes it.
 """
 
 import re
@@ -11,23 +11,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import UserError
+from prepare.formats import READABLE, compression_of
 from prepare.sources.hub import open_hub
 from prepare.sources.local import Stdin, is_glob, open_files, open_stdlib
 from prepare.sources.pinned import Shakespeare
-from prepare.sources.plan import READABLE
 from prepare.sources.remote import open_remote
-from prepare.storage.compressed import compression
 from prepare.storage.files import is_url, shown
-from prepare.units import SPOOL_FOLDER, STDIN_SPOOL, Item, unit_bytes
+from prepare.units import STDIN_SPOOL, Item, unit_bytes
 
-# Pinned, so that a name means the same text for ever. Of tinystories only its train split is read: its own validation
-# split is left aside, and val is chosen here as for every corpus.
+# Pinned, so that a name always means the same text. Only the train split is read: val is chosen here for every corpus,
+# so the validation split of tinystories is not used.
 HUB_CORPORA = {
     "openwebtext": "hf:Skylion007/openwebtext@b4325f019c648b1641a1784748667e8b74e5e064",
     "tinystories": "hf:roneneldan/TinyStories@f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
 }
 FINEWEB_EDU = "hf:HuggingFaceFW/fineweb-edu:{size}@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
-# Tokens in each; the whole, called default, has 1.3 T.
+# Named for their tokens; the complete corpus, called default, has 1.3 T.
 FINEWEB_EDU_SIZES = ("sample-10BT", "sample-100BT", "sample-350BT", "default")
 NAMED_CORPORA = (*HUB_CORPORA, "fineweb-edu[:SIZE]", "shakespeare", "stdlib")
 SOURCE_KINDS = (
@@ -38,21 +37,23 @@ SOURCE_KINDS = (
 
 class Source(Protocol):
     def items(self, unit_bytes: int) -> list[Item]:
-        """The source in pieces, in its order; a unit of them holds about so much text."""
+        """The source in pieces, in order; their units hold about so much text."""
         ...
 
     def files(self) -> list[Path]:
-        """The local files whose hashes `record` asks for."""
+        """The local files whose hashes `record` needs."""
         ...
 
-    def file_bytes(self) -> int | None: ...
+    def file_bytes(self) -> int | None:
+        """None for a stream."""
+        ...
 
     def stamps(self) -> dict[str, Any]:
-        """By file, what changes when it does and is known without reading it, such as its size and its time."""
+        """By file, what changes with it and is known without reading it, such as its size and modification time."""
         ...
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
-        """What the manifest says of this source."""
+        """The manifest's entries for this source."""
         ...
 
 
@@ -78,7 +79,7 @@ class Corpus:
         return [path for source in self.sources for path in source.files()]
 
     def file_bytes(self) -> int | None:
-        """Bytes of all source files; None where one of them is a stream."""
+        """Bytes of all source files; None if one of them is a stream."""
         sizes = [source.file_bytes() for source in self.sources]
         known = [size for size in sizes if size is not None]
         return sum(known) if len(known) == len(sizes) else None
@@ -91,16 +92,16 @@ class Corpus:
 
 
 def open_corpus(sources: list[str], text_field: str, folder: Path) -> Corpus:
-    """Resolve what the user typed; `folder` keeps what can be read only once. Raises UserError for what is not there."""
+    """Resolve what the user typed; `folder` keeps a copy of stdin. Raises UserError for what does not exist."""
     if not sources:
-        raise UserError(f"no source given: wanted {SOURCE_KINDS}")
+        raise UserError(f"no source given: expected {SOURCE_KINDS}")
     if sources.count("-") > 1:
-        raise UserError("stdin (-) is named twice as a source: it can be read only once")
+        raise UserError("stdin (-) is given twice as a source: it can be read only once")
     return Corpus([_open_source(source, text_field, folder) for source in sources])
 
 
 def default_name(source: str) -> str:
-    """A dataset's name from its first source: a named corpus's own, else the stem of what was named."""
+    """A dataset's name from its first source: that of a named corpus, or the stem of a path."""
     if source == "-":
         return "stdin"
     if source.startswith("hf:"):
@@ -124,35 +125,34 @@ def is_named(source: str) -> bool:
 
 
 def hub_source(source: str) -> str | None:
-    """The hf: name of a source that comes from the Hub; None for every other."""
+    """The hf: name of a source that comes from the Hub; None for any other."""
     if source.startswith("hf:"):
         return source
     name, _, size = source.partition(":")
     if name != "fineweb-edu":
         return HUB_CORPORA.get(source)
     if size and size not in FINEWEB_EDU_SIZES:
-        raise UserError(f"fineweb-edu has no size {size!r}: wanted {', '.join(FINEWEB_EDU_SIZES)}")
+        raise UserError(f"fineweb-edu has no size {size!r}: expected {', '.join(FINEWEB_EDU_SIZES)}")
     return FINEWEB_EDU.format(size=size or FINEWEB_EDU_SIZES[0])
 
 
 def _without_suffixes(name: str) -> str:
-    return name.removesuffix(compression(name)).rpartition(".")[0] or name
+    return name.removesuffix(compression_of(name)).rpartition(".")[0] or name
 
 
 def _open_source(source: str, text_field: str, folder: Path) -> Source:
-    spool = folder / SPOOL_FOLDER
     hub = hub_source(source)
     if hub is not None:
-        return open_hub(hub, text_field, spool)
+        return open_hub(hub, text_field)
     if source == "stdlib":
-        return open_stdlib(text_field, spool)
+        return open_stdlib(text_field)
     if source == "shakespeare":
-        return Shakespeare(spool)
+        return Shakespeare()
     if source == "-":
         return Stdin(text_field, folder / STDIN_SPOOL)
     if is_url(source) and not source.startswith("file://"):
-        return open_remote(source, text_field, spool)
-    found = open_files(source.removeprefix("file://"), text_field, spool)
+        return open_remote(source, text_field)
+    found = open_files(source.removeprefix("file://"), text_field)
     if found is None:
-        raise UserError(f"no source {source!r}: it is no file, folder or named corpus; wanted {SOURCE_KINDS}")
+        raise UserError(f"no source {source!r}: not a file, folder or named corpus; expected {SOURCE_KINDS}")
     return found

@@ -1,40 +1,31 @@
-"""Datasets of the Hugging Face Hub: Parquet repositories become local files, every other kind is streamed.
+"""Datasets of the Hugging Face Hub: Parquet repositories become local files, any other kind is streamed.
 
-Only names and data cross from the Hub: a repository's own program is never run.
+Downloads, their resumption and their cache are huggingface_hub's (HF_HOME, HF_HUB_OFFLINE). Only names and data cross
+from the Hub: a repository's own program is never run.
 """
 
+import json
 import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pipeline.errors import UserError, one_line
+from pipeline.files import write_atomic
 from pipeline.log import ProgressReport, logger
-from prepare.documents.lines import LineText
-from prepare.documents.parquet import MOST_ROWS, plan_parquet
-from prepare.sources.offline import hub_records, offline_folder
-from prepare.units import (
-    LONE_SURROGATE,
-    LONG_BYTES,
-    NULL,
-    SMALLEST_UNIT_BYTES,
-    Document,
-    Item,
-    OneUnit,
-    Refused,
-    Texts,
-    no_field,
-    no_text,
-    spool_file,
-)
+from prepare.documents.parquet import MOST_ROWS, split_rows
+from prepare.storage.assets import assets
+from prepare.units import NULL, SMALLEST_UNIT_BYTES, Document, Item, Refused, Texts, encoded, no_field, no_text
 
 
 @dataclass(frozen=True)
 class HubParquet:
-    """Parquet files of a Hub repository on the local disk. The cache names them anew, so `names` holds their places."""
+    """Parquet files of a Hub repository in the local cache; `names` are their paths in the repository."""
 
     paths: list[Path]
     names: list[str]
@@ -45,7 +36,7 @@ class HubParquet:
         return [
             unit
             for path in self.paths
-            for unit in plan_parquet(str(path), path.stat().st_size, self.text_field, unit_bytes)
+            for unit in split_rows(str(path), path.stat().st_size, self.text_field, unit_bytes)
         ]
 
     def files(self) -> list[Path]:
@@ -68,60 +59,32 @@ class HubParquet:
 
 
 @dataclass(frozen=True)
-class SpooledText(OneUnit):
-    """A long text of row `row`, kept in a file."""
-
-    spooled: str
-    size: int
-    what: str
-    row: int
-
-    def documents(self) -> Iterator[tuple[int, Document]]:
-        yield self.row, LineText(self.spooled, 0, self.size)
-
-    def place(self, position: int) -> str:
-        return f"{self.what} row {position}"
-
-
-@dataclass(frozen=True)
 class HubStream:
-    """A Hub dataset that is not Parquet: the parent reads it through `datasets` and packs the texts into units."""
+    """A dataset that is not Parquet: the parent reads it through `datasets` and packs the texts into units."""
 
     builder: Any
     text_field: str
     about: dict[str, Any]
-    spool: Path
 
     size = 0
 
     def items(self, unit_bytes: int) -> list[Item]:
         return [self]
 
-    def units(self) -> Iterator[Texts | SpooledText]:
+    def units(self) -> Iterator[Texts]:
         batch: list[Document] = []
         size = first = 0
-        for row, text in enumerate(self._texts()):
-            long = isinstance(text, bytes) and len(text) > LONG_BYTES
-            if batch and (long or size >= SMALLEST_UNIT_BYTES or len(batch) >= MOST_ROWS):
+        for text in self._texts():
+            if size >= SMALLEST_UNIT_BYTES or len(batch) >= MOST_ROWS:
                 yield Texts(tuple(batch), size, self.about["repository"], first)
-                batch, size = [], 0
-            if isinstance(text, bytes) and long:
-                yield self._spooled(row, text)
-                continue
-            if not batch:
-                first = row
+                batch, size, first = [], 0, first + len(batch)
             batch.append(text)
             size += len(text) if isinstance(text, bytes) else 0
         if batch:
             yield Texts(tuple(batch), size, self.about["repository"], first)
 
-    def place(self, position: int) -> str:
+    def locate(self, position: int) -> str:
         return f"{self.about['repository']} row {position}"
-
-    def _spooled(self, row: int, text: bytes) -> SpooledText:
-        with spool_file(self.spool) as file:
-            file.write(text)
-        return SpooledText(str(file.name), len(text), self.about["repository"], row)
 
     def files(self) -> list[Path]:
         return []
@@ -139,24 +102,17 @@ class HubStream:
         repository = self.about["repository"]
         try:
             for number, row in enumerate(self.builder.as_streaming_dataset(split="train"), start=1):
-                place = f"dataset {repository} row {number}"
+                where = f"dataset {repository} row {number}"
                 if self.text_field not in row:
-                    raise UserError(no_field(place, self.text_field, row))
+                    raise UserError(no_field(where, self.text_field, row))
                 text = row[self.text_field]
                 if text is not None and not isinstance(text, str):
-                    raise UserError(no_text(place, self.text_field, text))
-                yield Refused(NULL) if text is None else _utf8(text)
+                    raise UserError(no_text(where, self.text_field, text))
+                yield Refused(NULL) if text is None else encoded(text)
         except UserError:
             raise
         except Exception as error:  # as in _load_builder
             raise hub_fault(repository, error) from None
-
-
-def _utf8(text: str) -> bytes | Refused:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return Refused(LONE_SURROGATE)
 
 
 @dataclass(frozen=True)
@@ -169,39 +125,139 @@ class HubName:
 def parse_name(source: str) -> HubName:
     parts = re.fullmatch(r"hf:(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<revision>\S+))?", source)
     if parts is None:
-        raise UserError(f"{source!r} does not name a Hub dataset: wanted hf:ORG/NAME[:CONFIG][@REVISION]")
-    return HubName(parts["repository"], parts["config"], parts["revision"])
+        raise UserError(f"{source!r} does not name a dataset of the Hub: expected hf:ORG/NAME[:CONFIG][@REVISION]")
+    revision = parts["revision"]
+    return HubName(parts["repository"], parts["config"], revision if revision != "main" else None)
 
 
-def open_hub(source: str, text_field: str, spool: Path) -> HubParquet | HubStream:
-    """Parquet repositories become local files; every other kind is streamed through `datasets`."""
+class Unreachable(UserError):
+    """The Hub could not be asked, or does not know the dataset; the cache may have it all the same."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The Parquet files of a train split at one commit: all that must be known of a dataset to find it in the cache.
+
+    Kept there by what the user typed, so that an interrupted download is not taken for the complete split.
+    """
+
+    repository: str
+    config: str
+    revision: str
+    files: list[str]
+
+    @staticmethod
+    def load(name: HubName) -> "Listing | None":
+        path = _listing_path(name.repository, name.config, name.revision)
+        return Listing(**json.loads(path.read_bytes())) if path.is_file() else None
+
+    def save(self, name: HubName) -> None:
+        content = json.dumps(asdict(self)).encode()
+        for config, revision in product({name.config, self.config}, {name.revision, self.revision}):
+            path = _listing_path(self.repository, config, revision)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
+
+    def open(self, text_field: str) -> HubParquet:
+        """Downloads what the cache lacks. Raises UserError."""
+        from huggingface_hub import hf_hub_download
+
+        _quiet()
+        paths = []
+        with ProgressReport(f"download {self.repository}", total=len(self.files), unit="files") as report:
+            for file in self.files:
+                try:
+                    path = hf_hub_download(self.repository, file, repo_type="dataset", revision=self.revision)
+                except Exception as error:  # what the Hub, the network and the cache raise has no common kind
+                    raise UserError(
+                        f"{file} of dataset {self.repository} is not in the cache and could not be downloaded "
+                        f"({_cause(error)}): run pipeline fetch hf:{self.repository}:{self.config}@{self.revision} "
+                        "on a machine with a network"
+                    ) from None
+                paths.append(Path(path))
+                report.advance(1)
+        about = {"repository": self.repository, "config": self.config, "revision": self.revision}
+        return HubParquet(paths, self.files, text_field, about)
+
+
+def _listing_path(repository: str, config: str | None, revision: str | None) -> Path:
+    return assets() / "datasets" / quote(f"{repository}:{config or ''}@{revision or ''}.json", safe="")
+
+
+def open_hub(source: str, text_field: str) -> HubParquet | HubStream:
+    """Parquet repositories become local files in Hugging Face's cache; any other kind is streamed through `datasets`."""
+    from huggingface_hub import constants
+
     name = parse_name(source)
-    if (fetched := _fetched_copy(name, text_field)) is not None:
-        return fetched
-    builder, local = _dataset_builder(name.repository, name.config, name.revision)
+    known = Listing.load(name)
+    if known and name.revision == known.revision:  # a commit never changes, so the Hub need not be asked
+        return known.open(text_field)
+    if constants.HF_HUB_OFFLINE:
+        return known.open(text_field) if known else _open_snapshot(name, text_field)
+    try:
+        return _open_online(name, text_field)
+    except Unreachable as fault:
+        logger.info("%s; looking in the cache", fault)
+        if known:
+            return known.open(text_field)
+        try:
+            return _open_snapshot(name, text_field)
+        except Unreachable:
+            raise fault from None
+
+
+def _open_online(name: HubName, text_field: str) -> HubParquet | HubStream:
+    builder = _load_builder(name, name.repository)
     urls = train_files(builder, name.repository)
-    about = {
-        "repository": name.repository,
-        "config": builder.config.name,
-        "revision": commit_of(urls[0]) or name.revision,
-    }
+    commit = commit_of(urls[0])
+    if commit and all(url.endswith(".parquet") for url in urls):
+        listing = Listing(name.repository, builder.config.name, commit, [file_of(url) for url in urls])
+        listing.save(name)
+        return listing.open(text_field)
+    about = {"repository": name.repository, "config": builder.config.name, "revision": commit or name.revision}
+    return HubStream(builder, text_field, about)
+
+
+def _open_snapshot(name: HubName, text_field: str) -> HubParquet | HubStream:
+    """What another program, such as `hf download`, brought into the cache. Raises Unreachable if it did not."""
+    from huggingface_hub import snapshot_download
+
+    _quiet()
+    try:
+        found = snapshot_download(name.repository, repo_type="dataset", revision=name.revision, local_files_only=True)
+    except Exception as error:  # as in Listing.open
+        raise Unreachable(
+            f"dataset {name.repository} is not complete in Hugging Face's cache ({_cause(error)}): "
+            f"run pipeline fetch hf:{name.repository} on a machine with a network"
+        ) from None
+    root = Path(found).resolve()
+    logger.info("%s: using the copy in the cache, %s", name.repository, root)
+    builder = _load_builder(HubName(name.repository, name.config, None), str(root))
+    urls = train_files(builder, name.repository)
+    about = {"repository": name.repository, "config": builder.config.name, "revision": root.name}
     if not all(url.endswith(".parquet") for url in urls):
-        return HubStream(builder, text_field, about, spool)
-    if local:
-        names = [Path(url).relative_to(local.resolve()).as_posix() for url in urls]
-        return HubParquet([Path(url) for url in urls], names, text_field, about)
-    return HubParquet(_download(builder, name.repository, urls), [file_of(url) for url in urls], text_field, about)
+        return HubStream(builder, text_field, about)
+    names = [Path(url).relative_to(root).as_posix() for url in urls]
+    return HubParquet([Path(url) for url in urls], names, text_field, about)
 
 
-def remote_builder(name: HubName) -> Any:
-    """The builder of the repository on the Hub itself, whatever copy there is."""
-    return _load_builder(name.repository, name.repository, name.config, name.revision)
+def fetch_hub(source: str) -> None:
+    """Bring a dataset into Hugging Face's cache: the Parquet files of its train split, or the complete repository."""
+    from huggingface_hub import snapshot_download
+
+    found = open_hub(source, text_field="")
+    if isinstance(found, HubStream):
+        repository, revision = found.about["repository"], found.about["revision"]
+        try:
+            snapshot_download(repository, repo_type="dataset", revision=revision)
+        except Exception as error:  # as in Listing.open
+            raise hub_fault(repository, error) from None
 
 
 def train_files(builder: Any, repository: str) -> list[str]:
     data_files = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
     if not data_files.get("train"):
-        raise UserError(f"dataset {repository} has no split 'train'; the splits there are: {', '.join(data_files)}")
+        raise UserError(f"dataset {repository} has no split 'train', its splits are: {', '.join(data_files)}")
     return data_files["train"]
 
 
@@ -211,99 +267,50 @@ def commit_of(url: str) -> str | None:
 
 
 def file_of(url: str) -> str:
-    """A file's place in its repository."""
+    """A file's path in its repository."""
     return re.sub("^hf://datasets/[^@]+@[^/]+/", "", url)
 
 
-def _fetched_copy(name: HubName, text_field: str) -> HubParquet | None:
-    """What `pipeline fetch` brought. Raises UserError where that is another config or revision than is wanted."""
-    folder = offline_folder()
-    records = hub_records(folder, name.repository) if folder else {}
-    if not folder or not records:
-        return None
-    there = f"the copy of {name.repository} in {folder}"
-    config = name.config or next(iter(records))
-    if config not in records or (name.config is None and len(records) > 1):
-        wanted = f"config {name.config}" if name.config else f"one of them, as hf:{name.repository}:CONFIG"
-        raise UserError(f"{there} holds the configs {', '.join(records)}; wanted {wanted}; pipeline fetch it")
-    record = records[config]
-    if re.fullmatch("[0-9a-f]{40}", name.revision or "") and name.revision != record.revision:
-        raise UserError(
-            f"{there} is revision {record.revision}, wanted {name.revision}: fetch that into another folder, "
-            "or name this revision"
-        )
-    root = folder / name.repository
-    record.check(root)
-    about = {"repository": name.repository, "config": config, "revision": record.revision}
-    logger.info("%s: using what was fetched into %s", name.repository, root)
-    return HubParquet([root / file for file in record.files], list(record.files), text_field, about)
-
-
-def _dataset_builder(repository: str, config: str | None, revision: str | None) -> tuple[Any, Path | None]:
-    """The builder that knows the repository's data files, and the local copy it was made from, if any."""
-    local = _local_copy(repository)
-    if local:
-        logger.info("%s: using the local copy at %s", repository, local)
-    where = str(local.resolve()) if local else repository
-    return _load_builder(repository, where, config, None if local else revision), local
-
-
-def _load_builder(repository: str, where: str, config: str | None, revision: str | None) -> Any:
-    datasets = _datasets()
-    try:
-        return datasets.load_dataset_builder(where, name=config, revision=revision)
-    except Exception as error:  # datasets lets through what the Hub, the network and its own parsers raise
-        raise hub_fault(repository, error) from None
-
-
-def _datasets() -> Any:
+def _load_builder(name: HubName, path: str) -> Any:
+    """What `datasets` knows of the data files in a repository, which `path` names, or in its local copy there."""
     try:
         import datasets
     except ImportError:
-        raise UserError(
-            "Hub corpora need the package datasets, which is not installed: pip install 'datasets>=4.0'"
-        ) from None
+        raise UserError("reading the Hub needs a package that is not installed: pip install 'datasets>=4.0'") from None
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    # Its warnings repeat every retry; what failed in the end is in the error.
-    for name in ("datasets", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    return datasets
+    _quiet()
+    try:
+        return datasets.load_dataset_builder(path, name=name.config, revision=name.revision)
+    except Exception as error:  # datasets lets through what the Hub, the network and its parsers raise
+        raise hub_fault(name.repository, error) from None
 
 
-def _local_copy(repository: str) -> Path | None:
-    folder = offline_folder()
-    path = folder / repository if folder else None
-    return path if path and path.is_dir() else None
+def _quiet() -> None:
+    """Their warnings repeat at every retry; the final failure is in the error."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def hub_fault(repository: str, error: Exception) -> UserError:
     cause = one_line(error)
     if "scripts are no longer supported" in cause:
         return UserError(
-            f"dataset {repository} comes as a script, and scripts from the Hub are never run here: "
+            f"dataset {repository} comes as a script, and scripts from the Hub are never run: "
             "choose a repository with data files (Parquet, JSONL), or a revision that has them"
         )
-    names = re.search(r"(?:available configs|Available): \[(.*?)\]", cause)
-    if names:
-        there = names[1].replace("'", "")
-        return UserError(f"dataset {repository} wants one of its configs: {there}; write hf:{repository}:CONFIG")
-    return UserError(
-        f"dataset {repository} could not be opened ({type(error).__name__}: {cause}): check its name and the network, "
-        f"or set PIPELINE_HUB_DIR to a folder into which pipeline fetch brought it"
+    if names := re.search(r"(?:available configs|Available): \[(.*?)\]", cause):
+        configs = names[1].replace("'", "")
+        return UserError(f"dataset {repository} has several configs: {configs}; write hf:{repository}:CONFIG")
+    return Unreachable(
+        f"dataset {repository} could not be opened ({_cause(error)}): check its name and the network, "
+        f"or run pipeline fetch hf:{repository} on a machine with one and share its HF_HOME"
     )
-
-
-def _download(builder: Any, repository: str, urls: list[str]) -> list[Path]:
-    """Bring the files into the cache of `datasets`, which keeps what is there and goes on with what was cut off."""
-    datasets = _datasets()
-    manager = datasets.DownloadManager(dataset_name=builder.dataset_name, base_path=builder.base_path)
-    paths = []
-    try:
-        with ProgressReport(f"download {repository}", total=len(urls), unit="files") as report:
-            for url in urls:
-                paths.append(Path(manager.download(url)))
-                report.advance(1)
-    except Exception as error:  # as in _load_builder
-        raise hub_fault(repository, error) from None
-    return paths

@@ -13,31 +13,34 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes, hash_file
-from prepare.documents.lines import plan_lines
-from prepare.sources.plan import READABLE, SourceFile, kind, plan
+from prepare.documents.lines import split_lines
+from prepare.formats import READABLE, format_of
+from prepare.sources.items import SourceFile, items_of
 from prepare.storage.compressed import BYTE_ORDER_MARK
 from prepare.units import BLOCK_BYTES, Item
 
 # Folders with more files are recorded in the manifest as one entry.
 MOST_FILES_LISTED = 1000
 
-# Not in the embedded corpus: installed packages, tests, and folders that are tables or differ between Python versions.
+# Left out of the corpus `stdlib`: installed packages, tests, and folders of tables or that differ between versions.
 STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Files:
-    """Local files of known suffixes, below `root` where they are a folder's. `about` marks a corpus recorded as one."""
+    """Local files of known suffixes, below `root` if they come from a folder.
+
+    `about` describes a corpus that the manifest records as one entry.
+    """
 
     paths: list[Path]
     text_field: str
-    spool: Path
     root: Path | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
     def items(self, unit_bytes: int) -> list[Item]:
         files = (SourceFile(str(path), path.stat().st_size) for path in self.paths)
-        return list(plan(files, self.text_field, unit_bytes, str(self.spool)))
+        return items_of(files, self.text_field, unit_bytes)
 
     def files(self) -> list[Path]:
         return self.paths
@@ -59,7 +62,7 @@ class Files:
 class Stdin:
     """Standard input, kept in a file so that it can be read more than once, and by several processes.
 
-    Where its first line that is not blank is a JSON object it is JSONL, else every line is a document.
+    If its first line that is not blank is a JSON object, it is JSON lines; otherwise every line is a document.
     """
 
     def __init__(self, text_field: str, spool: Path) -> None:
@@ -69,7 +72,7 @@ class Stdin:
         with self._spooled.open("rb") as file:
             head = file.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
         text_field = self.text_field if _is_json_object(head) else None
-        return list(plan_lines(str(self._spooled), self.file_bytes(), text_field, unit_bytes))
+        return list(split_lines(str(self._spooled), self.file_bytes(), text_field, unit_bytes))
 
     def files(self) -> list[Path]:
         return [self._spooled]
@@ -91,29 +94,28 @@ class Stdin:
         return self.spool
 
 
-def open_files(source: str, text_field: str, spool: Path) -> Files | None:
-    """The files that a path or a glob names; None where it is neither."""
+def open_files(source: str, text_field: str) -> Files | None:
+    """The files that a path or a glob names; None if it is neither."""
     path = Path(source)
     if path.is_file():
-        if not kind(path.name):
-            raise UserError(
-                f"{source} has the unknown suffix {''.join(path.suffixes[-2:])!r}: wanted one of {READABLE}"
-            )
-        return Files([path], text_field, spool)
+        if not format_of(path.name):
+            suffix = "".join(path.suffixes[-2:])
+            raise UserError(f"{source} has the unknown suffix {suffix!r}: expected one of {READABLE}")
+        return Files([path], text_field)
     if path.is_dir():
-        return Files(_readable(_walk(path), f"the folder {source}"), text_field, spool, root=path)
+        return Files(_readable(_walk(path), f"the folder {source}"), text_field, root=path)
     if is_glob(source):
         # Path.glob takes no absolute pattern.
         found = sorted(Path(match) for match in glob(source, recursive=True))  # noqa: PTH207
-        return Files(_readable(found, f"the glob {source}"), text_field, spool)
+        return Files(_readable(found, f"the glob {source}"), text_field)
     return None
 
 
-def open_stdlib(text_field: str, spool: Path) -> Files:
+def open_stdlib(text_field: str) -> Files:
     root = Path(sysconfig.get_path("stdlib"))
-    wanted = [path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py"]
+    sources = [path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py"]
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    return Files(wanted, text_field, spool, root=root, about={"path": "stdlib", "python": python})
+    return Files(sources, text_field, root=root, about={"path": "stdlib", "python": python})
 
 
 def is_glob(text: str) -> bool:
@@ -121,7 +123,7 @@ def is_glob(text: str) -> bool:
 
 
 def _walk(folder: Path, without: Set[str] = frozenset()) -> list[Path]:
-    """Every file below `folder` by its path; folders `without`, and hidden ones (.git, .cache), are not entered."""
+    """Every file below `folder`, sorted by path; folders `without`, and hidden ones (.git, .cache), are not entered."""
     paths = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
@@ -135,29 +137,29 @@ def _readable(paths: list[Path], what: str) -> list[Path]:
 
 
 def readable(names: list[str], what: str) -> list[str]:
-    """The names that say what their file holds. Raises UserError where none does."""
-    known = [name for name in names if kind(name)]
+    """The names of a known suffix. Raises UserError if there is none."""
+    known = [name for name in names if format_of(name)]
     if not known:
         found = sorted({Path(name).suffix or Path(name).name for name in names})
         listing = f"only {' '.join(found[:8])}" if found else "no files"
-        raise UserError(f"{what} holds nothing readable, found {listing}: wanted files of {READABLE}")
+        raise UserError(f"{what} has no readable files, found {listing}: expected {READABLE}")
     return known
 
 
 def stamp(path: Path) -> list[int]:
-    """A file's size and time of change."""
+    """A file's size in bytes and its modification time in ns."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns]
 
 
 def stamped_hash(path: Path) -> tuple[list[int], str]:
-    """The stamp is the one before the file was read, so that it never vouches for later content."""
+    """The stamp is taken before the file is read, so that it never stands for later content."""
     before = stamp(path)
     return before, hash_file(path)
 
 
 def _is_json_object(head: bytes) -> bool:
-    """Whether the first line is one; of a line too long to hold, by its first byte."""
+    """Whether the first line is one, judged by its first byte if the line is longer than `head`."""
     if b"\n" not in head and len(head) >= BLOCK_BYTES // 2:
         return head.startswith(b"{")
     try:

@@ -1,5 +1,6 @@
-"""Tiny Shakespeare: one text behind a URL, pinned by its commit and its content."""
+"""Tiny Shakespeare: one text behind a URL, pinned by its commit and its content, kept in Hugging Face's cache."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files import write_atomic
 from prepare.documents.lines import TextFile
-from prepare.sources.download import download, sha256_of
-from prepare.sources.offline import offline_folder
-from prepare.storage.files import Remote, describe, reading
+from prepare.storage.assets import assets
+from prepare.storage.files import blocks
 from prepare.units import Item
 
 SHAKESPEARE_URL = (
@@ -23,12 +24,10 @@ SHAKESPEARE_BYTES = 1_115_394
 
 @dataclass(frozen=True)
 class Shakespeare:
-    """Brought into `spool` when it is first read, unless a fetched copy is at hand."""
-
-    spool: Path
+    """Downloaded when it is first needed."""
 
     def items(self, unit_bytes: int) -> list[Item]:
-        return [TextFile(str(self._path), SHAKESPEARE_BYTES)]
+        return [TextFile(str(self.path), SHAKESPEARE_BYTES)]
 
     def files(self) -> list[Path]:
         return []
@@ -44,19 +43,13 @@ class Shakespeare:
         return [{**about, "bytes": SHAKESPEARE_BYTES, "sha256": SHAKESPEARE_SHA256}]
 
     @cached_property
-    def _path(self) -> Path:
-        folder = offline_folder()
-        path = (folder or self.spool) / "shakespeare" / "input.txt"
-        if path.is_file():
-            if (found := sha256_of(path)) != SHAKESPEARE_SHA256:
-                raise UserError(f"{path} is not tiny Shakespeare: SHA-256 {found}, wanted {SHAKESPEARE_SHA256}")
+    def path(self) -> Path:
+        path = assets() / "shakespeare" / "input.txt"
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
             return path
-        path = self.spool / "shakespeare" / "input.txt"
-        fetch_shakespeare(path)
+        content = b"".join(blocks(SHAKESPEARE_URL))
+        if (found := hashlib.sha256(content).hexdigest()) != SHAKESPEARE_SHA256:
+            raise UserError(f"{SHAKESPEARE_URL} changed: its SHA-256 is {found}, expected {SHAKESPEARE_SHA256}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
         return path
-
-
-def fetch_shakespeare(path: Path) -> None:
-    with reading(SHAKESPEARE_URL):
-        remote: Remote = describe(SHAKESPEARE_URL)
-    download(remote, path, SHAKESPEARE_SHA256)

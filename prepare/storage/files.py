@@ -1,7 +1,7 @@
 """Where bytes lie: a path of this machine or a URL, opened alike in whichever process reads them.
 
-S3 and its kind are reached through fsspec, with the credentials each of them finds by itself (AWS_* variables, for one);
-http(s) through requests, which tiktoken needs anyway.
+S3 and other object stores are reached through fsspec, with the credentials that each finds by itself (such as AWS_*
+variables); http(s) through requests, which tiktoken needs anyway.
 """
 
 import io
@@ -17,19 +17,19 @@ from urllib.parse import urlsplit, urlunsplit
 from pipeline.errors import UserError, one_line
 from prepare.units import BLOCK_BYTES
 
-# One request for so much: at 4 MB the time to first byte no longer counts.
+# The size of a request: at 4 MB the time to first byte no longer counts.
 REQUEST_BYTES = 4 << 20
-# Pauses between tries after a fault of the network; the file systems themselves try again too.
+# Pauses between attempts after a network error; the file systems retry by themselves too.
 PAUSES_S = (0.5, 2.0)
 TIMEOUT_S = 60
 PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416
-# By protocol, the extra that brings it; every other one names its own package.
+# The extra that installs a protocol; the error of any other protocol names its package.
 EXTRAS = {"s3": "s3", "s3a": "s3"}
 
 
 @dataclass(frozen=True)
 class Remote:
-    """What a server tells of a file. Without `ranges` it can only be read from its beginning."""
+    """What a server reports of a file. Without `ranges` it can only be read from its beginning."""
 
     url: str
     size: int
@@ -42,12 +42,12 @@ def is_url(source: str) -> bool:
 
 
 def name_of(path: str) -> str:
-    """The path without a URL's query, so that it ends in its suffixes; a file of this machine may have a ? in its name."""
+    """The path without a URL's query, so that it ends in its suffixes; a local file may have a ? in its name."""
     return path.partition("?")[0] if is_url(path) else path
 
 
 def shown(path: str) -> str:
-    """A path or URL for people and manifests: a URL's query and user may hold keys."""
+    """A path or URL for messages and manifests, without a URL's query and user, which may hold keys."""
     if not is_url(path):
         return path
     parts = urlsplit(path)
@@ -56,7 +56,7 @@ def shown(path: str) -> str:
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """What goes wrong while `path` is read becomes one line with its name."""
+    """Turns an OSError while `path` is read into a UserError of one line with its name."""
     try:
         yield
     except OSError as error:
@@ -88,7 +88,7 @@ def describe(url: str) -> Remote:
     if is_web(url):
         return _describe_web(url)
     system, name = filesystem(url)
-    return remote_file(url, _told(url, lambda: system.info(name)))
+    return remote_file(url, _with_retries(url, lambda: system.info(name)))
 
 
 def remote_file(url: str, info: dict[str, Any]) -> Remote:
@@ -108,19 +108,19 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0]
     if protocol not in known_implementations or protocol == "memory":
-        raise UserError(f"{shown(url)}: no file system is called {protocol}; wanted s3://, gs://, az://, https://, ...")
+        raise UserError(f"{shown(url)}: unknown file system {protocol!r}; expected s3://, gs://, az://, https://, ...")
     try:
         system, name = url_to_fs(url)
     except ImportError as error:
         missing = f"pip install 'gpt-pipeline[{EXTRAS[protocol]}]'" if protocol in EXTRAS else one_line(error)
         raise UserError(f"{protocol}:// needs a package that is not installed: {missing}") from None
-    except Exception as error:  # each file system's own ways to refuse an address
+    except Exception as error:  # each file system refuses an address in its way
         raise UserError(f"{shown(url)} cannot be opened: {one_line(error)}") from None
     return system, str(name)
 
 
 class _RangeFile(io.RawIOBase):
-    """A file behind a URL, read in ranges: a fault costs one range again, and nothing is held but the last one."""
+    """A file behind a URL, read in ranges: an error costs one range again, and only the last range is held."""
 
     def __init__(self, url: str, size: int) -> None:
         self._fetch = _web_range(url) if is_web(url) else _fsspec_range(url)
@@ -143,34 +143,34 @@ class _RangeFile(io.RawIOBase):
         end = min(self._at + len(buffer), self._size)
         if end <= self._at:
             return 0
-        content = _told(self._url, lambda: self._fetch(self._at, end))
+        content = _with_retries(self._url, lambda: self._fetch(self._at, end))
         if len(content) != end - self._at:
-            raise OSError(f"{len(content)} bytes came for the range {self._at} to {end}: did the file change?")
+            raise OSError(f"got {len(content)} bytes for the range {self._at} to {end}: did the file change?")
         buffer[: len(content)] = content
         self._at = end
         return len(content)
 
 
-def _told(url: str, ask: Callable[[], Any]) -> Any:
-    """The answer to a request, asked again after a fault. Raises OSError, which every reader's caller expects."""
+def _with_retries(url: str, ask: Callable[[], Any]) -> Any:
+    """The answer to a request, retried after an error. Raises OSError, which the callers of a file's methods expect."""
     for pause in (*PAUSES_S, None):
         try:
             return ask()
         except (FileNotFoundError, PermissionError) as error:
-            raise OSError(_words(error, url)) from None
+            raise OSError(_description(error, url)) from None
         except UserError:
             raise
-        except Exception as error:  # what botocore, aiohttp, requests and the rest raise has no common kind
+        except Exception as error:  # what botocore, aiohttp, requests and others raise has no common kind
             if pause is None:
-                raise OSError(_words(error, url)) from None
+                raise OSError(_description(error, url)) from None
             time.sleep(pause)
     raise AssertionError("unreachable")
 
 
-def _words(error: Exception, url: str) -> str:
+def _description(error: Exception, url: str) -> str:
     secret = urlsplit(url).query
-    words = f"{type(error).__name__}: {one_line(error)}".replace(url, shown(url))
-    return words.replace(secret, "...") if secret else words
+    text = f"{type(error).__name__}: {one_line(error)}".replace(url, shown(url))
+    return text.replace(secret, "...") if secret else text
 
 
 def _fsspec_range(url: str) -> Callable[[int, int], bytes]:
@@ -183,14 +183,14 @@ def _web() -> Any:
     import requests
 
     session = requests.Session()
-    # Bytes as they are stored: a range of a packed transfer means nothing.
+    # Bytes as they are stored: a range of a compressed transfer is useless.
     session.headers["Accept-Encoding"] = "identity"
     return session
 
 
 def _answer(method: str, url: str, **options: Any) -> Any:
     answer = _web().request(method, url, timeout=TIMEOUT_S, allow_redirects=True, **options)
-    if answer.status_code in (401, 403, 404, 410):  # asking again would not help
+    if answer.status_code in (401, 403, 404, 410):  # another attempt would not help
         raise FileNotFoundError(f"{answer.status_code} {answer.reason}")
     if answer.status_code != RANGE_NOT_SATISFIABLE:  # an empty file has no first byte
         answer.raise_for_status()
@@ -202,8 +202,8 @@ def _web_range(url: str) -> Callable[[int, int], bytes]:
 
 
 def _describe_web(url: str) -> Remote:
-    """Asked by its first byte: addresses that are signed for GET refuse HEAD, and only an answer proves ranges."""
-    with _told(url, lambda: _answer("GET", url, headers={"Range": "bytes=0-0"}, stream=True)) as answer:
+    """By a request for its first byte: URLs signed for GET refuse HEAD, and only an answer proves that ranges work."""
+    with _with_retries(url, lambda: _answer("GET", url, headers={"Range": "bytes=0-0"}, stream=True)) as answer:
         headers = answer.headers
     etag = headers.get("ETag") or headers.get("Last-Modified")
     total = headers.get("Content-Range", "").rpartition("/")[2]
@@ -213,12 +213,12 @@ def _describe_web(url: str) -> Remote:
 
 
 def _web_stream(url: str) -> BinaryIO:
-    answer = _told(url, lambda: _answer("GET", url, stream=True))
+    answer = _with_retries(url, lambda: _answer("GET", url, stream=True))
     return cast(BinaryIO, io.BufferedReader(_AnswerBody(answer), BLOCK_BYTES))
 
 
 class _AnswerBody(io.RawIOBase):
-    """The body of an answer, of which the promised length has to come: a connection that breaks off is an error."""
+    """The body of an answer, which must have its announced length: a connection that breaks off is an error."""
 
     def __init__(self, answer: Any) -> None:
         self._answer = answer
@@ -230,12 +230,12 @@ class _AnswerBody(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             content = self._answer.raw.read(len(buffer))
-        except Exception as error:  # urllib3's own kinds
+        except Exception as error:  # urllib3 raises its own kinds
             raise OSError(f"the connection broke off ({type(error).__name__})") from None
         if self._left is not None:
             self._left -= len(content)
             if not content and self._left:
-                raise OSError(f"the connection broke off with {self._left} bytes to come")
+                raise OSError(f"the connection broke off {self._left} bytes before the end")
         buffer[: len(content)] = content
         return len(content)
 

@@ -1,12 +1,13 @@
-"""The state of a preparation, in `<dataset>/unfinished/`: files alone, so that a kill at any moment leaves a state too.
+"""The state of a preparation is files in `<dataset>/unfinished/` alone: it survives any kill.
 
-    plan.json          what is prepared, from what, and how; written first, by whichever task comes first
-    000012_000000.part a finished unit
-    hashes_0000.jsonl  the sources' files that were hashed, by task
-    tiktoken_only      there when gigatoken was caught at a fault, with the fault
-    dataset/           shards and vocabulary as they will lie in the dataset; its manifest is written last
+    plan.json           what is prepared, from what, and how; written first, by the first task
+    000012_000000.part  a finished unit
+    hashes_0000.jsonl   hashes of the source files, one file per task
+    tiktoken_only       exists once gigatoken was found at fault; holds the fault
+    dataset/            shards and vocabulary while they are made; the manifest is written last
 
-Once `dataset/manifest.json` is there all that is left is to move those files up, which can be done again and again.
+Once `dataset/manifest.json` exists, all that is left is to move those files up, which can be
+repeated after any kill.
 """
 
 import os
@@ -27,28 +28,34 @@ from pipeline.vocabulary.specs import vocabulary_file
 from prepare.unfinished.parts import part_name, read_summary
 
 SHARD_NAME = re.compile(r"(train|val)_\d{5,}\.bin")
+GIGATOKEN = "gigatoken"  # its name in the summaries of the parts it encoded
 
 
 class Share(NamedTuple):
-    """One task's part of the work, of `tasks` that do not talk to each other."""
+    """The items that fall to one of `tasks` programs, such as the jobs of a SLURM array."""
 
     task: int
     tasks: int
 
     def items(self, sizes: Sequence[int]) -> list[int]:
-        """The numbers of its items: neighbours, since one file's units are read best by one machine."""
+        """The numbers of its items: neighbours, as one machine reads the units of a file best."""
         return [item for item, task in enumerate(tasks_of(sizes, self.tasks)) if task == self.task]
 
 
 def tasks_of(sizes: Sequence[int], tasks: int) -> list[int]:
-    """Each item's task: about the same bytes for all."""
+    """The task of each item of `sizes` bytes, so that all tasks have about the same bytes."""
+    # An item belongs to the task whose equal share of all bytes contains the item's middle. One
+    # byte is added to each item, so that empty ones spread as well.
     ends = list(accumulate(size + 1 for size in sizes))
     return [(2 * end - size - 1) * tasks // (2 * ends[-1]) for end, size in zip(ends, sizes, strict=True)]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What determines the bytes, and where it came from. `sizes` are the items' bytes; `stamps` tell a changed source."""
+    """What determines a dataset's bytes, and its sources.
+
+    `sizes`: bytes per item; `stamps` reveal a changed source.
+    """
 
     sources: list[str]
     working_folder: str
@@ -69,17 +76,19 @@ class Journal:
 
     def plan(self) -> Plan | None:
         path = self.folder / "plan.json"
-        return Plan(**load_document(path)) if path.exists() else None
+        return Plan(**orjson.loads(path.read_bytes())) if path.exists() else None
 
     def begin(self, plan: Plan, vocabulary: dict[str, bytes]) -> None:
-        """Write the plan, unless another task was first."""
+        """Write the plan, unless another task has written one first."""
         self.staged.mkdir(parents=True, exist_ok=True)
         for name, content in vocabulary.items():
             write_atomic(self.staged / name, content)
         mine = self.folder / f"plan.{os.uname().nodename}.{os.getpid()}"
         write_atomic(mine, orjson.dumps(asdict(plan)))
         try:
-            (self.folder / "plan.json").hardlink_to(mine)  # unlike a rename, it never replaces
+            # link(2) fails if the name exists, where rename(2) would replace the plan of the task
+            # that was first.
+            (self.folder / "plan.json").hardlink_to(mine)
         except FileExistsError:
             return
         finally:
@@ -87,22 +96,26 @@ class Journal:
         sync(self.folder)
 
     def clear(self) -> None:
-        """Forget everything, all at once: parts that a kill left without their plan would be taken for another's."""
+        """Remove everything."""
+        # Renamed first: parts that a kill left without their plan would count for the next.
         with suppress(FileNotFoundError):
             self.folder.rename(self.dataset / f".unfinished.{os.uname().nodename}.{os.getpid()}")
-        for left in self.dataset.glob(".unfinished.*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in self.dataset.glob(".unfinished.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     # ---- parts
 
     def finished_units(self) -> dict[int, set[int]]:
-        """The units that are done, by item. What gigatoken did does not count after its fault."""
+        """Item -> its finished units.
+
+        Once gigatoken is at fault, the parts it encoded are removed and do not count.
+        """
         found: dict[int, set[int]] = {}
         distrusted = self.distrusted()
         for entry in os.scandir(self.folder):
             if not entry.name.endswith(".part"):
                 continue
-            if distrusted and read_summary(Path(entry.path)).engine == "gigatoken":
+            if distrusted and read_summary(Path(entry.path)).engine == GIGATOKEN:
                 Path(entry.path).unlink(missing_ok=True)
                 continue
             item, unit = entry.name.removesuffix(".part").split("_")
@@ -110,22 +123,24 @@ class Journal:
         return found
 
     def is_complete(self, item: int, units: set[int]) -> bool:
-        """Whether all units of an item are among these."""
+        """Whether `units` are all units of the item.
+
+        Only the part of its last one tells how many.
+        """
         highest = max(units, default=-1)
         return len(units) == highest + 1 > 0 and read_summary(self.folder / part_name(item, highest)).last
 
-    def parts(self, items: int, limit: int | None) -> list[Path]:
-        """The parts in the corpus's order, which have to be there; with a limit, up to the document that reaches it."""
+    def parts(self, limit: int | None) -> list[Path]:
+        """All parts in corpus order.
+
+        With a limit, up to the one in which that document count is reached.
+        """
         found = self.finished_units()
-        names = (part_name(item, unit) for item in range(items) for unit in sorted(found[item]))
+        paths = [self.folder / part_name(item, unit) for item in sorted(found) for unit in sorted(found[item])]
         if limit is None:
-            return [self.folder / name for name in names]
-        paths: list[Path] = []
-        documents = 0
-        while documents < limit and (name := next(names, None)):
-            paths.append(self.folder / name)
-            documents += read_summary(paths[-1]).documents
-        return paths
+            return paths
+        documents_before = accumulate((read_summary(path).documents for path in paths), initial=0)
+        return [path for path, before in zip(paths, documents_before, strict=False) if before < limit]
 
     def incomplete_items(self, plan: Plan) -> list[int]:
         found = self.finished_units()
@@ -139,10 +154,13 @@ class Journal:
     def distrusted(self) -> bool:
         return (self.folder / "tiktoken_only").exists()
 
-    # ---- hashes of the sources' files
+    # ---- hashes of the source files
 
     def known_hashes(self) -> dict[str, tuple[Any, str]]:
-        """By path, of every task: the stamp the file had and its hash. A line that a kill cut is left out."""
+        """Path -> (stamp, hash) of every source file that any task has hashed.
+
+        A line truncated by a kill is skipped.
+        """
         found = {}
         for path in self.folder.glob("hashes_*.jsonl"):
             for line in path.read_bytes().splitlines():
@@ -152,13 +170,13 @@ class Journal:
         return found
 
     def note_hashes(self, paths: list[Path], task: int, hashes: Iterator[tuple[Any, str]]) -> None:
-        """Keep each path's stamp and hash as they come."""
+        """Append the (stamp, hash) of each path as it arrives."""
         with (self.folder / f"hashes_{task:04d}.jsonl").open("ab") as file:
             for path, (stamp, digest) in zip(paths, hashes, strict=True):
                 file.write(orjson.dumps([str(path), stamp, digest]) + b"\n")
                 file.flush()
 
-    # ---- the end
+    # ---- publishing
 
     def is_publishing(self) -> bool:
         return (self.staged / MANIFEST_NAME).exists()
@@ -168,14 +186,15 @@ class Journal:
         self.finish_publishing()
 
     def finish_publishing(self) -> None:
-        """Put the staged dataset in the place of what is there: the old manifest goes first, the new one comes last.
+        """Move the staged dataset over the one it replaces; the caller holds the exclusive lock.
 
-        For one that holds the dataset alone.
+        The old manifest goes first and the new one comes last, so that a manifest never stands next
+        to other shards.
         """
         if not self.is_publishing():
             return
         sync(self.staged)
-        manifest = load_document(self.staged / MANIFEST_NAME)
+        manifest = orjson.loads((self.staged / MANIFEST_NAME).read_bytes())
         wanted = {shard["file"] for shards in manifest["splits"].values() for shard in shards}
         self._remove_old_manifest()
         for old in self.dataset.iterdir():
@@ -190,15 +209,10 @@ class Journal:
         self.clear()
 
     def _remove_old_manifest(self) -> None:
-        """With the file of its vocabulary, which no other file names."""
+        """Also removes the old vocabulary's file, whose name only the old manifest knows."""
         path = self.dataset / MANIFEST_NAME
         if path.exists():
-            vocabulary = vocabulary_file(load_document(path)["tokenizer"]["name"])
+            vocabulary = vocabulary_file(orjson.loads(path.read_bytes())["tokenizer"]["name"])
             path.unlink()
             if vocabulary:
                 (self.dataset / vocabulary).unlink(missing_ok=True)
-
-
-def load_document(path: Path) -> dict[str, Any]:
-    document: dict[str, Any] = orjson.loads(path.read_bytes())
-    return document

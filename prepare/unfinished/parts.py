@@ -1,18 +1,22 @@
-"""What a preparation has done so far: a file for each finished unit, so that the folder they lie in is the journal.
+"""Parts: one file for each finished unit, so their folder is itself the record of what is done.
 
-A part holds a unit's documents in their order, of both splits:
+Two words that are easily mixed up: a *part* is the file of a finished unit, a *piece*
+(`encoding/pieces.py`) is a slice of one long document. A part holds the documents of its unit in
+order, train and val alike:
 
-    token ids, each document ended by end-of-text
-    int64 for each document: its tokens
-    int64 for each document: its bytes of text
-    16 bytes for each document: XXH3-128 of its text, seeded
+    token ids, each document followed by end-of-text
+    int64 per document: its tokens
+    int64 per document: its bytes of text
+    16 bytes per document: XXH3-128 of its text, seeded
     JSON: the `Summary`
     int64: the length of that JSON
 
-It is written beside and renamed, so a part that is there is whole, and doing a unit twice gives the same bytes.
+A part is written under another name and then renamed, so one that exists is complete; encoding a
+unit twice gives the same bytes.
 """
 
 import mmap
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,28 +28,35 @@ import orjson
 from pipeline.files import publish
 from pipeline.vocabulary.tokenizer import TokenIds
 
-# By reason: how many, and where the first one is.
+# Reason -> how many documents, and where the first one is.
 Reports = dict[str, dict[str, Any]]
 
 _INT64 = np.dtype("<i8")
-# Ids are written so many at a time: document by document was a sixth of all time.
-TOKENS_AT_ONCE = 1 << 18
+# Token ids buffered before a write: writing document by document took a sixth of the run time.
+WRITE_TOKENS = 1 << 18
 
 
 def report(reports: Reports, reason: str, example: str, count: int = 1) -> None:
-    """Count `reason` once more; the first example stays."""
+    """Add `count` documents to `reason`; the example of the first report is kept."""
     entry = reports.setdefault(reason, {"count": 0, "example": example})
     entry["count"] += count
 
 
-def add_reports(reports: Reports, more: Reports) -> None:
-    for reason, entry in more.items():
-        report(reports, reason, entry["example"], entry["count"])
+def merge_reports(several: Iterable[Reports]) -> Reports:
+    """One report of several, in the order of the reasons."""
+    merged: Reports = {}
+    for reports in several:
+        for reason, entry in reports.items():
+            report(merged, reason, entry["example"], entry["count"])
+    return dict(sorted(merged.items()))
 
 
 @dataclass
 class Summary:
-    """What is in a part. `last` marks the last unit of an item; `engine` is who encoded it."""
+    """What a part holds.
+
+    `last` marks the last unit of its item; `engine` is the name of the encoder that made it.
+    """
 
     item: int
     unit: int
@@ -64,7 +75,7 @@ def part_name(item: int, unit: int) -> str:
 
 
 class PartWriter:
-    """Writes one part; nothing of it is there before `close`."""
+    """Writes one part, which appears under its name only when `close` is called."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any], end_of_text: int) -> None:
         self.path = path
@@ -72,18 +83,19 @@ class PartWriter:
         self._file = self._partial.open("wb")
         self._dtype = dtype
         self._end = np.array([end_of_text], dtype=dtype)
-        self._waiting: list[TokenIds] = []
+        self._buffer: list[TokenIds] = []
         self._lengths: list[int] = []
         self._text_bytes: list[int] = []
         self._hashes = bytearray()
+        # Tokens so far: of all documents, up to the current document, and already in the file.
         self._tokens = self._begin = self._written = 0
 
     def add(self, ids: TokenIds) -> None:
-        """More ids of the present document, of any width."""
-        self._waiting.append(ids)
+        """Append ids, of any integer width, to the current document."""
+        self._buffer.append(ids)
         self._tokens += len(ids)
-        if self._tokens - self._written >= TOKENS_AT_ONCE:
-            self._write()
+        if self._tokens - self._written >= WRITE_TOKENS:
+            self._flush()
 
     def end_document(self, text_bytes: int, digest: bytes) -> None:
         self.add(self._end)
@@ -93,20 +105,24 @@ class PartWriter:
         self._begin = self._tokens
 
     def abandon_document(self) -> None:
-        """Forget the ids of the present document."""
-        self._write()
+        """Drop the ids of the current document."""
+        # Some of them may be in the file already, together with ids of documents before: write all,
+        # then truncate.
+        self._flush()
         self._file.seek(self._begin * self._dtype.itemsize)
         self._file.truncate()
         self._tokens = self._written = self._begin
 
-    def _write(self) -> None:
-        if self._waiting:
-            self._file.write(np.concatenate(self._waiting, dtype=self._dtype, casting="unsafe").data)
-            self._waiting, self._written = [], self._tokens
+    def _flush(self) -> None:
+        if self._buffer:
+            # gigatoken gives uint32 whatever the vocabulary; every id fits the part's dtype.
+            self._file.write(np.concatenate(self._buffer, dtype=self._dtype, casting="unsafe").data)
+            self._buffer, self._written = [], self._tokens
 
     def close(self, summary: Summary) -> Summary:
+        """Write what is left and publish the part; returns `summary` with its counts filled in."""
         summary.documents, summary.tokens, summary.bytes = len(self._lengths), self._tokens, sum(self._text_bytes)
-        self._write()
+        self._flush()
         for numbers in (self._lengths, self._text_bytes):
             self._file.write(np.array(numbers, dtype=_INT64).data)
         self._file.write(self._hashes)
@@ -122,21 +138,26 @@ class PartWriter:
 
 
 class Part:
-    """A part that is read back; its arrays are memory-mapped."""
+    """A finished part, read through memory maps.
+
+    `tokens` is (tokens,), `lengths` and `text_bytes` are (documents,), `hashes` is (documents, 2):
+    high and low half.
+    """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.summary = read_summary(path)
+        self.path, self.summary = path, read_summary(path)
         documents = self.summary.documents
-        at = self.summary.tokens * dtype.itemsize
+        offset = self.summary.tokens * dtype.itemsize
         self.tokens: TokenIds = _map(path, dtype, 0, self.summary.tokens)
-        self.lengths: npt.NDArray[np.int64] = _map(path, _INT64, at, documents)
-        at += documents * _INT64.itemsize
-        self.text_bytes: npt.NDArray[np.int64] = _map(path, _INT64, at, documents)
-        at += documents * _INT64.itemsize
-        self.hashes: npt.NDArray[np.uint64] = _map(path, np.dtype(">u8"), at, 2 * documents).reshape(documents, 2)
+        self.lengths: npt.NDArray[np.int64] = _map(path, _INT64, offset, documents)
+        offset += documents * _INT64.itemsize
+        self.text_bytes: npt.NDArray[np.int64] = _map(path, _INT64, offset, documents)
+        offset += documents * _INT64.itemsize
+        # XXH3 digests are big-endian, so the first half is the high one.
+        self.hashes: npt.NDArray[np.uint64] = _map(path, np.dtype(">u8"), offset, 2 * documents).reshape(documents, 2)
 
-    def let_go(self) -> None:
-        """Of the ids in memory; they are read again if asked for. A document may be larger than what memory should hold."""
+    def release_memory(self) -> None:
+        """Let the kernel drop the ids that were read: there may be more of them than memory."""
         if isinstance(self.tokens, np.memmap):
             self.tokens._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
@@ -150,6 +171,6 @@ def read_summary(path: Path) -> Summary:
 
 
 def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> Any:
-    if count == 0:  # an empty file range cannot be mapped
+    if count == 0:  # mmap(2) refuses an empty range
         return np.zeros(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))

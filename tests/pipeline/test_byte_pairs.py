@@ -107,13 +107,13 @@ def line(token: bytes, rank: object) -> bytes:
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        (b"no base64! 3\n", "has the line 'no base64! 3': wanted a base64 token and its rank"),
-        (line(b"ab", "x"), "wanted a base64 token and its rank"),
-        (b"\xff\xfe\n", "wanted a base64 token"),
-        (line(b"ab", 7), "a token or a rank twice"),
-        (line(b"a", 256), "a token or a rank twice"),
-        (line(b"ab", -1), "out of range"),
-        (line(b"ab", 1 << 32), "out of range"),
+        (b"no base64! 3\n", "has the line 'no base64! 3': expected a base64 token and its rank"),
+        (line(b"ab", "x"), "expected a base64 token and its rank"),
+        (b"\xff\xfe\n", "expected a base64 token"),
+        (line(b"ab", 7), "a token or rank twice"),
+        (line(b"a", 256), "a token or rank twice"),
+        (line(b"ab", -1), r"a rank that is not in 0 \.\. 16777215"),
+        (line(b"ab", 1 << 32), r"a rank that is not in 0 \.\. 16777215"),
     ],
 )
 def test_a_damaged_table_is_one_line(extra: bytes, words: str) -> None:
@@ -122,14 +122,14 @@ def test_a_damaged_table_is_one_line(extra: bytes, words: str) -> None:
 
 
 def test_a_table_that_cannot_write_every_text_is_refused() -> None:
-    with pytest.raises(UserError, match="no token for byte 0x07: wanted all 256"):
+    with pytest.raises(UserError, match="no token for byte 0x07: expected one for each of the 256"):
         read_ranks(write_ranks({token: rank for token, rank in BYTES.items() if rank != 7}))
     with pytest.raises(UserError, match="no token for byte 0x00"):
         read_ranks(b"")
 
 
 def test_a_table_of_tokens_too_long_to_find_their_merges_is_refused() -> None:
-    with pytest.raises(UserError, match="tokens of up to 65,536 bytes: wanted shorter ones"):
+    with pytest.raises(UserError, match="tokens of up to 65,536 bytes: expected shorter ones"):
         read_ranks(write_ranks({**BYTES, b"a" * 65536: 256}))
 
 

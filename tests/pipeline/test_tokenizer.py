@@ -131,7 +131,7 @@ def test_every_id_below_the_vocabularys_size_decodes_and_no_two_alike(tokenizer:
 def test_a_literal_end_of_text_is_ordinary_text(tokenizer: Tokenizer) -> None:
     literal = tokenizer.decode_bytes([tokenizer.end_of_text]).decode()
     if tokenizer is tokenizer_named("unigram.json"):  # its model knows no other way to write the token's text
-        with pytest.raises(ValueError, match="cannot tell the end-of-text token in a text from the end"):
+        with pytest.raises(ValueError, match="cannot tell a written-out end-of-text token from the end"):
             tokenizer.encode(f"a {literal} b")
         return
     ids = tokenizer.encode(f"a{literal}b").tolist()
@@ -259,7 +259,7 @@ def test_an_added_token_with_an_id_of_its_own_is_refused() -> None:
         (b"{", "JSONDecodeError"),
         (b"[]", "TypeError"),
         (b"{}", "KeyError: 'model'"),
-        (b'{"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}}', "an id is there twice"),
+        (b'{"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}}', "an id occurs twice"),
         (b'{"model": {"type": "BPE", "vocab": {"a": 1000000000000}, "merges": []}}', "one is not in 0 .. 16777215"),
         (b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}', "Exception"),
     ],
@@ -273,7 +273,7 @@ def test_what_the_library_gives_up_on_is_a_value_error() -> None:
     document = json.loads(tokenizer_named("bpe:512").files()["tokenizer.json"])
     document["model"] = {"type": "WordLevel", "vocab": {"a": 0, "end": 1}, "unk_token": "missing"}
     tokenizer = JsonTokenizer("own.json", json.dumps(document | {"added_tokens": []}).encode(), 1)
-    with pytest.raises(ValueError, match="gives up on the text"):
+    with pytest.raises(ValueError, match="cannot encode the text"):
         tokenizer.encode("b")
 
 
@@ -310,8 +310,8 @@ def test_an_unknown_character_is_named_with_its_place() -> None:
     with pytest.raises(UserError) as caught:
         CharTokenizer("ab").encode("abécé")
     assert str(caught.value) == (
-        "character 'é' (U+00E9, at position 2) is not among the 2 characters of this char vocabulary: "
-        "leave it out, or prepare with --tokenizer byte"
+        "character 'é' (U+00E9) at position 2 is not in this char vocabulary of 2 characters: "
+        "remove it, or prepare with --tokenizer byte"
     )
 
 
@@ -412,6 +412,6 @@ def test_an_unknown_tokenizer_is_answered_with_the_names_there_are(name: str | N
     with pytest.raises(UserError) as caught:
         from_spec({"name": name}, tmp_path)
     assert str(caught.value) == (
-        f"unknown tokenizer {str(name)!r}: there are gpt2, cl100k_base, o200k_base, char, byte, word, bpe:N, "
+        f"unknown tokenizer {str(name)!r}: expected one of gpt2, cl100k_base, o200k_base, char, byte, word, bpe:N, "
         "a path to a tokenizer.json or .tiktoken file"
     )

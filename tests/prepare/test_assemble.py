@@ -15,9 +15,9 @@ from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import ByteTokenizer
 from prepare.assembly import duplicates
 from prepare.assembly.duplicates import mark_duplicates
-from prepare.assembly.shards import Assembly, plan_shards, statistics, write_shard, written_shard
-from prepare.assembly.splits import SplitRule, _cut, find_rule
-from prepare.encoding.encode import Encoder, Task, UnitEncoder
+from prepare.assembly.shards import Assembly, lay_out_shards, statistics, write_shard, written_shard
+from prepare.assembly.splits import SplitByHash, SplitRule, find_rule, split_position
+from prepare.encoding.encode import EncodingOptions, UnitEncoder, UnitJob
 from prepare.unfinished.parts import Part
 from prepare.units import Texts
 
@@ -27,10 +27,10 @@ U2 = np.dtype("<u2")
 
 def make_parts(folder: Path, texts: list[str], in_part: int = 3) -> list[Path]:
     folder.mkdir(exist_ok=True)
-    encoder = UnitEncoder(Encoder(BYTES.spec(), folder, folder, 0, False))
+    encoder = UnitEncoder(EncodingOptions(tokenizer=BYTES.spec(), parts=folder, vocabulary=folder, seed=0))
     for item, at in enumerate(range(0, len(texts), in_part)):
         unit = Texts(tuple(text.encode() for text in texts[at : at + in_part]), 1, "", at)
-        encoder.encode(Task(item, 0, True, unit, None))
+        encoder.encode(UnitJob(item=item, unit=0, last=True, work=unit))
     return sorted(folder.glob("*.part"))
 
 
@@ -40,7 +40,7 @@ def half(text: str) -> int:
 
 def assembly(folder: Path, rule: SplitRule, marks: Path | None = None) -> Assembly:
     (folder / "shards").mkdir(exist_ok=True)
-    return Assembly(folder, folder / "shards", BYTES.vocab_size, BYTES.end_of_text, rule, marks)
+    return Assembly(parts=folder, folder=folder / "shards", vocab_size=BYTES.vocab_size, rule=rule, duplicates=marks)
 
 
 def documents_of(path: Path) -> list[str]:
@@ -75,7 +75,7 @@ def test_a_document_of_two_characters_still_gives_both_splits(tmp_path: Path, fr
     parts = make_parts(tmp_path, ["ab"])
     rule = find_rule(parts, BYTES, fraction, None)
     made = assembly(tmp_path, rule)
-    shards = [write_shard((made, plan)) for plan in plan_shards(parts, made, 10)]
+    shards = [write_shard((made, layout)) for layout in lay_out_shards(parts, made, 10)]
     assert [documents_of(tmp_path / "shards" / shard.file) for shard in shards] == [["a"], ["b"]]
     assert [(shard.bytes, shard.documents) for shard in shards] == [(1, 1), (1, 1)]
 
@@ -86,7 +86,7 @@ def test_a_lone_document_is_never_cut_inside_a_character(tmp_path: Path) -> None
     text = "ab" + "𒀀" * 5
     ids = tokenizer.encode(text)
     for fraction in np.linspace(0.02, 0.98, 40).tolist():
-        cut = _cut(ids, tokenizer, fraction)
+        cut = split_position(ids, tokenizer, fraction)
         assert 0 < cut < len(ids)
         tokenizer.decode_bytes(ids[:cut].tolist()).decode()
 
@@ -97,7 +97,7 @@ def test_a_shard_is_closed_by_the_document_that_fills_it(tmp_path: Path, shard_t
     texts = [f"{i} " + "x" * chance.randint(0, 40) for i in range(100)]
     parts = make_parts(tmp_path, texts, in_part=7)
     made = assembly(tmp_path, find_rule(parts, BYTES, 0.3, None))
-    plans = plan_shards(parts, made, shard_tokens)
+    layouts = lay_out_shards(parts, made, shard_tokens)
     for split in ("train", "val"):
         mine = [text for text in texts if (half(text) < int(0.3 * 2**64)) == (split == "val")]
         wanted: list[list[str]] = [[]]
@@ -105,7 +105,7 @@ def test_a_shard_is_closed_by_the_document_that_fills_it(tmp_path: Path, shard_t
             if sum(len(each) + 1 for each in wanted[-1]) >= shard_tokens:
                 wanted.append([])
             wanted[-1].append(text)
-        shards = [write_shard((made, plan)) for plan in plans if plan.split == split]
+        shards = [write_shard((made, layout)) for layout in layouts if layout.split == split]
         assert [documents_of(tmp_path / "shards" / shard.file) for shard in shards] == wanted
         assert [shard.documents for shard in shards] == [len(each) for each in wanted]
         assert [shard.bytes for shard in shards] == [sum(map(len, each)) for each in wanted]
@@ -116,25 +116,25 @@ def test_a_shard_is_closed_by_the_document_that_fills_it(tmp_path: Path, shard_t
 def test_long_runs_are_copied_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [chr(97 + i % 26) * (i * 7 % 50 + 1) for i in range(40)]
     parts = make_parts(tmp_path, texts)
-    made = assembly(tmp_path, SplitRule("hash", 0.5, 2**63))
-    (train, val) = plan_shards(parts, made, 10**9)
-    whole = [write_shard((made, plan)) for plan in (train, val)]
-    monkeypatch.setattr("prepare.assembly.shards.TOKENS_AT_ONCE", 5)
-    assert [write_shard((made, plan)) for plan in (train, val)] == whole
+    made = assembly(tmp_path, SplitByHash(0.5, 2**63))
+    (train, val) = lay_out_shards(parts, made, 10**9)
+    whole = [write_shard((made, layout)) for layout in (train, val)]
+    monkeypatch.setattr("prepare.assembly.shards.COPY_TOKENS", 5)
+    assert [write_shard((made, layout)) for layout in (train, val)] == whole
 
 
 def test_a_written_shard_is_found_again(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, ["a", "b", "c", "d"])
-    made = assembly(tmp_path, SplitRule("hash", 0.5, 2**63))
-    plan = plan_shards(parts, made, 10)[0]
-    assert written_shard(made, plan) is None
-    assert write_shard((made, plan)) == written_shard(made, plan)
+    made = assembly(tmp_path, SplitByHash(0.5, 2**63))
+    layout = lay_out_shards(parts, made, 10)[0]
+    assert written_shard(made, layout) is None
+    assert write_shard((made, layout)) == written_shard(made, layout)
 
 
 @pytest.mark.parametrize("at_once", [2_000_000, 30, 1])
 def test_later_duplicates_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """In one file of hashes, in several, and in as many as there may be."""
-    monkeypatch.setattr(duplicates, "DOCUMENTS_AT_ONCE", at_once)
+    monkeypatch.setattr(duplicates, "DOCUMENTS_PER_FILE", at_once)
     chance = random.Random(3)
     texts = [f"text {chance.randint(0, 120)}" for _ in range(300)]
     parts = make_parts(tmp_path, texts, in_part=11)
@@ -149,7 +149,7 @@ def test_duplicates_are_in_no_shard(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, texts)
     marks = mark_duplicates((Part(path, U2).hashes for path in parts), len(texts), tmp_path)
     made = assembly(tmp_path, find_rule(parts, BYTES, 0.3, marks), marks)
-    shards = [write_shard((made, plan)) for plan in plan_shards(parts, made, 50)]
+    shards = [write_shard((made, layout)) for layout in lay_out_shards(parts, made, 50)]
     found = [text for shard in shards for text in documents_of(tmp_path / "shards" / shard.file)]
     assert sorted(found) == sorted(set(texts))
 
@@ -158,7 +158,7 @@ def test_duplicates_of_one_document_leave_a_lone_one(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, ["abcdefghij"] * 5)
     marks = mark_duplicates((Part(path, U2).hashes for path in parts), 5, tmp_path)
     made = assembly(tmp_path, find_rule(parts, BYTES, 0.2, marks), marks)
-    shards = [write_shard((made, plan)) for plan in plan_shards(parts, made, 50)]
+    shards = [write_shard((made, layout)) for layout in lay_out_shards(parts, made, 50)]
     assert [documents_of(tmp_path / "shards" / shard.file) for shard in shards] == [["abcdefgh"], ["ij"]]
     assert [(shard.documents, shard.bytes) for shard in shards] == [(1, 8), (1, 2)]
 
@@ -167,9 +167,9 @@ def test_entropies_are_those_of_plain_counting(tmp_path: Path) -> None:
     texts = [f"the {i} cat {i * i} sat" for i in range(60)]
     parts = make_parts(tmp_path, texts)
     made = assembly(tmp_path, find_rule(parts, BYTES, 0.2, None))
-    plans = plan_shards(parts, made, 10**9)
-    shards = [write_shard((made, plan)) for plan in plans]
-    found = statistics(made, plans, shards)
+    layouts = lay_out_shards(parts, made, 10**9)
+    shards = [write_shard((made, layout)) for layout in layouts]
+    found = statistics(made, layouts, shards)
     ids = np.fromfile(tmp_path / "shards" / "train_00000.bin", U2).tolist()
 
     def entropy(counts: Counter[object]) -> float:

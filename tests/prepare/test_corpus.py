@@ -155,7 +155,7 @@ def test_left_out_documents_say_why_and_where(tmp_path: Path) -> None:
     text = pa.Array.from_buffers(pa.string(), 3, binary.buffers())
     pq.write_table(pa.table({"text": text}), tmp_path / "c.parquet")
     corpus = opened(tmp_path, *(tmp_path / name for name in ("a.txt", "b.jsonl", "c.parquet")))
-    found = [(unit.place(at), document) for unit in units(corpus) for at, document in unit.documents()]
+    found = [(unit.locate(at), document) for unit in units(corpus) for at, document in unit.documents()]
     assert found == [
         (f"{tmp_path}/a.txt", Refused("not UTF-8")),
         (f"{tmp_path}/b.jsonl at byte 0", b"a"),
@@ -187,7 +187,7 @@ def test_small_files_share_units_in_their_order(tmp_path: Path) -> None:
         (tmp_path / "many" / f"{i:03}.txt").write_text(str(i))
         write_jsonl(tmp_path / "many" / f"{i:03}.jsonl", [f"line {i}"])
     (unit,) = units(opened(tmp_path, tmp_path / "many"))
-    found = [(unit.place(at), whole(document)) for at, document in unit.documents()]
+    found = [(unit.locate(at), whole(document)) for at, document in unit.documents()]
     assert found[:2] == [(f"{tmp_path}/many/000.jsonl at byte 0", "line 0"), (f"{tmp_path}/many/000.txt", "0")]
     assert [text for _, text in found] == [text for i in range(300) for text in (f"line {i}", str(i))]
 
@@ -280,10 +280,10 @@ def _unknown_suffix(folder: Path) -> list[str]:
         (_bad_json, ["a.jsonl line 22", "not JSON"]),
         (_not_an_object, ["a.jsonl line 2", "not a JSON object", '["b"]']),
         (_no_field, ["a.jsonl line 2", "no field 'text'", "body, url", "--text-field"]),
-        (_field_is_number, ["a.jsonl line 1", "'text' holds int", "wanted text"]),
+        (_field_is_number, ["a.jsonl line 1", "'text' holds int", "expected text"]),
         (_not_parquet, ["a.parquet", "cannot read", "Parquet"]),
         (_no_column, ["a.parquet", "no column 'text'", "body, url", "--text-field"]),
-        (_column_of_numbers, ["a.parquet", "'text' holds int64", "wanted text"]),
+        (_column_of_numbers, ["a.parquet", "'text' holds int64", "expected text"]),
         (_parquet_damaged_inside, ["a.parquet", "cannot read row group 0"]),
     ],
 )

@@ -17,7 +17,7 @@ from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import ByteTokenizer
 from pipeline.vocabulary.tokenizer import Tokenizer
 from prepare.encoding import encode as module
-from prepare.encoding.encode import Encoder, Task, UnitEncoder, encode
+from prepare.encoding.encode import EncodingOptions, UnitEncoder, UnitJob, encode
 from prepare.unfinished.parts import Part, PartWriter, Summary
 from prepare.units import NULL, Document, OneUnit, Refused, Texts
 from prepare.workers import Workers
@@ -38,9 +38,9 @@ def encoded(
 ) -> tuple[Summary, list[list[int]], Part]:
     """A part's summary, its documents' ids without end-of-text, and the part."""
     tokenizer = tokenizer or ByteTokenizer()
-    encoder = Encoder(tokenizer.spec(), tmp_path, tmp_path, 5, False)
-    task = Task(3, 7, True, Texts(tuple(documents), 1, "corpus", 10), limit)
-    summary = UnitEncoder(encoder).encode(task)
+    options = EncodingOptions(tokenizer=tokenizer.spec(), parts=tmp_path, vocabulary=tmp_path, seed=5)
+    work = Texts(tuple(documents), 1, "corpus", 10)
+    summary = UnitEncoder(options).encode(UnitJob(item=3, unit=7, last=True, work=work, limit=limit))
     (path,) = tmp_path.glob("*.part")
     assert path.name == "000003_000007.part"
     part = Part(path, np.dtype("<u2"))
@@ -150,24 +150,24 @@ class FailingUnit(OneUnit):
             os.kill(os.getpid(), signal.SIGKILL)
         raise UserError("file.jsonl line 7 is not JSON")
 
-    def place(self, position: int) -> str:
+    def locate(self, position: int) -> str:
         return "here"
 
 
-def tasks(tmp_path: Path, *units: Any) -> list[tuple[Encoder, Task]]:
-    encoder = Encoder(ByteTokenizer().spec(), tmp_path, tmp_path, 0, False)
-    return [(encoder, Task(i, 0, True, unit, None)) for i, unit in enumerate(units)]
+def jobs(tmp_path: Path, *units: Any) -> list[tuple[EncodingOptions, UnitJob]]:
+    options = EncodingOptions(tokenizer=ByteTokenizer().spec(), parts=tmp_path, vocabulary=tmp_path, seed=0)
+    return [(options, UnitJob(item=i, unit=0, last=True, work=unit)) for i, unit in enumerate(units)]
 
 
 def test_a_worker_that_is_killed_is_noticed(tmp_path: Path) -> None:
     with Workers(2) as workers, pytest.raises(BrokenProcessPool):
-        list(workers.map(encode, tasks(tmp_path, Texts((b"a",), 1, "", 0), FailingUnit(kill=True))))
+        list(workers.map(encode, jobs(tmp_path, Texts((b"a",), 1, "", 0), FailingUnit(kill=True))))
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_fault_in_a_worker_arrives_as_the_same_error_and_leaves_no_part(tmp_path: Path, count: int) -> None:
     with Workers(count) as workers, pytest.raises(UserError, match=r"^file\.jsonl line 7 is not JSON$"):
-        list(workers.map(encode, tasks(tmp_path, FailingUnit())))
+        list(workers.map(encode, jobs(tmp_path, FailingUnit())))
     assert not list(tmp_path.iterdir())
 
 
@@ -176,9 +176,9 @@ def test_few_units_are_under_way(tmp_path: Path) -> None:
 
     def units() -> Iterator[Any]:
         nonlocal started
-        for task in tasks(tmp_path, *(Texts((f"document {i}".encode(),), 1, "", 0) for i in range(60))):
+        for job in jobs(tmp_path, *(Texts((f"document {i}".encode(),), 1, "", 0) for i in range(60))):
             started += 1
-            yield task
+            yield job
 
     with Workers(2) as workers:
         for finished, _ in enumerate(workers.map(encode, units())):

@@ -14,7 +14,7 @@ import xxhash
 
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import ByteTokenizer
-from prepare import units as readers
+from prepare import units
 from prepare.encoding import engine
 from prepare.encoding.engine import EngineFault, Gigatoken, can_be_faster
 from prepare.run import PrepareOptions, run
@@ -61,7 +61,7 @@ def make_texts(count: int = 300) -> list[str]:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(readers, "SMALLEST_UNIT_BYTES", 8192)
+    monkeypatch.setattr(units, "SMALLEST_UNIT_BYTES", 8192)
     path = tmp_path / "varied.jsonl"
     path.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in make_texts()))
     return path
@@ -178,12 +178,12 @@ def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch, tells_its
     """It is built anew when it has grown by a limit, or where that is not told after so much text."""
     built: list[Honest] = []
     monkeypatch.setattr(engine, "_new_gigatoken", lambda: built.append(Honest()) or built[-1])
-    monkeypatch.setattr(engine, "MOST_TEXT_BYTES", 99)
+    monkeypatch.setattr(engine, "MAX_TEXT_BYTES", 99)
     statm = tmp_path / "statm"
     monkeypatch.setattr(engine, "_STATM", statm)
     resident = iter(range(0, 10_000, 60))
     monkeypatch.setattr(engine, "_resident_bytes", lambda: next(resident))
-    monkeypatch.setattr(engine, "MOST_GROWTH_BYTES", 100)
+    monkeypatch.setattr(engine, "MAX_GROWTH_BYTES", 100)
     if tells_its_size:
         statm.write_text("")
     gigatoken = Gigatoken()
@@ -246,7 +246,7 @@ def test_a_fault_in_a_worker_starts_over_with_tiktoken(
     """A package of that name before the real one on the path, which worker processes take over."""
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "gigatoken.py").write_text(
-        "import os\nfrom pipeline.tokenizer import BytePairTokenizer\nseen = 0\nclass Tokenizer:\n"
+        "import os\nfrom pipeline.vocabulary.byte_pair import BytePairTokenizer\nseen = 0\nclass Tokenizer:\n"
         "    @classmethod\n    def from_tiktoken(cls, path, pretokenizer):\n        return cls()\n"
         "    def encode(self, content):\n        global seen\n        seen += 1\n"
         "        right = BytePairTokenizer('gpt2').encode(content.decode()).astype('uint32')\n" + FAKES[fault] + "\n"

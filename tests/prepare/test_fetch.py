@@ -1,4 +1,4 @@
-"""`pipeline fetch`: what it brings is what `prepare` then reads without a network, and nothing is fetched twice."""
+"""`pipeline fetch` against a stand-in for the Hub: what it brings is what `prepare` then reads without a network."""
 
 import hashlib
 import json
@@ -6,216 +6,216 @@ import os
 import re
 from collections.abc import Iterator
 from functools import partial
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import huggingface_hub.constants
 import pytest
 from conftest import run_program
-from test_corpus import documents, opened, write_jsonl
-from test_hub import write_parquet
+from test_corpus import documents, opened
+from test_hub import COMMIT, write, write_parquet
 from test_sources_remote import Handler
 
+from pipeline.dataset.shards import load_manifest
 from pipeline.errors import UserError
-from prepare.sources import fetch, pinned
-from prepare.sources import hub as hub_reader
+from pipeline.vocabulary.byte_pair import GPT2_RANKS
+from prepare import fetch
+from prepare.sources import pinned
 from prepare.storage import files as storage
 
-COMMIT = "0123456789" * 4
-VARIABLE = "PIPELINE_HUB_DIR"
 
+class OneDataset(BaseHTTPRequestHandler):
+    """As much of the Hub as `datasets` and huggingface_hub ask for: a revision, the tree of its files, and each of them."""
 
-class CountingHandler(Handler):
-    """Notes each request for content, and tells the content's version."""
+    folder: Path
+    asked: ClassVar[list[str]] = []
+    breaks_off_at = ""
 
-    asked: ClassVar[list[tuple[str, str | None]]] = []
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.asked.append(path)
+        if found := re.fullmatch(r"/api/datasets/Org/Far/tree/[^/]+(/.*)?", path):
+            self.answer_tree((found[1] or "").strip("/"))
+        elif path.startswith("/api/datasets/Org/Far"):
+            files = [{"rfilename": name} for name in self.names()]
+            self.answer(json.dumps({"id": "Org/Far", "sha": COMMIT, "siblings": files}).encode())
+        elif found := re.fullmatch(r"/datasets/Org/Far/resolve/[^/]+/(.+)", path):
+            self.answer_file(found[1])
+        else:
+            self.send_error(404)
 
-    def do_GET(self) -> None:  # noqa: N802
-        if self.headers.get("Range") != "bytes=0-0":  # how a file is asked after
-            self.asked.append((self.path, self.headers.get("Range")))
-        super().do_GET()
+    do_HEAD = do_GET  # noqa: N815
 
-    def end_headers(self) -> None:
-        if Path(self.translate_path(self.path)).is_file():
-            content = Path(self.translate_path(self.path)).read_bytes()
-            self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
-        super().end_headers()
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(self.path)
+        found = [
+            name for name in self.names() if any(name == each or name.startswith(f"{each}/") for each in asked["paths"])
+        ]
+        self.answer(json.dumps([self.entry(name) for name in found]).encode())
+
+    def answer_tree(self, below: str) -> None:
+        """The files and folders in a folder, or all files below it."""
+        folder = self.folder / below
+        if not folder.is_dir():
+            self.send_error(404)
+            return
+        found = folder.rglob("*") if "recursive=true" in self.path.lower() else folder.iterdir()
+        names = sorted(path.relative_to(self.folder).as_posix() for path in found)
+        self.answer(json.dumps([self.entry(name) for name in names]).encode())
+
+    def names(self) -> list[str]:
+        return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+
+    def entry(self, name: str) -> dict[str, Any]:
+        if (self.folder / name).is_dir():
+            return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
+        content = (self.folder / name).read_bytes()
+        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+    def answer_file(self, name: str) -> None:
+        if not (self.folder / name).is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif name == self.breaks_off_at and self.command == "GET":
+            self.close_connection = True
+        else:
+            self.answer((self.folder / name).read_bytes())
+
+    def answer(self, content: bytes) -> None:
+        self.send_response(200)
+        about = {
+            "Content-Length": len(content),
+            "X-Repo-Commit": COMMIT,
+            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+        }
+        for name, value in about.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
 
 
 @pytest.fixture
-def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    (tmp_path / "far").mkdir()
-    monkeypatch.setattr(CountingHandler, "asked", [])
-    monkeypatch.setattr(storage, "PAUSES_S", ())
-    handler = partial(CountingHandler, directory=str(tmp_path / "far"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """A repository of two Parquet files, and the environment in which the program finds it."""
+    monkeypatch.setattr(OneDataset, "folder", tmp_path / "served", raising=False)
+    monkeypatch.setattr(OneDataset, "asked", [])
+    for number in range(2):
+        write_parquet(tmp_path / "served" / "data" / f"train-{number}.parquet", [f"{number} a", f"{number} b"] * 20)
+    write_parquet(tmp_path / "served" / "data" / "test-0.parquet", ["not for training"])
+    write(tmp_path / "served" / "README.md", "# Far\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), OneDataset) as server:
         Thread(target=server.serve_forever, args=(0.01,)).start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        yield {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
         server.shutdown()
 
 
-def test_a_url_is_fetched_once_and_read_offline(tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_jsonl(tmp_path / "far" / "a.jsonl", ["a", "b"])
-    source = f"{web}/a.jsonl"
-    online = opened(tmp_path, source)
-    assert fetch.run(source, tmp_path / "near", "gpt2") == {VARIABLE: str(tmp_path / "near")}
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "near"))
-    before = list(CountingHandler.asked)
-    assert documents(tmp_path, source) == ["a", "b"]
-    fetched = opened(tmp_path, source)
-    assert fetched.stamps() == online.stamps()
-    assert fetched.record(str) == online.record(str), "one dataset, wherever its text was read"
-    fetch.run(source, tmp_path / "near", "gpt2")
-    assert CountingHandler.asked == before
-    (copy,) = (tmp_path / "near").rglob("a.jsonl")
-    copy.write_text("shorter")
-    with pytest.raises(UserError, match=r"a\.jsonl has 7 bytes, wanted \d+: pipeline fetch http"):
-        opened(tmp_path, source)
+def paths_asked() -> list[str]:
+    return [Path(path).name for path in OneDataset.asked if path.endswith(".parquet")]
 
 
-def test_what_changed_on_the_server_is_fetched_again(tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for text in ("one", "two"):
-        (tmp_path / "far" / "a.txt").write_text(text)
-        fetch.run(f"{web}/a.txt", tmp_path / "near", "gpt2")
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "near"))
-    assert documents(tmp_path, f"{web}/a.txt") == ["two"]
+@pytest.mark.slow
+def test_a_dataset_of_the_hub_is_fetched_once_and_read_without_the_hub(tmp_path: Path, far: dict[str, str]) -> None:
+    fetched = run_program("fetch", "hf:Org/Far", cwd=tmp_path, **far)
+    assert fetched.returncode == 0, fetched.stderr
+    assert fetched.stdout == f"export HF_HOME={tmp_path}/home\nexport HF_HUB_OFFLINE=1\n"
+    assert set(paths_asked()) == {"train-0.parquet", "train-1.parquet"}, "and not the split that is not read"
+    OneDataset.asked.clear()
+    assert run_program("fetch", f"hf:Org/Far@{COMMIT}", cwd=tmp_path, **far).returncode == 0
+    assert not [path for path in OneDataset.asked if "Org/Far" in path], (
+        "a commit that is in the cache needs no network"
+    )
+    elsewhere = {**far, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    hashes = []
+    for name, source in (("a", "hf:Org/Far"), ("b", f"hf:Org/Far:default@{COMMIT}"), ("c", "hf:Org/Far@main")):
+        prepared = run_program("prepare", source, "--name", name, "--tokenizer", "byte", cwd=tmp_path, **elsewhere)
+        assert prepared.returncode == 0, prepared.stderr
+        manifest = load_manifest(tmp_path / "data" / name)
+        about = {(entry["repository"], entry["config"], entry["revision"]) for entry in manifest.sources}
+        assert about == {("Org/Far", "default", COMMIT)}
+        assert [entry["path"] for entry in manifest.sources] == ["data/train-0.parquet", "data/train-1.parquet"]
+        hashes.append([shard.hash for shards in manifest.splits.values() for shard in shards])
+    assert hashes[0] == hashes[1] == hashes[2]
 
 
-def test_a_fetch_that_was_cut_off_goes_on_where_it_stood(
-    tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_half_a_dataset_is_completed_with_a_network_and_refused_without_one(
+    tmp_path: Path, far: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = bytes(range(65, 91)) * 1000
-    (tmp_path / "far" / "a.txt").write_bytes(content)
-    monkeypatch.setattr(storage, "REQUEST_BYTES", 10_000)
-    monkeypatch.setattr("prepare.sources.download.BLOCK_BYTES", 10_000)
-    real = storage._web_range
-
-    def breaks_off(url: str) -> Any:
-        fetch_range = real(url)
-
-        def once(begin: int, end: int) -> bytes:
-            if begin >= 20_000:
-                raise ConnectionResetError("reset")
-            return fetch_range(begin, end)
-
-        return once
-
-    monkeypatch.setattr(storage, "_web_range", breaks_off)
-    with pytest.raises(UserError, match=r"cannot read http.*a\.txt: .*reset"):
-        fetch.run(f"{web}/a.txt", tmp_path / "near", "gpt2")
-    assert not list((tmp_path / "near").rglob("a.txt"))
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "near"))
-    monkeypatch.setattr(storage, "_web_range", real)
-    CountingHandler.asked.clear()
-    fetch.run(f"{web}/a.txt", tmp_path / "near", "gpt2")
-    assert [wanted for _, wanted in CountingHandler.asked] == ["bytes=20000-25999"]
-    assert documents(tmp_path, f"{web}/a.txt") == [content.decode()]
-    assert not list((tmp_path / "near").rglob("*.partial"))
+    monkeypatch.setattr(OneDataset, "breaks_off_at", "data/train-1.parquet")
+    broken = run_program("fetch", "hf:Org/Far", cwd=tmp_path, **far)
+    assert broken.returncode == 2
+    assert "train-1.parquet of dataset Org/Far is not in the cache and could not be downloaded" in broken.stderr
+    arguments = ("prepare", "hf:Org/Far", "--tokenizer", "byte")
+    offline = run_program(*arguments, cwd=tmp_path, **far, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 2
+    assert f"run pipeline fetch hf:Org/Far:default@{COMMIT} on a machine with a network" in offline.stderr
+    monkeypatch.setattr(OneDataset, "breaks_off_at", "")
+    OneDataset.asked.clear()
+    online = run_program(*arguments, cwd=tmp_path, **far)
+    assert online.returncode == 0, online.stderr
+    assert set(paths_asked()) == {"train-1.parquet"}, "what is complete is not downloaded again"
 
 
-def test_half_a_copy_is_not_read(tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "far" / "a.txt").write_text("a")
-    fetch.run(f"{web}/a.txt", tmp_path / "near", "gpt2")
-    (record,) = (tmp_path / "near" / "fetched").glob("*.json")
-    record.write_text(json.dumps({**json.loads(record.read_text()), "whole": False}))
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "near"))
-    with pytest.raises(UserError, match=r"the copy of http.* is not whole: pipeline fetch it again"):
-        opened(tmp_path, f"{web}/a.txt")
+@pytest.mark.slow
+def test_a_dataset_that_is_not_parquet_is_fetched_as_the_complete_repository(
+    tmp_path: Path, far: dict[str, str]
+) -> None:
+    for path in (tmp_path / "served" / "data").iterdir():
+        path.unlink()
+    write(tmp_path / "served" / "train.jsonl", '{"text": "a"}\n{"text": "b"}\n' * 30)
+    fetched = run_program("fetch", "hf:Org/Far", cwd=tmp_path, **far)
+    assert fetched.returncode == 0, fetched.stderr
+    prepared = run_program("prepare", "hf:Org/Far", "--tokenizer", "byte", cwd=tmp_path, **far, HF_HUB_OFFLINE="1")
+    assert prepared.returncode == 0, prepared.stderr
+    (entry,) = load_manifest(tmp_path / "data" / "far").sources
+    assert entry == {"repository": "Org/Far", "config": "default", "revision": COMMIT}
 
 
-def test_shakespeare_is_known_by_its_content(tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
-    (tmp_path / "far" / "input.txt").write_text(text)
-    monkeypatch.setattr(pinned, "SHAKESPEARE_URL", f"{web}/input.txt")
-    with pytest.raises(UserError, match=r"input\.txt has other content than is pinned: SHA-256 \w+, wanted 86c4e6aa"):
-        documents(tmp_path, "shakespeare")
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    monkeypatch.setattr(pinned, "SHAKESPEARE_SHA256", sha256)
-    monkeypatch.setattr(fetch, "SHAKESPEARE_SHA256", sha256)
-    assert documents(tmp_path, "shakespeare") == [text]
-    fetch.run("shakespeare", tmp_path / "near", "gpt2")
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "near"))
-    CountingHandler.asked.clear()
-    assert documents(tmp_path, "shakespeare") == [text]
-    fetch.run("shakespeare", tmp_path / "near", "gpt2")
-    assert CountingHandler.asked == []
-    assert opened(tmp_path, "shakespeare").record(str)[0]["sha256"] == sha256
-    (tmp_path / "near" / "shakespeare" / "input.txt").write_text("Second Citizen:")
-    with pytest.raises(UserError, match=r"is not tiny Shakespeare: SHA-256"):
-        documents(tmp_path, "shakespeare")
+@pytest.mark.slow
+def test_a_script_is_never_run(tmp_path: Path, far: dict[str, str]) -> None:
+    for path in (tmp_path / "served" / "data").iterdir():
+        path.unlink()
+    write(tmp_path / "served" / "Far.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
+    result = run_program("prepare", "hf:Org/Far", cwd=tmp_path, **far)
+    assert result.returncode == 2
+    assert "dataset Org/Far comes as a script, and scripts from the Hub are never run" in result.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.fixture
-def far_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The network's edge is replaced: a builder of Hub URLs, and huggingface_hub's two calls. Gives what was asked for."""
-    import huggingface_hub
-
-    files = ["data/train-0.parquet", "data/train-1.parquet"]
-    for number, file in enumerate(files):
-        write_parquet(tmp_path / "far" / file, [f"{number} a", f"{number} b"])
-    asked: list[str] = []
-
-    def load_builder(path: str, name: str | None, revision: str | None) -> Any:
-        urls = [f"hf://datasets/Org/Far@{revision or COMMIT}/{file}" for file in files]
-        return SimpleNamespace(config=SimpleNamespace(name=name or "default", data_files={"train": urls}))
-
-    def paths_info(self: Any, repository: str, paths: list[str], **options: Any) -> list[Any]:
-        content = (tmp_path / "far" / paths[0]).read_bytes()
-        return [SimpleNamespace(size=len(content), lfs=SimpleNamespace(sha256=hashlib.sha256(content).hexdigest()))]
-
-    def bring(repository: str, file: str, *, repo_type: str, revision: str, local_dir: Path) -> str:
-        asked.append(f"{revision[:4]} {file}")
-        (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
-        (local_dir / file).write_bytes((tmp_path / "far" / file).read_bytes()[: 5 if "cut off" in asked else None])
-        return str(local_dir / file)
-
-    monkeypatch.setattr(hub_reader._datasets(), "load_dataset_builder", load_builder)
-    monkeypatch.setattr(huggingface_hub.HfApi, "get_paths_info", paths_info)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", bring)
-    return asked
+def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    return tmp_path / "assets" / "gpt-pipeline"
 
 
-def test_a_hub_dataset_is_fetched_once_and_read_without_the_hub(
-    tmp_path: Path, far_hub: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    near = tmp_path / "near"
-    fetch.run("hf:Org/Far", near, "gpt2")
-    assert far_hub == ["0123 data/train-0.parquet", "0123 data/train-1.parquet"]
-    (near / "Org" / "Far" / "data" / "train-1.parquet").unlink()
-    fetch.run(f"hf:Org/Far@{COMMIT}", near, "gpt2")
-    assert far_hub[2:] == ["0123 data/train-1.parquet"], "what is whole is not fetched again"
-    monkeypatch.setenv(VARIABLE, str(near))
-    monkeypatch.setattr(hub_reader, "_load_builder", lambda *arguments: pytest.fail("the Hub is asked"))
-    for source in ("hf:Org/Far", f"hf:Org/Far@{COMMIT}", "hf:Org/Far:default@main"):
-        assert documents(tmp_path, source) == ["0 a", "0 b", "1 a", "1 b"]
-    for entry in opened(tmp_path, "hf:Org/Far").record(lambda path: "hash"):
-        assert (entry["repository"], entry["config"], entry["revision"]) == ("Org/Far", "default", COMMIT)
-    with pytest.raises(
-        UserError, match=rf"near is revision {COMMIT}, wanted {'a' * 40}: fetch that into another folder"
-    ):
-        opened(tmp_path, f"hf:Org/Far@{'a' * 40}")
-    with pytest.raises(UserError, match=r"near holds the configs default; wanted config other"):
-        opened(tmp_path, "hf:Org/Far:other")
-    (near / "Org" / "Far" / "data" / "train-0.parquet").unlink()
-    with pytest.raises(
-        UserError, match=r"train-0\.parquet is not there, wanted [\d,]+: pipeline fetch hf:Org/Far:default@"
-    ):
-        opened(tmp_path, "hf:Org/Far")
-
-
-def test_another_revision_is_not_mixed_in(tmp_path: Path, far_hub: list[str]) -> None:
-    fetch.run("hf:Org/Far", tmp_path / "near", "gpt2")
-    with pytest.raises(UserError, match=rf"holds revision {COMMIT}, wanted {'a' * 40}: choose another folder"):
-        fetch.run(f"hf:Org/Far@{'a' * 40}", tmp_path / "near", "gpt2")
-
-
-def test_a_damaged_file_of_the_hub_is_not_kept(tmp_path: Path, far_hub: list[str]) -> None:
-    far_hub.append("cut off")
-    with pytest.raises(UserError, match=r"data/train-0\.parquet of Org/Far came damaged: fetch it again"):
-        fetch.run("hf:Org/Far", tmp_path / "near", "gpt2")
-    assert not list((tmp_path / "near").rglob("*.parquet"))
+def test_shakespeare_is_known_by_its_content(tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
+    (tmp_path / "input.txt").write_text(text)
+    monkeypatch.setattr(storage, "PAUSES_S", ())
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, args=(0.01,)).start()
+        monkeypatch.setattr(pinned, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
+        with pytest.raises(UserError, match=r"input\.txt changed: its SHA-256 is \w+, expected 86c4e6aa"):
+            documents(tmp_path, "shakespeare")
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        monkeypatch.setattr(pinned, "SHAKESPEARE_SHA256", sha256)
+        fetch.run("shakespeare", "gpt2")
+        server.shutdown()
+    assert documents(tmp_path, "shakespeare") == [text]
+    assert opened(tmp_path, "shakespeare").record(str)[0]["sha256"] == sha256
+    (assets / "shakespeare" / "input.txt").write_text("Second Citizen:")
+    with pytest.raises(UserError, match=r"cannot read http://127.*input\.txt"):
+        documents(tmp_path, "shakespeare")
 
 
 @pytest.mark.parametrize(
@@ -225,35 +225,40 @@ def test_a_damaged_file_of_the_hub_is_not_kept(tmp_path: Path, far_hub: list[str
         ("o200k_base", "fb374d419588a4632f3f557e76b4b70aebbca790"),
     ],
 )
-def test_a_vocabulary_lies_where_tiktoken_looks_for_it(
-    tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch, name: str, cached: str
+def test_a_vocabulary_lies_in_the_cache_where_tiktoken_looks_for_it(
+    tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch, name: str, cached: str
 ) -> None:
     import tiktoken.load
 
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
     monkeypatch.setattr(tiktoken.load, "check_hash", lambda content, wanted: True)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    table = GPT2_RANKS.read_bytes()
     asked: list[str] = []
-    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: asked.append(url) or b"IQ== 0\n")
-    (tmp_path / "far" / "a.txt").write_text("a")
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: asked.append(url) or table)
+    monkeypatch.setattr(fetch, "fetch_hub", lambda source: None)
     for _ in range(2):
-        found = fetch.run(f"{web}/a.txt", tmp_path / "near", name)
-    assert found == {VARIABLE: str(tmp_path / "near"), "TIKTOKEN_CACHE_DIR": str(tmp_path / "near" / "tiktoken")}
-    assert [path.name for path in (tmp_path / "near" / "tiktoken").iterdir()] == [cached]
+        fetch.run("openwebtext", name)
+        tiktoken.registry.ENCODINGS.clear()
+    assert [path.name for path in (assets / "tiktoken").iterdir()] == [cached]
     assert len(asked) == 1
-    assert "TIKTOKEN_CACHE_DIR" not in os.environ
 
 
-@pytest.mark.parametrize("source", ["stdlib", "-", "a.txt"])
-def test_what_is_here_needs_no_fetching(tmp_path: Path, source: str) -> None:
-    with pytest.raises(UserError, match=f"{re.escape(repr(source))} needs no fetching"):
-        fetch.run(source, tmp_path / "near", "gpt2")
-
-
-def test_the_command_prints_what_to_set(tmp_path: Path, web: str) -> None:
-    (tmp_path / "far" / "a.txt").write_text("a")
-    result = run_program("fetch", f"{web}/a.txt", "near folder", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"export PIPELINE_HUB_DIR='{tmp_path}/near folder'\n"
-    result = run_program("fetch", f"{web}/a.txt", "near", "--tokenizer", "nothing", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "unknown tokenizer 'nothing'" in result.stderr
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("stdlib", "'stdlib' needs no fetching"),
+        ("-", "'-' needs no fetching"),
+        ("a.txt", "'a.txt' needs no fetching"),
+        (
+            "https://me:key@host/a.txt?sign=key",
+            "https://host/a.txt is not a dataset of the Hub: download it with any tool",
+        ),
+    ],
+)
+def test_what_is_not_fetched(source: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        fetch.run(source, "gpt2")
+    with pytest.raises(UserError, match="unknown tokenizer 'nothing'"):
+        fetch.run("openwebtext", "nothing")

@@ -1,32 +1,43 @@
-"""Hub datasets, laid out in a local folder as `huggingface-cli download --local-dir` leaves them: no network."""
+"""Datasets of the Hub, laid out in a local folder as Hugging Face's cache holds them: no network."""
 
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_program
-from test_corpus import documents, units, whole
+from test_corpus import documents, opened, units
 
 from pipeline.errors import UserError
-from prepare.sources import hub as hub_reader
-from prepare.sources.corpus import Corpus, hub_source, open_corpus
-from prepare.sources.hub import HubParquet, parse_name
-from prepare.units import SPOOL_FOLDER, Refused, release
+from prepare.sources.corpus import hub_source
+from prepare.sources.hub import parse_name
+from prepare.units import Refused
 
+COMMIT = "0123456789" * 4
 TWO_CONFIGS = "---\nconfigs:\n- config_name: one\n  data_files: one/*\n- config_name: two\n  data_files: two/*\n---\n"
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "hub"
-    monkeypatch.setenv("PIPELINE_HUB_DIR", str(folder))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return folder
+    """An empty cache, and a machine without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def repository(hub: Path, source: str) -> Path:
+    """The folder of a repository's files at the revision that is named, or that `main` points to."""
+    name = parse_name(source)
+    folder = hub / f"datasets--{name.repository.replace('/', '--')}"
+    if not name.revision:
+        write(folder / "refs" / "main", COMMIT)
+    return folder / "snapshots" / (name.revision or COMMIT)
 
 
 def write_parquet(path: Path, texts: list[str]) -> None:
@@ -39,12 +50,8 @@ def write(path: Path, content: str) -> None:
     path.write_text(content)
 
 
-def opened(tmp_path: Path, source: str) -> Corpus:
-    return open_corpus([source], "text", tmp_path / "dataset")
-
-
-def test_openwebtext_from_a_local_copy(tmp_path: Path, hub: Path) -> None:
-    folder = hub / "Skylion007" / "openwebtext"
+def test_openwebtext_from_the_cache(tmp_path: Path, hub: Path) -> None:
+    folder = repository(hub, str(hub_source("openwebtext")))
     write_parquet(folder / "plain_text" / "train-00000-of-00002.parquet", [f"first {i}" for i in range(30)])
     write_parquet(folder / "plain_text" / "train-00001-of-00002.parquet", [f"second {i}" for i in range(30)])
     write(folder / "README.md", "---\nconfigs:\n- config_name: plain_text\n  data_files: plain_text/train-*\n---\n")
@@ -72,85 +79,67 @@ def test_named_corpora_are_pinned(source: str, repository: str, config: str | No
 
 
 def test_tinystories_leaves_its_own_validation_split_aside(tmp_path: Path, hub: Path) -> None:
-    write_parquet(hub / "roneneldan" / "TinyStories" / "data" / "train-00000-of-00001.parquet", ["a", "b"])
-    write_parquet(hub / "roneneldan" / "TinyStories" / "data" / "validation-00000-of-00001.parquet", ["c"])
+    write_parquet(repository(hub, str(hub_source("tinystories"))) / "data" / "train-00000-of-00001.parquet", ["a", "b"])
+    write_parquet(repository(hub, str(hub_source("tinystories"))) / "data" / "validation-00000-of-00001.parquet", ["c"])
     assert documents(tmp_path, "tinystories") == ["a", "b"]
 
 
 def test_a_size_that_fineweb_edu_does_not_have(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"fineweb-edu has no size '1T': wanted sample-10BT, .*, default"):
+    with pytest.raises(UserError, match=r"fineweb-edu has no size '1T': expected sample-10BT, .*, default"):
         opened(tmp_path, "fineweb-edu:1T")
 
 
 def test_a_repository_of_jsonl_is_streamed_and_only_its_train_split(tmp_path: Path, hub: Path) -> None:
     rows = "".join(f'{{"text": "row {i}", "id": {i}}}\n' for i in range(20)) + '{"text": null, "id": 20}\n'
-    write(hub / "Org" / "Lines" / "train.jsonl", rows)
-    write(hub / "Org" / "Lines" / "test.jsonl", '{"text": "test row", "id": 0}\n')
-    assert documents(tmp_path, "hf:Org/Lines@v1") == [*(f"row {i}" for i in range(20)), None]
-    found = opened(tmp_path, "hf:Org/Lines@v1")
-    assert found.record(str) == [{"repository": "Org/Lines", "config": "default", "revision": "v1"}]
+    write(repository(hub, "hf:Org/Lines") / "train.jsonl", rows)
+    write(repository(hub, "hf:Org/Lines") / "test.jsonl", '{"text": "test row", "id": 0}\n')
+    assert documents(tmp_path, "hf:Org/Lines") == [*(f"row {i}" for i in range(20)), None]
+    found = opened(tmp_path, "hf:Org/Lines")
+    assert found.record(str) == [{"repository": "Org/Lines", "config": "default", "revision": COMMIT}]
     (unit,) = units(found)
     assert list(unit.documents())[20] == (20, Refused("null"))
-    assert unit.place(20) == "Org/Lines row 20"
-
-
-def test_a_long_streamed_text_is_kept_in_a_file_until_it_is_released(
-    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hub_reader, "LONG_BYTES", 100)
-    rows = "".join(f'{{"text": "{text}"}}\n' for text in ("a", "b" * 101, "c"))
-    write(hub / "Org" / "Long" / "train.jsonl", rows)
-    first, long, last = units(opened(tmp_path, "hf:Org/Long"))
-    assert [whole(document) for unit in (first, long, last) for _, document in unit.documents()] == [
-        "a",
-        "b" * 101,
-        "c",
-    ]
-    assert long.place(1) == "Org/Long row 1"
-    (kept,) = (tmp_path / "dataset" / SPOOL_FOLDER).iterdir()
-    release(long)
-    assert not kept.exists()
+    assert unit.locate(20) == "Org/Lines row 20"
 
 
 def test_one_of_several_configs(tmp_path: Path, hub: Path) -> None:
-    write_parquet(hub / "Org" / "Two" / "one" / "train-0.parquet", ["a", "b"])
-    write_parquet(hub / "Org" / "Two" / "two" / "train-0.parquet", ["c", "d"])
-    write(hub / "Org" / "Two" / "README.md", TWO_CONFIGS)
+    write_parquet(repository(hub, "hf:Org/Two") / "one" / "train-0.parquet", ["a", "b"])
+    write_parquet(repository(hub, "hf:Org/Two") / "two" / "train-0.parquet", ["c", "d"])
+    write(repository(hub, "hf:Org/Two") / "README.md", TWO_CONFIGS)
     assert documents(tmp_path, "hf:Org/Two:two") == ["c", "d"]
     for source in ("hf:Org/Two", "hf:Org/Two:three"):
-        with pytest.raises(UserError, match=r"Org/Two wants one of its configs: one, two; write hf:Org/Two:CONFIG"):
+        with pytest.raises(UserError, match=r"Org/Two has several configs: one, two; write hf:Org/Two:CONFIG"):
             opened(tmp_path, source)
 
 
 def test_a_script_is_never_run(tmp_path: Path, hub: Path) -> None:
-    write(hub / "Org" / "Old" / "Old.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UserError, match=r"Org/Old comes as a script.*never run"):
+    write(repository(hub, "hf:Org/Old") / "Old.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match=r"Org/Old could not be opened"):
         documents(tmp_path, "hf:Org/Old")
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_repository_without_a_train_split_says_which_there_are(tmp_path: Path, hub: Path) -> None:
-    write(hub / "Org" / "Test" / "test.jsonl", '{"text": "a"}\n')
-    with pytest.raises(UserError, match=r"Org/Test has no split 'train'; the splits there are: test"):
+    write(repository(hub, "hf:Org/Test") / "test.jsonl", '{"text": "a"}\n')
+    with pytest.raises(UserError, match=r"Org/Test has no split 'train', its splits are: test"):
         documents(tmp_path, "hf:Org/Test")
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"body": "a"}, "Org/Bad row 1 has no field 'text'; the fields there are: body"),
-        ({"text": 3}, "Org/Bad row 1: the field 'text' holds int, wanted text"),
+        ({"body": "a"}, "Org/Bad row 1 has no field 'text', its fields are: body"),
+        ({"text": 3}, "Org/Bad row 1: the field 'text' holds int, expected text"),
     ],
 )
 def test_streamed_rows_are_checked(tmp_path: Path, hub: Path, row: dict[str, Any], words: str) -> None:
-    write(hub / "Org" / "Bad" / "train.jsonl", orjson.dumps(row).decode() + "\n")
+    write(repository(hub, "hf:Org/Bad") / "train.jsonl", orjson.dumps(row).decode() + "\n")
     with pytest.raises(UserError) as caught:
         documents(tmp_path, "hf:Org/Bad")
     assert words in str(caught.value)
 
 
 def test_a_streamed_file_that_is_damaged_is_one_line(tmp_path: Path, hub: Path) -> None:
-    write(hub / "Org" / "Bad" / "train.jsonl", '{"text": "a"}\nnot json\n')
+    write(repository(hub, "hf:Org/Bad") / "train.jsonl", '{"text": "a"}\nnot json\n')
     with pytest.raises(UserError, match="Org/Bad") as caught:
         documents(tmp_path, "hf:Org/Bad")
     assert "\n" not in str(caught.value)
@@ -161,47 +150,19 @@ def test_what_cannot_be_reached_names_the_way_without_a_network(tmp_path: Path) 
     """A closed port of this machine stands for the Hub, so that the test is the same with and without a network."""
     result = run_program("prepare", "hf:Org/Elsewhere", cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert all(word in line for word in ("error: ", "Org/Elsewhere", "Couldn't reach", "PIPELINE_HUB_DIR", "network"))
+    line = result.stderr.splitlines()[-1]
+    assert all(word in line for word in ("error: ", "Org/Elsewhere", "Couldn't reach", "pipeline fetch", "HF_HOME"))
+
+
+def test_what_the_cache_lacks_names_the_way_to_get_it(tmp_path: Path, hub: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"Org/Any is not complete in .* cache .*run pipeline fetch hf:Org/Any on a mach"
+    ):
+        opened(tmp_path, "hf:Org/Any")
 
 
 def test_without_datasets_the_command_to_install_it(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(repository(hub, "hf:Org/Any") / "train.parquet", ["a"])
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'datasets>=4\.0'"):
         documents(tmp_path, "hf:Org/Any")
-
-
-def test_remote_parquet_is_downloaded_and_recorded_by_its_place_and_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The network's edge is replaced: a builder whose data files are Hub URLs, and a manager that has them in a cache."""
-    commit = "0123456789" * 4
-    write_parquet(tmp_path / "cache" / "5f", ["a", "b"])
-    url = f"hf://datasets/Org/Far@{commit}/data/train-0.parquet"
-
-    class Builder:
-        dataset_name, base_path = "far", ""
-
-        class config:
-            name, data_files = "default", {"train": [url]}
-
-    asked = []
-    monkeypatch.delenv("PIPELINE_HUB_DIR", raising=False)
-    datasets = hub_reader._datasets()
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, **rest: asked.append((path, rest)) or Builder)
-    monkeypatch.setattr(
-        datasets.DownloadManager, "download", lambda self, found: {url: str(tmp_path / "cache" / "5f")}[found]
-    )
-    found = open_corpus(["hf:Org/Far@main"], "text", tmp_path)
-    assert asked == [("Org/Far", {"name": None, "revision": "main"})]
-    assert isinstance(found.sources[0], HubParquet)
-    assert [document for unit in units(found) for _, document in unit.documents()] == [b"a", b"b"]
-    (entry,) = found.record(lambda path: "hash")
-    assert entry == {
-        "repository": "Org/Far",
-        "config": "default",
-        "revision": commit,
-        "path": "data/train-0.parquet",
-        "bytes": (tmp_path / "cache" / "5f").stat().st_size,
-        "hash": "hash",
-    }

@@ -1,4 +1,4 @@
-"""Text that breaks other programs: it is kept as it is, or left out, counted and told with its place; never fatal."""
+"""Text that breaks other programs: it is kept as it is, or skipped, counted and reported with its position; never fatal."""
 
 import random
 from pathlib import Path
@@ -51,7 +51,7 @@ def prepare(tmp_path: Path, source: Path, tokenizer: str = "gpt2", workers: int 
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "byte", "char", "bpe:300"])
-def test_hostile_documents_are_kept_or_told(tmp_path: Path, tokenizer: str) -> None:
+def test_hostile_documents_are_kept_or_reported(tmp_path: Path, tokenizer: str) -> None:
     source = tmp_path / "hostile.jsonl"
     lines = [orjson.dumps({"text": text}) for text in KEPT.values()]
     lines += [line.encode() for line, _ in LEFT_OUT]

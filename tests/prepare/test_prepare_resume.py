@@ -22,7 +22,7 @@ from conftest import die_at, write_gz, write_jsonl, write_text_files
 
 from pipeline.dataset.shards import MANIFEST_NAME, load_manifest
 from pipeline.errors import UserError
-from prepare import units as readers
+from prepare import units
 from prepare.run import PrepareOptions, merge, run
 from prepare.sources.local import stamped_hash
 from prepare.unfinished.journal import Journal, Share, tasks_of
@@ -57,10 +57,10 @@ def options_for(tmp_path: Path, source: Path, name: str, **more: Any) -> Prepare
 def start(options: PrepareOptions, unit_bytes: int = 1 << 14) -> subprocess.Popen[str]:
     """A preparation in a process of its own, with its workers in its group; by tiktoken, which leaves time to kill it."""
     script = (
-        "import sys, prepare.run, prepare.readers\n"
+        "import sys, prepare.run, prepare.units\n"
         "if __name__ == '__main__':\n"
         "    sys.modules['gigatoken'] = None\n"
-        f"    prepare.readers.SMALLEST_UNIT_BYTES = {unit_bytes}\n"
+        f"    prepare.units.SMALLEST_UNIT_BYTES = {unit_bytes}\n"
         f"    prepare.run.run(prepare.run.{options!r})\n"
     )
     return subprocess.Popen(
@@ -169,7 +169,7 @@ def test_killed_before_each_change_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool, every: int
 ) -> None:
     """Each rename, sync and removal of a whole preparation in turn, also where it replaces an earlier dataset."""
-    monkeypatch.setattr(readers, "SMALLEST_UNIT_BYTES", 2048)
+    monkeypatch.setattr(units, "SMALLEST_UNIT_BYTES", 2048)
     source = write_jsonl(tmp_path, make_texts(40))
     other = tmp_path / "other"
     other.mkdir()
@@ -209,7 +209,7 @@ def contents_of_shards(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareOptions:
     """A preparation that was cut off after some units."""
-    monkeypatch.setattr(readers, "SMALLEST_UNIT_BYTES", 2048)
+    monkeypatch.setattr(units, "SMALLEST_UNIT_BYTES", 2048)
     source = write_jsonl(tmp_path, make_texts(100))
     options = options_for(tmp_path, source, "half", shard_tokens=1500)
     assert not die_at(30, lambda: run(options))
@@ -224,10 +224,10 @@ def changed(options: PrepareOptions, **changes: Any) -> PrepareOptions:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tokenizer": "byte"}, "tokenizer is 'gpt2' there and 'byte' here"),
-        ({"seed": 1}, "seed is 0 there and 1 here"),
-        ({"shard_tokens": 7}, "shard_tokens is 1500 there and 7 here"),
-        ({"dedup": True}, "dedup is False there and True here"),
+        ({"tokenizer": "byte"}, "tokenizer was 'gpt2' and is now 'byte'"),
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"shard_tokens": 7}, "shard_tokens was 1500 and is now 7"),
+        ({"dedup": True}, "dedup was False and is now True"),
     ],
 )
 def test_another_option_in_between_is_refused_and_named(
@@ -321,7 +321,7 @@ def test_too_little_room_is_told_before_anything_is_done(tmp_path: Path, small_d
     source = write_jsonl(tmp_path, make_texts(30_000))
     result = pipeline("prepare", str(source), "--data-dir", str(small_disk))
     assert result.returncode == 2
-    assert "MB free, and about" in result.stderr.splitlines()[-1]
+    assert "MB free, expected about" in result.stderr.splitlines()[-1]
     assert not list(small_disk.rglob("*.part"))
 
 
@@ -360,7 +360,7 @@ def test_tasks_share_neighbours_by_their_bytes(tasks: int) -> None:
 
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareOptions:
-    monkeypatch.setattr(readers, "SMALLEST_UNIT_BYTES", 2048)
+    monkeypatch.setattr(units, "SMALLEST_UNIT_BYTES", 2048)
     source = write_jsonl(tmp_path, make_texts(300))
     run(options_for(tmp_path, source, "alone", tokenizer="char"))
     return options_for(tmp_path, source, "shared", tokenizer="char", tasks=3)
@@ -397,7 +397,7 @@ def test_merge_makes_the_dataset_when_no_task_did(
     tmp_path: Path, shared: PrepareOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("prepare.run._finish_if_last", lambda *_: None)
+        patch.setattr("prepare.run._finish_if_last", lambda *_: True)
         for task in range(3):
             run(changed(shared, task_id=task))
     monkeypatch.chdir(tmp_path / "data")
@@ -425,10 +425,10 @@ def test_tasks_at_the_same_time_with_one_killed(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"task_id": 3, "tasks": 3}, "0 .. tasks - 1"),
-        ({"task_id": 0, "tasks": None}, "wanted both"),
-        ({"task_id": None, "tasks": 3}, "wanted both"),
-        ({"task_id": 0, "tasks": 2, "limit_docs": 5}, "--limit-docs does not go with --tasks"),
-        ({"task_id": 0, "tasks": 2, "force": True}, "--force does not go with --tasks"),
+        ({"task_id": 0, "tasks": None}, "expected both"),
+        ({"task_id": None, "tasks": 3}, "expected both"),
+        ({"task_id": 0, "tasks": 2, "limit_docs": 5}, "--limit-docs cannot be combined with --tasks"),
+        ({"task_id": 0, "tasks": 2, "force": True}, "--force cannot be combined with --tasks"),
     ],
 )
 def test_tasks_that_make_no_sense_are_refused(shared: PrepareOptions, changes: dict[str, Any], words: str) -> None:

@@ -23,7 +23,7 @@ from pipeline.dataset.shards import MANIFEST_NAME, load_manifest
 from pipeline.errors import UserError
 from pipeline.vocabulary.merges import write_ranks
 from pipeline.vocabulary.specs import from_spec
-from prepare import units as readers
+from prepare import units
 from prepare.options import default_fraction
 from prepare.run import PrepareOptions, run
 
@@ -157,7 +157,7 @@ def _as_json(folder: Path, texts: list[str]) -> Path:
 def test_the_bytes_are_the_same_for_any_number_of_workers_and_any_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, documents: list[str]
 ) -> None:
-    monkeypatch.setattr(readers, "SMALLEST_UNIT_BYTES", 4096)
+    monkeypatch.setattr(units, "SMALLEST_UNIT_BYTES", 4096)
     source = write(tmp_path, documents)
     made = {
         workers: contents(prepare(tmp_path, source, name=f"w{workers}", workers=workers, shard_tokens=3000))
@@ -215,7 +215,7 @@ def test_no_workable_split_leaves_no_manifest(tmp_path: Path) -> None:
 def test_limit_docs_takes_the_first_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jsonl: Path, documents: list[str], limit: int
 ) -> None:
-    monkeypatch.setattr(readers, "SMALLEST_UNIT_BYTES", 2048)
+    monkeypatch.setattr(units, "SMALLEST_UNIT_BYTES", 2048)
     made = [contents(prepare(tmp_path, jsonl, name=f"w{n}", workers=n, limit_docs=limit)) for n in (1, 2)]
     alone = write_jsonl(tmp_path, documents[:limit])
     assert made[0] == made[1] == contents(prepare(tmp_path, alone, name="alone"))
@@ -299,10 +299,10 @@ def test_the_same_command_again_does_nothing(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"tokenizer": "byte"}, "tokenizer is 'gpt2' there and 'byte' here"),
-        ({"seed": 1}, "seed is 0 there and 1 here"),
-        ({"val_fraction": 0.2}, "val_fraction is 0.1 there and 0.2 here"),
-        ({"limit_docs": 5}, "limit_docs is None there and 5 here"),
+        ({"tokenizer": "byte"}, "tokenizer was 'gpt2' and is now 'byte'"),
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"val_fraction": 0.2}, "val_fraction was 0.1 and is now 0.2"),
+        ({"limit_docs": 5}, "limit_docs was None and is now 5"),
     ],
 )
 def test_other_options_are_refused_and_named(tmp_path: Path, jsonl: Path, change: dict[str, Any], words: str) -> None:
@@ -374,15 +374,15 @@ def test_a_second_prepare_of_the_same_dataset_is_refused(tmp_path: Path, jsonl: 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3': there are gpt2"),
-        ({"val_fraction": 0.0}, "--val-fraction 0.0 is not between 0 and 1"),
+        ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3': expected one of gpt2"),
+        ({"val_fraction": 0.0}, "invalid --val-fraction 0.0: expected a number between 0 and 1"),
         ({"val_fraction": 1.0}, "--val-fraction 1.0"),
         ({"val_fraction": float("nan")}, "--val-fraction nan"),
-        ({"name": "../up"}, "--name '../up' is not a plain name"),
+        ({"name": "../up"}, "invalid --name '../up': expected"),
         ({"name": ".hidden"}, "--name '.hidden'"),
-        ({"workers": 0}, "--workers 0 is below 1"),
-        ({"limit_docs": 0}, "--limit-docs 0 is below 1"),
-        ({"shard_tokens": 0}, "--shard-tokens 0 is below 1"),
+        ({"workers": 0}, "invalid --workers 0: expected at least 1"),
+        ({"limit_docs": 0}, "invalid --limit-docs 0: expected at least 1"),
+        ({"shard_tokens": 0}, "invalid --shard-tokens 0: expected at least 1"),
         ({"seed": -1}, "--seed -1"),
     ],
 )

@@ -1,10 +1,11 @@
-"""Packed files and JSON: read to their end, cut anywhere, damaged anywhere, and never without a limit."""
+"""Compressed files and JSON: read to their end, split anywhere, damaged anywhere, and never without a limit."""
 
+import bz2
 import gzip
 import json
+import lzma
 import zlib
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,6 +29,15 @@ def two_members(content: bytes) -> bytes:
     return gzip.compress(content[:1000]) + gzip.compress(b"") + gzip.compress(content[1000:]) + bytes(100)
 
 
+def two_streams(content: bytes) -> bytes:
+    return lzma.compress(content[:1000]) + bytes(8) + lzma.compress(content[1000:])
+
+
+def two_blocks(content: bytes) -> bytes:
+    """As pbzip2 writes them."""
+    return bz2.compress(content[:1000]) + bz2.compress(content[1000:])
+
+
 def zstd(content: bytes) -> bytes:
     return zstandard.compress(content)
 
@@ -39,20 +49,29 @@ def two_frames(content: bytes) -> bytes:
 
 
 packings = pytest.mark.parametrize(
-    ("suffix", "pack"), [(".gz", gzip.compress), (".gz", two_members), (".zst", zstd), (".zst", two_frames)]
+    ("suffix", "pack"),
+    [
+        (".gz", gzip.compress),
+        (".gz", two_members),
+        (".zst", zstd),
+        (".zst", two_frames),
+        (".xz", lzma.compress),
+        (".xz", two_streams),
+        (".bz2", bz2.compress),
+        (".bz2", two_blocks),
+    ],
 )
 
 
 @pytest.fixture(params=[16, 100, 1 << 20])
 def block_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Blocks so small that everything is cut somewhere, and documents and pieces so small that many are long."""
+    """Blocks so small that everything is split somewhere, and so small a limit that many lines are long."""
     size: int = request.param
     for module in (compressed, storage):
         monkeypatch.setattr(module, "BLOCK_BYTES", size)
-    monkeypatch.setattr(compressed, "ZSTD_STEP_BYTES", size)
-    for module in (lines, streams, jsontext):
-        monkeypatch.setattr(module, "LONG_BYTES", size)
-    monkeypatch.setattr(streams, "PIECE_BYTES", size)
+    monkeypatch.setattr(compressed, "STEP_BYTES", size)
+    monkeypatch.setattr(lines, "LONG_BYTES", size)
+    monkeypatch.setattr(streams, "UNIT_BYTES", size)
     return size
 
 
@@ -122,12 +141,12 @@ FAULTY_ROWS: list[tuple[str, str]] = [
     ('{"other" "a", "text": "\udcff"}', "not UTF-8"),
     ('{"a": NaN, "text": "early", "text": "\\\\ud83d\\ud83d\\ude42"}', "\\ud83d🙂"),
     ('{"t\\u0065xt": "a", "other": "\\ud800"}', "a"),
-    ('{"other": "a", "more": [{}]}', "has no field 'text'; the fields there are: other, more"),
-    ("{}", "has no field 'text'; the fields there are: none"),
-    ('{"text": [1, "a"]}', "the field 'text' holds list, wanted text"),
-    ('{"text": {"a": 1}}', "the field 'text' holds dict, wanted text"),
-    ('{"text": 1.5}', "the field 'text' holds float, wanted text"),
-    ('{"text": true}', "the field 'text' holds bool, wanted text"),
+    ('{"other": "a", "more": [{}]}', "has no field 'text', its fields are: other, more"),
+    ("{}", "has no field 'text', its fields are: none"),
+    ('{"text": [1, "a"]}', "the field 'text' holds list, expected text"),
+    ('{"text": {"a": 1}}', "the field 'text' holds dict, expected text"),
+    ('{"text": 1.5}', "the field 'text' holds float, expected text"),
+    ('{"text": true}', "the field 'text' holds bool, expected text"),
     ('{"text": "a"', "is not JSON"),
     ('{"text": "a}', "is not JSON"),
     ('{"text" "a"}', "is not JSON"),
@@ -147,9 +166,8 @@ def test_a_long_line_is_judged_as_a_short_one_is(
 ) -> None:
     """The row is made long by white space, which changes nothing of what it says."""
     if name.startswith("long"):
-        for module in (lines, streams):
-            monkeypatch.setattr(module, "LONG_BYTES", 64)
-        monkeypatch.setattr(streams, "PIECE_BYTES", 64)
+        monkeypatch.setattr(lines, "LONG_BYTES", 64)
+        monkeypatch.setattr(streams, "UNIT_BYTES", 64)
         monkeypatch.setattr(compressed, "BLOCK_BYTES", 64)
         row = row[:1] + " " * 100 + row[1:]
     content = b'{"text": "first"}\n' + row.encode(errors="surrogateescape") + b"\n"
@@ -173,14 +191,14 @@ def test_a_long_line_is_judged_as_a_short_one_is(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('[{"text": "a"}', "wanted , or ]"),
-        ('[{"text": "a"} {"text": "b"}]', "wanted , or ]"),
-        ('[{"text": "a"},]', "wanted a value"),
-        ('[{"text": "a"}] 5', "wanted nothing behind the array"),
-        ('{"text": "a"}}', "wanted a value"),
-        ('{"text": ["a"}', "wanted brackets that match"),
-        ("[" * 2000, "brackets inside each other"),
-        ("hello", "wanted a value"),
+        ('[{"text": "a"}', "Expecting ',' or ']' at byte 14"),
+        ('[{"text": "a"} {"text": "b"}]', "Expecting ',' or ']' at byte 15"),
+        ('[{"text": "a"},]', "Expecting value at byte 15"),
+        ('[{"text": "a"}] 5', "Expecting nothing after the array at byte 16"),
+        ('{"text": "a"}}', "Expecting value at byte 13"),
+        ('{"text": ["a"}', "Expecting ',' delimiter at byte 13"),
+        ("[" * 200_000, "at byte 1"),
+        ("hello", "Expecting value at byte 0"),
     ],
 )
 def test_broken_json_names_the_file_and_the_byte(tmp_path: Path, content: str, words: str) -> None:
@@ -194,6 +212,51 @@ def test_a_wrong_element_of_an_array_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"text": "a"}, 7]')
     with pytest.raises(UserError, match=r"a\.json at byte 16 of its text is not a JSON object but 7"):
         documents(tmp_path, tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_value_that_is_too_long_to_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, packing: str
+) -> None:
+    for module in (lines, jsontext):
+        monkeypatch.setattr(module, "MOST_VALUE_BYTES", 2000)
+    monkeypatch.setattr(lines, "LONG_BYTES", 100)
+    for module in (compressed, storage):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(compressed, "STEP_BYTES", 64)
+    most = "a" * 1900
+    for text, refused in ((most, False), (most * 10, True)):
+        content = "".join(json.dumps({"text": each}) + "\n" for each in ["first", text, "last"]).encode()
+        path = tmp_path / f"{name}{packing}"
+        path.write_bytes(gzip.compress(content) if packing else content)
+        if not refused:
+            assert documents(tmp_path, path) == ["first", text, "last"]
+            continue
+        where = "at byte 18" if name == "a.json" else "line 2"
+        with pytest.raises(UserError, match=rf"{name}\S* {where} holds a JSON value of more than .*: split it, or put"):
+            documents(tmp_path, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", ["a"]),
+        ('{"text": "a", "text": "b"}', ["b"]),
+        ('{"text": "a", "score": [NaN, Infinity, -Infinity, 1e999]}', ["a"]),
+        ('{"text": "a"}\r\n\r\n{"text": "b"}\r\n', ["a", "b"]),
+        ('{"text": "a"}{"text": "b"} "c"', ["a", "b", "c"]),
+        (" \r\n\t", []),
+        ('{"text": "\\ud83d\\u0041"}', [None]),
+        ('{"text": "a", "deep": ' + "[" * 400 + "]" * 400 + "}", ["a"]),
+        ('{"text": "\u007f\u0080\u2028"}', ["\u007f\u0080\u2028"]),
+    ],
+)
+def test_json_that_other_readers_stumble_over(
+    tmp_path: Path, block_bytes: int, content: str, texts: list[str | None]
+) -> None:
+    (tmp_path / "a.json").write_bytes(content.encode())
+    assert documents(tmp_path, tmp_path / "a.json") == texts
 
 
 def cut(content: bytes) -> bytes:
@@ -211,9 +274,9 @@ def flipped(content: bytes) -> bytes:
     ("damage", "words"),
     [
         (cut, "truncated"),
-        (flipped, "is damaged near byte"),
-        (lambda content: content + b"rest", "is damaged near byte"),
-        (lambda content: b"plain text", "is damaged near byte"),
+        (flipped, "is damaged"),
+        (lambda content: content + b"rest", "is damaged"),
+        (lambda content: b"plain text", "is damaged"),
     ],
 )
 def test_damage_names_the_file_and_the_place(
@@ -238,14 +301,19 @@ def test_a_bad_checksum_is_not_taken_for_an_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
 def test_a_bomb_meets_the_limit(tmp_path: Path, name: str, suffix: str) -> None:
     path = tmp_path / f"{name}{suffix}"
-    packer = zlib.compressobj(9, wbits=31) if suffix == ".gz" else zstandard.ZstdCompressor().compressobj()
+    packer = {
+        ".gz": lambda: zlib.compressobj(9, wbits=31),
+        ".zst": lambda: zstandard.ZstdCompressor().compressobj(),
+        ".xz": lzma.LZMACompressor,
+        ".bz2": bz2.BZ2Compressor,
+    }[suffix]()
     path.write_bytes(b"".join([packer.compress(b" " * (1 << 20)) for _ in range(80)]) + packer.flush())
     with pytest.raises(
-        UserError, match=r"unfolds like a bomb: [\d,]+ bytes of it gave [68]\d,\d+,\d+, the limit is 250 times"
+        UserError, match=r"a decompression bomb: [\d,]+ bytes of it expand to [68]\d,\d+,\d+, the limit is 250 times"
     ):
         documents(tmp_path, path)
 
@@ -259,35 +327,14 @@ def test_what_shrinks_well_but_is_small_is_no_bomb(tmp_path: Path) -> None:
 def test_packed_parquet_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
     with pytest.raises(
-        UserError, match=r"unknown suffix '\.parquet\.gz': wanted one of .* all but Parquet also packed"
+        UserError, match=r"unknown suffix '\.parquet\.gz': expected one of .* all but Parquet also compressed"
     ):
         opened(tmp_path, tmp_path / "a.parquet.gz")
 
 
-def test_a_spooled_value_goes_when_it_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "LONG_BYTES", 1000)
-    monkeypatch.setattr(streams, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(compressed, "BLOCK_BYTES", 64)
-    monkeypatch.setattr("prepare.sources.corpus.unit_bytes", lambda corpus_bytes: 64)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + b"a" * 5000 + b'"}\n{"text": "b"}\n'))
-    long, short = units(opened(tmp_path, tmp_path / "a.jsonl.gz"))
-    (kept,) = (tmp_path / "dataset" / readers.SPOOL_FOLDER).iterdir()
-    assert kept.stat().st_size == 5012
-    assert [whole(document) for _, document in long.documents()] == ["a" * 5000]
-    readers.release(short)
-    assert kept.exists()
-    readers.release(long)
-    assert not kept.exists()
-
-
 def test_a_file_that_is_named_twice_is_read_twice(tmp_path: Path, block_bytes: int) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(JSONL))
-    found = units(opened(tmp_path, tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl.gz"))
-    texts = []
-    for unit in found:
-        texts += [whole(document) for _, document in unit.documents()]
-        readers.release(unit)
-    assert texts == TEXTS * 2
+    assert documents(tmp_path, tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl.gz") == TEXTS * 2
 
 
 def outcome(read: Callable[[], readers.Document]) -> str | None:
@@ -301,12 +348,8 @@ def outcome(read: Callable[[], readers.Document]) -> str | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 2, 7, 1000])
-def test_damaged_json_gives_the_same_text_long_or_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
-) -> None:
-    """Random damage. What nests is not checked in a long value, so there it may give a text where a short one is refused."""
-    monkeypatch.setattr(storage, "BLOCK_BYTES", block)
-    monkeypatch.setattr(jsontext, "LONG_BYTES", 3)
+def test_damaged_json_is_judged_alike_in_a_line_and_in_an_array(block: int) -> None:
+    """Random damage: whatever a line gives, an array that is split anywhere gives too."""
     random = Random(block)
     row = '{"id": 1.5, "text": "a\\n\\u00e9\\ud83d\\ude42\\\\ 日本🙂", "more": [null, {"a": "}"}]}'.encode()
     spoiled = [b'"', b"\\", b"\xff", b"\xc3", b"\0", b"\\ud83d", b"\\ude42", b"{", b"]", b",", b"text", b"\n", b"1"]
@@ -316,9 +359,15 @@ def test_damaged_json_gives_the_same_text_long_or_short(
         for _ in range(random.randint(1, 3)):
             at = random.randrange(len(content))
             content[at : at + random.randint(0, 3)] = random.choice([b"", *spoiled])
-        (tmp_path / "row").write_bytes(content)
-        short = outcome(partial(jsontext.parse, bytes(content), "text", str))
-        long = outcome(partial(jsontext.parse_long, str(tmp_path / "row"), 0, len(content), "text", str))
-        texts += short is not None
-        assert short in (long, None) or (short, long) == ("(not UTF-8)", None), content
+        array = b"[" + content + b" , null]"
+
+        def in_array(array: bytes = array) -> readers.Document:
+            blocks: Iterator[bytes] = (array[at : at + block] for at in range(0, len(array), block))
+            (_, first), (_, last) = jsontext.each_value(blocks, "a.json", "text")
+            assert last == b"null"
+            return jsontext.parse(first, "text", str)
+
+        line = outcome(lambda content=content: jsontext.parse(bytes(content), "text", str))
+        texts += line is not None
+        assert outcome(in_array) == line or line == "(not UTF-8)", content
     assert 100 < texts < 1400

@@ -15,13 +15,20 @@ from pipeline.checkpoint.load import load_model
 from pipeline.dataset.shards import load_manifest
 from pipeline.errors import UserError
 from pipeline.vocabulary.byte_pair import GPT2_RANKS, BytePairTokenizer
-from pipeline.vocabulary.char_byte_word import WordTokenizer, split_words
+from pipeline.vocabulary.char_byte_word import WordTokenizer
 from pipeline.vocabulary.merges import PUBLISHED, merges_in, read_ranks, write_ranks
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 from prepare.encoding import vocabulary
-from prepare.encoding.vocabulary import check_name, learn_vocabulary, learns_from_corpus, open_vocabulary
+from prepare.encoding.vocabulary import (
+    check_name,
+    learn_from,
+    learn_vocabulary,
+    learns_from_corpus,
+    open_vocabulary,
+)
 from prepare.run import PrepareOptions, run
+from prepare.units import Texts
 from sample import run as sample
 from sample.options import SampleOptions
 from train.run import run as train
@@ -37,7 +44,7 @@ def test_a_name_is_known_before_there_is_a_corpus(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bpe:", "bpe:256", "bpe:1000001", "bpe:4k", "bpe:-1", "bpe:99999999999"])
 def test_a_size_that_is_none_is_one_line(name: str) -> None:
-    with pytest.raises(UserError, match=rf"unknown tokenizer '{name}': wanted bpe:N, .* N in 257 \.\. 1000000"):
+    with pytest.raises(UserError, match=rf"unknown tokenizer '{name}': expected bpe:N, .* N in 257 \.\. 1000000"):
         check_name(name)
 
 
@@ -46,9 +53,11 @@ def test_a_path_goes_by_its_files_name(tmp_path: Path) -> None:
         (tmp_path / file).write_bytes(b"")
         assert check_name(str(tmp_path / file)) == file
     assert check_name(str(tmp_path)) == "tokenizer.json"
-    with pytest.raises(UserError, match=f"no tokenizer at {tmp_path}/gone.json: wanted a tokenizer.json or .tiktoken"):
+    with pytest.raises(
+        UserError, match=f"tokenizer not found: {tmp_path}/gone.json; expected a tokenizer.json or .tik"
+    ):
         check_name(str(tmp_path / "gone.json"))
-    with pytest.raises(UserError, match="unknown tokenizer 'tokenizer.model': there are gpt2"):
+    with pytest.raises(UserError, match="unknown tokenizer 'tokenizer.model': expected one of gpt2"):
         check_name("tokenizer.model")
 
 
@@ -76,8 +85,8 @@ def test_a_vocabulary_that_cannot_be_fetched_is_one_line_for_the_user(monkeypatc
     with pytest.raises(UserError) as caught:
         open_vocabulary("cl100k_base")
     assert str(caught.value) == (
-        "the vocabulary of cl100k_base could not be fetched (ConnectionError): connect once, or point "
-        "TIKTOKEN_CACHE_DIR at a folder that holds tiktoken's cached file, or use --tokenizer gpt2, which ships here"
+        "cannot download the vocabulary cl100k_base (ConnectionError): connect to the network once, or set "
+        "TIKTOKEN_CACHE_DIR to a folder with tiktoken's cached file, or use --tokenizer gpt2, which is built in"
     )
 
 
@@ -89,7 +98,10 @@ def test_a_rank_table_of_no_known_size_is_cut_as_cl100k_base_and_says_so(
     path.write_bytes(b"".join(GPT2_RANKS.read_bytes().splitlines(keepends=True)[:1000]))
     with caplog.at_level("INFO", "pipeline"):
         tokenizer = open_vocabulary(str(path))
-    assert "own.tiktoken has 1,000 ranks, as no published table: text is cut as for cl100k_base" in caplog.text
+    assert (
+        "own.tiktoken has 1,000 ranks, which matches no published table: assuming the pattern of cl100k_base"
+        in caplog.text
+    )
     assert isinstance(tokenizer, BytePairTokenizer) and tokenizer.pattern() == PUBLISHED["cl100k_base"].pattern
     assert (tokenizer.name, tokenizer.end_of_text, tokenizer.vocab_size) == ("own.tiktoken", 1000, 1001)
 
@@ -127,7 +139,7 @@ def test_the_end_of_text_of_a_tokenizer_json_is_found(tmp_path: Path, end_of_tex
 def test_the_end_of_text_may_be_named_beside_it(tmp_path: Path, file: str, token: Any) -> None:
     write_json(tmp_path, "<over>")
     with pytest.raises(
-        UserError, match=r"no token that ends a text: looked for <\|endoftext\|>, </s>, .*eos_token in a"
+        UserError, match=r"no end-of-text token: expected one of <\|endoftext\|>, </s>, .*eos_token in a"
     ):
         open_vocabulary(str(tmp_path))
     (tmp_path / file).write_text(json.dumps({"eos_token": token}))
@@ -178,7 +190,7 @@ def test_a_corpus_too_small_for_the_size_is_told(
     monkeypatch.setattr("pipeline.log.logger.propagate", True)
     with caplog.at_level("INFO", "pipeline"):
         tokenizer = learn_vocabulary("bpe:4096", iter(["abab"]))
-    assert "bpe:4096: the corpus gives 259 tokens and no more" in caplog.text
+    assert "bpe:4096: the corpus gives only 259 tokens" in caplog.text
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (259, 258)
     assert tokenizer.token_bytes().tolist()[256:] == [2, 4, 0]
 
@@ -187,7 +199,7 @@ LEARN = """
 import sys
 from conftest import prose
 from pipeline.files import hash_bytes
-from prepare.vocabulary import learn_vocabulary
+from prepare.encoding.vocabulary import learn_vocabulary
 for name in ("bpe:700", "word", "char"):
     tokenizer = learn_vocabulary(name, iter(prose() * 3))
     print(hash_bytes(b"".join(tokenizer.files().values())), tokenizer.spec())
@@ -210,41 +222,41 @@ def test_the_same_documents_teach_the_same_vocabulary_whatever_the_threads() -> 
     assert outputs[0] == outputs[1] == outputs[2] and len(outputs[0].splitlines()) == 3
 
 
-def test_documents_are_read_once_and_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "PIECE_CHARACTERS", 100)
+def test_documents_are_read_once_and_never_held() -> None:
     for name in ("char", "word", "bpe:300"):
         documents = iter(prose())
         learn_vocabulary(name, documents)
         assert next(documents, None) is None
 
 
-@pytest.mark.parametrize("piece", [7, 100])
-def test_a_long_document_is_learnt_from_in_pieces_cut_between_words(
-    piece: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vocabulary, "PIECE_CHARACTERS", piece)
-    text = "some words of it\nand an endlesslylongoneinthemiddle of others" * 5
-    pieces = list(vocabulary._pieces(iter([text, "", "x"])))
-    assert "".join(pieces[:-1]) == text and pieces[-1] == "x"
-    assert max(map(len, pieces)) <= piece
-    if piece == 100:
-        assert [word for part in pieces[:-1] for word in split_words(part)] == split_words(text)
-        assert all(part[0] in " \n" for part in pieces[1:-1])
+def test_a_long_document_is_learned_from_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which there are several: the trainer holds what it is handed, and a document may be a book of hundreds of MB."""
+    monkeypatch.setattr("prepare.encoding.pieces.PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("prepare.encoding.pieces.NEAR_CHARACTERS", 50)
+    document = "some words of it\nand an endlesslylongoneinthemiddle of others" * 5
+    seen: list[str] = []
+    learn = vocabulary.learn_vocabulary
+    monkeypatch.setattr(
+        vocabulary, "learn_vocabulary", lambda name, texts: learn(name, (seen.append(text) or text for text in texts))
+    )
+    learned = learn_from([Texts((document.encode(), b"", b"x"), len(document), "", 0)], "word", None)
+    assert "".join(seen) == document + "x" and max(map(len, seen)) <= 100 and len(seen) > 3
+    assert learned.spec() == learn("word", iter([document, "x"])).spec()
 
 
 def test_words_come_by_frequency_then_by_the_word_and_the_rare_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = ["b a c a", "c b a d e"]
     whole = learn_vocabulary("word", iter(documents))
     assert isinstance(whole, WordTokenizer) and whole.words == ["a", "b", "c", "d", "e"]
-    monkeypatch.setattr(vocabulary, "MOST_WORDS", 3)
+    monkeypatch.setattr(vocabulary, "MAX_WORDS", 3)
     few = learn_vocabulary("word", iter(documents))
     assert few.encode("e a b c d").tolist() == [3, 0, 1, 2, 3] and few.vocab_size == 5
-    monkeypatch.setattr(vocabulary, "MOST_COUNTED", 2)
+    monkeypatch.setattr(vocabulary, "MAX_COUNTED_WORDS", 2)
     assert learn_vocabulary("word", iter(["a a a", "b c d", "e a"])).encode("a").tolist() == [0]
 
 
 def test_the_largest_word_vocabulary_still_takes_two_bytes() -> None:
-    words = [f"w{i}" for i in range(vocabulary.MOST_WORDS)]
+    words = [f"w{i}" for i in range(vocabulary.MAX_WORDS)]
     tokenizer = WordTokenizer(words)
     assert tokenizer.vocab_size == 65_536 and tokenizer.encode("w0").dtype == np.uint16
 

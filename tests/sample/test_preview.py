@@ -146,9 +146,7 @@ def test_a_prompt_outside_the_vocabulary_is_refused_at_the_start(tiny: Path, mon
     monkeypatch.setattr(trainer, "from_spec", lambda *_: CharTokenizer("AB"))
     config = sampling_config(tiny)
     for dry_run in (True, False):
-        with pytest.raises(
-            UserError, match=r"eval.sample_prompt: character 'C' \(U\+0043, at position 2\) is not among"
-        ):
+        with pytest.raises(UserError, match=r"eval.sample_prompt: character 'C' \(U\+0043\) at position 2 is not in"):
             run(config, dry_run=dry_run, preview=preview)
     assert not config.run_dir.exists()
 

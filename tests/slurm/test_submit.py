@@ -450,9 +450,9 @@ def test_a_preparation_is_submitted_with_its_own_options(
     [
         (["nowhere.txt"], "no source 'nowhere.txt'"),
         (["stdlib", "--tokeniser", "byte"], "No such option"),
-        (["stdlib", "--val-fraction", "2", "--workers", "0"], "--val-fraction 2.0 is not between 0 and 1, such as 0.01; --w"),
-        (["stdlib", "--tasks", "4", "--force"], "--force does not go with --tasks"),
-        (["-"], "--task-id and stdin (-) are not for a job"),
+        (["stdlib", "--val-fraction", "2", "--workers", "0"], "invalid --val-fraction 2.0: expected a number between 0 and 1"),
+        (["stdlib", "--tasks", "4", "--force"], "--force cannot be combined with --tasks"),
+        (["-"], "--task-id and stdin (-) cannot be submitted"),
         (["stdlib", "--time", "x"], "invalid --time 'x': expected minutes"),
         ([], "Missing argument 'SOURCE... [OPTION]...'"),
     ],

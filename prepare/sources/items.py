@@ -1,0 +1,59 @@
+"""Files -> items, by what their names tell: the same for local files and for those behind URLs."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from prepare.documents.lines import TextFile, split_lines
+from prepare.documents.parquet import split_rows
+from prepare.documents.streams import Stream
+from prepare.formats import Format, compression_of, format_of
+from prepare.storage.files import name_of
+from prepare.units import Batch, Item
+
+# English compresses to about a third: for progress, and to share the work.
+USUAL_EXPANSION = 3
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a corpus. Some web servers serve no ranges: such a file can only be read from its beginning."""
+
+    path: str
+    size: int
+    ranges: bool = True
+
+
+def items_of(files: Iterable[SourceFile], text_field: str, unit_bytes: int) -> list[Item]:
+    """The items of the files in their order; small neighbours share a unit."""
+    found: list[Item] = []
+    small: list[Item] = []
+    size = 0
+    for item in (item for file in files for item in _items(file, text_field, unit_bytes)):
+        if small and size + item.size > unit_bytes:
+            found.append(_together(small, size))
+            small, size = [], 0
+        if item.size >= unit_bytes:
+            found.append(item)
+        else:
+            small.append(item)
+            size += item.size
+    return [*found, _together(small, size)] if small else found
+
+
+def _together(items: list[Item], size: int) -> Item:
+    return items[0] if len(items) == 1 else Batch(tuple(items), size)
+
+
+def _items(file: SourceFile, text_field: str, unit_bytes: int) -> Iterator[Item]:
+    name = name_of(file.path)
+    size = file.size * USUAL_EXPANSION if compression_of(name) else file.size
+    match format_of(name):
+        case Format.PARQUET:
+            yield from split_rows(file.path, file.size, text_field, unit_bytes)
+        case Format.TEXT:
+            yield TextFile(file.path, size)
+        case Format.JSON_LINES if file.ranges and not compression_of(name):
+            yield from split_lines(file.path, file.size, text_field, unit_bytes)
+        case format:
+            assert format is not None  # only readable files come here
+            yield Stream(file.path, format, text_field, size)
