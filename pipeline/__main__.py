@@ -9,6 +9,7 @@ from pipeline import HOME
 def forget_working_folder() -> None:
     """Take the working folder, which `-m` puts first, off sys.path: a datasets.py or numpy.py there is not the library."""
     here = Path.cwd().resolve()
+    # In a checkout the packages themselves lie in the working folder.
     if here != HOME.resolve():
         sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
 

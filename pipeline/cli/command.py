@@ -53,6 +53,7 @@ class Command(click.Command):
         self._from_options: list[click.Parameter] = []
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        # Every page and parse of click asks for the parameters here first.
         if self.options is not None and not self._from_options:
             by_name = {entry.name: entry for entry in fields(self.options())}
             self._from_options = [parameter_of(by_name[name], shown) for name, shown in self.shown.items()]
@@ -71,6 +72,7 @@ class Command(click.Command):
         assert self.options is not None
         kind = self.options()
         types = {entry.name: entry.type for entry in fields(kind)}
+        # None stands for an option that was not given: the class's default holds.
         given = {name: value for name, value in parameters.items() if name in types and value is not None}
         return kind(**{name: list(v) if get_origin(types[name]) is list else v for name, v in given.items()})
 

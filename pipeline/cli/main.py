@@ -48,6 +48,7 @@ def _usage_error(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     message = error.format_message().rstrip(".")
     command = context.command_path if context else "pipeline"
+    # nanoGPT and Hugging Face have flags where we have config keys: --max_iters, --learning-rate.
     if isinstance(error, click.NoSuchOption) and not error.possibilities and command.endswith("train"):
         message += training.key_hint(error.option_name)
     return f"{message} (see {command} --help)"

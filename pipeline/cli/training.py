@@ -40,7 +40,7 @@ def config_of(arguments: list[str]) -> Config:
     try:
         return config_from_arguments(arguments)
     except UserError:
-        if launch.rank():
+        if launch.rank():  # it read the same arguments as rank 0
             launch.leave_to_first()
         raise
 
@@ -87,6 +87,7 @@ def train(
         click.echo(config.run_dir.absolute())
         return
     launch.check_nodes()
+    # Imported after the checks, as torch takes seconds from a shared disk.
     from sample.preview import preview
     from train.run import run
 

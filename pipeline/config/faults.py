@@ -57,6 +57,7 @@ def _contradictions(config: Config) -> list[str]:
         for source in config.data.mixture
         if not 0 < source.weight < math.inf
     ]
+    # Each only where the single values are valid: one mistake is reported once.
     if model.n_head > 0 and model.n_embd % model.n_head:
         faults.append(f"model.n_embd={model.n_embd} is not a multiple of model.n_head={model.n_head}")
     if 0 < optimizer.lr < optimizer.min_lr:

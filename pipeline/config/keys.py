@@ -99,9 +99,10 @@ class TrainConfig:
     # Set by memory, not by learning: accumulation makes up the rest of tokens_per_step.
     micro_batch_size: int = key(16, "sequences of one forward pass, each rank", at_least=1)
     # Steps that are skipped: a loss or gradient that is not finite, or a spike.
-    max_bad_steps: int = key(20, "bad steps in a row before the run gives up", at_least=1)
-    spike_z_score: float = key(0.0, "standard deviations that are a spike; 0: off", at_least=0)
-    spike_window: int = key(128, "gradient norms that a new one is compared with", at_least=2)
+    max_bad_steps: int = key(20, "skipped steps in a row before the run gives up", at_least=1)
+    # Standard deviations above the mean of the last gradient norms; until there are spike_window, none is skipped.
+    spike_z_score: float = key(0.0, "skip gradients so many deviations above; 0: off", at_least=0)
+    spike_window: int = key(128, "last gradient norms that a new one is compared with", at_least=2)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def load_config(name_or_path: str, overrides: list[str]) -> Config:
     faults: list[str] = []
     for override in overrides:
         _apply_override(document, override, faults)
+    # The run's folder needs a name: the file's, unless it is given.
     run = document.setdefault("run", {})
     if isinstance(run, dict) and not run.get("name"):
         run["name"] = path.stem
@@ -105,6 +106,7 @@ def find_config(name_or_path: str) -> Path:
             f"{path} is a Python config, as nanoGPT has them, which is not run: write its values as section.key=value, "
             f"or into a TOML file ({names})"
         )
+    # A file of the same name wins, so that a copy of a preset can be edited in place.
     if path.is_file():
         return path
     if name_or_path.removesuffix(".toml") in presets:
@@ -138,6 +140,7 @@ def _apply_override(document: dict[str, Any], override: str, faults: list[str]) 
         return
     keys = document.setdefault(section, {})
     if isinstance(keys, dict):
+        # Text is taken as typed: the value of run.name=124 is not a number.
         entry = KEYS.get(f"{section}.{key_name}")
         keys[key_name] = text if entry is not None and entry.type is str else _parse_value(text)
 
@@ -165,6 +168,7 @@ def _section_from_dict(section: str, keys: dict[str, Any], faults: list[str]) ->
 
 def _coerce(value: Any, wanted: Any) -> Any:
     """`value` as `wanted`, without guessing: a bool is not a number, nor is text, but 1 is a float."""
+    # In Python a bool is an int, so each number is also asked not to be one.
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if wanted in (bool, str, float) and isinstance(value, wanted):
