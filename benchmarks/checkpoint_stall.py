@@ -13,7 +13,7 @@ import torch
 
 from pipeline.checkpoint.folder import Description, State, write_checkpoint
 from pipeline.config.load import load_config, to_dict
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from train.optimizer.groups import build_optimizer
 from train.saving import Saver
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     arguments = parser.parse_args()
     config, tokenizer = load_config("gpt2-124m", []), BytePairTokenizer("gpt2")
-    model = GPT(config.model, tokenizer.vocab_size)
+    model = LanguageModel(config.model, tokenizer.vocab_size)
     optimizer = build_optimizer(model, config.optimizer)
     model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)).backward()
     optimizer.step()
@@ -39,12 +39,12 @@ def main() -> None:
         checkpoints = Path(folder)
         for _ in range(arguments.turns):
             started = time.perf_counter()
-            write_checkpoint(checkpoints, State.of(model, optimizer), model, tokenizer, description)
+            write_checkpoint(checkpoints, State.of(model, optimizer), model, tokenizer, description=description)
             waited.append(time.perf_counter() - started)
             started = time.perf_counter()
             saver.start(
                 State.of(model, optimizer),
-                lambda state: write_checkpoint(checkpoints, state, model, tokenizer, description),
+                lambda state: write_checkpoint(checkpoints, state, model, tokenizer, description=description),
             )
             stalls.append(time.perf_counter() - started)
             saver.wait()

@@ -21,7 +21,7 @@ from pipeline.checkpoint.find import find_checkpoint
 from pipeline.checkpoint.load import load_model
 from pipeline.dataset.shards import TokenReader, load_manifest
 from pipeline.dataset.windows import evaluation_starts, windows_at
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 
 BLOCK_SIZE = 64
 NANOGPT_FLAGS = [
@@ -40,7 +40,7 @@ def run(command: list[str], folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def whole_split_loss(model: GPT, dataset: Path) -> float:
+def whole_split_loss(model: LanguageModel, dataset: Path) -> float:
     reader = TokenReader(dataset, load_manifest(dataset), "val")
     starts = evaluation_starts(reader, BLOCK_SIZE, 0)
     total = 0.0

@@ -18,7 +18,7 @@ from pipeline.config.load import from_dict
 from pipeline.dataset.mixture import Mixture
 from pipeline.log import configure
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from prepare.run import PrepareOptions
 from prepare.run import run as prepare
 from train.optimizer.schedule import learning_rate
@@ -45,7 +45,7 @@ class PlainLoop:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, config = trainer, trainer.config
-        self.model = GPT(config.model, trainer.model.vocab_size)
+        self.model = LanguageModel(config.model, trainer.model.vocab_size)
         self.model.load_state_dict(trainer.model.state_dict())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=config.optimizer.betas, weight_decay=0.1)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import layout_gpt2 as huggingface
+from pipeline.checkpoint.layout_gpt2 import POSITIONS, GPT2Layout
 from pipeline.errors import UserError
 from pipeline.model.gpt2 import LAYER_NORM_EPSILON
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.huggingface_files import tokenizer_files
 from pipeline.vocabulary.merges import PUBLISHED
 from pipeline.vocabulary.tokenizer import JSON_FILE, Tokenizer
@@ -31,7 +31,7 @@ class Vocabulary:
     special: set[int]
 
 
-def write(path: Path, model: GPT, tokenizer: Tokenizer, *, name: str, dtype: torch.dtype) -> None:
+def write(path: Path, model: LanguageModel, tokenizer: Tokenizer, *, name: str, dtype: torch.dtype) -> None:
     """Write model and vocabulary. Raises UserError for a vocabulary whose pattern GGUF has no name for."""
     vocabulary = vocabulary_of(tokenizer)
     gguf = _library()
@@ -74,7 +74,7 @@ def _library() -> Any:
     return gguf
 
 
-def _describe(writer: Any, name: str, model: GPT) -> None:
+def _describe(writer: Any, name: str, model: LanguageModel) -> None:
     config = model.config
     writer.add_name(name)
     writer.add_context_length(config.block_size)
@@ -104,17 +104,18 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, end_of_text: int) -> No
     writer.add_add_bos_token(False)
 
 
-def _add_tensors(writer: Any, model: GPT, kind: str) -> None:
+def _add_tensors(writer: Any, model: LanguageModel, kind: str) -> None:
     from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
     from gguf.quants import quantize
 
     names = get_tensor_name_map(MODEL_ARCH.GPT2, model.config.n_layer)
     parameters = dict(model.named_parameters())
-    for name, shape in huggingface.folder_shapes(model.config, model.vocab_size).items():
+    layout = GPT2Layout()
+    for name, shape in layout.shapes(model.config, model.vocab_size).items():
         tensor = parameters[name].detach() if name in parameters else torch.zeros(shape)
-        if name in huggingface.VOCABULARY_ROWS:
+        if name in layout.vocabulary_rows:
             tensor = tensor[: model.vocab_size]
-        half = tensor.ndim == 2 and name != huggingface.POSITIONS
+        half = tensor.ndim == 2 and name != POSITIONS
         stored_as = GGMLQuantizationType[kind if half else "F32"]
         data = quantize(tensor.float().contiguous().numpy(), stored_as)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=stored_as)

@@ -13,11 +13,13 @@ from pipeline.config.load import from_dict, to_toml
 from pipeline.dataset.shards import Manifest, read_manifest
 from pipeline.errors import UserError
 from pipeline.log import printable
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.tokenizer import Tokenizer
 
 
-def model_card(name: str, model: GPT, tokenizer: Tokenizer, *, dtype: str, saved: Description | None, file: str) -> str:
+def model_card(
+    name: str, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str, saved: Description | None, file: str
+) -> str:
     """model_card.md filled in. `saved` is None for a model of another program; `file` names the GGUF file, or is empty."""
     data = ModelCardData(library_name="gguf" if file else "transformers", pipeline_tag="text-generation", tags=["gpt2"])
     facts: dict[str, Any] = {"name": name, "model": model, "shape": model.config, "tokenizer": tokenizer}

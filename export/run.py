@@ -15,13 +15,14 @@ from export import gguf
 from export.model_card import model_card
 from export.options import ExportOptions
 from pipeline.checkpoint.find import find_checkpoint
-from pipeline.checkpoint.folder import DESCRIPTION, read_description, write_description, write_model
-from pipeline.checkpoint.load import load_model
+from pipeline.checkpoint.folder import write_description, write_model
+from pipeline.checkpoint.load import read_model
+from pipeline.checkpoint.open import open_model
 from pipeline.errors import UserError
 from pipeline.files import publish, sync
 from pipeline.log import logger
 from pipeline.machine.device import DTYPES
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.tokenizer import Tokenizer
 
 FORMATS = ("safetensors", "gguf")
@@ -33,10 +34,10 @@ def run(options: ExportOptions) -> None:
     _check_options(options)
     to, to_file = options.to.absolute(), options.to.suffix == ".gguf"
     folder = find_checkpoint(options.ckpt, options.run_dir)
-    model, tokenizer = load_model(folder)
+    opened = open_model(folder)
+    model, tokenizer, saved = read_model(opened), opened.tokenizer, opened.description
     dtype = DTYPES[options.dtype]
     _check_range(model, dtype)
-    saved = read_description(folder) if (folder / DESCRIPTION).is_file() else None
     name = to.stem if to_file else to.name
     with _partial(to) as partial:
         if not to_file:
@@ -67,14 +68,14 @@ def _check_options(options: ExportOptions) -> None:
         raise UserError(f"{options.to} already exists and is not overwritten: choose another --to, or remove it")
 
 
-def _write_folder(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+def _write_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
     write_model(folder, model, tokenizer, dtype)
     # GPT-2 has one special token; without these transformers warns at every generation.
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
 
 
-def _check_range(model: GPT, dtype: torch.dtype) -> None:
+def _check_range(model: LanguageModel, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{name} has values that are not finite, so it is damaged: use another checkpoint")

@@ -192,21 +192,19 @@ def describe_model(folder: Path) -> dict[str, Any]:
     """A checkpoint of this program, or a Hugging Face GPT-2 folder."""
     import torch
 
-    from pipeline.checkpoint.folder import DESCRIPTION, read_description
-    from pipeline.checkpoint.load import identify_model
-    from pipeline.model.language_model import GPT
+    from pipeline.checkpoint.open import open_model
+    from pipeline.model.language_model import LanguageModel
 
-    found = identify_model(folder, verified=False)
+    found = open_model(folder, verify=False)
     spec = found.tokenizer.spec()
     described: dict[str, Any] = {"path": str(folder), "kind": "Hugging Face GPT-2 folder"}
-    if (folder / DESCRIPTION).is_file():
-        saved = read_description(folder)
+    if saved := found.description:
         told = ("step", "tokens", "val_loss", "program", "dataset", "config")
         described |= {"kind": "checkpoint", **{name: getattr(saved, name) for name in told}}
     else:
         described["config"] = {"model": asdict(found.config)}
     with torch.device("meta"):
-        described["parameters"] = GPT(found.config, found.tokenizer.vocab_size).parameter_count()
+        described["parameters"] = LanguageModel(found.config, found.tokenizer.vocab_size).parameter_count()
     described["tokenizer"] = vocabulary(spec)
     described["files"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     return described

@@ -28,14 +28,14 @@ from pipeline.errors import UserError
 from pipeline.log import ProgressReport
 from pipeline.machine.device import autocast
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT, document_numbers, finite
+from pipeline.model.language_model import LanguageModel, document_numbers, finite
 
 
 @dataclass(frozen=True)
 class Scorer:
     """A model, its autocast type, the sequences of a batch, and the ranks that share the work."""
 
-    model: GPT
+    model: LanguageModel
     dtype: torch.dtype
     batch_size: int
     world: World
@@ -47,10 +47,7 @@ class Scorer:
     def logits(self, ids: Tensor, where: Tensor, documents: Tensor | None = None) -> Tensor:
         """(n, V), float32: the logits at the n positions of `ids` (B, T) that are true in `where` (B, T), row by row."""
         with autocast(self.world.device, self.dtype):
-            hidden = self.model.transformer(ids, documents)
-            # The head costs the most, so it sees only the positions to score.
-            logits: Tensor = self.model.lm_head(hidden[where])
-        return finite(logits[:, : self.model.vocab_size].float())
+            return finite(self.model.logits(ids, documents, where))
 
 
 @dataclass(frozen=True)

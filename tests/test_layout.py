@@ -65,6 +65,16 @@ MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 60
 EXEMPT_FROM_FILE_LINES: set[str] = set()
 
+# What only an architecture's own files may name, and where else it may stand: the registries, the export formats.
+ARCHITECTURE_FILES = ("pipeline/model/gpt2.py", "pipeline/checkpoint/layout_gpt2.py", "export/")
+ONE_ARCHITECTURE = {
+    r"\b(wte|wpe|c_attn|c_proj|c_fc|ln_1|ln_2|ln_f)\b|transformer\.h\b": ARCHITECTURE_FILES,
+    r"\blm_head\b|\.transformer\b": (*ARCHITECTURE_FILES, "pipeline/model/"),
+    r"\b(GPT2|GPT2Layout|layout_gpt2)\b": (
+        *ARCHITECTURE_FILES, "pipeline/model/language_model.py", "pipeline/checkpoint/layouts.py",
+    ),
+}  # fmt: skip
+
 every_source = pytest.mark.parametrize("path", SOURCES, ids=str)
 
 
@@ -158,6 +168,17 @@ def test_the_search_for_dangers_finds_each_of_them(tmp_path: Path) -> None:
         "imports dill", "imports pickle",
         "line 3: eval()", "line 4: exec()", "line 5: torch.load", "line 6: allow_pickle=", "line 7: trust_remote_code=",
     ]  # fmt: skip
+
+
+@every_source
+def test_only_an_architectures_own_files_know_it(path: Path) -> None:
+    for pattern, allowed in ONE_ARCHITECTURE.items():
+        if not str(path).startswith(allowed):
+            found = {match.group() for match in re.finditer(pattern, text(path))}
+            assert not found, (
+                f"{path} names {sorted(found)}: ask the model (`blocks`, `logits`) or its layout (`layout_of`) instead, "
+                "so that it works with every architecture"
+            )
 
 
 # ---- size and form ----
