@@ -33,9 +33,9 @@ from pipeline.config.other_names import NANOGPT
 
 README = ROOT / "README.md"
 LISTED = re.findall(r"^\| \[docs/[\w-]+\.md\]\((docs/[\w-]+\.md)\)", README.read_text(encoding="utf-8"), re.MULTILINE)
-PAGES = [README, *(ROOT / name for name in LISTED if (ROOT / name).is_file())]
+PAGES = [README, *(ROOT / name for name in LISTED)]
 KEYS_BEGIN, KEYS_END = "<!-- keys -->", "<!-- end of keys -->"
-SHELL = ("", "sh", "bash", "console")
+SHELL = ("", "sh", "bash", "console")  # a block without a language is commands, so that none escapes
 # What starts `pipeline` with the words that follow its name.
 LAUNCHERS = ("torchrun", "srun", "python", "apptainer", "docker")
 # Commands of others: only that nothing else is taken for one of them.

@@ -116,9 +116,7 @@ def test_imports_go_down_and_never_up(package: str) -> None:
     for module, path in MODULES.items():
         if package_of(module) == package and module != package:
             up = [name for name in imports(path) if level.get(room_of(name), -1) > level[room_of(module)]]
-            assert not up, (
-                f"{path} imports {up}, which stand behind it in ORDER: move what it needs before it"
-            )
+            assert not up, f"{path} imports {up}, which stand behind it in ORDER: move what it needs before it"
 
 
 @pytest.mark.parametrize("room", WITHOUT_TORCH)
