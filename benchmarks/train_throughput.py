@@ -1,8 +1,8 @@
 """Training speed against a plain float32 PyTorch loop over the same model, weights and batches, in one process.
 
-6 layers, 384 wide, block 256, batch 16. The two take turns, a few steps each, so that a noisy machine hits both; the ratio
-is the median over the turns. Their losses are compared step by step: speed that changes the curve would be worth nothing.
-What it takes to load a step's batch is measured by itself: in training it is read ahead, beside the step.
+6 layers, 384 wide, block 256, batch 16. The two take turns, a few steps each, so that a noisy machine
+affects both; the ratio is the median over the turns. Losses are compared step by step, since a speedup
+that changes the curve is worth nothing. Loading a batch is timed separately: training reads it ahead.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pipeline.config.load import from_dict
 from pipeline.dataset.mixture import Mixture
 from pipeline.log import configure
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from prepare.run import PrepareOptions
 from prepare.run import run as prepare
 from train.optimizer.schedule import learning_rate
@@ -41,11 +41,11 @@ def config_in(folder: Path, steps: int) -> Config:
 
 
 class PlainLoop:
-    """What one writes in an afternoon: float32, torch's default AdamW, clipping."""
+    """The loop of a tutorial: float32, torch's default AdamW, clipping."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, config = trainer, trainer.config
-        self.model = GPT(config.model, trainer.model.vocab_size)
+        self.model = LanguageModel(config.model, trainer.model.vocab_size)
         self.model.load_state_dict(trainer.model.state_dict())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=config.optimizer.betas, weight_decay=0.1)
 
@@ -83,7 +83,7 @@ def main() -> None:
                 trainer.step = number
                 gaps.append(abs(trainer.train_step().loss / loss - 1))
             ended = time.perf_counter()
-            if turn:  # the first one warms up
+            if turn:  # the first turn warms up caches and the allocator
                 plain_s.append(middle - started)
                 ours_s.append(ended - middle)
                 ratios.append(plain_s[-1] / ours_s[-1])

@@ -1,4 +1,4 @@
-"""`pipeline export`: a checkpoint -> a folder or a GGUF file to publish, without training state, with a model card."""
+"""`pipeline export`: a checkpoint -> a folder or file to publish, with a model card."""
 
 import json
 import os
@@ -15,13 +15,14 @@ from export import gguf
 from export.model_card import model_card
 from export.options import ExportOptions
 from pipeline.checkpoint.find import find_checkpoint
-from pipeline.checkpoint.folder import DESCRIPTION, read_description, write_description, write_model
-from pipeline.checkpoint.load import load_model
+from pipeline.checkpoint.folder import write_description, write_model
+from pipeline.checkpoint.load import read_model
+from pipeline.checkpoint.open import open_model
 from pipeline.errors import UserError
 from pipeline.files import publish, sync
 from pipeline.log import logger
 from pipeline.machine.device import DTYPES
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.tokenizer import Tokenizer
 
 FORMATS = ("safetensors", "gguf")
@@ -29,14 +30,14 @@ GGUF_FILE, CARD = "model.gguf", "README.md"
 
 
 def run(options: ExportOptions) -> None:
-    """Write the copy next to its final path, then rename it. Raises UserError, also if something exists there."""
+    """Write the copy next to its final path, then rename it. Raises UserError."""
     _check_options(options)
     to, to_file = options.to.absolute(), options.to.suffix == ".gguf"
     folder = find_checkpoint(options.ckpt, options.run_dir)
-    model, tokenizer = load_model(folder)
+    opened = open_model(folder)
+    model, tokenizer, saved = read_model(opened), opened.tokenizer, opened.description
     dtype = DTYPES[options.dtype]
     _check_range(model, dtype)
-    saved = read_description(folder) if (folder / DESCRIPTION).is_file() else None
     name = to.stem if to_file else to.name
     with _partial(to) as partial:
         if not to_file:
@@ -46,10 +47,12 @@ def run(options: ExportOptions) -> None:
             gguf.write(partial if to_file else partial / gguf_file, model, tokenizer, name=name, dtype=dtype)
         else:
             _write_folder(partial, model, tokenizer, dtype)
-            if saved is not None:  # what the run was, and the vocabulary under its name; nothing of the optimizer
+            # It carries the run's config and the vocabulary's name, but nothing of the optimizer.
+            if saved is not None:
                 write_description(partial, replace(saved, scaler={}, bad_steps=0, grad_norms=[]))
         if not to_file:
-            # Written after the hashes, so that its owner may edit it.
+            # Written after the hashes, so that its owner may edit it. A lone file has no card, but
+            # GGUF has the name and the shape in its metadata.
             card = model_card(name, model, tokenizer, dtype=options.dtype, saved=saved, file=gguf_file)
             (partial / CARD).write_text(card, encoding="utf-8")
     logger.info(f"{folder} -> {options.to}: {model.parameter_count():,} parameters in {options.dtype}")
@@ -67,14 +70,15 @@ def _check_options(options: ExportOptions) -> None:
         raise UserError(f"{options.to} already exists and is not overwritten: choose another --to, or remove it")
 
 
-def _write_folder(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+def _write_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
     write_model(folder, model, tokenizer, dtype)
     # GPT-2 has one special token; without these transformers warns at every generation.
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
 
 
-def _check_range(model: GPT, dtype: torch.dtype) -> None:
+def _check_range(model: LanguageModel, dtype: torch.dtype) -> None:
+    # float16 ends at 65,504; casting would turn larger weights into infinities without a word.
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{name} has values that are not finite, so it is damaged: use another checkpoint")
@@ -86,7 +90,8 @@ def _check_range(model: GPT, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _partial(to: Path) -> Iterator[Path]:
-    """A path next to `to`, renamed to it once everything is written and synced, removed after an error."""
+    """A path next to `to`, renamed to it once all is written and synced, removed after an error."""
+    # With the process id, two exports to one path do not write into the same files.
     partial = to.with_name(f".{to.name}.{os.getpid()}.partial")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)

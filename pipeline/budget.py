@@ -64,7 +64,7 @@ def data_arithmetic(config: Config, folder: Path, manifest: Manifest, share: flo
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Trainable parameters, tied ones once, without padding: `GPT.parameter_count` of a model that
+    """Trainable parameters, tied ones once, without padding: `LanguageModel.parameter_count` of a model that
     was never built.
     """
     width = model.n_embd

@@ -9,8 +9,9 @@ from typing import Any
 import orjson
 
 from pipeline.checkpoint.find import find_checkpoint
-from pipeline.checkpoint.folder import DESCRIPTION, Description, read_description
-from pipeline.checkpoint.load import load_model
+from pipeline.checkpoint.folder import Description
+from pipeline.checkpoint.load import read_model
+from pipeline.checkpoint.open import open_model
 from pipeline.config.keys import Config
 from pipeline.config.load import from_dict
 from pipeline.dataset.shards import Manifest, TokenReader, load_manifest
@@ -79,6 +80,7 @@ def score(options: EvalOptions, world: World) -> dict[str, Any]:
         stride = block_size if options.stride is None else options.stride
         if not 1 <= stride <= block_size:
             raise UserError(f"invalid --stride {stride}: expected 1 to {block_size}, the model's block_size")
+        # All that can be wrong is found before the first of the hours that scoring may take.
         datasets = [] if options.tasks and not options.data else open_datasets(subject, options)
         tasks = find_tasks(options) if options.tasks and world.is_first else None
     step = subject.description.step if subject.description else None
@@ -92,14 +94,13 @@ def score(options: EvalOptions, world: World) -> dict[str, Any]:
 def load(folder: Path, options: EvalOptions, world: World) -> Subject:
     """The model on this rank's device, with float32 weights as in training."""
     share_threads(world.local_size)
-    description = read_description(folder) if (folder / DESCRIPTION).is_file() else None
-    model, tokenizer = load_model(folder)
+    opened = open_model(folder)
+    model = read_model(opened)
     dtype, why = pick_dtype(options.dtype, world.device, model.config.n_embd)
     named = str(dtype).removeprefix("torch.")
     logger.info(f"{folder}: {world.size} rank(s) on {world.device.type}, dtype {named}: {why}")
-    return Subject(
-        folder, Scorer(model.to(world.device).eval(), dtype, options.batch_size, world), tokenizer, description
-    )
+    scorer = Scorer(model.to(world.device).eval(), dtype, options.batch_size, world)
+    return Subject(folder, scorer, opened.tokenizer, opened.description)
 
 
 def open_datasets(subject: Subject, options: EvalOptions) -> list[Dataset]:
@@ -182,7 +183,8 @@ def find_tasks(options: EvalOptions) -> Any:
 def score_tasks(subject: Subject, index: Any, options: EvalOptions) -> dict[str, Any]:
     """The metrics of every task, on every rank; the first one computes them while the others wait.
 
-    The harness could share requests among GPUs of one machine, but neither among CPU processes nor among machines.
+    The harness could share requests among GPUs of one machine, but neither among CPU processes nor
+    among machines.
     """
     world = subject.scorer.world
     scores: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from pipeline.dataset.shards import TokenReader
 from pipeline.dataset.windows import evaluation_starts, windows_at
 from pipeline.machine.device import autocast
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from train.data.inputs import model_inputs
 from train.parallel import reshard
 
@@ -40,7 +40,7 @@ class Evaluation:
         ]
 
     @torch.no_grad()
-    def run(self, model: GPT) -> ValLoss:
+    def run(self, model: LanguageModel) -> ValLoss:
         """All ranks call it together, and all get the result."""
         started = time.monotonic()
         size = self.config.train.micro_batch_size

@@ -19,10 +19,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.checkpoint.load import uninitialised
 from pipeline.errors import UserError
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 
 
@@ -49,7 +48,9 @@ def mesh_of(strategy: str, world: World) -> DeviceMesh | None:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def to_device(model: GPT, world: World, mesh: DeviceMesh | None, *, dtype: torch.dtype, compiled: bool) -> None:
+def to_device(
+    model: LanguageModel, world: World, mesh: DeviceMesh | None, *, dtype: torch.dtype, compiled: bool
+) -> None:
     """Move the model from the CPU to the device: all of it or, with a mesh, this rank's shard."""
     if mesh is not None:
         shard(model, mesh, dtype=dtype, compiled=compiled)
@@ -59,7 +60,7 @@ def to_device(model: GPT, world: World, mesh: DeviceMesh | None, *, dtype: torch
         model.compile()
 
 
-def shard(model: GPT, mesh: DeviceMesh, *, dtype: torch.dtype, compiled: bool) -> None:
+def shard(model: LanguageModel, mesh: DeviceMesh, *, dtype: torch.dtype, compiled: bool) -> None:
     """Keep this rank's shard of every parameter: block by block, so that no device ever holds the
     full model.
 
@@ -76,7 +77,7 @@ def shard(model: GPT, mesh: DeviceMesh, *, dtype: torch.dtype, compiled: bool) -
     # as many bytes travel. The residual stream stays float32, as without sharding; so what is
     # outside of the blocks is gathered in float32.
     in_blocks = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.transformer.h:
+    for block in model.blocks:
         if compiled:  # the forward pass alone: what FSDP does around it cannot be traced
             block.forward = torch.compile(block.forward)
         fully_shard(block, mesh=mesh, mp_policy=in_blocks)
@@ -84,7 +85,7 @@ def shard(model: GPT, mesh: DeviceMesh, *, dtype: torch.dtype, compiled: bool) -
     fully_shard(model, mesh=mesh)
 
 
-def replicate(model: GPT, world: World) -> GPT | DistributedDataParallel:
+def replicate(model: LanguageModel, world: World) -> LanguageModel | DistributedDataParallel:
     """What to call in training, once every replica or shard has its weights. Replicas start as
     copies of rank 0's.
     """
@@ -118,13 +119,13 @@ def reshard(model: nn.Module) -> None:
         model.reshard()
 
 
-def whole_model(model: GPT, world: World) -> GPT | None:
+def whole_model(model: LanguageModel, world: World) -> LanguageModel | None:
     """On rank 0 the model with all of its weights: itself, or a copy of a sharded one on the CPU.
     All ranks call it.
     """
     if not isinstance(model, FSDPModule):
         return model if world.is_first else None
-    copy = uninitialised(model.config, model.vocab_size) if world.is_first else None
+    copy = LanguageModel.uninitialised(model.config, model.vocab_size) if world.is_first else None
     copies = dict(copy.named_parameters()) if copy else {}
     for name, parameter in model.named_parameters():
         gathered = whole(parameter.detach())  # a collective, so on every rank and in the same order

@@ -12,7 +12,7 @@ from pipeline.config.keys import Config
 from pipeline.errors import UserError
 from pipeline.log import LAYOUT, logger, printable
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.tokenizer import Tokenizer, encode_prompt
 from train.metrics import Metrics
 from train.parallel import whole_model
@@ -23,7 +23,9 @@ class Preview(Protocol):
     `train.run.run` brings it.
     """
 
-    def __call__(self, model: GPT, dtype: torch.dtype, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str: ...
+    def __call__(
+        self, model: LanguageModel, dtype: torch.dtype, tokenizer: Tokenizer, prompt: list[int], seed: int
+    ) -> str: ...
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Previews:
         except UserError as error:
             raise UserError(f"eval.sample_prompt: {error}") from None
 
-    def show(self, model: GPT, step: int, metrics: Metrics) -> None:
+    def show(self, model: LanguageModel, step: int, metrics: Metrics) -> None:
         """Rank 0 logs one, for which all ranks hand in their shards. Training does not notice: the
         random numbers follow from seed and step, and are used for nothing else.
         """

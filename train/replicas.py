@@ -9,11 +9,11 @@ import xxhash
 
 from pipeline.errors import UserError
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import part, parts
 
 
-def check_replicas(model: GPT, world: World, step: int) -> None:
+def check_replicas(model: LanguageModel, world: World, step: int) -> None:
     """Ends every rank unless those that should hold the same weights do; rank 0 raises a UserError
     that names the ranks and a parameter. A model that is sharded over all ranks has no replicas to
     compare.
@@ -41,7 +41,7 @@ def check_replicas(model: GPT, world: World, step: int) -> None:
             )
 
 
-def parameter_hashes(model: GPT) -> dict[str, int]:
+def parameter_hashes(model: LanguageModel) -> dict[str, int]:
     """XXH3 of every parameter's bytes."""
     return {
         name: xxhash.xxh3_64_intdigest(part(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().data)

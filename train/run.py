@@ -21,7 +21,7 @@ from pipeline.log import also_to_file, logger
 from pipeline.machine import ranks
 from pipeline.machine.device import pick_dtype, share_threads, should_compile
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.runs import RunFolder, State
 from train import parallel, resume
 from train.data.staging import stage
@@ -98,7 +98,7 @@ def assemble(
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     # The same on all ranks: each draws the full model's weights and keeps its shard.
     torch.manual_seed(config.run.seed)
-    model = GPT(config.model, mixture.tokenizer["vocab_size"])
+    model = LanguageModel(config.model, mixture.tokenizer["vocab_size"])
     parallel.to_device(model, world, mesh, dtype=dtype, compiled=compiled)
     trainer = Trainer(config, world, mixture, model=model, dtype=dtype, preview=preview)
     introduction = [

@@ -31,10 +31,11 @@ from pipeline.config.load import to_dict
 from pipeline.errors import UserError
 from pipeline.log import logger
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 from pipeline.runs import RunFolder
 from pipeline.vocabulary.tokenizer import Tokenizer
+from train.optimizer.adamw import AdamW
 from train.spikes import StepGuard
 
 
@@ -142,8 +143,8 @@ class Checkpoints:
 
     config: Config
     world: World
-    model: GPT
-    optimizer: torch.optim.Optimizer
+    model: LanguageModel
+    optimizer: AdamW
     scaler: torch.amp.GradScaler
     guard: StepGuard
     tokenizer: Tokenizer

@@ -15,7 +15,7 @@ from pipeline.log import ProgressReport, logger
 from pipeline.machine.device import autocast, device_name
 from pipeline.machine.gpus import peak_flops
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 from pipeline.runs import State, Status
 from pipeline.vocabulary.specs import from_spec
@@ -50,7 +50,14 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, world: World, mixture: Mixture, *, model: GPT, dtype: torch.dtype, preview: Preview | None
+        self,
+        config: Config,
+        world: World,
+        mixture: Mixture,
+        *,
+        model: LanguageModel,
+        dtype: torch.dtype,
+        preview: Preview | None,
     ) -> None:
         self.config, self.world, self.mixture, self.model, self.dtype = config, world, mixture, model, dtype
         self.step, train = 0, config.train

@@ -1,27 +1,41 @@
-"""What `--ckpt` means: a path, a run, `latest`, `best`, or a model on the Hub."""
+"""What `--ckpt` means: a path, `latest` or `best` of a run, or a model on the Hugging Face Hub.
 
+Only a config, safetensors and the tokenizer's files are downloaded: neither programs nor pickles.
+What the cache has is used where there is no network.
+"""
+
+import errno
+import logging
+import re
+import sys
 from pathlib import Path
 
-from pipeline.checkpoint import hub
 from pipeline.checkpoint.pointers import pointed_folder
 from pipeline.config.keys import RunConfig
 from pipeline.config.other_names import hub_hint
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
+from pipeline.log import logger
+from pipeline.runs import newest_run
 
-RUNS = Path(RunConfig.dir)  # where `latest` and `best` are looked up
+RUNS = Path(RunConfig.dir)  # where `latest` and `best` look for runs
+HUB_FILES = (
+    "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+MOST_CAUSE_CHARACTERS = 200
+_HUB_NAME = re.compile(r"hf:(?P<repository>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
 
 
 def find_checkpoint(ckpt: str, run_dir: Path | None, runs: Path = RUNS) -> Path:
-    """The folder a `--ckpt` means: a path, hf:ORG/NAME, or `latest`/`best` of `run_dir`, by default of the newest run
-    under `runs`.
+    """The folder of a `--ckpt`: a path, hf:ORG/NAME, or `latest` or `best` of `run_dir`, by default
+    of the newest run under `runs`. Raises UserError where there is none.
     """
     if ckpt not in ("latest", "best"):
         return find_model_folder(ckpt)
+    run_dir = run_dir or newest_run(runs)
     if run_dir is None:
-        pointers = sorted(runs.glob("*/checkpoints/latest"), key=lambda pointer: pointer.stat().st_mtime)
-        if not pointers:
-            raise UserError(f"no checkpoint under {runs}/: train first, or name a folder with --ckpt PATH")
-        run_dir = pointers[-1].parents[1]
+        raise UserError(f"no checkpoint under {runs}/: train first, or name a folder with --ckpt PATH")
     folder = pointed_folder(run_dir / "checkpoints", ckpt)
     if folder is None:
         raise UserError(f"{run_dir} has no checkpoint {ckpt}: train first, or name a folder with --ckpt PATH")
@@ -29,11 +43,57 @@ def find_checkpoint(ckpt: str, run_dir: Path | None, runs: Path = RUNS) -> Path:
 
 
 def find_model_folder(name: str) -> Path:
-    """The folder that hf:ORG/NAME[@REVISION] or a path names. Raises UserError where there is none."""
+    """The folder of a path or of hf:ORG/NAME[@REVISION], downloaded unless cached. Raises UserError
+    where there is none.
+    """
     if name.startswith("hf:"):
-        return hub.model_folder(name)
+        return _hub_folder(name)
     if not Path(name).is_dir():
         raise UserError(
             f"no checkpoint at {name}{hub_hint(name)}: expected a checkpoint folder, hf:ORG/NAME, latest or best"
         )
     return Path(name)
+
+
+def _hub_folder(name: str) -> Path:
+    parts = _HUB_NAME.fullmatch(name)
+    if parts is None or ".." in name:
+        raise UserError(f"invalid Hub model {name!r}: expected hf:ORG/NAME[@REVISION], such as hf:gpt2")
+    repository, revision = parts["repository"], parts["revision"]
+    try:
+        return _snapshot(repository, revision, cached=False)
+    except Exception as error:  # the Hub, the network and the cache each raise their own kinds
+        cause = error.__cause__ or error
+    # A full disk has nothing to do with the Hub: its own line says what to do.
+    if isinstance(cause, OSError) and cause.errno in DISK_IS_FULL:
+        raise cause
+    reason = f"{type(cause).__name__}: {one_line(cause)[:MOST_CAUSE_CHARACTERS]}"
+    try:
+        folder = _snapshot(repository, revision, cached=True)
+    except Exception:
+        raise UserError(
+            f"model {repository} is not in the cache and could not be downloaded ({reason}): "
+            f"check its name and the network, or fetch it with: hf download {repository}"
+        ) from None
+    # An interrupted download leaves a snapshot with some of its files.
+    if not any(folder.glob("model*.safetensors")):
+        raise UserError(
+            f"the download of {repository} is incomplete, its weights are missing ({reason}): fix that first"
+        )
+    logger.info("%s could not be downloaded (%s); using the cached files", name, reason)
+    return folder
+
+
+def _snapshot(repository: str, revision: str | None, cached: bool) -> Path:
+    import huggingface_hub
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    # Its warnings about retries would repeat what the final error says.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return Path(
+        huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=cached
+        )
+    )

@@ -1,21 +1,23 @@
-"""A checkpoint: a folder that exists only when whole, and that is a Hugging Face model folder as it stands.
+"""A checkpoint: a folder that exists only when complete, and that is a Hugging Face model folder as
+it stands.
 
     runs/<name>/checkpoints/step_00001000/
         config.json model.safetensors tokenizer.json ...      what Hugging Face reads
-        [vocabulary.*]                                        what our tokenizer reads, where it is none of those
+        [vocabulary.*]                                        what our tokenizer reads, where that is another file
         training_state.safetensors                            the optimizer's state
-        checkpoint.json                                       written last: the description below, every file's hash, its own
+        checkpoint.json                                       written last: the description below, all files' hashes, its own
     runs/<name>/checkpoints/latest, best                      one line each: a folder's name
 
-There is no random state to save: the order of the data and every dropout mask follow from the seed and the step. There is
-no pickle anywhere, so loading a checkpoint executes nothing.
+There is no random state to save: the order of the data and every dropout mask follow from the seed
+and the step. There is no pickle anywhere, so loading a checkpoint executes nothing.
 """
 
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 import orjson
 import torch
@@ -23,36 +25,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pipeline
-from pipeline.checkpoint import layout_gpt2 as huggingface
-from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer, step_of
+from pipeline.checkpoint.layouts import layout_of
+from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer
 from pipeline.checkpoint.safetensors_files import WEIGHTS
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes, hash_file, publish, read_limited, sync, write_atomic
 from pipeline.log import logger
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 from pipeline.vocabulary.huggingface_files import tokenizer_files
 from pipeline.vocabulary.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
+CONFIG = "config.json"
 DESCRIPTION = "checkpoint.json"
 TRAINING_STATE = "training_state.safetensors"
-MOST_DESCRIPTION_BYTES = 1 << 23  # a `char` vocabulary of every character there is takes five megabytes
+MOST_DESCRIPTION_BYTES = 1 << 23  # a `char` vocabulary of every Unicode character takes five megabytes
 MOST_RUN_CONFIG_BYTES = 1 << 18
-# Of a file that a stranger may have written: what else it holds is no description.
-_TYPES: dict[str, tuple[type, ...]] = {
-    "step": (int,), "tokens": (int,), "config": (dict,), "tokenizer": (dict,), "dataset": (str,),
-    "val_loss": (float, int, type(None)), "scaler": (dict,), "bad_steps": (int,), "grad_norms": (list,),
-    "files": (dict,), "program": (str,), "format": (int,), "hash": (str,),
-}  # fmt: skip
-_SPEC_TYPES: dict[str, tuple[type, ...]] = {
-    "name": (str,), "vocab_size": (int,), "end_of_text": (int,), "fingerprint": (str,),
-}  # fmt: skip
+_SPEC_TYPES = {"name": str, "vocab_size": int, "end_of_text": int, "fingerprint": str}
 
 
 @dataclass(frozen=True)
 class Description:
-    """checkpoint.json. `config` is the resolved config of the run, `dataset` the manifest's fingerprint."""
+    """checkpoint.json. `config` is the resolved config of the run, `dataset` the manifest's
+    fingerprint.
+    """
 
     step: int
     tokens: int
@@ -71,56 +68,72 @@ class Description:
 
 @dataclass(frozen=True)
 class State:
-    """The tensors of a checkpoint in the model's own layout: parameters by name, the optimizer's by `kind.name`."""
+    """The tensors of a checkpoint in the model's layout: parameters by name, the optimizer's state
+    by `kind.name`.
+
+    Each tensor of the optimizer's state has its parameter's shape, or is a scalar.
+    """
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: GPT, optimizer: torch.optim.Optimizer) -> Self:
-        """The tensors themselves: the next optimizer step changes them."""
+    def of(cls, model: LanguageModel, optimizer: torch.optim.Optimizer) -> Self:
+        """The tensors themselves, not copies: the next optimizer step changes them."""
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        moments = {
+        state = {
             f"{kind}.{name}": value
             for name, parameter in model.named_parameters()
             for kind, value in optimizer.state[parameter].items()
         }
-        return cls(weights, moments)
+        return cls(weights, state)
 
     def hand_in(self) -> None:
-        """What the other ranks do while rank 0 copies a sharded state: their part of each tensor goes there, in its order."""
+        """What the other ranks do while rank 0 copies a sharded state: send their part of each
+        tensor, in the same order.
+        """
         for tensor in (*self.weights.values(), *self.optimizer.values()):
             whole(tensor)
 
 
 def write_checkpoint(
-    checkpoints: Path, state: State, model: GPT, tokenizer: Tokenizer, description: Description, best: bool = False
+    checkpoints: Path,
+    state: State,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    *,
+    description: Description,
+    best: bool = False,
 ) -> Path:
-    """Write `checkpoints/step_NNNNNNNN` and point `latest`, and `best` if it is that, at it. Returns the folder.
+    """Write `checkpoints/step_NNNNNNNN` and point `latest`, and with `best` that too, at it.
+    Returns the folder.
 
-    Of `model` only the shape is used: its own tensors may have moved on from `state`.
+    Of `model` only the shape is used: training may have changed its tensors since `state` was
+    copied.
     """
     final = checkpoints / folder_name(description.step)
     partial = checkpoints / f".{final.name}.partial"
+    # A killed save may have left one.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_model(partial, model, state.weights, tokenizer)
+    write_model(partial, model, tokenizer, tensors=state.weights)
     _save_tensors(partial / TRAINING_STATE, _optimizer_in_folder_layout(model, state.optimizer))
     write_description(partial, description)
-    if final.is_dir():  # the run went back to an earlier step, and has come this far again
+    if final.is_dir():  # the run resumed from an earlier step and has come this far again
         replaced = checkpoints / f".{final.name}.replaced.partial"
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     publish(partial, final)
-    if best:  # before `latest`: killed in between, the run comes here again
+    if best:  # before `latest`: a run killed in between resumes from before this step and comes here again
         set_pointer(checkpoints, "best", final)
     set_pointer(checkpoints, "latest", final)
     return final
 
 
 def write_description(folder: Path, description: Description) -> None:
-    """Write checkpoint.json over the files that are in `folder`."""
+    """Write checkpoint.json with the hashes of all files in `folder`."""
     hashes = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
+    # The files reach the disk before the description that vouches for them.
     for name in hashes:
         sync(folder / name)
     document = asdict(description) | {"files": hashes}
@@ -131,34 +144,38 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_model(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
-    """The files that Hugging Face reads: config, weights and tokenizer; and the tokenizer's own, where it has one."""
-    _write_model(folder, model, dict(model.named_parameters()), tokenizer, dtype)
-
-
-def _write_model(
-    folder: Path, model: GPT, tensors: dict[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype = torch.float32
+def write_model(
+    folder: Path,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype = torch.float32,
+    tensors: dict[str, Tensor] | None = None,
 ) -> None:
+    """The files that Hugging Face reads: config, weights (`tensors`, by default the model's) and
+    tokenizer; and the file that our tokenizer reads, where that is another one.
+    """
+    layout, config = layout_of(model.config), model.config
     parameters = {
-        # One by one: no GPU holds all the copies.
-        name: huggingface.to_folder_layout(model, name, tensor).to("cpu", dtype)
-        for name, tensor in tensors.items()
+        # One by one: no GPU has room for all the copies.
+        layout.stored_name(name): layout.to_folder(model, name, tensor).to("cpu", dtype)
+        for name, tensor in (tensors or dict(model.named_parameters())).items()
     }
+    # What the folder has and the model has not is zero: a bias of zero is no bias.
     zeros = {
-        name: torch.zeros(shape, dtype=dtype)
-        for name, shape in huggingface.folder_shapes(model.config, model.vocab_size).items()
-        if not huggingface.is_trained(model.config, name)
+        stored: torch.zeros(shape, dtype=dtype)
+        for stored, shape in layout.shapes(config, model.vocab_size).items()
+        if not layout.is_trained(config, stored)
     }
     _save_tensors(folder / WEIGHTS, parameters | zeros, metadata={"format": "pt"})
-    named = str(dtype).removeprefix("torch.")
-    config = huggingface.config_json(model.config, model.vocab_size, tokenizer.end_of_text, named)
-    (folder / huggingface.CONFIG).write_bytes(dump_json(config))
+    dtype_name = str(dtype).removeprefix("torch.")
+    document = layout.config_json(config, model.vocab_size, tokenizer.end_of_text, dtype_name)
+    (folder / CONFIG).write_bytes(dump_json(document))
     for name, content in (tokenizer_files(tokenizer) | tokenizer.files()).items():
         (folder / name).write_bytes(content)
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor], **options: Any) -> None:
-    """safetensors gives its file to its owner alone; whoever may read the rest of the folder may read this."""
+    """safetensors writes mode 0600; who may read the rest of the folder may read this file too."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, **options)
@@ -166,18 +183,20 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor], **options: Any) -> Non
 
 
 def best_val_loss(checkpoints: Path) -> float:
-    """The loss to beat: that of `best`, infinity where there is none."""
+    """The validation loss of `best`; infinity where there is none."""
     folder = best_folder(checkpoints)
     try:
         val_loss = None if folder is None else read_description(folder).val_loss
     except UserError as error:
-        logger.warning("%s; `best` is chosen anew", error)
+        logger.warning("%s; ignoring `best`", error)
         val_loss = None
     return float("inf") if val_loss is None else val_loss
 
 
 def read_description(folder: Path) -> Description:
-    """checkpoint.json, without a look at the files it speaks of. Raises UserError for one that is missing or damaged."""
+    """checkpoint.json alone: the files it lists are not looked at. Raises UserError where it is
+    missing or damaged.
+    """
     path = folder / DESCRIPTION
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint of this program: it has no {DESCRIPTION}")
@@ -187,30 +206,41 @@ def read_description(folder: Path) -> Description:
             raise UserError(f"{path} has format {document['format']}, this program reads {FORMAT_VERSION}")
         description = Description(**document)
         _check_types(document)
-        own_hash = hash_of_description(document)
+        # Of the document, not the file: whitespace does not matter.
+        damaged = document.get("hash") != hash_of_description(document)
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): use another checkpoint") from None
-    if description.hash and description.hash != own_hash:  # the first checkpoints of format 1 had none
-        raise UserError(f"{path} is damaged (it does not match its own hash): use another checkpoint")
+    if damaged:
+        raise UserError(f"{path} is damaged (does not match its own hash): use another checkpoint")
     return description
 
 
 def _check_types(document: dict[str, Any]) -> None:
-    """Raises TypeError for what `write` never wrote."""
+    """Raises TypeError for what this program never writes."""
     spec, files = document["tokenizer"], document.get("files", {})
+    wanted = get_type_hints(Description) | _SPEC_TYPES
     for name, value in (*document.items(), *((name, spec[name]) for name in _SPEC_TYPES)):
-        if type(value) not in (_TYPES | _SPEC_TYPES)[name]:
-            raise TypeError(f"{name} is of the type {type(value).__name__}")
+        if not _has_type(value, wanted[name]):
+            raise TypeError(f"{name} has the type {type(value).__name__}")
+    # verify_files opens these: a name must not lead out of the folder.
     if not all(Path(name).name == name not in ("", "..") and isinstance(hash_, str) for name, hash_ in files.items()):
-        raise TypeError("files names more than the files beside it")
+        raise TypeError("files names paths outside the folder")
     if not all(isinstance(norm, float | int | None) for norm in document.get("grad_norms", ())):
-        raise TypeError("grad_norms holds more than numbers")
+        raise TypeError("grad_norms holds something else than numbers")
     if len(dump_json(document["config"])) > MOST_RUN_CONFIG_BYTES:
-        raise TypeError("config is larger than any")
+        raise TypeError("config is too large")
+
+
+def _has_type(value: Any, wanted: Any) -> bool:
+    """Whether a value from JSON has exactly a type: its true is an int to isinstance."""
+    options = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
+    return type(value) in [get_origin(option) or option for option in options]
 
 
 def verify_files(folder: Path, description: Description, without: Collection[str] = ()) -> None:
-    """Check a checkpoint's files, but for those `without`, against their hashes. Raises UserError for the first that differs."""
+    """Compare a checkpoint's files, except those in `without`, with their hashes. Raises UserError
+    for a difference.
+    """
     for name, recorded in description.files.items():
         file = folder / name
         if name in without:
@@ -221,24 +251,26 @@ def verify_files(folder: Path, description: Description, without: Collection[str
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its hash; use another checkpoint")
 
 
-def prune_checkpoints(checkpoints: Path, keep: int, every_steps: int = 1) -> None:
-    """Remove all but the `keep` newest checkpoints, `latest` and `best`: only folders of ours, and partial ones.
-
-    Of those made at multiples of `every_steps` the newest stays too, for a run that has to go back.
+def prune_checkpoints(checkpoints: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints, `latest` and `best`: only folders this program
+    wrote, and partial ones.
     """
+    # A folder without a description may be anybody's.
     ours = [folder for folder in checkpoint_folders(checkpoints) if (folder / DESCRIPTION).is_file()]
-    planned = [folder for folder in ours if step_of(folder) % every_steps == 0]
-    kept = {*ours[-keep:], *planned[-1:], pointed_folder(checkpoints, "latest"), best_folder(checkpoints)}
+    kept = {*ours[-keep:], pointed_folder(checkpoints, "latest"), best_folder(checkpoints)}
     for folder in (*(folder for folder in ours if folder not in kept), *checkpoints.glob(".step_*.partial")):
         shutil.rmtree(folder)
 
 
-def _optimizer_in_folder_layout(model: GPT, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Moments in the layout of the weights; what has no dimensions, such as a step, as it is."""
-    stored = {}
-    for key, tensor in tensors.items():
-        name = key.partition(".")[2]
-        stored[key] = (huggingface.to_folder_layout(model, name, tensor) if tensor.ndim else tensor).cpu()
+def _optimizer_in_folder_layout(model: LanguageModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State of a parameter's shape in the layout of the weights; scalars, such as a step, as they
+    are.
+    """
+    layout, stored = layout_of(model.config), {}
+    for key, tensor in state.items():
+        kind, _, name = key.partition(".")
+        in_layout = layout.to_folder(model, name, tensor) if tensor.ndim else tensor
+        stored[f"{kind}.{layout.stored_name(name)}"] = in_layout.cpu()
     return stored
 
 

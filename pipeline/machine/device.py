@@ -1,7 +1,7 @@
-"""What the hardware can do: which device, which autocast type, whether to compile, how many threads.
+"""What the hardware can do: device, autocast type, whether to compile, number of threads.
 
-Each choice that `auto` makes is returned with its reason, because a default that depends on the machine surprises people
-who cannot see why.
+Each choice that `auto` makes is returned with its reason, because a default that depends on the
+machine surprises people who cannot see why.
 """
 
 import importlib.util
@@ -15,33 +15,35 @@ from pipeline.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Below this width a CPU spends more on casting than bfloat16 saves: on two cores with AMX, width 128 ran 0.8 times as
-# fast as float32 and width 384 ran 2 times as fast.
+# Below this width a CPU spends more on casting than bfloat16 saves: on two cores with AMX, width
+# 128 ran 0.8 times as fast as float32 and width 384 ran 2 times as fast.
 CPU_BFLOAT16_MIN_WIDTH = 256
-MIN_TRITON_CAPABILITY = (7, 0)
+MIN_TRITON_CAPABILITY = (7, 0)  # Volta; Triton generates no code for older GPUs
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The torch device of a `run.device`. Raises UserError where the machine does not have it."""
+    """The torch device of a `run.device`. Raises UserError where the machine has no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise UserError(f"unknown device {name!r}: wanted auto, cpu, cuda, cuda:N or mps")
+        raise UserError(f"unknown device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device mps was asked for, but this machine has no Metal GPU: use device cpu")
+        raise UserError("device mps was requested, but this machine has no Metal GPU: use device cpu")
     if kind != "cuda":
         return torch.device(kind)
     if not torch.cuda.is_available():
-        raise UserError(f"device {name} was asked for, but torch {torch.__version__} sees no CUDA GPU: use device cpu")
+        raise UserError(f"device {name} was requested, but torch {torch.__version__} sees no CUDA GPU: use device cpu")
     device = torch.device("cuda", int(index) if index else local_rank)
     if (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device} was asked for, but there are {torch.cuda.device_count()} CUDA GPU(s) here")
+        raise UserError(f"device {device} was requested, but this machine has {torch.cuda.device_count()} CUDA GPU(s)")
     return device
 
 
 def pick_dtype(name: str, device: torch.device, n_embd: int) -> tuple[torch.dtype, str]:
-    """The autocast type of a `run.dtype`, and why. Raises UserError for float16 off CUDA, which has no loss scaling."""
+    """The autocast type of a `run.dtype`, and why. Raises UserError for float16 on anything but
+    CUDA: it needs loss scaling, which works there only.
+    """
     if name == "float16" and device.type != "cuda":
         raise UserError(f"dtype float16 works on CUDA only, found device {device.type}: use bfloat16 or float32")
     if name != "auto":
@@ -58,7 +60,7 @@ def pick_dtype(name: str, device: torch.device, n_embd: int) -> tuple[torch.dtyp
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Compute in `dtype`; the weights keep their type. Off for float32."""
+    """Compute in `dtype` while weights stay float32. Disabled for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -68,7 +70,7 @@ def should_compile(name: str, device: torch.device) -> tuple[bool, str]:
         return name == "on", "as configured"
     if device.type != "cuda":
         # Measured on two cores: as fast as eager after 15 to 40 s of compiling.
-        return False, f"it does not pay on {device.type}"
+        return False, f"no gain on {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_TRITON_CAPABILITY:
         return False, f"Triton needs compute capability 7.0, found {capability[0]}.{capability[1]}"
@@ -80,22 +82,23 @@ def should_compile(name: str, device: torch.device) -> tuple[bool, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What torch calls a GPU, such as "NVIDIA H100 80GB HBM3"; the device's type where it is none."""
+    """torch's name of a GPU, such as "NVIDIA H100 80GB HBM3"; of another device its type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of memory that tensors on `device` may take at most: all it has."""
+    """Total memory of `device` in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # mps shares the machine's
 
 
 def share_threads(ranks_here: int) -> int:
-    """Give each rank on this machine its share of the cores the process may use; torchrun would leave it with one.
+    """Divide this machine's cores among its ranks; torchrun would set one thread each. Returns the
+    number of threads.
 
-    A task of srun may be bound to its share already, and takes what SLURM gave it. A process alone keeps what torch took,
-    which follows its core affinity and OMP_NUM_THREADS.
+    A task of srun takes what SLURM assigned to it, as it may be bound to that already. A single
+    process keeps torch's default, which follows its core affinity and OMP_NUM_THREADS.
     """
     if ranks_here == 1:
         return torch.get_num_threads()
@@ -107,6 +110,6 @@ def share_threads(ranks_here: int) -> int:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    # Private names, so their absence in another torch release means "no" and not a crash.
+    # Private names: their absence in another torch release means "no" and not a crash.
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check() for check in checks if check is not None)

@@ -1,7 +1,11 @@
 """GPT-2 (Radford et al. 2019), with Hugging Face's parameter names.
 
-Shapes: B sequences, T tokens, C = n_embd, H heads, D = C / H per head, V = vocabulary, P = V padded to a multiple of 64.
+Shapes: B sequences, T tokens, C = n_embd, H heads, D = C / H per head, S samples.
 """
+
+import math
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.keys import ModelConfig
+from pipeline.model.architecture import INIT_STD, Body, DecodingSteps, document_mask
+from pipeline.model.products import layer_norm, product
 
 LAYER_NORM_EPSILON = 1e-5
-INIT_STD = 0.02
 
 
 class LayerNorm(nn.LayerNorm):
-    """Gains and biases in the type of the input: sharded ones may arrive in bfloat16, beside a float32 residual stream."""
+    """Gains and biases in the type of the input: sharded ones may arrive in bfloat16, next to a
+    float32 residual stream.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -28,6 +35,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
+        # Queries, keys and values by one product: one large matrix multiplies faster than three.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -37,14 +45,9 @@ class Attention(nn.Module):
         query, key, value = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2)
         )
-        y = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
-        )
+        dropout = self.dropout if self.training else 0.0
+        # Flash kernels know `is_causal` and skip half the work; with an explicit mask none is used.
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         out: Tensor = self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
         return out
 
@@ -57,6 +60,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        # GPT-2 was trained with the tanh approximation of GELU.
         out: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
         return out
 
@@ -73,6 +77,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        # Keeps x alone and runs `branches` again in the backward pass, with the same dropout masks.
         if self.recompute and torch.is_grad_enabled():
             out: Tensor = checkpoint(self.branches, x, mask, use_reentrant=False)
             return out
@@ -83,23 +88,68 @@ class Block(nn.Module):
         x = x + self.mlp(self.ln_2(x))
         return x
 
+    def decoding_step(self, dtype: torch.dtype, rows: int) -> Callable[[Tensor, Tensor, int], Tensor]:
+        """`branches` on T tokens of each row that follow `start` earlier ones in the cache (2, S,
+        H, block_size, D).
+        """
+        attn, mlp = self.attn, self.mlp
+        ln_1, ln_2 = layer_norm(self.ln_1, dtype), layer_norm(self.ln_2, dtype)
+        c_attn, attn_c_proj, c_fc, mlp_c_proj = (
+            product(linear, dtype, rows) for linear in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
+        )
 
-class Transformer(nn.Module):
-    """Everything below the output head, under the name Hugging Face gives it."""
+        def step(x: Tensor, cache: Tensor, start: int) -> Tensor:
+            B, T, _ = x.shape
+            heads = c_attn(ln_1(x)).view(B, T, 3 * attn.n_head, -1).transpose(1, 2)
+            query, key, value = heads.chunk(3, dim=1)
+            keys, values = cache[:, :B, :, : start + T]
+            keys[:, :, start:], values[:, :, start:] = key, value
+            # A single new token may look at all that is cached; only a prefill, which starts at 0,
+            # needs the mask.
+            y = F.scaled_dot_product_attention(query, keys, values, is_causal=T > 1)
+            x = x + attn_c_proj(y.transpose(1, 2).reshape(B, T, -1))
+            return x + mlp_c_proj(F.gelu(c_fc(ln_2(x)), approximate="tanh"))
+
+        return step
+
+
+class GPT2(Body):
+    """Learned positions, pre-norm blocks, and a final norm."""
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
-        super().__init__()
+        super().__init__(config, padded_vocab_size)
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
 
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.wte
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.h
+
+    @property
+    def cache_heads(self) -> tuple[int, int]:
+        return self.config.n_head, self.config.n_embd // self.config.n_head
+
+    def init_weights(self, module: nn.Module) -> None:
+        """What writes into the residual stream is scaled by 1/sqrt(its 2 n_layer additions), as in
+        GPT-2.
+        """
+        super().init_weights(module)
+        if isinstance(module, Attention | MLP):
+            nn.init.normal_(module.c_proj.weight, std=INIT_STD / math.sqrt(2 * self.config.n_layer))
+
     def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         positions = torch.arange(ids.size(1), device=ids.device)
         mask = None
         if documents is not None:
-            mask = _document_mask(documents)
+            mask = document_mask(documents)
+            # A token's position in its document is the number of tokens it sees besides itself.
             positions = mask.sum(dim=3).squeeze(1) - 1
         x = self.drop(self.wte(ids) + self.wpe(positions))
         for block in self.h:
@@ -107,7 +157,12 @@ class Transformer(nn.Module):
         out: Tensor = self.ln_f(x)
         return out
 
+    def decoding_steps(self, dtype: torch.dtype, rows: int) -> DecodingSteps:
+        tokens, positions = (table.weight.detach().to(dtype) for table in (self.wte, self.wpe))
 
-def _document_mask(documents: Tensor) -> Tensor:
-    """(B, 1, T, T), true where a token may look: at itself and at those before it in its own document."""
-    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+        # Closures over plain tensors: calling modules would cost a tenth of a token's time.
+        def embed(ids: Tensor, start: int) -> Tensor:
+            return F.embedding(ids, tokens) + positions[start : start + ids.size(1)]
+
+        blocks = [cast(Block, block).decoding_step(dtype, rows) for block in self.h]
+        return DecodingSteps(embed, blocks, layer_norm(self.ln_f, dtype))

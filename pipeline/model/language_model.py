@@ -1,6 +1,11 @@
-"""The language model around an architecture's blocks: padded vocabulary, head, loss, counts."""
+"""The causal language model around an architecture's body: padded vocabulary, output head, loss,
+counts.
+
+Shapes: B sequences, T tokens, C = n_embd, V = vocabulary, P = V padded to a multiple of 64.
+"""
 
 import math
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -8,91 +13,122 @@ from torch import Tensor, nn
 
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.gpt2 import INIT_STD, MLP, Attention, Transformer
+from pipeline.model.architecture import Body
+from pipeline.model.gpt2 import GPT2
 
+# By `model.arch`.
+ARCHITECTURES: dict[str, type[Body]] = {"gpt2": GPT2}
 VOCAB_MULTIPLE = 64  # matrix units work in tiles; GPT-2's 50,257 columns become 50,304
 
 
-class GPT(nn.Module):
-    """The language model: ids (B, T) in, next-token logits or their mean cross-entropy out.
+class LanguageModel(nn.Module):
+    """Token ids (B, T) in, next-token logits or their mean cross-entropy out.
 
-    The vocabulary is padded to P inside. A padded id has the logit -inf, so its probability is exactly 0: it cannot be
-    sampled, it adds nothing to the loss, and its row gets no gradient. `state_dict` keys carry the padding; the checkpoint
-    leaves it out.
+    The vocabulary is padded to P inside. A padded id has the logit -inf, so its probability is
+    exactly 0: it cannot be sampled, it adds nothing to the loss, and its row gets no gradient.
+    `state_dict` keys carry the padding; the checkpoint leaves it out.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        padded_vocab_size = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        self.transformer = Transformer(config, padded_vocab_size)
-        self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
+        self.padded_vocab_size = rows = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.transformer = ARCHITECTURES[config.arch](config, rows)
+        self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.logit_bias: Tensor | None
-        padding = padded_vocab_size > vocab_size
-        self.register_buffer("logit_bias", torch.empty(padded_vocab_size) if padding else None, persistent=False)
-        self.apply(self._init_weights)
+        self.register_buffer("logit_bias", torch.empty(rows) if rows > vocab_size else None, persistent=False)
+        # Children come before their parents, so a block may rescale what its matrices drew.
+        self.apply(self.transformer.init_weights)
         self.tie_and_mask()
 
+    @classmethod
+    def uninitialised(cls, config: ModelConfig, vocab_size: int) -> Self:
+        """A model on the CPU whose weights are about to be read: drawing random ones would take
+        seconds at 1558M.
+        """
+        with torch.device("meta"):
+            model = cls(config, vocab_size)
+        model.to_empty(device="cpu")
+        model.tie_and_mask()
+        return model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The architecture's layers, which are sharded and compiled one by one."""
+        return self.transformer.blocks
+
     def tie_and_mask(self) -> None:
-        """Tie the head, zero the padding rows and give them the logit -inf; once more where memory was replaced."""
+        """Tie the head, zero the padding rows and give them the logit -inf; again wherever memory
+        was replaced.
+        """
+        embedding = self.transformer.token_embedding
         if self.config.tie_weights:
-            self.lm_head.weight = self.transformer.wte.weight
+            self.lm_head.weight = embedding.weight
         with torch.no_grad():
-            self.transformer.wte.weight[self.vocab_size :] = 0
+            embedding.weight[self.vocab_size :] = 0
             self.lm_head.weight[self.vocab_size :] = 0
             if self.logit_bias is not None:
-                # Added by the same matrix product that makes the logits, so masking the padding costs nothing.
+                # Added by the same matrix product that makes the logits, so masking the padding
+                # costs nothing.
                 self.logit_bias.zero_()[self.vocab_size :] = -torch.inf
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02); what writes into the residual stream is scaled by 1/sqrt(its 2 n_layer additions)."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=INIT_STD)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, Attention | MLP):
-            nn.init.normal_(module.c_proj.weight, std=INIT_STD / math.sqrt(2 * self.config.n_layer))
-
     def forward(self, ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats of predicting `targets` (B, T) from `ids` (B, T): a float32 scalar.
+        """Mean cross-entropy in nats of predicting `targets` (B, T) from `ids` (B, T): a float32
+        scalar.
 
-        Tokens with different numbers in `documents` (B, T) do not see each other, and positions count from 0 in each.
+        Tokens with different numbers in `documents` (B, T) do not see each other, and positions
+        count from 0 in each.
         """
         logits = F.linear(self.transformer(ids, documents), self.lm_head.weight, self.logit_bias)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def logits(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) after every token of `ids`."""
-        logits: Tensor = self.lm_head(self.transformer(ids, documents))
+    def logits(self, ids: Tensor, documents: Tensor | None = None, where: Tensor | None = None) -> Tensor:
+        """Float32 logits (B, T, V) after every token of `ids`; with `where` (B, T), (n, V) after
+        those it marks.
+        """
+        hidden = self.transformer(ids, documents)
+        # The head is a third of GPT-2 124M's work: it is spared where nobody asks.
+        logits: Tensor = self.lm_head(hidden if where is None else hidden[where])
         return logits[..., : self.vocab_size].float()
 
     def parameter_count(self) -> int:
-        """Trainable numbers, tied ones once and padding rows left out: what the literature calls the model's size."""
-        padding_rows = self.lm_head.out_features - self.vocab_size
+        """Trainable numbers, tied ones once and padding rows left out: what the literature calls
+        the model's size.
+        """
+        padding_rows = self.padded_vocab_size - self.vocab_size
         matrices = 1 if self.config.tie_weights else 2
         return sum(p.numel() for p in self.parameters()) - matrices * padding_rows * self.config.n_embd
 
     def flops_per_token(self) -> int:
-        """Forward and backward: 6 for each weight that is multiplied, 12 L C T for attention (Chowdhery et al. 2022)."""
-        embeddings = self.transformer.wpe.weight.numel()
+        """Forward and backward: 6 for each weight that is multiplied, 12 L C T for attention
+        (Chowdhery et al. 2022).
+        """
+        tokens = self.transformer.token_embedding
+        tables = [module for module in self.modules() if isinstance(module, nn.Embedding) and module is not tokens]
+        # Rows of a table are looked up, not multiplied; a tied token embedding is multiplied too,
+        # as the head.
+        looked_up = sum(table.weight.numel() for table in tables)
         if not self.config.tie_weights:
-            embeddings += self.vocab_size * self.config.n_embd
+            looked_up += self.vocab_size * self.config.n_embd
         attention = 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
-        return 6 * (self.parameter_count() - embeddings) + attention
+        return 6 * (self.parameter_count() - looked_up) + attention
 
 
 def document_numbers(ids: Tensor, end_of_text: int) -> Tensor:
     """(B, T), the number of each token's document in its window.
 
-    End-of-text opens a document here, also where the shards have it at the end of the one before: as a target it is
-    predicted from the document it ends, as an input it is what `sample` starts a text from.
+    An end-of-text token opens a document here, even where the shards have it at the end of the
+    previous one: as a target it is predicted from the document it ends, as an input it is what
+    `sample` starts a text from.
     """
     return (ids == end_of_text).cumsum(dim=1)
 
 
 def finite(logits: Tensor) -> Tensor:
-    """The logits themselves. Raises UserError unless all are numbers: what is made of others looks like a result."""
+    """The logits themselves. Raises UserError unless all are finite: text sampled from NaN looks
+    like a result.
+    """
     # In a tenth of the time that logits.isfinite().all() takes: 0.01 ms for GPT-2's 50,257.
     if not torch.stack(logits.aminmax()).isfinite().all():
-        raise UserError("the model's logits are not finite, so its weights are damaged: take another checkpoint")
+        raise UserError("the model's logits are not finite, so its weights are damaged: use another checkpoint")
     return logits

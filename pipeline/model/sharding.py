@@ -1,11 +1,15 @@
-"""Tensors of which each rank holds a part, and the same tensors whole: a checkpoint folder has whole ones only."""
+"""Tensors that are sharded over ranks, and the same tensors complete: a checkpoint folder has
+complete ones only.
+"""
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """`tensor` in one piece. A sharded one is gathered, so every rank must ask for it, and in the same order."""
+    """The complete tensor. A sharded one is gathered, so every rank must call this, in the same
+    order.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -15,12 +19,15 @@ def part(tensor: Tensor) -> Tensor:
 
 
 def parts(tensor: Tensor) -> int:
-    """Into how many parts `tensor` is cut: rank r holds that with the number r modulo this."""
+    """How many parts `tensor` is sharded into: rank r holds the part with the number r modulo this."""
     return int(tensor.device_mesh.shape[-1]) if isinstance(tensor, DTensor) else 1
 
 
 def part_for(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """Of a whole `tensor`, what a rank holds that holds `parameter`. Each cuts out its own part; nothing travels."""
+    """A complete `tensor` sharded as `parameter` is. Each rank slices its own part; nothing is
+    communicated.
+    """
     if not isinstance(parameter, DTensor):
         return tensor
+    # Without a source rank torch assumes that all ranks hold the same tensor, and broadcasts nothing.
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

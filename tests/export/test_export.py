@@ -23,7 +23,7 @@ from pipeline.config.keys import WeightedDataset
 from pipeline.config.load import to_dict
 from pipeline.dataset.shards import load_manifest, read_manifest
 from pipeline.errors import UserError
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from train.run import run as train
 
 transformers = pytest.importorskip("transformers")
@@ -147,7 +147,7 @@ def test_a_new_run_starts_from_an_export(tmp_path: Path) -> None:
     folder, model = saved(tmp_path / "run")
     run(ExportOptions(str(folder), tmp_path / "out"))
     spec = load_manifest(write_dataset(tmp_path / "data")).tokenizer
-    fresh = GPT(SMALL, 257)
+    fresh = LanguageModel(SMALL, 257)
     load_initial_weights(fresh, spec, tmp_path / "out")
     assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
 
@@ -199,7 +199,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_numbers_past_float16_are_refused(tmp_path: Path) -> None:
-    model = GPT(SMALL, 512)
+    model = LanguageModel(SMALL, 512)
     with torch.no_grad():
         model.transformer.wpe.weight[0, 0] = 1e5
     write_model(tmp_path, model, tokenizer_named("bpe:512"))
@@ -208,7 +208,7 @@ def test_numbers_past_float16_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_damaged_are_not_said_to_be_out_of_range(tmp_path: Path) -> None:
-    model = GPT(SMALL, 512)
+    model = LanguageModel(SMALL, 512)
     with torch.no_grad():
         model.transformer.wpe.weight[0, 0] = torch.nan
     write_model(tmp_path, model, tokenizer_named("bpe:512"))
@@ -244,7 +244,7 @@ def test_transformers_own_gguf_reader_gives_the_same_logits(
 @pytest.mark.parametrize("name", ["gpt2", "bpe:512"])
 def test_the_ggufs_tokenizer_gives_the_same_ids(tmp_path: Path, name: str) -> None:
     tokenizer = tokenizer_named(name)
-    write_model(tmp_path, GPT(SMALL, tokenizer.vocab_size), tokenizer)
+    write_model(tmp_path, LanguageModel(SMALL, tokenizer.vocab_size), tokenizer)
     run(ExportOptions(str(tmp_path), tmp_path / "out", format="gguf"))
     twin = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     for text in prose():

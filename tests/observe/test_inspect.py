@@ -25,7 +25,7 @@ from observe.inspect import describe_lengths, run
 from pipeline.checkpoint.folder import read_description, write_model
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 
 TEXTS = [["Once upon a time", "there", "was"], ["a second shard", "ü"]]
@@ -150,7 +150,7 @@ def test_a_bare_shard_is_decoded_as_gpt2s(tmp_path: Path, before: bool, capsys: 
     path.write_bytes(llm_c(ids) if before else ids.tobytes())
     found = described(path, capsys)
     (split,) = found["splits"].values()
-    assert found["program"] == ("llm.c" if before else "nanoGPT") and "GPT-2's vocabulary" in found["note"]
+    assert found["program"] == ("llm.c" if before else "nanoGPT") and "assumed to be GPT-2's" in found["note"]
     assert [entry["text"] for entry in split["beginnings"]] == texts
     assert (split["documents"], split["bytes"]) == (2, len("".join(texts).encode()))
     assert split["document_lengths"]["max"] == max(len(part) - 1 for part in parts)
@@ -194,7 +194,7 @@ def test_a_checkpoint_is_described(tiny: Path, capsys: pytest.CaptureFixture[str
     saved = read_description(folder)
     assert (found["kind"], found["step"], found["tokens"]) == ("checkpoint", 10, 1280)
     assert (found["val_loss"], found["dataset"], found["config"]) == (saved.val_loss, saved.dataset, saved.config)
-    assert found["parameters"] == GPT(config.model, 257).parameter_count()
+    assert found["parameters"] == LanguageModel(config.model, 257).parameter_count()
     assert found["files"]["model.safetensors"] == (folder / "model.safetensors").stat().st_size
     text = shown(folder, capsys)
     assert "step" in text and "n_layer 2, n_head 2" in text and f"{found['parameters']:,}" in text
@@ -204,7 +204,7 @@ def test_a_checkpoint_is_described(tiny: Path, capsys: pytest.CaptureFixture[str
 def test_a_hugging_face_folder_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     config = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=16)
-    model = GPT(config, 50257)
+    model = LanguageModel(config, 50257)
     write_model(tmp_path, model, BytePairTokenizer("gpt2"))
     found = described(tmp_path, capsys)
     assert found["kind"] == "Hugging Face GPT-2 folder" and found["parameters"] == model.parameter_count()

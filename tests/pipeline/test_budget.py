@@ -18,7 +18,7 @@ from pipeline.budget import (
 from pipeline.config.keys import ModelConfig
 from pipeline.dataset.shards import load_manifest
 from pipeline.errors import UserError
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -26,7 +26,7 @@ from pipeline.model.language_model import GPT
 def test_parameters_are_those_of_the_model(bias: bool, tie_weights: bool) -> None:
     config = ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, bias=bias, tie_weights=tie_weights)
     with torch.device("meta"):
-        model = GPT(config, 257)
+        model = LanguageModel(config, 257)
     assert parameters(config, 257) == model.parameter_count()
 
 

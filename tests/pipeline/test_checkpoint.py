@@ -12,6 +12,8 @@ import torch
 from conftest import tokenizer_named
 from safetensors.torch import load_file, save_file
 
+from pipeline.checkpoint import folder as folder_module
+from pipeline.checkpoint import safetensors_files
 from pipeline.checkpoint.find import find_checkpoint
 from pipeline.checkpoint.folder import (
     Description,
@@ -26,7 +28,7 @@ from pipeline.checkpoint.pointers import best_folder, pointed_folder, set_aside_
 from pipeline.config.keys import Config, ModelConfig
 from pipeline.config.load import to_dict
 from pipeline.errors import UserError
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.char_byte_word import ByteTokenizer, CharTokenizer
 from pipeline.vocabulary.tokenizer import Tokenizer
 from train.optimizer.groups import build_optimizer
@@ -34,10 +36,10 @@ from train.optimizer.groups import build_optimizer
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24)
 
 
-def trained_model(config: ModelConfig = SMALL, vocab_size: int = 257) -> tuple[GPT, torch.optim.Optimizer]:
+def trained_model(config: ModelConfig = SMALL, vocab_size: int = 257) -> tuple[LanguageModel, torch.optim.Optimizer]:
     """A model three optimizer steps away from its initial weights."""
     torch.manual_seed(0)
-    model = GPT(config, vocab_size)
+    model = LanguageModel(config, vocab_size)
     optimizer = build_optimizer(model, Config().optimizer)
     for _ in range(3):
         ids = torch.randint(0, vocab_size, (4, 25))
@@ -47,7 +49,9 @@ def trained_model(config: ModelConfig = SMALL, vocab_size: int = 257) -> tuple[G
     return model.eval(), optimizer
 
 
-def description(model: GPT, tokenizer: Tokenizer, step: int = 3, val_loss: float | None = None) -> Description:
+def description(
+    model: LanguageModel, tokenizer: Tokenizer, step: int = 3, val_loss: float | None = None
+) -> Description:
     config = to_dict(Config(model=model.config))
     return Description(
         step=step, tokens=step * 100, config=config, tokenizer=tokenizer.spec(), dataset="d", val_loss=val_loss
@@ -56,11 +60,12 @@ def description(model: GPT, tokenizer: Tokenizer, step: int = 3, val_loss: float
 
 def saved(
     folder: Path, config: ModelConfig = SMALL, tokenizer: Tokenizer | None = None, step: int = 3
-) -> tuple[Path, GPT]:
+) -> tuple[Path, LanguageModel]:
     tokenizer = tokenizer or ByteTokenizer()
     model, optimizer = trained_model(config, tokenizer.vocab_size)
     state = State.of(model, optimizer)
-    return write_checkpoint(folder, state, model, tokenizer, description(model, tokenizer, step)), model
+    about = description(model, tokenizer, step)
+    return write_checkpoint(folder, state, model, tokenizer, description=about), model
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -108,7 +113,7 @@ def test_names_without_the_leading_transformer_load_too(tmp_path: Path) -> None:
     old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
     old["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
     save_file(old, tmp_path / "model.safetensors")
-    fresh = GPT(SMALL, 257)
+    fresh = LanguageModel(SMALL, 257)
     load_weights(fresh, tmp_path)
     assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
 
@@ -124,8 +129,9 @@ def test_no_padding_row_is_saved(tmp_path: Path) -> None:
 def test_optimizer_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     model, optimizer = trained_model()
     state = State.of(model, optimizer)
-    folder = write_checkpoint(tmp_path, state, model, ByteTokenizer(), description(model, ByteTokenizer()))
-    twin = GPT(SMALL, 257)
+    about = description(model, ByteTokenizer())
+    folder = write_checkpoint(tmp_path, state, model, ByteTokenizer(), description=about)
+    twin = LanguageModel(SMALL, 257)
     restored = build_optimizer(twin, Config().optimizer)
     load_weights(twin, folder)
     load_optimizer(restored, twin, folder)
@@ -153,6 +159,36 @@ def test_description_holds_the_contract(tmp_path: Path) -> None:
     )
     assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".pth")]
     assert asdict(read_description(folder)) == document
+
+
+@pytest.mark.parametrize("change", [{"hash": ""}, {"hash": "0" * 32}, {"tokens": 301}])
+def test_a_description_must_match_its_own_hash(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = saved(tmp_path)[0] / "checkpoint.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | change))
+    with pytest.raises(UserError, match="does not match its own hash"):
+        read_description(path.parent)
+    path.write_text(json.dumps({name: value for name, value in document.items() if name != "hash"}))
+    with pytest.raises(UserError, match="does not match its own hash"):
+        read_description(path.parent)
+
+
+def test_every_file_of_a_checkpoint_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = saved(tmp_path)
+    opened: list[str] = []
+    real = {"safe_open": safetensors_files.safe_open, "read_limited": folder_module.read_limited}
+
+    def counted(name: str) -> Any:
+        def call(path: Path, *arguments: Any, **named: Any) -> Any:
+            opened.append(path.name)
+            return real[name](path, *arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(safetensors_files, "safe_open", counted("safe_open"))
+    monkeypatch.setattr(folder_module, "read_limited", counted("read_limited"))
+    load_model(folder)
+    assert sorted(opened) == ["checkpoint.json", "model.safetensors"]
 
 
 def damage_truncate(path: Path) -> None:
@@ -209,7 +245,7 @@ def test_prune_keeps_the_newest_and_the_best_and_what_is_not_ours(tmp_path: Path
 @pytest.mark.parametrize("content", ["../../elsewhere", "/etc", "step_1", "", "step_00000001/.."])
 def test_a_pointer_cannot_lead_elsewhere(tmp_path: Path, content: str) -> None:
     (tmp_path / "latest").write_text(content)
-    with pytest.raises(UserError, match="wanted a folder's name"):
+    with pytest.raises(UserError, match="expected the name of a folder"):
         pointed_folder(tmp_path, "latest")
 
 
@@ -230,12 +266,12 @@ def test_resolve_finds_the_newest_run_and_says_what_is_missing(tmp_path: Path) -
 
 def test_weights_of_another_shape_are_refused_before_they_are_read(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path)
-    wider = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=24), 257)
+    wider = LanguageModel(ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=24), 257)
     before = wider.transformer.wte.weight.clone()
-    with pytest.raises(UserError, match=r"does not fit the model: of another shape: .* wanted \(257, 64\)"):
+    with pytest.raises(UserError, match=r"does not fit the model: of another shape: .* expected \(257, 64\)"):
         load_weights(wider, folder)
     assert torch.equal(wider.transformer.wte.weight, before)
-    deeper = GPT(ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=24), 257)
+    deeper = LanguageModel(ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=24), 257)
     with pytest.raises(UserError, match=r"missing: transformer.h.2.attn.c_attn.bias.*\.\.\."):
         load_weights(deeper, folder)
 
@@ -244,7 +280,7 @@ def test_a_model_that_no_memory_holds_is_refused(tmp_path: Path, monkeypatch: py
     """Its file may be as large as it says and take no room on the disk: whatever is not written is a hole."""
     folder, _ = saved(tmp_path)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 100, "SC_PHYS_PAGES": 100}.__getitem__)
-    with pytest.raises(UserError, match=r"wants 0 GB of memory for its weights, this machine has 0 GB"):
+    with pytest.raises(UserError, match=r"needs 0 GB of memory for its weights, this machine has 0 GB"):
         load_model(folder)
 
 
@@ -252,7 +288,7 @@ def test_a_model_that_no_memory_holds_is_refused(tmp_path: Path, monkeypatch: py
     ("change", "reason"),
     [
         (lambda moment: moment.to(torch.int8), "exp_avg.transformer.wpe.weight is I8"),
-        (lambda moment: moment.t().contiguous(), r"exp_avg.transformer.wpe.weight is \(32, 24\), wanted \(24, 32\)"),
+        (lambda moment: moment.t().contiguous(), r"exp_avg.transformer.wpe.weight is \(32, 24\), expected \(24, 32\)"),
     ],
 )
 def test_optimizer_state_of_another_kind_is_refused(tmp_path: Path, change: Any, reason: str) -> None:
@@ -273,11 +309,11 @@ def test_foreign_folders_are_refused_for_a_reason(tmp_path: Path) -> None:
         ({"activation_function": "relu"}, "activation_function='relu'"),
         ({"vocab_size": 1000}, "its vocabulary is unknown"),
         ({"vocab_size": 50304}, "its vocabulary is unknown"),
-        ({"n_embd": "x"}, "has n_embd='x', wanted a whole number"),
+        ({"n_embd": "x"}, "has n_embd='x', expected an integer"),
         ({"n_head": 3}, "n_embd=8, which is not a multiple of n_head=3"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"add_cross_attention": True}, "add_cross_attention=True"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06, this program has 1e-05 only"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06, expected 1e-05"),
         ({"n_inner": 7}, "n_inner=7"),
         ({}, "only safetensors are read"),
     ):
@@ -292,7 +328,7 @@ def test_foreign_folders_are_refused_for_a_reason(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="only safetensors are read, pickled weights .* never"):
         load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         load_model(tmp_path)
 
 
@@ -317,12 +353,12 @@ def test_a_vocabulary_travels_in_the_folder_under_its_hash(tmp_path: Path, name:
 @pytest.mark.parametrize(("key", "value"), [("n_head", 4), ("block_size", 48), ("bias", False), ("tie_weights", False)])
 def test_initial_weights_must_mean_the_same(tmp_path: Path, key: str, value: Any) -> None:
     folder, model = saved(tmp_path)
-    fresh = GPT(SMALL, 257)
+    fresh = LanguageModel(SMALL, 257)
     load_initial_weights(fresh, ByteTokenizer().spec(), folder)
     assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
     with pytest.raises(UserError, match=f"has {key}=.*: add model.{key}="):
-        load_initial_weights(GPT(replace(SMALL, **{key: value}), 257), ByteTokenizer().spec(), folder)
-    with pytest.raises(UserError, match="byte of 257 tokens, of which 256 ends a text, the dataset has another one"):
+        load_initial_weights(LanguageModel(replace(SMALL, **{key: value}), 257), ByteTokenizer().spec(), folder)
+    with pytest.raises(UserError, match=r"\(byte, 257 tokens, end-of-text 256\) and of the dataset \(char, 4 tokens"):
         load_initial_weights(fresh, CharTokenizer("abc").spec(), folder)
 
 
@@ -354,9 +390,10 @@ def test_going_back_leaves_later_checkpoints_behind_whole(tmp_path: Path) -> Non
 
 
 def test_an_optimizer_that_never_stepped_comes_back(tmp_path: Path) -> None:
-    model = GPT(SMALL, 257)
+    model = LanguageModel(SMALL, 257)
     optimizer = build_optimizer(model, Config().optimizer)
     state = State.of(model, optimizer)
-    folder = write_checkpoint(tmp_path, state, model, ByteTokenizer(), description(model, ByteTokenizer()))
+    about = description(model, ByteTokenizer())
+    folder = write_checkpoint(tmp_path, state, model, ByteTokenizer(), description=about)
     load_optimizer(optimizer, model, folder)
     assert not any(optimizer.state.values())

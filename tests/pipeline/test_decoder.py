@@ -7,18 +7,18 @@ from torch.testing import assert_close
 
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
-from pipeline.model import decoder
+from pipeline.model import products
 from pipeline.model.decoder import Decoder
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 
 VOCAB_SIZE = 100  # no multiple of 64, so the head has padding
 
 
-def model_with_opinions(bias: bool = True, tie_weights: bool = True) -> GPT:
+def model_with_opinions(bias: bool = True, tie_weights: bool = True) -> LanguageModel:
     """Random weights large enough that the next token depends on all the tokens before it; no bias or gain is trivial."""
     torch.manual_seed(0)
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=bias, tie_weights=tie_weights)
-    model = GPT(config, VOCAB_SIZE)
+    model = LanguageModel(config, VOCAB_SIZE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(8) if parameter.ndim == 2 else parameter.add_(torch.randn_like(parameter))
@@ -31,7 +31,7 @@ def texts(samples: int, length: int) -> Tensor:
     return torch.randint(0, VOCAB_SIZE, (samples, length), generator=torch.Generator().manual_seed(1))
 
 
-def decoded(model: GPT, ids: Tensor, prompt: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def decoded(model: LanguageModel, ids: Tensor, prompt: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Logits (S, T - prompt + 1, V) from the end of the first `prompt` tokens of each row on."""
     steps = Decoder(model, len(ids), dtype)
     return torch.stack(
@@ -46,7 +46,7 @@ def test_every_logit_is_the_models(
     samples: int, bias: bool, tie_weights: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not onednn:
-        monkeypatch.setattr(decoder, "_onednn_multiplies", lambda dtype: False)
+        monkeypatch.setattr(products, "_onednn_multiplies", lambda dtype: False)
     model, ids = model_with_opinions(bias, tie_weights), texts(samples, 16)
     with torch.inference_mode():
         wanted = model.logits(ids)[:, 4:]
@@ -65,7 +65,7 @@ def test_a_private_operator_of_another_signature_is_not_used(
         def __call__(self, one: int, two: int, three: int) -> None: ...
 
     monkeypatch.setattr(torch.ops.mkldnn, operator, Other())
-    found = decoder._onednn_multiplies.__wrapped__(dtype)
+    found = products._onednn_multiplies.__wrapped__(dtype)
     assert not found or (dtype == torch.float32 and operator == "_is_mkldnn_bf16_supported")
 
 
@@ -98,15 +98,15 @@ def test_a_prefill_forgets_what_was_before() -> None:
 
 def test_more_samples_than_memory_holds_are_refused() -> None:
     with pytest.raises(
-        UserError, match=r"keys and values of 1,000,000,000 samples at once want 8,192 GB .*: take fewer"
+        UserError, match=r"keys and values of 1,000,000,000 samples need 8,192 GB .*: ask for fewer samples"
     ):
         Decoder(model_with_opinions(), 1_000_000_000)
 
 
 def test_the_cache_is_memory_that_is_taken_once() -> None:
     steps = Decoder(model_with_opinions(), 2)
-    caches = [layer.cache for layer in steps.layers]
+    caches = list(steps.caches)
     steps.prefill(texts(1, 15))
     steps.step(torch.tensor([1, 2]))
-    assert all(layer.cache is cache for layer, cache in zip(steps.layers, caches, strict=True))
+    assert all(now is then for now, then in zip(steps.caches, caches, strict=True))
     assert caches[0].shape == (2, 2, 2, 16, 16)

@@ -218,7 +218,7 @@ def test_more_ranks_than_gpus_are_refused_by_the_first_though_it_would_have_one(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     started(monkeypatch, of_torchrun(1))
-    with pytest.raises(UserError, match="cuda:7 was asked for, but there are 4 CUDA"):
+    with pytest.raises(UserError, match="cuda:7 was requested, but this machine has 4 CUDA"):
         distributed.start("auto")
 
 

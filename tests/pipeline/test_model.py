@@ -7,19 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.checkpoint.layout_gpt2 import config_json, from_folder_layout, to_folder_layout
+from pipeline.checkpoint.layout_gpt2 import GPT2Layout
 from pipeline.config.keys import ModelConfig
 from pipeline.config.load import load_config
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=48)
 VOCAB_SIZE = 1000  # padded to 1024 inside
 
 
-def small_model(config: ModelConfig = SMALL, vocab_size: int = VOCAB_SIZE) -> GPT:
+def small_model(config: ModelConfig = SMALL, vocab_size: int = VOCAB_SIZE) -> LanguageModel:
     """A model whose every parameter, biases included, differs from its initial value."""
     torch.manual_seed(0)
-    model = GPT(config, vocab_size)
+    model = LanguageModel(config, vocab_size)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -27,12 +27,14 @@ def small_model(config: ModelConfig = SMALL, vocab_size: int = VOCAB_SIZE) -> GP
     return model.eval()
 
 
-def transformers_twin(model: GPT) -> Any:
+def transformers_twin(model: LanguageModel) -> Any:
     transformers = pytest.importorskip("transformers")
     twin = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**config_json(model.config, model.vocab_size, 0), attn_implementation="eager")
+        transformers.GPT2Config(
+            **GPT2Layout().config_json(model.config, model.vocab_size, 0, "float32"), attn_implementation="eager"
+        )
     )
-    weights = {name: to_folder_layout(model, name, parameter) for name, parameter in model.named_parameters()}
+    weights = {name: GPT2Layout().to_folder(model, name, parameter) for name, parameter in model.named_parameters()}
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     twin.tie_weights()
@@ -53,7 +55,7 @@ def test_logits_loss_and_gradients_equal_transformers(tie_weights: bool) -> None
     twin_gradients = {name: parameter.grad for name, parameter in twin.named_parameters()}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        gradient = to_folder_layout(model, name, parameter.grad)
+        gradient = GPT2Layout().to_folder(model, name, parameter.grad)
         torch.testing.assert_close(gradient, twin_gradients[name], atol=1e-5, rtol=0, msg=name)
 
 
@@ -68,13 +70,13 @@ def test_logits_loss_and_gradients_equal_transformers(tie_weights: bool) -> None
 )
 def test_presets_have_the_parameter_counts_of_gpt2(preset: str, parameters: int) -> None:
     with torch.device("meta"):
-        model = GPT(load_config(preset, []).model, 50257)
+        model = LanguageModel(load_config(preset, []).model, 50257)
     assert model.parameter_count() == parameters
 
 
 def test_initial_weights_are_normal_with_scaled_residual_projections() -> None:
     torch.manual_seed(0)
-    model = GPT(ModelConfig(n_layer=8, n_head=4, n_embd=256, block_size=64), 5000)
+    model = LanguageModel(ModelConfig(n_layer=8, n_head=4, n_embd=256, block_size=64), 5000)
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             assert not parameter.any(), name
@@ -88,7 +90,7 @@ def test_initial_weights_are_normal_with_scaled_residual_projections() -> None:
 
 def test_initial_loss_is_that_of_a_uniform_guess_over_the_real_vocabulary() -> None:
     torch.manual_seed(0)
-    model = GPT(SMALL, VOCAB_SIZE)
+    model = LanguageModel(SMALL, VOCAB_SIZE)
     ids = torch.randint(0, VOCAB_SIZE, (8, 49))
     assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(VOCAB_SIZE), abs=0.05)
 
@@ -121,7 +123,7 @@ def test_a_token_sees_itself_and_the_past_only() -> None:
 def test_dropout_acts_in_training_and_not_in_evaluation() -> None:
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, dropout=0.5)
     torch.manual_seed(0)
-    model = GPT(config, 100)
+    model = LanguageModel(config, 100)
     ids = torch.randint(0, 100, (2, 16))
     model.train()
     assert model(ids, ids) != model(ids, ids)
@@ -130,15 +132,15 @@ def test_dropout_acts_in_training_and_not_in_evaluation() -> None:
 
 
 def test_without_bias_no_bias_parameter_is_left() -> None:
-    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False), 100)
+    model = LanguageModel(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False), 100)
     assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
 
 
 def test_folder_layout_is_its_own_inverse() -> None:
     model = small_model()
     for name, parameter in model.named_parameters():
-        stored = to_folder_layout(model, name, parameter)
-        assert torch.equal(from_folder_layout(model, name, stored), parameter), name
+        stored = GPT2Layout().to_folder(model, name, parameter)
+        assert torch.equal(GPT2Layout().from_folder(model, name, stored), parameter), name
 
 
 def packed(*documents: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

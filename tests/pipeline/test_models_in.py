@@ -14,15 +14,14 @@ import torch
 from conftest import overrides, prose, run_program, tiny_config, tokenizer_named, write_template_json
 from huggingface_hub.utils import filter_repo_objects
 
-from pipeline.checkpoint import hub
-from pipeline.checkpoint.find import find_checkpoint, find_model_folder
+from pipeline.checkpoint.find import HUB_FILES, find_checkpoint, find_model_folder
 from pipeline.checkpoint.load import load_initial_weights, load_model
 from pipeline.checkpoint.safetensors_files import INDEX
 from pipeline.cli import main as cli
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.huggingface_files import tokenizer_files
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
@@ -46,7 +45,7 @@ def with_vocabulary(folder: Path, name: str = "bpe:512") -> None:
         (folder / file).write_bytes(content)
 
 
-def same_logits(model: GPT, twin: Any, length: int) -> None:
+def same_logits(model: LanguageModel, twin: Any, length: int) -> None:
     ids = torch.randint(0, model.vocab_size, (2, length))
     theirs = twin(ids).logits[..., : model.vocab_size]
     torch.testing.assert_close(model.eval().logits(ids), theirs, atol=1e-5, rtol=0)
@@ -77,7 +76,7 @@ def test_a_new_run_starts_from_foreign_weights_with_fewer_positions(tmp_path: Pa
     with_vocabulary(tmp_path)
     spec = open_vocabulary(str(tmp_path)).spec()
     for block_size in (24, 16):
-        model = GPT(replace(SHAPE, block_size=block_size), 512)
+        model = LanguageModel(replace(SHAPE, block_size=block_size), 512)
         load_initial_weights(model, spec, tmp_path)
         assert model.transformer.wpe.weight.shape == (block_size, 32)
         same_logits(model, twin, block_size)
@@ -88,14 +87,13 @@ def test_data_of_the_file_as_it_lies_is_of_the_folders_vocabulary_and_of_another
     write_template_json(tmp_path)
     opened = tokenizer_named("template.json")
     foreign(tmp_path, vocab_size=opened.vocab_size)
-    model = GPT(SHAPE, opened.vocab_size)
+    model = LanguageModel(SHAPE, opened.vocab_size)
     content = (tmp_path / "tokenizer.json").read_bytes()
     for spec in (opened.spec(), JsonTokenizer("tokenizer.json", content, opened.end_of_text).spec()):
         load_initial_weights(model, spec, tmp_path)
     other_end = json.loads(content)["model"]["vocab"]["<|endoftext|>"]
-    wanted = (
-        f"of which {opened.end_of_text} ends a text, .* another one .tokenizer.json, {opened.vocab_size}, {other_end}.:"
-    )
+    size = f"{opened.vocab_size} tokens, end-of-text"
+    wanted = f"{size} {opened.end_of_text}. and of the dataset .tokenizer.json, {size} {other_end}. differ"
     with pytest.raises(UserError, match=wanted):
         load_initial_weights(model, JsonTokenizer("tokenizer.json", content, other_end).spec(), tmp_path)
 
@@ -104,7 +102,9 @@ def test_every_key_that_differs_is_told_with_what_to_paste(tmp_path: Path) -> No
     foreign(tmp_path)
     with_vocabulary(tmp_path)
     spec = open_vocabulary(str(tmp_path)).spec()
-    model = GPT(ModelConfig(n_layer=1, n_head=4, n_embd=16, block_size=32, bias=False, tie_weights=False), 512)
+    model = LanguageModel(
+        ModelConfig(n_layer=1, n_head=4, n_embd=16, block_size=32, bias=False, tie_weights=False), 512
+    )
     wanted = (
         "add model.n_layer=2 model.n_head=2 model.n_embd=32 model.bias=true model.tie_weights=true model.block_size=24"
     )
@@ -117,7 +117,7 @@ def test_rows_past_the_vocabulary_are_left_out(tmp_path: Path, caplog: pytest.Lo
     with_vocabulary(tmp_path)
     with caplog.at_level("INFO", "pipeline"):
         model, _ = load_model(tmp_path)
-    assert model.vocab_size == 512 and "64 rows past the 512 tokens" in caplog.text
+    assert model.vocab_size == 512 and "64 rows beyond its vocabulary of 512 tokens" in caplog.text
     same_logits(model, twin, 24)
 
 
@@ -155,11 +155,11 @@ def test_gpt2s_vocabulary_is_known_by_its_content(tmp_path: Path, files: str) ->
         (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"])]))
     model, tokenizer = load_model(tmp_path)
     assert model.vocab_size == 50257 and isinstance(tokenizer, BytePairTokenizer) and tokenizer.name == "gpt2"
-    fresh = GPT(replace(SHAPE, n_layer=1), 50257)
+    fresh = LanguageModel(replace(SHAPE, n_layer=1), 50257)
     load_initial_weights(fresh, BytePairTokenizer("gpt2").spec(), tmp_path)
     if files != "none":  # data that was prepared with the folder's own files is of the same vocabulary
         load_initial_weights(fresh, open_vocabulary(str(tmp_path)).spec(), tmp_path)
-    with pytest.raises(UserError, match="gpt2 of 50257 tokens, of which 50256 ends a text, the dataset has another"):
+    with pytest.raises(UserError, match=r"\(gpt2, 50257 tokens, end-of-text 50256\) and of the dataset"):
         load_initial_weights(fresh, tokenizer_named("bpe:512").spec(), tmp_path)
 
 
@@ -201,7 +201,7 @@ def test_the_hubs_cache_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
     for name in ("hf:org/small", "hf:org/small@main", f"hf:org/small@{'0' * 40}"):
         same_logits(load_model(find_checkpoint(name, None, tmp_path))[0], twin, 24)
-    with pytest.raises(UserError, match=r"model org/other is neither in the cache .*ConnectionError: no route to host"):
+    with pytest.raises(UserError, match=r"model org/other is not in the cache .*ConnectionError: no route to host"):
         find_model_folder("hf:org/other")
 
 
@@ -224,7 +224,7 @@ def test_a_full_disk_is_not_told_as_the_hubs_silence(
     broken_download(monkeypatch, tmp_path, OSError(number, "full"))
     with pytest.raises(OSError, match="full") as caught:
         find_model_folder("hf:org/small")
-    assert caught.value.errno == number and number in cli.THE_MACHINES_FAULTS
+    assert caught.value.errno == number and number in cli.FAULTS_OF_THE_MACHINE
 
 
 def test_what_a_broken_download_left_is_used_where_it_is_whole(
@@ -232,12 +232,14 @@ def test_what_a_broken_download_left_is_used_where_it_is_whole(
 ) -> None:
     broken_download(monkeypatch, tmp_path, ConnectionError("no route\nto host"))
     said = r"ConnectionError: no route to host"
-    with pytest.raises(UserError, match=rf"org/small was not brought whole, its weights are missing \({said}\)"):
+    with pytest.raises(
+        UserError, match=rf"the download of org/small is incomplete, its weights are missing \({said}\)"
+    ):
         find_model_folder("hf:org/small")
     foreign(tmp_path)
     with caplog.at_level("INFO", "pipeline"):
         assert find_model_folder("hf:org/small") == tmp_path
-    assert f"hf:org/small could not be fetched ({said}); what the cache has is used" in caplog.text
+    assert f"hf:org/small could not be downloaded ({said}); using the cached files" in caplog.text
 
 
 def test_only_what_is_read_crosses_from_the_hub() -> None:
@@ -246,7 +248,7 @@ def test_only_what_is_read_crosses_from_the_hub() -> None:
         "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
         "pytorch_model.bin", "modeling_gpt2.py", "tf_model.h5", "onnx/model.safetensors", "README.md", "training_args.bin",
     ]  # fmt: skip
-    assert list(filter_repo_objects(there, allow_patterns=list(hub.FILES))) == there[:8]
+    assert list(filter_repo_objects(there, allow_patterns=list(HUB_FILES))) == there[:8]
 
 
 class OneModel(BaseHTTPRequestHandler):
@@ -313,7 +315,7 @@ def test_a_download_brings_what_is_read_and_is_enough_without_a_network(tmp_path
 
 @pytest.mark.parametrize("name", ["hf:", "hf:../x", "hf:a/b/c", "hf:a/b@../../x", "hf:a b", "hf:/etc", "hf:a/..@b"])
 def test_a_name_that_is_none_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="does not name a Hub model"):
+    with pytest.raises(UserError, match="invalid Hub model"):
         find_model_folder(name)
 
 

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from pipeline.checkpoint.layout_gpt2 import config_json, to_folder_layout
+from pipeline.checkpoint.layout_gpt2 import GPT2Layout
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.decoder import Decoder
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from sample.choice import Choice, choose
 from sample.generate import DRAWN_AT_A_TIME, generate, uniforms
 
@@ -19,10 +19,10 @@ CPU = torch.device("cpu")
 GREEDY = Choice(temperature=0)
 
 
-def model_with_opinions() -> GPT:
+def model_with_opinions() -> LanguageModel:
     """Random weights large enough that the next token depends on all the tokens before it."""
     torch.manual_seed(0)
-    model = GPT(CONFIG, VOCAB_SIZE)
+    model = LanguageModel(CONFIG, VOCAB_SIZE)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -30,27 +30,27 @@ def model_with_opinions() -> GPT:
     return model.eval()
 
 
-def twin_of(model: GPT) -> torch.nn.Module:
+def twin_of(model: LanguageModel) -> torch.nn.Module:
     """transformers' model with the same weights."""
     transformers = pytest.importorskip("transformers")
     twin: torch.nn.Module = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**config_json(model.config, model.vocab_size, 0))
+        transformers.GPT2Config(**GPT2Layout().config_json(model.config, model.vocab_size, 0, "float32"))
     ).eval()
-    weights = {name: to_folder_layout(model, name, tensor) for name, tensor in model.named_parameters()}
+    weights = {name: GPT2Layout().to_folder(model, name, tensor) for name, tensor in model.named_parameters()}
     twin.load_state_dict(weights, strict=False)
     twin.tie_weights()  # type: ignore[operator]
     return twin
 
 
 def samples(
-    model: GPT, prompt: list[int], number: int, steps: int, choice: Choice, seed: int = 0
+    model: LanguageModel, prompt: list[int], number: int, steps: int, choice: Choice, seed: int = 0
 ) -> list[tuple[int, ...]]:
     """The tokens of each sample."""
     tokens = generate(Decoder(model, number), prompt, max_new_tokens=steps, choice=choice, seed=seed)
     return list(zip(*(step.ids for step in tokens), strict=True))
 
 
-def without_cache(model: GPT, prompt: list[int], steps: int, choice: Choice, seed: int) -> tuple[int, ...]:
+def without_cache(model: LanguageModel, prompt: list[int], steps: int, choice: Choice, seed: int) -> tuple[int, ...]:
     """The whole window through the model for every token; when it is full its older half is forgotten."""
     window, new = prompt[-CONFIG.block_size :], list[int]()
     seen = torch.zeros(1, VOCAB_SIZE, dtype=torch.bool)
@@ -192,5 +192,5 @@ def test_weights_that_are_not_finite_are_said_to_be_damaged_when_they_are_met(ch
     for samples in (1, 3):
         steps = generate(Decoder(model, samples), [1, 2], max_new_tokens=20, choice=choice, seed=0)
         assert len(list(itertools.islice(steps, 5))) == 5
-        with pytest.raises(UserError, match="logits are not finite, so its weights are damaged: take another"):
+        with pytest.raises(UserError, match="logits are not finite, so its weights are damaged: use another"):
             next(steps)

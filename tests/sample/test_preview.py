@@ -15,7 +15,7 @@ from pipeline.checkpoint.load import load_model
 from pipeline.config.keys import Config
 from pipeline.errors import UserError
 from pipeline.log import LAYOUT, printable
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.char_byte_word import ByteTokenizer, CharTokenizer
 from pipeline.vocabulary.tokenizer import Tokenizer
 from sample.preview import MAX_NEW_TOKENS, preview
@@ -101,7 +101,7 @@ def test_a_resumed_run_shows_the_same_samples(tiny: Path) -> None:
 def test_a_sample_is_computed_in_the_type_of_training(tiny: Path, dtype: str) -> None:
     seen: list[Any] = []
 
-    def spy(model: GPT, dtype: torch.dtype, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str:
+    def spy(model: LanguageModel, dtype: torch.dtype, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str:
         seen.append((dtype, prompt))
         return preview(model, dtype, tokenizer, prompt, seed)
 
@@ -122,7 +122,7 @@ def test_no_sample_is_a_reason_to_end_a_run(tiny: Path, error: type[Exception]) 
 
 def test_a_sample_of_damaged_weights_is_said_to_be_none(tiny: Path) -> None:
     tokenizer = ByteTokenizer()
-    model = GPT(tiny_config(tiny).model, tokenizer.vocab_size)
+    model = LanguageModel(tiny_config(tiny).model, tokenizer.vocab_size)
     with torch.no_grad():
         model.transformer.wpe.weight[6] = torch.nan
     with pytest.raises(UserError, match="logits are not finite"):
@@ -137,7 +137,7 @@ def test_what_the_terminal_would_obey_is_escaped(tiny: Path) -> None:
 
 def test_a_sample_is_short(tiny: Path) -> None:
     tokenizer = ByteTokenizer()
-    model = GPT(tiny_config(tiny).model, tokenizer.vocab_size)
+    model = LanguageModel(tiny_config(tiny).model, tokenizer.vocab_size)
     text = preview(model, torch.float32, tokenizer, [65], seed=1)
     assert 0 < len(tokenizer.encode(text)) <= 3 * MAX_NEW_TOKENS  # a byte that is no character is shown in three
 

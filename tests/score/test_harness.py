@@ -12,7 +12,7 @@ from test_score import ALONE, model_with_opinions, save
 
 from pipeline.checkpoint.folder import DESCRIPTION, read_description, write_description, write_model
 from pipeline.errors import UserError
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.char_byte_word import ByteTokenizer
 from pipeline.vocabulary.tokenizer import Tokenizer
 from score.loss import Scorer
@@ -82,7 +82,7 @@ def _no_network_and_an_empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GPT, Tokenizer]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LanguageModel, Tokenizer]:
     tokenizer = tokenizer_named("bpe:512")
     model = model_with_opinions(tokenizer.vocab_size, BLOCK_SIZE)
     folder = tmp_path_factory.mktemp("model")
@@ -97,7 +97,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], folder: Path, *tasks: str, **op
     return scores
 
 
-def log_probabilities(model: GPT, context: list[int], continuation: list[int]) -> torch.Tensor:
+def log_probabilities(model: LanguageModel, context: list[int], continuation: list[int]) -> torch.Tensor:
     """Natural logarithms, one for each token of the continuation; the context loses its beginning if it is too long."""
     ids = (context + continuation)[-BLOCK_SIZE - 1 :]
     with torch.inference_mode():
@@ -105,7 +105,7 @@ def log_probabilities(model: GPT, context: list[int], continuation: list[int]) -
     return found[range(len(ids) - 1), ids[1:]][-len(continuation) :]
 
 
-def score_of_choice(model: GPT, tokenizer: Tokenizer, context: str, choice: str) -> float:
+def score_of_choice(model: LanguageModel, tokenizer: Tokenizer, context: str, choice: str) -> float:
     """As the harness defines it: encoded together, split where the context ends, whose last spaces the choice gets."""
     stripped = context.rstrip()
     before = tokenizer.encode(stripped).tolist()
@@ -114,7 +114,7 @@ def score_of_choice(model: GPT, tokenizer: Tokenizer, context: str, choice: str)
 
 
 def test_scores_are_those_of_plain_loops_over_our_model(
-    checkpoint: tuple[Path, GPT, Tokenizer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: tuple[Path, LanguageModel, Tokenizer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, model, tokenizer = checkpoint
     tasks = write_tasks(tmp_path / "tasks", choose=MULTIPLE_CHOICE, read=ROLLING, write=GENERATE)
@@ -146,7 +146,7 @@ def requests_of(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
     return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
 
 
-def test_requests_are_answered_as_by_our_model(checkpoint: tuple[Path, GPT, Tokenizer]) -> None:
+def test_requests_are_answered_as_by_our_model(checkpoint: tuple[Path, LanguageModel, Tokenizer]) -> None:
     from score.harness import open_model
 
     folder, model, tokenizer = checkpoint
@@ -231,7 +231,7 @@ def harm(tmp_path: Path) -> str:
 
 
 def test_a_function_of_the_task_folder_runs(
-    checkpoint: tuple[Path, GPT, Tokenizer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: tuple[Path, LanguageModel, Tokenizer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     question = 'doc_to_text: "{{question}}:"'
     task = MULTIPLE_CHOICE.replace(question, "doc_to_text: !function harm.text")
@@ -255,7 +255,7 @@ def test_a_function_of_the_task_folder_runs(
     ],
 )
 def test_what_is_refused_costs_one_line_and_runs_nothing(
-    checkpoint: tuple[Path, GPT, Tokenizer],
+    checkpoint: tuple[Path, LanguageModel, Tokenizer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -274,7 +274,7 @@ def test_what_is_refused_costs_one_line_and_runs_nothing(
 
 
 def test_a_metric_is_never_fetched_as_a_script(
-    checkpoint: tuple[Path, GPT, Tokenizer],
+    checkpoint: tuple[Path, LanguageModel, Tokenizer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -21,7 +21,7 @@ from pipeline.dataset.shards import Manifest, Shard, TokenReader, load_manifest
 from pipeline.errors import UserError
 from pipeline.files import hash_file
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import ByteTokenizer, CharTokenizer
 from pipeline.vocabulary.huggingface_files import open_folder
@@ -36,10 +36,10 @@ END = ByteTokenizer.end_of_text
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 
-def model_with_opinions(vocab_size: int = 257, block_size: int = BLOCK_SIZE) -> GPT:
+def model_with_opinions(vocab_size: int = 257, block_size: int = BLOCK_SIZE) -> LanguageModel:
     """Random weights large enough that a token depends on all tokens before it and on their positions."""
     torch.manual_seed(0)
-    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=block_size), vocab_size)
+    model = LanguageModel(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=block_size), vocab_size)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -47,7 +47,7 @@ def model_with_opinions(vocab_size: int = 257, block_size: int = BLOCK_SIZE) -> 
     return model.eval()
 
 
-def scorer_of(model: GPT, batch_size: int = 3) -> Scorer:
+def scorer_of(model: LanguageModel, batch_size: int = 3) -> Scorer:
     return Scorer(model, torch.float32, batch_size, ALONE)
 
 
@@ -56,7 +56,7 @@ def reader_of(folder: Path, shards: list[list[str]]) -> TokenReader:
     return TokenReader(folder, load_manifest(folder), "val")
 
 
-def plain_loss(model: GPT, ids: list[int], stride: int, end_of_text: int | None = None) -> float:
+def plain_loss(model: LanguageModel, ids: list[int], stride: int, end_of_text: int | None = None) -> float:
     """Each token from the first window that reaches it, without batches, masks or padding: its context alone is shown."""
     losses = []
     with torch.inference_mode():
@@ -176,12 +176,12 @@ def test_the_figures_of_a_mixture_are_means_by_share() -> None:
 # ---- the command ----
 
 
-def save(folder: Path, model: GPT, tokenizer: Tokenizer, **data: Any) -> Path:
+def save(folder: Path, model: LanguageModel, tokenizer: Tokenizer, **data: Any) -> Path:
     """A checkpoint of ours, of step 3, whose config has `data`."""
     config = from_dict({"model": asdict(model.config), "data": data})
     description = Description(3, 300, to_dict(config), tokenizer.spec(), "d")
     state = State.of(model, torch.optim.AdamW(model.parameters()))
-    return write_checkpoint(folder, state, model, tokenizer, description)
+    return write_checkpoint(folder, state, model, tokenizer, description=description)
 
 
 def report(capsys: pytest.CaptureFixture[str], **options: Any) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def test_bits_per_byte_are_of_the_text_whatever_the_vocabulary(
     text_bytes, characters = (sum(map(len, each)) for each in ([text.encode() for text in texts], texts))
     found = {}
     for tokenizer, tokens in ((ByteTokenizer(), text_bytes), (CharTokenizer("éàüa"), characters)):
-        model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=16), tokenizer.vocab_size)
+        model = LanguageModel(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=16), tokenizer.vocab_size)
         for parameter in model.parameters():
             torch.nn.init.zeros_(parameter)
         data = write_tokens(tmp_path / tokenizer.name / "data", tokenizer, texts)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.config.keys import Config, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from train.optimizer.groups import build_optimizer
 from train.optimizer.schedule import learning_rate
 
@@ -42,7 +42,7 @@ def test_decay_may_end_before_the_run_and_warmup_may_be_left_out() -> None:
 
 
 def test_only_matrices_decay_and_every_parameter_is_there_once() -> None:
-    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16), 100)
+    model = LanguageModel(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16), 100)
     decayed, spared = build_optimizer(model, OptimizerConfig(weight_decay=0.1)).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in spared["params"]} == {1}
@@ -72,3 +72,18 @@ def test_a_step_equals_adamw_written_out() -> None:
         optimizer.step()
         for name, parameter in layer.named_parameters():
             torch.testing.assert_close(parameter.detach(), expected[name])
+
+
+def test_the_initial_state_is_named_and_shaped_as_torch_makes_it() -> None:
+    model = LanguageModel(ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16), 100)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    model(ids, ids).backward()
+    optimizer.step()
+    for parameter in model.parameters():
+        initial, made = optimizer.initial_state(parameter), optimizer.state[parameter]
+        assert initial.keys() == made.keys()
+        for name, value in made.items():
+            wanted = (value.shape, value.dtype, value.stride())
+            assert (initial[name].shape, initial[name].dtype, initial[name].stride()) == wanted, name
+            assert not initial[name].any()

@@ -22,7 +22,7 @@ from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
 from pipeline.machine import ranks as distributed
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 from train import parallel
 from train.run import assemble, run
@@ -135,7 +135,7 @@ def bad_step(trainer: Trainer) -> list[bool]:
 def copies(config: Config, world: World) -> float:
     """Under hsdp with nodes of one rank: the first weight of a model that each rank began from another seed."""
     torch.manual_seed(world.rank)
-    model = GPT(config.model, vocab_size=257)
+    model = LanguageModel(config.model, vocab_size=257)
     mesh = parallel.mesh_of("hsdp", world)
     assert mesh is not None
     parallel.shard(model, mesh, dtype=torch.float32, compiled=False)
@@ -163,7 +163,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]]
 @pytest.mark.slow
 def test_each_rank_holds_its_half_of_every_parameter_and_moment(told: Any) -> None:
     ranks, config = told
-    model = GPT(config.model, vocab_size=257)
+    model = LanguageModel(config.model, vocab_size=257)
     sizes = [parameter.numel() for parameter in model.parameters()]
     rows = [len(parameter) for parameter in model.parameters()]
     first = [size // row * math.ceil(row / 2) for size, row in zip(sizes, rows, strict=True)]
@@ -214,7 +214,7 @@ def test_nodes_of_different_sizes_cannot_hold_copies(monkeypatch: pytest.MonkeyP
 
 
 def test_float16_is_refused_in_parts(tiny: Path) -> None:
-    model = GPT(tiny_config(tiny).model, vocab_size=257)
+    model = LanguageModel(tiny_config(tiny).model, vocab_size=257)
     with pytest.raises(UserError, match=r"float16 needs parallel.strategy=ddp.*run.dtype=bfloat16"):
         parallel.shard(model, None, dtype=torch.float16, compiled=False)  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ from conftest import ROOT, overrides, run_program, tiny_config
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import GPT
+from pipeline.model.language_model import LanguageModel
 from train.replicas import check_replicas, parameter_hashes
 from train.run import run
 
@@ -21,7 +21,7 @@ SMALL = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
 class Told(World):
     """Rank 0 of as many as there are `models`: what it gathers is what those would say."""
 
-    models: list[GPT]
+    models: list[LanguageModel]
 
     def gather(self, value: Any) -> list[Any]:
         if isinstance(value, dict):
@@ -31,15 +31,15 @@ class Told(World):
         return [value] * self.size
 
 
-def world_of(models: list[GPT]) -> Told:
+def world_of(models: list[LanguageModel]) -> Told:
     world = Told(rank=0, size=len(models), local_size=len(models), device=torch.device("cpu"))
     object.__setattr__(world, "models", models)
     return world
 
 
-def model_of(seed: int = 0) -> GPT:
+def model_of(seed: int = 0) -> LanguageModel:
     torch.manual_seed(seed)
-    return GPT(SMALL, 257)
+    return LanguageModel(SMALL, 257)
 
 
 def test_equal_weights_pass_and_one_flipped_bit_does_not() -> None:

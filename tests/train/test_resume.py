@@ -1,6 +1,5 @@
 """Which checkpoint a start goes on from: damage is seen, named and stepped over, and never ends in a fresh start."""
 
-import json
 import random
 import shutil
 from collections.abc import Callable
@@ -11,7 +10,6 @@ import pytest
 from conftest import tiny_config, write_dataset
 from test_train_run import assert_identical, curve, renamed, rows, status
 
-from pipeline.checkpoint.folder import read_description
 from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder
 from pipeline.config.keys import Config
 from pipeline.errors import UserError
@@ -204,12 +202,3 @@ def test_folders_set_aside_twice_keep_their_content(finished: Config) -> None:
     assert {path.name for path in checkpoints.glob("damaged_*")} == {
         "damaged_step_00000010", "damaged_step_00000010_2"
     }  # fmt: skip
-
-
-def test_an_older_checkpoint_without_its_own_hash_still_loads(finished: Config) -> None:
-    path = copy_of(finished, "older").run_dir / "checkpoints" / "step_00000010" / "checkpoint.json"
-    document = json.loads(path.read_text())
-    for added in ("hash", "bad_steps", "grad_norms"):
-        del document[added]
-    path.write_text(json.dumps(document))
-    assert read_description(path.parent).step == 10

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_config, write_dataset, write_documents
 
-from pipeline.checkpoint.layout_gpt2 import config_json, to_folder_layout
+from pipeline.checkpoint.layout_gpt2 import GPT2Layout
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
 from pipeline.dataset.shards import TokenReader, load_manifest
@@ -97,9 +97,9 @@ def test_fifty_steps_equal_an_independent_trainer(tiny: Path) -> None:
     config = tiny_config(tiny, train={"max_steps": 50}, optimizer={"grad_clip": 0.5}, schedule={"warmup_steps": 5})
     ours = trainer_of(config)
     twin = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**config_json(ours.model.config, ours.model.vocab_size, 0))
+        transformers.GPT2Config(**GPT2Layout().config_json(ours.model.config, ours.model.vocab_size, 0, "float32"))
     )
-    stored = {name: to_folder_layout(ours.model, name, tensor) for name, tensor in weights(ours).items()}
+    stored = {name: GPT2Layout().to_folder(ours.model, name, tensor) for name, tensor in weights(ours).items()}
     twin.load_state_dict(stored, strict=False)
     twin.tie_weights()
     groups: list[dict[str, Any]] = [

@@ -1,0 +1,82 @@
+"""What an architecture provides: the body between token ids and hidden states, and how the decoder
+runs it.
+
+A new architecture is one file that subclasses `Body`, an entry in `ARCHITECTURES`
+(language_model.py), in the choices of `model.arch`, and a `Layout` for its Hugging Face folder
+(pipeline/checkpoint/layout.py).
+
+Shapes: B sequences, T tokens, C = n_embd, S samples, P = padded vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.keys import ModelConfig
+
+INIT_STD = 0.02  # GPT-2's, and most models' since
+
+
+@dataclass(frozen=True)
+class DecodingSteps:
+    """A body's operations without autograd: `embed`, then each of `blocks` with its own cache, then
+    `norm`.
+
+    embed(ids (B, T), start) and block(x (B, T, C), cache, start) take T tokens that follow `start`
+    earlier ones. A block reads the keys and values of those from the first B rows of `cache` (2, S,
+    heads, block_size, head width) and adds the T new ones.
+    """
+
+    embed: Callable[[Tensor, int], Tensor]
+    blocks: Sequence[Callable[[Tensor, Tensor, int], Tensor]]
+    norm: Callable[[Tensor], Tensor]
+
+
+class Body(nn.Module, ABC):
+    """A decoder-only transformer below the output head: ids (B, T) -> hidden states (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    @abstractmethod
+    def token_embedding(self) -> nn.Embedding:
+        """(P, C): shared with the output head where weights are tied."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> nn.ModuleList:
+        """The layers, which are sharded and compiled one by one."""
+
+    @property
+    @abstractmethod
+    def cache_heads(self) -> tuple[int, int]:
+        """How many heads of keys and values a block caches, and the width of each."""
+
+    @abstractmethod
+    def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Tokens with different numbers in `documents` (B, T) must not see each other, and
+        positions count from 0 in each.
+        """
+
+    @abstractmethod
+    def decoding_steps(self, dtype: torch.dtype, rows: int) -> DecodingSteps:
+        """The operations in `dtype`, with weights laid out for `rows` rows at a time."""
+
+    def init_weights(self, module: nn.Module) -> None:
+        """Initialise one module of the model: N(0, 0.02), biases zero. Called for every module,
+        children first.
+        """
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=INIT_STD)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """(B, 1, T, T), true where a token may look: at itself and at earlier tokens of its document."""
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
