@@ -1,5 +1,5 @@
-# `make quickstart` and `make test` are all a fresh machine needs; the rest is for those who change the code.
-# VENV may point elsewhere; everything runs from it.
+# `make quickstart` and `make test` are all that a new machine needs; the other targets are for development.
+# VENV sets where the virtual environment is; everything runs from it.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.installed
 
-# Rerun when a pin or a dependency changes. PIP_FLAGS passes options to pip, such as an index with CPU builds of torch.
+# Runs again when a dependency or its version changes. PIP_FLAGS is passed to pip, for example an index with CPU builds of torch.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11 setup"'
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "expected Python 3.11 or newer, found %d.%d: run make PYTHON=python3.11 setup" % sys.version_info[:2]'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev,fast]'
 	touch $@
@@ -22,11 +22,11 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# Side by side, a thread each: threads of several workers that fight for one core take twice the time of a single worker.
+# In parallel, one torch thread per worker: with more, the workers compete for cores and take twice the time.
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m 'not slow and not campaign'
 
-# Some fifteen minutes of kills, of SLURM jobs and of large inputs.
+# Kills, SLURM jobs and large inputs: about fifteen minutes.
 test-campaign: setup
 	$(BIN)/python -m pytest -m campaign
 
@@ -42,7 +42,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/shellcheck slurm/*.sbatch
 
-# SHAKESPEARE and NANOGPT name local copies of the text and of the peer; without them their row is left out.
+# SHAKESPEARE and NANOGPT are paths of the text and of a nanoGPT checkout; without them that comparison is skipped.
 bench: setup
 	$(BIN)/python benchmarks/cli_startup.py
 	$(BIN)/python benchmarks/prepare_throughput.py

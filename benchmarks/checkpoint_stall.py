@@ -1,6 +1,6 @@
-"""How long a save keeps GPT-2 124M from training: written beside it, and as one that training waits for.
+"""How long saving a checkpoint stalls the training of GPT-2 124M: in the background, and synchronously.
 
-The two take turns on the same weights and optimizer state, 1.5 GB; the ratio is the median over the turns.
+The two take turns on the same weights and optimizer state (1.5 GB); the ratio is the median over the turns.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from train.saving import Saver
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write; the system's temporary folder if not given")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     arguments = parser.parse_args()
     config, tokenizer = load_config("gpt2-124m", []), BytePairTokenizer("gpt2")
     model = LanguageModel(config.model, tokenizer.vocab_size)
@@ -51,7 +51,7 @@ def main() -> None:
     saver.close()
     ratio = statistics.median(stall / wait for stall, wait in zip(stalls, waited, strict=True))
     print(
-        f"a save that training waits for: {statistics.median(waited):.2f} s; beside training it stands still for "
+        f"synchronous save: {statistics.median(waited):.2f} s; background save: training stalls for "
         f"{statistics.median(stalls):.3f} s, {ratio:.1%} of that"
     )
 

@@ -1,4 +1,4 @@
-"""How long `pipeline --help` takes: the median of runs of a fresh interpreter, against the interpreter's own start."""
+"""Time of `pipeline --help` in a fresh interpreter, compared with starting the interpreter alone; medians."""
 
 import argparse
 import statistics

@@ -2,15 +2,16 @@
 
     python benchmarks/prepare_throughput.py [--megabytes 500] [--rounds 3] [--workers 2] [--without map ...] [--json]
 
-    tiktoken   one process, the texts in memory, nothing written: the rate that processes over tiktoken share
-    map        the usual script: datasets.map with tiktoken in as many processes, then a memory-mapped uint16 file
-    gigatoken  the encoder alone on as many threads, the texts in memory, nothing written
-    plain      `prepare` where gigatoken is not installed
-    prepare    `prepare` with it
+    tiktoken   one process, texts in memory, nothing written: an upper bound per process
+    map        the usual script: datasets.map with tiktoken in N processes, then a memory-mapped uint16 file
+    gigatoken  the encoder alone on N threads, texts in memory, nothing written
+    plain      `prepare` without gigatoken
+    prepare    `prepare` with gigatoken
 
-The text is this machine's own: the standard library's and the installed packages' sources and documents, in pieces of
-about 4 kB; a corpus larger than that cuts them anew at other places. The contestants run in turn, so that a change of
-the machine's speed falls on all; ratios are taken round by round.
+The text is found on this machine: the sources and documents of the standard library and the installed
+packages, in pieces of about 4 kB; for a larger corpus the same files are split again at other offsets.
+The contestants take turns, so that a change in the machine's speed affects all of them; ratios are
+computed round by round.
 """
 
 import argparse
@@ -40,7 +41,7 @@ NAMES = ("tiktoken", "map", "gigatoken", "plain", "prepare")
 TIKTOKEN = """
 import sys, time
 import pyarrow.parquet as pq
-from pipeline.tokenizer import BytePairTokenizer
+from pipeline.vocabulary.byte_pair import BytePairTokenizer
 encoding = BytePairTokenizer("gpt2").encoding
 started, taken = 0.0, 0.0
 for batch in pq.ParquetFile(sys.argv[1]).iter_batches(10_000):
@@ -57,7 +58,7 @@ import os, sys, time
 os.environ["RAYON_NUM_THREADS"] = sys.argv[2]
 import gigatoken
 import pyarrow.parquet as pq
-from pipeline.tokenizer import GPT2_RANKS
+from pipeline.vocabulary.byte_pair import GPT2_RANKS
 encoder = gigatoken.Tokenizer.from_tiktoken(GPT2_RANKS, pretokenizer="gpt2")
 taken = 0.0
 for batch in pq.ParquetFile(sys.argv[1]).iter_batches(10_000):
@@ -72,7 +73,7 @@ MAP = """
 import sys
 import numpy as np
 from datasets import load_dataset
-from pipeline.tokenizer import BytePairTokenizer
+from pipeline.vocabulary.byte_pair import BytePairTokenizer
 
 def encode(row):
     ids = ENCODING.encode_ordinary(row["text"])
@@ -98,10 +99,11 @@ if __name__ == "__main__":
 
 PREPARE = """
 import sys
-from prepare.run import PrepareOptions, run
+from prepare.options import PrepareOptions
+from prepare.run import run
 if __name__ == "__main__":
     if "hide" in sys.argv:
-        sys.modules["gigatoken"] = None  # as if it were not installed
+        sys.modules["gigatoken"] = None  # importing it now raises ImportError
     run(PrepareOptions([sys.argv[1]], name="bench", data_dir=sys.argv[2], workers=int(sys.argv[3]), force=True))
 """
 
@@ -145,7 +147,7 @@ def measure(name: str, source: Path, folder: Path, workers: int) -> tuple[float,
 
 
 def write_corpus(folder: Path, wanted_bytes: int) -> tuple[Path, int]:
-    """A Parquet file of the machine's own text; returns its path and the UTF-8 bytes of its texts."""
+    """Write a Parquet file of text found on this machine; return its path and the UTF-8 bytes of its texts."""
     roots = [Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))]
     suffixes = (".py", ".md", ".rst", ".txt")
     paths = [path for root in roots for path in sorted(root.rglob("*")) if path.suffix in suffixes and path.is_file()]
@@ -172,18 +174,18 @@ def write_corpus(folder: Path, wanted_bytes: int) -> tuple[Path, int]:
 
 
 def run_program(program: str, source: Path, workers: int) -> str:
-    """What a program prints."""
+    """The stdout of a Python program."""
     command = [sys.executable, "-c", program, str(source), str(workers)]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def run_prepare(source: Path, folder: Path, workers: int, *flags: str) -> tuple[float, int]:
-    """Of the whole command, from starting Python to its end."""
+    """Wall seconds and peak bytes of the complete command, Python's start included."""
     return run_timed([sys.executable, "-c", PREPARE, str(source), str(folder / "data"), str(workers), *flags])
 
 
 def run_timed(command: list[str]) -> tuple[float, int]:
-    """Wall seconds, and the peak memory of all its processes."""
+    """Wall seconds, and the peak resident bytes of all its processes together."""
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0
@@ -204,7 +206,7 @@ def run_timed(command: list[str]) -> tuple[float, int]:
 
 
 def memory_of_tree(root: int) -> int:
-    """Resident bytes of a process and its descendants: pages they share are counted for each."""
+    """Resident bytes of a process and its descendants; shared pages are counted once per process."""
     parents: dict[int, int] = {}
     resident: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
@@ -212,7 +214,7 @@ def memory_of_tree(root: int) -> int:
             continue
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it ended while we looked
+        except OSError:  # the process has exited since it was listed
             continue
         parents[int(entry.name)] = int(fields[1])
         resident[int(entry.name)] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
@@ -233,7 +235,7 @@ def summarise(rounds: list[dict[str, tuple[float, int]]], megabytes: float, work
 
 
 def summarise_one(name: str, rounds: list[dict[str, tuple[float, int]]], megabytes: float) -> dict[str, Any]:
-    """The median rate, and how many times each other contestant's rate it is."""
+    """The median rate, and its ratio to the rate of every other contestant."""
     return {
         "mb_per_s": round(statistics.median(megabytes / each[name][0] for each in rounds), 1),
         "times": {

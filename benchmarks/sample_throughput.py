@@ -1,8 +1,9 @@
-"""Tokens a second of sampling GPT-2 124M, against transformers and against the bare matrix products of a token.
+"""Tokens per second of sampling GPT-2 124M, compared with transformers and with the bare matrix products of a token.
 
-Random weights, a prompt of 16 tokens, 200 new ones drawn from the 50 likeliest. In each round the three take turns, so that a
-noisy machine hits all of them; ratios are medians over the rounds. The floor is each weight times one vector, and nothing
-else: what a token costs in torch's plain layout. A ratio to it may pass 1, since the decoder lays weights out anew.
+Random weights, a prompt of 16 tokens, 200 new tokens with top-k 50. In each round the three take turns, so
+that a noisy machine affects all of them; ratios are medians over the rounds. The floor is each weight times
+one vector in torch's plain layout, nothing else. A ratio to it may exceed 1, since the decoder rearranges
+the weights.
 """
 
 import argparse

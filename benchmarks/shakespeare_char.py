@@ -1,7 +1,8 @@
-"""The small character-level recipe on tinyshakespeare: val loss over the whole split, and wall-clock time.
+"""The character-level recipe on tinyshakespeare: val loss over the complete split, and wall-clock time.
 
-With --nanogpt DIR, a checkout of nanoGPT, its train.py runs with the same sizes and steps, by the command its README gives
-for a CPU, in turn with ours; its final weights are evaluated on the same windows. Nothing in DIR is changed.
+With --nanogpt DIR, a checkout of nanoGPT, its train.py takes turns with ours, with the same sizes and steps
+and the flags that its README gives for a CPU. Its final weights are evaluated on the same windows. Nothing
+in DIR is changed.
 """
 
 import argparse
@@ -31,7 +32,7 @@ NANOGPT_FLAGS = [
 
 
 def run(command: list[str], folder: Path) -> float:
-    """Seconds of wall-clock time. The program's output is shown only when it fails."""
+    """Wall-clock seconds of a command; its output is printed only if it fails."""
     started = time.perf_counter()
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -70,7 +71,7 @@ def train_ours(folder: Path, text: Path) -> tuple[float, float]:
 
 
 def train_nanogpt(folder: Path, checkout: Path, text: Path, dataset: Path) -> tuple[float, float]:
-    """The same for nanoGPT. Its characters are numbered as ours are, but for our end-of-text, which it never sees."""
+    """The same for nanoGPT. Its character ids equal ours, which have one more id for end-of-text."""
     home = folder / "nanogpt"
     shutil.copytree(checkout, home, ignore=shutil.ignore_patterns(".git"))
     shutil.copy(text, home / "data" / "shakespeare_char" / "input.txt")
@@ -81,7 +82,7 @@ def train_nanogpt(folder: Path, checkout: Path, text: Path, dataset: Path) -> tu
 
 
 def nanogpt_loss(home: Path, state: dict[str, torch.Tensor], dataset: Path) -> float:
-    """Evaluated by its own model code in a process of its own, on the windows we evaluate on."""
+    """The loss by nanoGPT's model code, in a separate process, on the windows that ours is evaluated on."""
     reader = TokenReader(dataset, load_manifest(dataset), "val")
     windows = torch.from_numpy(windows_at(reader, evaluation_starts(reader, BLOCK_SIZE, 0), BLOCK_SIZE))
     torch.save({"state": state, "windows": windows}, home / "evaluate.pt")
@@ -99,13 +100,13 @@ def nanogpt_loss(home: Path, state: dict[str, torch.Tensor], dataset: Path) -> f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, help="tinyshakespeare; without it this benchmark has nothing to do")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to run in turn")
+    parser.add_argument("--text", type=Path, help="the tinyshakespeare text; required, nothing runs without it")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to compare with")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write every run here")
+    parser.add_argument("--json", type=Path, help="also write the figures of every run to this file")
     options = parser.parse_args()
     if options.text is None:
-        print("shakespeare_char: no --text given, left out")
+        print("shakespeare_char: skipped, no --text given")
         return
     ours, theirs = [], []
     for _ in range(options.pairs):

@@ -1,8 +1,8 @@
 """Training speed against a plain float32 PyTorch loop over the same model, weights and batches, in one process.
 
-6 layers, 384 wide, block 256, batch 16. The two take turns, a few steps each, so that a noisy machine hits both; the ratio
-is the median over the turns. Their losses are compared step by step: speed that changes the curve would be worth nothing.
-What it takes to load a step's batch is measured by itself: in training it is read ahead, beside the step.
+6 layers, 384 wide, block 256, batch 16. The two take turns, a few steps each, so that a noisy machine
+affects both; the ratio is the median over the turns. Losses are compared step by step, since a speedup
+that changes the curve is worth nothing. Loading a batch is timed separately: training reads it ahead.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def config_in(folder: Path, steps: int) -> Config:
 
 
 class PlainLoop:
-    """What one writes in an afternoon: float32, torch's default AdamW, clipping."""
+    """The loop of a tutorial: float32, torch's default AdamW, clipping."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, config = trainer, trainer.config
@@ -83,7 +83,7 @@ def main() -> None:
                 trainer.step = number
                 gaps.append(abs(trainer.train_step().loss / loss - 1))
             ended = time.perf_counter()
-            if turn:  # the first one warms up
+            if turn:  # the first turn warms up caches and the allocator
                 plain_s.append(middle - started)
                 ours_s.append(ended - middle)
                 ratios.append(plain_s[-1] / ours_s[-1])

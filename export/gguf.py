@@ -1,8 +1,8 @@
 """A model as one GGUF file, the format of llama.cpp and programs built on it.
 
-The format names a few pre-tokenizers only, of which ours has GPT-2's: byte-pair vocabularies with that
-pattern are written, all others refused. Matrices are (out, in) as in torch, missing biases are zeros;
-vectors and the position embedding stay float32, as in files of llama.cpp's converter.
+The format names a few pre-tokenizers only, of which ours has GPT-2's: byte-pair vocabularies with
+that pattern are written, all others refused. Matrices are (out, in) as in torch, missing biases are
+zeros; vectors and the position embedding stay float32, as in files of llama.cpp's converter.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -24,7 +24,10 @@ from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`tokens` by id, None for an unused id; `merges` as "left right" in order of rank; `special`: ids of special tokens."""
+    """`tokens`: by id, None for an unused one. `merges`: "left right", in order of rank.
+
+    `special`: ids of special tokens.
+    """
 
     tokens: list[str | None]
     merges: list[str]
@@ -32,7 +35,7 @@ class Vocabulary:
 
 
 def write(path: Path, model: LanguageModel, tokenizer: Tokenizer, *, name: str, dtype: torch.dtype) -> None:
-    """Write model and vocabulary. Raises UserError for a vocabulary whose pattern GGUF has no name for."""
+    """Write model and vocabulary. Raises UserError for a vocabulary that GGUF cannot describe."""
     vocabulary = vocabulary_of(tokenizer)
     gguf = _library()
     kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[str(dtype).removeprefix("torch.")]
@@ -48,12 +51,14 @@ def write(path: Path, model: LanguageModel, tokenizer: Tokenizer, *, name: str, 
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """Raises UserError unless GPT-2's pattern and the merges alone determine the ids of every text."""
+    """Raises UserError unless GPT-2's pattern and the merges alone give the ids of every text."""
+    # The tokenizer.json of any vocabulary shows whether its ids are those of merges alone.
     if not isinstance(tokenizer, JsonTokenizer):
         content = tokenizer_files(tokenizer)[JSON_FILE]
         tokenizer = JsonTokenizer(tokenizer.name, content, tokenizer.end_of_text)
     pairs = tokenizer.document["model"].get("merges", ())
     found = tokenizer.merges
+    # Each merge makes one token; llama.cpp would never find a token that no merge makes.
     if found is None or found.pattern != PUBLISHED["gpt2"].pattern or len(found.ranks) != 256 + len(pairs):
         raise UserError(
             f"GGUF has no name for the pre-tokenizer of the vocabulary {tokenizer.name}: expected a byte-pair vocabulary with "
@@ -79,6 +84,7 @@ def _describe(writer: Any, name: str, model: LanguageModel) -> None:
     writer.add_name(name)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
+    # GPT-2's multilayer perceptron is four times as wide as the model.
     writer.add_feed_forward_length(4 * config.n_embd)
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
@@ -90,6 +96,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, end_of_text: int) -> No
 
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
+    # Unused ids need a string too; llama.cpp's converter calls them [PAD<id>].
     writer.add_token_list([f"[PAD{i}]" if token is None else token for i, token in enumerate(vocabulary.tokens)])
     types = {True: TokenType.UNUSED, False: TokenType.NORMAL}
     writer.add_token_types(
@@ -101,6 +108,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, end_of_text: int) -> No
     writer.add_token_merges(vocabulary.merges)
     writer.add_bos_token_id(end_of_text)
     writer.add_eos_token_id(end_of_text)
+    # In training a document is preceded by end-of-text, but a prompt may begin anywhere.
     writer.add_add_bos_token(False)
 
 
@@ -113,6 +121,7 @@ def _add_tensors(writer: Any, model: LanguageModel, kind: str) -> None:
     layout = GPT2Layout()
     for name, shape in layout.shapes(model.config, model.vocab_size).items():
         tensor = parameters[name].detach() if name in parameters else torch.zeros(shape)
+        # Rows that pad the vocabulary for the sake of matrix units are not part of it.
         if name in layout.vocabulary_rows:
             tensor = tensor[: model.vocab_size]
         half = tensor.ndim == 2 and name != POSITIONS

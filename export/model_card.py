@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, what it was trained on and how, and how to use it."""
+"""The README.md of an exported model: what it is, what it was trained on, how to use it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline.vocabulary.tokenizer import Tokenizer
 def model_card(
     name: str, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str, saved: Description | None, file: str
 ) -> str:
-    """model_card.md filled in. `saved` is None for a model of another program; `file` names the GGUF file, or is empty."""
+    """model_card.md filled in. `saved`: None for a foreign model; `file`: the GGUF's name or ""."""
     data = ModelCardData(library_name="gguf" if file else "transformers", pipeline_tag="text-generation", tags=["gpt2"])
     facts: dict[str, Any] = {"name": name, "model": model, "shape": model.config, "tokenizer": tokenizer}
     facts |= {"version": __version__, "show": printable, "code": _code, "number": "{:,}".format}
@@ -40,7 +40,7 @@ def _public(config: Config) -> Config:
 
 
 def _find_manifest(config: Config, saved: Description) -> Manifest | None:
-    """Of the run's dataset if it still exists unchanged; a mixture's fingerprint belongs to no folder."""
+    """The unchanged dataset's, if it still exists; a mixture's fingerprint belongs to no folder."""
     try:
         manifest = read_manifest(config.dataset_dir(config.datasets[0].dataset))
     except UserError:
@@ -49,6 +49,7 @@ def _find_manifest(config: Config, saved: Description) -> Manifest | None:
 
 
 def _format_source(source: dict[str, Any]) -> str:
+    # Absolute paths tell about a machine, relative ones about the data.
     shown = {key: Path(value).name if str(value).startswith("/") else value for key, value in source.items()}
     return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
 

@@ -1,4 +1,4 @@
-"""`pipeline export`: a checkpoint -> a folder or a GGUF file to publish, without training state, with a model card."""
+"""`pipeline export`: a checkpoint -> a folder or file to publish, with a model card."""
 
 import json
 import os
@@ -30,7 +30,7 @@ GGUF_FILE, CARD = "model.gguf", "README.md"
 
 
 def run(options: ExportOptions) -> None:
-    """Write the copy next to its final path, then rename it. Raises UserError, also if something exists there."""
+    """Write the copy next to its final path, then rename it. Raises UserError."""
     _check_options(options)
     to, to_file = options.to.absolute(), options.to.suffix == ".gguf"
     folder = find_checkpoint(options.ckpt, options.run_dir)
@@ -47,10 +47,12 @@ def run(options: ExportOptions) -> None:
             gguf.write(partial if to_file else partial / gguf_file, model, tokenizer, name=name, dtype=dtype)
         else:
             _write_folder(partial, model, tokenizer, dtype)
-            if saved is not None:  # what the run was, and the vocabulary under its name; nothing of the optimizer
+            # It carries the run's config and the vocabulary's name, but nothing of the optimizer.
+            if saved is not None:
                 write_description(partial, replace(saved, scaler={}, bad_steps=0, grad_norms=[]))
         if not to_file:
-            # Written after the hashes, so that its owner may edit it.
+            # Written after the hashes, so that its owner may edit it. A lone file has no card, but
+            # GGUF has the name and the shape in its metadata.
             card = model_card(name, model, tokenizer, dtype=options.dtype, saved=saved, file=gguf_file)
             (partial / CARD).write_text(card, encoding="utf-8")
     logger.info(f"{folder} -> {options.to}: {model.parameter_count():,} parameters in {options.dtype}")
@@ -76,6 +78,7 @@ def _write_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer, dtyp
 
 
 def _check_range(model: LanguageModel, dtype: torch.dtype) -> None:
+    # float16 ends at 65,504; casting would turn larger weights into infinities without a word.
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{name} has values that are not finite, so it is damaged: use another checkpoint")
@@ -87,7 +90,8 @@ def _check_range(model: LanguageModel, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _partial(to: Path) -> Iterator[Path]:
-    """A path next to `to`, renamed to it once everything is written and synced, removed after an error."""
+    """A path next to `to`, renamed to it once all is written and synced, removed after an error."""
+    # With the process id, two exports to one path do not write into the same files.
     partial = to.with_name(f".{to.name}.{os.getpid()}.partial")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
-"""`pipeline inspect`: what is in a dataset, a shard or a checkpoint, as tables or as one JSON object.
+"""`pipeline inspect`: what is in a dataset, a shard or a checkpoint, as tables or as JSON.
 
-Counts, lengths and entropies are exact: every id is read once. What comes out of files is shown with its control characters
-escaped, so that no text can reach the terminal as a command.
+Counts, lengths and entropies are exact: every id is read once.
 """
 
 import codecs
@@ -15,27 +14,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from observe.tables import cell, open_console, plain_table
 from pipeline.dataset.scan import Advance, DocumentFinder, blocks, each_shard, entropy_nats
 from pipeline.dataset.shards import Manifest, Shard, check_sizes, map_shard, read_path
 from pipeline.errors import UserError
-from pipeline.log import ProgressReport, printable
+from pipeline.log import ProgressReport
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import TokenIds, Tokenizer
 
-BEGINNINGS = 3
+BEGINNINGS = 3  # documents of which the beginning is shown
 BEGINNING_IDS, BEGINNING_CHARACTERS = 200, 300
-FREQUENT = 10
-LISTED = 3
+FREQUENT = 10  # tokens
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
-FILE_WIDTH = 120  # of tables whose width no terminal sets
 
 
 def run(path: Path, as_json: bool) -> None:
-    """Write what is in `path` to stdout. Raises UserError for what is neither dataset, shard nor checkpoint."""
+    """Write what is in `path` to stdout. Raises UserError for anything else than these three."""
     is_model = (path / "config.json").is_file() or any(path.glob("*.safetensors"))
     description = describe_model(path) if is_model else describe_dataset(path)
     if as_json:
@@ -49,15 +45,17 @@ def run(path: Path, as_json: bool) -> None:
 
 @dataclass
 class Counts:
-    """What one pass over a split's ids counts: each id, and documents by length, which is their ids without end-of-text.
+    """What one pass over a split counts. Lengths of documents exclude end-of-text.
 
-    `ids` has one place more than the vocabulary, for what lies outside it. n ids hold fewer than sqrt(2n) different lengths,
-    so `lengths` stays small. A document that a shard's border cuts counts by its parts; `prepare` cuts none.
+    `ids` (vocab_size + 1,): how often each id occurs, last those outside the vocabulary.
+    `lengths`: documents by length; n ids have fewer than sqrt(2n) different ones, so it is small.
+    A document that two shards share counts as two, but `prepare` splits none.
+    `first`: shard, start and length of the first documents.
     """
 
     ids: npt.NDArray[np.int64]
     lengths: Counter[int] = field(default_factory=Counter)
-    first: list[tuple[Shard, int, int]] = field(default_factory=list)  # of some documents: shard, start and length
+    first: list[tuple[Shard, int, int]] = field(default_factory=list)
 
 
 def describe_dataset(path: Path) -> dict[str, Any]:
@@ -66,7 +64,8 @@ def describe_dataset(path: Path) -> dict[str, Any]:
     check_sizes(folder, manifest)
     tokenizer, note = None, ""
     if manifest.is_foreign:
-        note = f"read as {manifest.program}'s format and GPT-2's vocabulary: nothing in the files says more"
+        note = f"{manifest.program}'s format, which names no vocabulary: assumed to be GPT-2's"
+    # A lost vocabulary is no reason to hide the counts, which need none.
     try:
         tokenizer = from_spec(manifest.tokenizer, folder)
     except UserError as error:
@@ -78,14 +77,14 @@ def describe_dataset(path: Path) -> dict[str, Any]:
         splits[split]["beginnings"] = [
             describe_beginning(folder, manifest, document, tokenizer) for document in counts.first
         ]
-    told = ("program", "dtype", "end_of_text", "sources", "options", "val_rule", "skipped", "unusual", "statistics")
+    recorded = ("program", "dtype", "end_of_text", "sources", "options", "val_rule", "skipped", "unusual", "statistics")
     identity = {"kind": "shard"} if path.is_file() else {"kind": "dataset", "fingerprint": manifest.fingerprint}
     return {
         "path": str(path),
         **identity,
         "note": note,
         "tokenizer": vocabulary(manifest.tokenizer),
-        **{name: getattr(manifest, name) for name in told},
+        **{name: getattr(manifest, name) for name in recorded},
         "splits": splits,
     }
 
@@ -113,34 +112,35 @@ def count_shard(folder: Path, manifest: Manifest, shard: Shard, advance: Advance
     """Read every id of a shard."""
     vocab_size = manifest.tokenizer["vocab_size"]
     counts, finder = Counts(np.zeros(vocab_size + 1, dtype=np.int64)), DocumentFinder(manifest)
-    places: list[tuple[int, int]] = []
     for block in blocks(folder / shard.file, manifest.header_bytes):
         ids: TokenIds = np.frombuffer(block, manifest.dtype)
+        # Clipped as uint32, which every id fits into, at half the memory of int64.
         counts.ids += np.bincount(np.minimum(ids, np.uint32(vocab_size)), minlength=vocab_size + 1)
         starts, lengths = finder.feed(ids)
+        # Millions of documents have a few thousand lengths: counted in numpy, added in Python.
         different, times = np.unique(lengths, return_counts=True)
         counts.lengths.update(dict(zip(different.tolist(), times.tolist(), strict=True)))
-        wanted = BEGINNINGS - len(places)
-        places += zip(starts[:wanted].tolist(), lengths[:wanted].tolist(), strict=True)
+        missing = BEGINNINGS - len(counts.first)
+        positions = zip(starts[:missing].tolist(), lengths[:missing].tolist(), strict=True)
+        counts.first += [(shard, start, length) for start, length in positions]
         advance(len(block))
     start, length = finder.rest()
-    if length:
+    if length:  # the last document of a foreign shard may lack its end-of-text
         counts.lengths[length] += 1
-        places.append((start, length))
-    counts.first = [(shard, *place) for place in places[:BEGINNINGS]]
+        counts.first.append((shard, start, length))
     return counts
 
 
 def describe_counts(counts: Counts, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """A split's figures; those that need the vocabulary are left out where there is none."""
+    """A split's figures, without those that need the vocabulary if there is none."""
     inside = counts.ids[:-1]
-    tokens, there = int(counts.ids.sum()), np.flatnonzero(inside)
+    tokens, used = int(counts.ids.sum()), np.flatnonzero(inside)
     described: dict[str, Any] = {
         "tokens": tokens,
         "documents": counts.lengths.total(),
         "document_lengths": describe_lengths(counts.lengths),
-        "distinct_ids": len(there),
-        "highest_id": int(there[-1]) if len(there) else None,
+        "distinct_ids": len(used),
+        "highest_id": int(used[-1]) if len(used) else None,
         "ids_outside_vocabulary": int(counts.ids[-1]),
         "unigram_entropy_nats": entropy_nats(inside),
     }
@@ -149,15 +149,16 @@ def describe_counts(counts: Counts, tokenizer: Tokenizer | None) -> dict[str, An
         text_bytes = int(inside @ token_bytes)
         described |= {"bytes": text_bytes, "bytes_per_token": text_bytes / tokens}
     described["frequent_tokens"] = [
-        {"id": i, "text": decode(tokenizer, [i], whole=True), "share": float(inside[i] / tokens)}
-        for i in np.argsort(-inside, kind="stable")[: min(FREQUENT, len(there))].tolist()
+        {"id": i, "text": decode(tokenizer, [i], is_complete=True), "share": float(inside[i] / tokens)}
+        for i in np.argsort(-inside, kind="stable")[: min(FREQUENT, len(used))].tolist()
     ]
     return described
 
 
 def describe_lengths(lengths: Counter[int]) -> dict[str, float]:
-    """Of documents, from how many there are of each length."""
+    """Statistics of documents from the number of documents of each length."""
     values = np.array(sorted(lengths))
+    # A quantile is the first length up to which enough documents are counted.
     upto = np.cumsum([lengths[value] for value in values.tolist()])
     if not len(values):
         return {}
@@ -169,27 +170,31 @@ def describe_lengths(lengths: Counter[int]) -> dict[str, float]:
 def describe_beginning(
     folder: Path, manifest: Manifest, document: tuple[Shard, int, int], tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """How a document begins; `text` is None where its ids are no text in this vocabulary."""
+    """A document's first ids and text; `text` is None if the vocabulary cannot decode them."""
     shard, start, length = document
     ids = map_shard(folder, manifest, shard)[start : start + min(length, BEGINNING_IDS)].tolist()
     text = decode(tokenizer, ids)
-    shown = None if text is None else text[:BEGINNING_CHARACTERS]
-    return {"file": shard.file, "position": start, "tokens": length, "ids": ids[:FREQUENT], "text": shown}
+    beginning = {"file": shard.file, "position": start, "tokens": length, "ids": ids[:FREQUENT]}
+    return beginning | {"text": text and text[:BEGINNING_CHARACTERS]}
 
 
-def decode(tokenizer: Tokenizer | None, ids: list[int], whole: bool = False) -> str | None:
-    """The text of `ids`; of one that goes on, without a character cut at the end. None where the ids have no text."""
+def decode(tokenizer: Tokenizer | None, ids: list[int], is_complete: bool = False) -> str | None:
+    """The text of `ids`, None without a vocabulary that has them.
+
+    Unless the text is complete, a truncated character at its end is omitted.
+    """
     if tokenizer is None or max(ids, default=0) >= tokenizer.vocab_size:
         return None
     content = tokenizer.decode_bytes(ids)
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(content, whole)
+    # The incremental decoder holds back an incomplete character unless told that this is the end.
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(content, is_complete)
 
 
 # ---- checkpoints ----
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
-    """A checkpoint of this program, or a Hugging Face GPT-2 folder."""
+    """A checkpoint, or a Hugging Face folder of a model."""
     import torch
 
     from pipeline.checkpoint.open import open_model
@@ -199,10 +204,11 @@ def describe_model(folder: Path) -> dict[str, Any]:
     spec = found.tokenizer.spec()
     described: dict[str, Any] = {"path": str(folder), "kind": "Hugging Face GPT-2 folder"}
     if saved := found.description:
-        told = ("step", "tokens", "val_loss", "program", "dataset", "config")
-        described |= {"kind": "checkpoint", **{name: getattr(saved, name) for name in told}}
+        recorded = ("step", "tokens", "val_loss", "program", "dataset", "config")
+        described |= {"kind": "checkpoint", **{name: getattr(saved, name) for name in recorded}}
     else:
         described["config"] = {"model": asdict(found.config)}
+    # The meta device allocates nothing: the parameters are only counted.
     with torch.device("meta"):
         described["parameters"] = LanguageModel(found.config, found.tokenizer.vocab_size).parameter_count()
     described["tokenizer"] = vocabulary(spec)
@@ -214,22 +220,14 @@ def describe_model(folder: Path) -> dict[str, Any]:
 
 
 def show(description: dict[str, Any]) -> None:
-    """The description as tables."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
+    """A table of facts, one of all splits' figures, then frequent tokens and beginnings of each."""
+    console = open_console()
     splits: dict[str, dict[str, Any]] = description.get("splits", {})
     config: dict[str, dict[str, Any]] = description.get("config", {})
-    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts, figures = plain_table(), plain_table("", *splits)
     for name, value in {**description, **config}.items():
         if name not in ("splits", "config") and value not in ({}, [], "", None):
             facts.add_row(cell(name), cell(value))
-    console.print(facts)
-    if splits:
-        show_splits(console, splits)
-
-
-def show_splits(console: Console, splits: dict[str, dict[str, Any]]) -> None:
-    """Their figures side by side, then what is in them."""
-    figures = Table("", *splits, box=None, pad_edge=False)
     columns = [
         {name: value for name, value in split.items() if not isinstance(value, dict | list)}
         | {f"document length, {name}": value for name, value in split["document_lengths"].items()}
@@ -237,7 +235,7 @@ def show_splits(console: Console, splits: dict[str, dict[str, Any]]) -> None:
     ]
     for name in dict.fromkeys(name for column in columns for name in column):
         figures.add_row(name, *(cell(column.get(name, "")) for column in columns))
-    console.print("", figures, sep="\n")
+    console.print(*((facts, "", figures) if splits else (facts,)), sep="\n")
     for name, split in splits.items():
         tokens = (
             f"{token['id'] if token['text'] is None else repr(token['text'])} {token['share']:.1%}"
@@ -247,25 +245,3 @@ def show_splits(console: Console, splits: dict[str, dict[str, Any]]) -> None:
         for number, beginning in enumerate(split["beginnings"], start=1):
             text = beginning["ids"] if beginning["text"] is None else beginning["text"]
             console.print(Text(f"\n{name}, document {number} of {beginning['tokens']:,} tokens: "), cell(text), sep="")
-
-
-def cell(value: Any) -> Text:
-    """A value as a cell of a table, never as markup."""
-    return Text(printable(in_words(value)))
-
-
-def in_words(value: Any) -> str:
-    """A value on one line."""
-    match value:
-        case dict():
-            return ", ".join(f"{name} {in_words(entry)}" for name, entry in value.items())
-        case list():
-            more = f" and {len(value) - LISTED:,} more" if len(value) > LISTED else ""
-            return "; ".join(in_words(entry) for entry in value[:LISTED]) + more
-        case bool() | None:
-            return str(value).lower()
-        case float():
-            return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-        case int():
-            return f"{value:,}"
-    return str(value)

@@ -1,9 +1,10 @@
-"""`pipeline verify`: every promise of a dataset's manifest, or of a checkpoint's description, held against the files.
+"""`pipeline verify`: the files against a dataset's manifest, or against a checkpoint's description.
 
-    each shard, once, in blocks   size, hash, ids below the vocabulary's size, end-of-text at its end, documents, bytes
+    each shard, once, in blocks   size, hash, ids below the vocabulary size, documents, bytes,
+                                  end-of-text at its end
     val, then train               no document in both
 
-All faults are told, one line each with the shard and the position. Nothing is changed.
+All faults are reported, one line each with the shard and the position. Nothing is changed.
 """
 
 import sys
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from observe.shared_documents import DocumentIndex
+from observe.tables import format_list
 from pipeline.dataset.scan import Advance, DocumentFinder, Positions, blocks, each_shard
 from pipeline.dataset.shards import MANIFEST_NAME, SPLITS, Manifest, Shard, map_shard, read_path, size_fault
 from pipeline.errors import UserError
@@ -24,24 +26,22 @@ from pipeline.log import ProgressReport, printable
 from pipeline.vocabulary.specs import from_spec, vocabulary_file
 from pipeline.vocabulary.tokenizer import TokenIds
 
-_LISTED_FILES = 5
-
 
 def run(path: Path) -> None:
-    """Verify a dataset, a shard or a checkpoint; remarks, faults and the verdict go to stdout. Raises UserError if faulty."""
+    """Write faults and remarks, or the verdict, to stdout. Raises UserError for faults."""
+    # Datasets are verified without importing torch, which takes seconds.
     if any(path.glob("*.safetensors")):
         _verify_checkpoint(path)
         return
-    folder, manifest = read_path(path)
-    check = DatasetCheck(folder, manifest)
-    check.run()
-    for kind, lines in (("remark", check.remarks), ("fault", check.faults)):
+    verification = Verification(*read_path(path))
+    verification.run()
+    for kind, lines in (("remark", verification.remarks), ("fault", verification.faults)):
         for line in lines:
             sys.stdout.write(f"{kind}: {printable(line)}\n")
     sys.stdout.flush()
-    if check.faults:
-        raise UserError(f"{path} has {len(check.faults)} fault(s), listed above: {manifest.remedy}")
-    sys.stdout.write(f"verified: {path}: {check.verdict()}\n")
+    if verification.faults:
+        raise UserError(f"{path} has {len(verification.faults)} fault(s), listed above: {verification.manifest.remedy}")
+    sys.stdout.write(f"verified: {path}: {verification.verdict()}\n")
 
 
 def _verify_checkpoint(folder: Path) -> None:
@@ -49,14 +49,15 @@ def _verify_checkpoint(folder: Path) -> None:
 
     description = read_description(folder)
     verify_files(folder, description)
-    sys.stdout.write(
-        f"verified: {folder}: step {description.step}, {len(description.files)} files match their hashes\n"
-    )
+    sys.stdout.write(f"verified: {folder}: step {description.step}, hashes of {len(description.files)} files match\n")
 
 
 @dataclass
 class Tally:
-    """What the pass over one shard found. `unreadable` says why there was none; `twins` are documents that val has too."""
+    """What the pass over one shard found; `unreadable` is the reason if there was none.
+
+    `outside`: ids outside the vocabulary. `twins`: documents that val has too.
+    """
 
     unreadable: str = ""
     hash: str = ""
@@ -64,13 +65,13 @@ class Tally:
     text_bytes: int = 0
     last_id: int = -1
     outside: int = 0
-    first_outside: tuple[int, int] = (0, 0)  # position, id
+    first_outside: str = ""
     twins: int = 0
     first_twin: str = ""
 
 
-class DatasetCheck:
-    """One dataset, or one shard of it, under examination; `faults` and `remarks` are lines for the user."""
+class Verification:
+    """Of one dataset, or one shard of it. `faults` and `remarks` are lines for the user."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
@@ -82,16 +83,17 @@ class DatasetCheck:
         self.shards = [shard for shards in manifest.splits.values() for shard in shards]
         self.file_of_hash = {shard.hash: shard.file for shard in self.shards}
         self.token_bytes: npt.NDArray[np.int64] | None = None
-        # A lone document is cut in two: its halves may well be equal, and no document is in both splits.
+        # A dataset of one document is split within it: its halves may be equal.
         compared = set(SPLITS) <= manifest.splits.keys() and manifest.val_rule.get("kind") != "position"
         self.val_documents = DocumentIndex() if compared else None
 
     def run(self) -> None:
-        """Look at everything once; fills `faults` and `remarks`."""
-        self._check_surroundings()
+        """Read everything once; fills `faults` and `remarks`."""
+        self._verify_folder()
         size = sum(shard.tokens for shard in self.shards) * np.dtype(self.manifest.dtype).itemsize
         tallies: dict[str, list[Tally]] = {}
         with ProgressReport("verify", size / 1e6, "MB") as report:
+            # val first: it is the smaller index, in which train's documents are looked up.
             for split in sorted(self.manifest.splits, key=lambda split: split != "val"):
                 tallies[split] = list(each_shard(self.manifest.splits[split], report, partial(self._tally, split)))
                 if split == "val" and self.val_documents:
@@ -99,23 +101,23 @@ class DatasetCheck:
         for split, shards in self.manifest.splits.items():
             for shard, tally in zip(shards, tallies[split], strict=True):
                 self.documents += tally.documents
-                self._judge(shard, tally)
+                self._report(shard, tally)
 
     def verdict(self) -> str:
-        """What was looked at and found true."""
+        """What was verified."""
         found = [f"every id is below {self.vocab_size:,}"]
         if not self.manifest.is_foreign:
-            found += ["sizes, hashes and counts are the manifest's", "every shard ends with end-of-text"]
+            found += ["sizes, hashes and counts match the manifest", "every shard ends with end-of-text"]
         if self.val_documents and self.documents:
             found.append("no document is in both splits")
         tokens = sum(shard.tokens for shard in self.shards)
         return f"{tokens:,} tokens, {self.documents:,} documents in {len(self.shards)} shard(s); {', '.join(found)}"
 
-    def _check_surroundings(self) -> None:
-        """The vocabulary, and files that the manifest does not name."""
+    def _verify_folder(self) -> None:
+        """The vocabulary, and files that are not in the manifest."""
         if self.manifest.is_foreign:
             self.remarks.append(
-                f"{self.manifest.program} keeps no hashes: damage that leaves ids in the vocabulary is not seen"
+                f"{self.manifest.program} records no hashes: damage is found only if it gives ids outside the vocabulary"
             )
             return
         try:
@@ -126,8 +128,7 @@ class DatasetCheck:
         known = {MANIFEST_NAME, vocabulary, *(shard.file for shard in self.shards)}
         strays = sorted(path.name for path in self.folder.iterdir() if path.name not in known and path.name[0] != ".")
         if strays and set(SPLITS) <= self.manifest.splits.keys():
-            more = f" and {len(strays) - _LISTED_FILES} more" if len(strays) > _LISTED_FILES else ""
-            self.remarks.append(f"not named by the manifest: {', '.join(strays[:_LISTED_FILES])}{more}")
+            self.remarks.append(f"not in the manifest: {format_list(strays)}")
 
     def _tally(self, split: str, shard: Shard, advance: Advance) -> Tally:
         path = self.folder / shard.file
@@ -139,6 +140,7 @@ class DatasetCheck:
             return Tally(unreadable=f"{path} cannot be read: {error.strerror}")
 
     def _scan(self, split: str, shard: Shard, advance: Advance) -> Tally:
+        # Hash, counts and comparison share one pass, as reading takes the longest.
         tally, hash_, finder = Tally(), xxhash.xxh3_128(), DocumentFinder(self.manifest)
         for block in blocks(self.folder / shard.file, self.manifest.header_bytes):
             hash_.update(block)
@@ -146,58 +148,59 @@ class DatasetCheck:
             if part.max() >= self.vocab_size:
                 outside = np.flatnonzero(part >= self.vocab_size)
                 if not tally.outside:
-                    tally.first_outside = finder.position + int(outside[0]), int(part[outside[0]])
+                    tally.first_outside = f"{part[outside[0]]} at position {finder.position + outside[0]}"
                 tally.outside += len(outside)
+            # Clipped: ids outside the vocabulary are counted above, and have no bytes.
             if self.token_bytes is not None:
                 tally.text_bytes += int(self.token_bytes.take(part, mode="clip").sum())
-            self._compare(split, shard, finder.feed(part), tally)
+            self._find_twins(split, shard, finder.feed(part), tally)
             tally.last_id = int(part[-1])
             advance(len(block))
         tally.hash, tally.documents = hash_.hexdigest(), finder.count
         return tally
 
-    def _compare(self, split: str, shard: Shard, documents: tuple[Positions, Positions], tally: Tally) -> None:
-        """Keep val's documents, look for train's among them; a document that a shard's border cuts is left out."""
+    def _find_twins(self, split: str, shard: Shard, documents: tuple[Positions, Positions], tally: Tally) -> None:
+        """Add val's documents to the index or look train's up, except those two shards share."""
         starts, lengths = (positions[documents[1] > 0] for positions in documents)
         if self.val_documents is None or not len(starts):
             return
-        # Mapped anew for each block: one mapping of a large shard would hold all of its pages in memory in the end.
+        # Mapped anew for each block: one mapping of a large shard would keep all pages in memory.
         ids: TokenIds = np.asarray(map_shard(self.folder, self.manifest, shard))
         if split == "val":
             self.val_documents.add(shard.file, ids, starts, lengths)
             return
         for start, twin in self.val_documents.find(ids, starts, lengths):
             if not tally.twins:
-                tally.first_twin = f"of {twin.length} ids at position {start} is in {twin.file} too, at {twin.start}"
+                tally.first_twin = f"of {twin.length} tokens at position {start}, in {twin.file} at {twin.start}"
             tally.twins += 1
 
-    def _judge(self, shard: Shard, tally: Tally) -> None:
+    def _report(self, shard: Shard, tally: Tally) -> None:
         path, ours = self.folder / shard.file, not self.manifest.is_foreign
+        # Every other fault of a renamed shard would follow from this one.
         if ours and tally.hash != shard.hash and tally.hash in self.file_of_hash:
-            self.faults.append(f"{path} holds what the manifest says of {self.file_of_hash[tally.hash]}: a wrong name")
+            self.faults.append(f"{path} has the content of {self.file_of_hash[tally.hash]}: renamed")
             return
         if tally.unreadable:
             self.faults.append(tally.unreadable)
             return
         if ours and tally.hash != shard.hash:
-            self.faults.append(f"{path} has the hash {tally.hash}, the manifest wants {shard.hash}")
+            self.faults.append(f"{path} has the hash {tally.hash}, but the manifest records {shard.hash}")
         if tally.outside:
-            position, found = tally.first_outside
             self.faults.append(
-                f"{path} holds {tally.outside:,} id(s) outside the vocabulary of {self.vocab_size:,}; "
-                f"the first, at position {position}, is {found}"
+                f"{path} has {tally.outside:,} id(s) outside the vocabulary of {self.vocab_size:,}: "
+                f"the first is {tally.first_outside}"
             )
+        # What another program's manifest does not record is not compared.
         for what, found, wanted in (
             ("documents", tally.documents, shard.documents),
             ("bytes of text", tally.text_bytes, shard.bytes if self.token_bytes is not None else None),
         ):
             if wanted is not None and found != wanted:
-                self.faults.append(f"{path} holds {found} {what}, the manifest wants {wanted}")
+                self.faults.append(f"{path} has {found} {what}, but the manifest records {wanted}")
         if tally.last_id != self.end_of_text and self.manifest.end_of_text == "after each document":
-            line = (
-                f"{path} does not end with end-of-text: its last id, at position {shard.tokens - 1}, is {tally.last_id}"
+            (self.faults if ours else self.remarks).append(
+                f"{path} does not end with end-of-text: its last id is {tally.last_id} at position {shard.tokens - 1}"
             )
-            (self.faults if ours else self.remarks).append(line)
         if tally.twins:
-            more = f"; and {tally.twins - 1:,} more of this shard" if tally.twins > 1 else ""
-            self.faults.append(f"{path} is in both splits: the document {tally.first_twin}{more}")
+            more = f", and {tally.twins - 1:,} more of this shard" if tally.twins > 1 else ""
+            self.faults.append(f"{path} has documents that are in both splits: one {tally.first_twin}{more}")

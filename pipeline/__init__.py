@@ -1,6 +1,8 @@
-"""A GPT pretraining pipeline: raw text -> prepare -> shards -> train -> checkpoint -> sample -> text.
+"""A GPT pretraining pipeline: raw text -> prepare -> shards -> train -> checkpoint -> sample ->
+text.
 
-In Python: `pipeline.load(checkpoint)`, `pipeline.open_dataset(path)` and `pipeline.train(config)`, see docs/python.md.
+In Python: `pipeline.load(checkpoint)`, `pipeline.open_dataset(path)` and `pipeline.train(config)`,
+see docs/python.md.
 """
 
 import sys
@@ -13,7 +15,8 @@ __version__ = "0.1.0"
 
 STAGES = ("prepare", "train", "sample", "score", "observe", "export", "slurm")
 DOOR = ("Model", "Dataset", "Run", "load", "open_dataset", "train", "UserError")
-# Not resolved: installers may link each file from a cache of theirs, but they keep packages side by side.
+# Not resolved: installers may link each file from a cache of theirs, but they keep packages side by
+# side.
 HOME = Path(__file__).absolute().parents[1]
 
 
@@ -37,7 +40,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _forget_other_stages() -> None:
-    """A notebook may have imported a train.py of the user's before: it keeps the module, and we take the name."""
+    """A notebook may have imported a train.py of the user's before: it keeps the module, and we
+    take the name.
+    """
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name.partition(".")[0] in STAGES and not (file and Path(file).is_relative_to(HOME)):

@@ -271,9 +271,11 @@ def _number(name: str, default: int) -> int:
 
 
 def start_worker() -> None:
-    """The first call in a worker process of multiprocessing: it leaves Ctrl-C to its parent, and exits with it.
+    """The first call in a worker process of multiprocessing: it leaves Ctrl-C to its parent, and
+    exits with it.
 
-    It lives here and not in a stage: unpickling it imports `pipeline`, which then finds the stages from any folder.
+    It lives here and not in a stage: unpickling it imports `pipeline`, which then finds the stages
+    from any folder.
     """
     import threading  # here and below: one command in ten has workers
 
@@ -282,7 +284,9 @@ def start_worker() -> None:
 
 
 def _exit_with_parent() -> None:
-    """A worker waits on a pipe whose writing end it holds too: after kill -9 of the parent it would wait for ever."""
+    """A worker waits on a pipe whose writing end it holds too: after kill -9 of the parent it would
+    wait for ever.
+    """
     from multiprocessing import connection, parent_process
 
     parent = parent_process()

@@ -10,10 +10,11 @@ REPLACEMENT = "\ufffd".encode()
 
 
 class AddedText:
-    """What each token adds to the text after `context`: in some vocabularies a space depends on the tokens on both sides.
+    """What each token adds to the text after `context`: in some vocabularies a space depends on the
+    tokens on both sides.
 
-    Hugging Face's decoders return U+FFFD for an incomplete character; tokens are held back until it is
-    complete.
+    Hugging Face's decoders return U+FFFD for an incomplete character; tokens are held back until it
+    is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
@@ -38,10 +39,11 @@ class AddedText:
 
 
 class Continuation:
-    """One sample as it grows. `pieces` of text are final: the possible beginning of a stop string or character is held back.
+    """One sample as it grows. `pieces` of text are final: the possible beginning of a stop string
+    or character is held back.
 
-    `token_ids` are all that were drawn except end-of-text; if a stop string ended the text, they reach
-    past it. `finish_reason` is empty while the sample grows.
+    `token_ids` are all that were drawn except end-of-text; if a stop string ended the text, they
+    reach past it. `finish_reason` is empty while the sample grows.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: list[int], stops: Sequence[str] = ()) -> None:
@@ -85,6 +87,7 @@ class Continuation:
             self.pieces.append(self._waiting[: min(found)[1]])
             self.finish_reason = "stop"
             return
+        # What may still become a stop string is held back: a terminal takes no text back.
         ready = len(self._waiting) - max((overlap(self._waiting, stop) for stop in self.stops), default=0)
         self.pieces.append(self._waiting[:ready])
         self._waiting = self._waiting[ready:]

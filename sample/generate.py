@@ -1,7 +1,8 @@
 """The loop that asks for the next token.
 
-The model sees at most `block_size` tokens. When the window is full, its older half is dropped and the
-newer half is read again at the first positions, which costs one prefill every block_size / 2 tokens.
+The model sees at most `block_size` tokens. When the window is full, its older half is dropped and
+the newer half is read again at the first positions, which costs one prefill every block_size / 2
+tokens.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ DRAWN_AT_A_TIME = 128  # random numbers of a sample, by one call of torch.rand
 
 
 class Tokens(NamedTuple):
-    """The next id of every sample, and the logarithms of the probabilities that the model gave them, if asked for."""
+    """The next id of every sample, and the log-probabilities by the model, if asked for."""
 
     ids: list[int]
     log_probabilities: list[float]
@@ -29,7 +30,7 @@ class Tokens(NamedTuple):
 def generate(
     decoder: Decoder, prompt: list[int], *, max_new_tokens: int, choice: Choice, seed: int, scored: bool = False
 ) -> Iterator[Tokens]:
-    """Yields the next token of each of the decoder's samples, which continue `prompt`; it must not be empty.
+    """Yields the next token of each sample of the decoder. `prompt` must not be empty.
 
     Raises UserError if logits are not finite, even at a position that few texts reach.
     """
@@ -60,7 +61,10 @@ def log_probabilities(logits: Tensor, chosen: Tensor) -> Tensor:
 
 
 def uniforms(seed: int, samples: int, device: torch.device) -> Iterator[Tensor]:
-    """Endless rows (samples,) of random numbers in [0, 1). Those of sample i do not depend on the number of samples."""
+    """Endless rows (samples,) of random numbers in [0, 1), float64.
+
+    Those of sample i do not depend on the number of samples.
+    """
     dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
     seeds = [xxhash.xxh3_64_intdigest(b"sample:%d:%d" % (seed, sample)) for sample in range(samples)]
     # Drawn on the CPU, so that a seed gives the same numbers on every device.

@@ -14,12 +14,12 @@ REMEMBERED_LINES = 1000
 
 
 def at_terminal() -> bool:
-    """Whether a person types the lines; otherwise they come from a pipe, which is read to its end."""
+    """Whether a person types the lines; otherwise they are read to the end of a pipe."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def ask() -> Iterator[str]:
-    """Every line, until Ctrl-D or the end of the pipe. Ctrl-C at the sign discards the line. Raises UserError."""
+    """Every line, until Ctrl-D or the end of the pipe; Ctrl-C discards a line. Raises UserError."""
     if not at_terminal():
         yield from _piped_lines()
         return
@@ -55,7 +55,7 @@ def _piped_lines() -> Iterator[str]:
 
 @contextmanager
 def _history(path: Path) -> Iterator[None]:
-    """Lines of earlier starts at the arrow keys; none without readline or a writable folder. Only the user may read them."""
+    """Lines of earlier starts at the arrow keys; none without readline or a writable folder."""
     try:
         import readline
     except ImportError:
@@ -64,6 +64,7 @@ def _history(path: Path) -> Iterator[None]:
     readline.set_history_length(REMEMBERED_LINES)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Prompts may be private; chmod is for a file that existed with other permissions.
         path.touch(mode=0o600)
         path.chmod(0o600)
         readline.read_history_file(path)

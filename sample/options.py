@@ -8,7 +8,7 @@ from pipeline.config.keys import DTYPES
 from pipeline.errors import UserError
 
 STDIN = Path("-")
-# Beyond these float32 logits may overflow; one token, or a few, have all the probability long before.
+# Beyond these, float32 logits may overflow; long before, one token or a few have all probability.
 MIN_TEMPERATURE = 1e-3
 MIN_PENALTY, MAX_PENALTY = 0.01, 100
 _RANGES = {

@@ -25,7 +25,7 @@ def run(options: SampleOptions) -> None:
     try:
         write_samples(options)
     except BrokenPipeError:
-        # The reader, such as head, has exited; without this Python prints an error when it flushes stdout at exit.
+        # The reader, such as `head`, has exited: at exit, Python would print an error for stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -36,6 +36,7 @@ def write_samples(options: SampleOptions) -> None:
     folder = find_checkpoint(options.ckpt, options.run_dir)
     decoder, tokenizer = load(folder, options)
     encoded = [_encode(prompt, tokenizer) for prompt in prompts]
+    # Logged, so that a text can be repeated.
     seed = int.from_bytes(os.urandom(4)) if options.seed is None else options.seed
     logger.info("seed %d", seed)
     writer = Writer(decoder, tokenizer, options)
@@ -46,7 +47,7 @@ def write_samples(options: SampleOptions) -> None:
 
 
 def load(folder: Path, options: SampleOptions) -> tuple[Decoder, Tokenizer]:
-    """The decoder copies the weights into its layout; those of the model are freed when this returns."""
+    """The decoder copies the weights into its layout; the model's are freed at the return."""
     device = pick_device(options.device)
     model, tokenizer = load_model(folder)
     dtype, why = pick_dtype(options.dtype, device, model.config.n_embd)
@@ -55,7 +56,7 @@ def load(folder: Path, options: SampleOptions) -> tuple[Decoder, Tokenizer]:
 
 
 def converse(writer: "Writer", seed: int) -> None:
-    """Continue line after line, each without those before it: the model was trained on documents, not on conversations."""
+    """Continue each line alone: the model was trained on documents, not on conversations."""
     if at_terminal():
         logger.info("each line is a new prompt, an empty line begins a document; Ctrl-C stops a sample, Ctrl-D exits")
     for number, line in enumerate(ask()):
@@ -77,7 +78,7 @@ def _encode(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
 
 
 class Writer:
-    """Writes the samples of one prompt after the other: as text with lines between them, or as JSON objects."""
+    """Writes samples prompt by prompt: as text with lines between them, or as JSON objects."""
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, options: SampleOptions) -> None:
         self.decoder, self.tokenizer, self.options = decoder, tokenizer, options
@@ -113,7 +114,7 @@ class Writer:
         self.separator = SEPARATOR
 
     def _put(self, text: str) -> None:
-        """Exactly, into a file or a pipe. On a terminal control characters are escaped: a model's text is no command."""
+        """Exactly, into a file or a pipe. For a terminal, control characters are escaped."""
         sys.stdout.write(printable(text, keep=LAYOUT) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
@@ -129,7 +130,7 @@ class Writer:
         sys.stdout.flush()
 
     def _note_window(self, prompt: int, drawn: int) -> None:
-        """Log, once, that a text of `prompt` + `drawn` tokens exceeded the context. The last token drawn was never read."""
+        """Log, once, that a text exceeded the context. The last token drawn was never read."""
         block_size = self.decoder.block_size
         if prompt + max(0, drawn - 1) > block_size and not self.window_was_noted:
             self.window_was_noted = True

@@ -1,7 +1,7 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, scored by its model for Hugging Face folders, which every checkpoint is.
+"""Tasks of EleutherAI's lm-evaluation-harness, by its model for Hugging Face folders.
 
-Of code in data only --task-dir's `!function` runs: never remote model code, dataset scripts (datasets 4 dropped them),
-pickles, metrics fetched as scripts, or programs that a model wrote (the harness's `unsafe_code`).
+Of code in data only --task-dir's `!function` runs: never remote model code, dataset scripts (which
+datasets 4 dropped), pickles, metrics fetched as scripts, or programs that a model wrote.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from score.options import EvalOptions
 
 
 def find_tasks(options: EvalOptions) -> TaskManager:
-    """The tasks of --task-dir, which take precedence, and the harness's. Raises UserError for names that neither has."""
+    """The tasks of --task-dir, which take precedence, and the harness's. Raises UserError."""
     manager = TaskManager(include_path=options.task_dir, include_defaults=options.task_dir is None)
     if not set(options.tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=options.task_dir)  # reads the harness's 15,000 files, which takes some 10 s
@@ -38,7 +38,7 @@ def find_tasks(options: EvalOptions) -> TaskManager:
 def open_model(folder: Path, scorer: Scorer) -> HFLM:
     """The checkpoint on the rank's device, with float32 weights as in training."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it advises against a model given as an object
-    # From a folder's name the harness would have accelerate connect the ranks, of which only the first is here.
+    # Given a name, the harness has accelerate connect the ranks, of which only the first is here.
     model = AutoModelForCausalLM.from_pretrained(
         folder, device_map=scorer.world.device, dtype="float32", use_safetensors=True, trust_remote_code=False
     )
@@ -47,7 +47,7 @@ def open_model(folder: Path, scorer: Scorer) -> HFLM:
 
 
 def score_tasks(manager: TaskManager, folder: Path, scorer: Scorer, options: EvalOptions) -> dict[str, dict[str, Any]]:
-    """Metric -> value, or None, for every task and group; with a filter of the harness the metric is `metric,filter`."""
+    """Metrics by task or group; one of a filter of the harness is `metric,filter`."""
     os.environ["DISABLE_MULTIPROC"] = "1"  # resampling takes seconds, as starting a process for every core would
     evaluate.load = None  # it fetches metrics as scripts
     datasets.packaged_modules._PACKAGED_DATASETS_MODULES.pop("pandas", None)  # it reads pickles

@@ -1,4 +1,4 @@
-"""The loss of a model over a complete split: every token but the first, which nothing predicts, is scored once.
+"""The loss of a model over a complete split: every token but the first is scored exactly once.
 
     window k   reads    tokens [k stride, k stride + block_size)
                scores   the tokens after them, except those that an earlier window has scored
@@ -45,14 +45,14 @@ class Scorer:
         return self.model.config.block_size
 
     def logits(self, ids: Tensor, where: Tensor, documents: Tensor | None = None) -> Tensor:
-        """(n, V), float32: the logits at the n positions of `ids` (B, T) that are true in `where` (B, T), row by row."""
+        """(n, V), float32: logits at the n positions of `ids` (B, T) that are true in `where`."""
         with autocast(self.world.device, self.dtype):
             return finite(self.model.logits(ids, documents, where))
 
 
 @dataclass(frozen=True)
 class Score:
-    """`loss` is the mean over `tokens`, in nats. None: shards of another program do not record it."""
+    """`loss` is the mean over `tokens`, in nats. None: not recorded by another program's shards."""
 
     loss: float
     tokens: int
@@ -69,7 +69,7 @@ class Score:
 
 
 def mean_score(scores: list[Score], weights: list[float]) -> Score:
-    """The score of a mixture in whose samples each dataset has its weight: the loss that training calls `val_loss`."""
+    """The score of a mixture, with each dataset's weight: its loss is training's val_loss."""
     documents = [score.documents for score in scores if score.documents is not None]
     lengths = [score.bytes_per_token for score in scores if score.bytes_per_token is not None]
     return Score(
@@ -110,7 +110,10 @@ def split_loss(scorer: Scorer, reader: TokenReader, stride: int, end_of_text: in
 
 
 def read_windows(reader: TokenReader, starts: range, block_size: int, stride: int) -> tuple[Tensor, Tensor]:
-    """Windows (B, block_size + 1), int64, padded with zeros, and which of their targets (B, block_size) to score, bool."""
+    """Windows (B, block_size + 1), int64, padded with zeros, and which of their targets to score.
+
+    The latter are (B, block_size), bool.
+    """
     windows = np.zeros((len(starts), block_size + 1), dtype=np.int64)
     scored = np.zeros((len(starts), block_size), dtype=np.bool_)
     for row, start in enumerate(starts):

@@ -11,8 +11,8 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """The options of `pipeline eval`. Without `data`, the loss is measured on the datasets that the checkpoint was trained
-    on, or not at all if there are `tasks`.
+    """The options of `pipeline eval`. Without `data`, the loss is measured on the datasets that the
+    checkpoint was trained on, or not at all if there are `tasks`.
     """
 
     ckpt: str
@@ -45,6 +45,6 @@ def check_options(options: EvalOptions) -> None:
         raise UserError(
             f"invalid --task-dir {options.task_dir}: not a folder; expected one with the YAML files of tasks"
         )
-    # transformers and accelerate: extras of lm-eval, which its model for Hugging Face folders imports.
+    # lm-eval's model for Hugging Face folders imports transformers and accelerate, its extras.
     if options.tasks and not all(map(importlib.util.find_spec, ("lm_eval", "transformers", "accelerate"))):
         raise UserError("--tasks requires EleutherAI's lm-evaluation-harness: pip install 'gpt-pipeline[eval]'")

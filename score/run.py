@@ -80,6 +80,7 @@ def score(options: EvalOptions, world: World) -> dict[str, Any]:
         stride = block_size if options.stride is None else options.stride
         if not 1 <= stride <= block_size:
             raise UserError(f"invalid --stride {stride}: expected 1 to {block_size}, the model's block_size")
+        # All that can be wrong is found before the first of the hours that scoring may take.
         datasets = [] if options.tasks and not options.data else open_datasets(subject, options)
         tasks = find_tasks(options) if options.tasks and world.is_first else None
     step = subject.description.step if subject.description else None
@@ -182,7 +183,8 @@ def find_tasks(options: EvalOptions) -> Any:
 def score_tasks(subject: Subject, index: Any, options: EvalOptions) -> dict[str, Any]:
     """The metrics of every task, on every rank; the first one computes them while the others wait.
 
-    The harness could share requests among GPUs of one machine, but neither among CPU processes nor among machines.
+    The harness could share requests among GPUs of one machine, but neither among CPU processes nor
+    among machines.
     """
     world = subject.scorer.world
     scores: dict[str, Any] = {}

@@ -5,7 +5,9 @@ from typing import Any
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report of `score.run` in the order of its parts: the checkpoint, its losses, its scores on tasks."""
+    """The report of `score.run` in the order of its parts: the checkpoint, its losses, its scores
+    on tasks.
+    """
     step = "" if report["step"] is None else f", step {report['step']:,}"
     lines = [f"{report['ckpt']}{step}, block_size {report['block_size']:,}"]
     if rows := report["datasets"]:
@@ -40,6 +42,7 @@ def format_number(value: float | int | None) -> str:
 
 def format_table(titles: list[str], rows: list[list[str]], names: int = 1) -> list[str]:
     """Aligned columns: the first `names` to the left, the numbers behind them to the right."""
+    # Widths fit the longest cell: nothing is truncated, since the table may be read from a file.
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     return [
         "  ".join(f"{cell:{'<' if at < names else '>'}{widths[at]}}" for at, cell in enumerate(row)).rstrip()

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tree import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 # What pip says where the build backend itself cannot be fetched: no fault of ours.
@@ -35,29 +36,30 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def sources(folder: Path) -> set[str]:
-    packages = ("pipeline", "prepare", "train", "sample", "score")
-    return {str(path.relative_to(folder)) for package in packages for path in (folder / package).rglob("*.py")}
+def files(folder: Path, kinds: tuple[str, ...]) -> dict[str, bytes]:
+    """Those of our packages, by their path in `folder`."""
+    found = [path for package in PACKAGES for kind in kinds for path in (folder / package).rglob(f"*.{kind}")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found if "configs" not in path.parts}
 
 
-def test_the_wheel_holds_the_packages_the_presets_and_the_rank_table(installed: Path) -> None:
-    assert sources(installed) == sources(ROOT)
-    for inside, outside in (("pipeline/configs", "configs"), ("pipeline/slurm", "slurm"), ("pipeline", "pipeline")):
-        for path in (path for kind in ("toml", "sbatch", "tiktoken") for path in (ROOT / outside).glob(f"*.{kind}")):
-            assert (installed / inside / path.name).read_bytes() == path.read_bytes()
-    assert (installed / "pipeline" / "gpt2.tiktoken").is_file()
-    assert (installed / "pipeline" / "configs" / "gpt2-124m.toml").is_file()
-    assert (installed / "pipeline" / "slurm" / "train.sbatch").is_file()
+def test_the_wheel_holds_the_packages_the_presets_the_scripts_and_the_rank_table(installed: Path) -> None:
+    kinds = ("py", "sbatch", "tiktoken")
+    assert files(installed, kinds) == files(ROOT, kinds)
+    presets = {path.name: path.read_bytes() for path in (ROOT / "configs").glob("*.toml")}
+    assert {path.name: path.read_bytes() for path in (installed / "pipeline" / "configs").iterdir()} == presets
+    assert "gpt2-124m.toml" in presets
+    assert (installed / "slurm" / "train.sbatch").is_file()
+    assert (installed / "pipeline" / "vocabulary" / "gpt2.tiktoken").is_file()
 
 
 def test_the_wheel_holds_nothing_else(installed: Path) -> None:
     tops = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
-    assert tops == {"pipeline", "prepare", "train", "sample", "score"}
+    assert tops == set(PACKAGES)
 
 
 def test_the_wheel_declares_the_command(installed: Path) -> None:
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
-    assert "pipeline = pipeline.cli:main" in entry_points.read_text()
+    assert "pipeline = pipeline.cli.main:main" in entry_points.read_text()
 
 
 def test_an_installed_program_finds_its_batch_scripts_from_any_folder(installed: Path, tmp_path: Path) -> None:
@@ -71,7 +73,7 @@ def test_an_installed_program_finds_its_batch_scripts_from_any_folder(installed:
         check=True,
     )
     assert "\n#SBATCH --array=0-1\n" in done.stdout
-    assert f"{installed}/pipeline/slurm/merge.sbatch data/stdlib" in done.stderr
+    assert f"{installed}/slurm/merge.sbatch data/stdlib" in done.stderr
 
 
 def test_an_installed_program_finds_its_presets_from_any_folder(installed: Path, tmp_path: Path) -> None:

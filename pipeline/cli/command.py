@@ -1,7 +1,9 @@
-"""What every command has: options made of a stage's dataclass, and a help page in sections that fit 80 columns.
+"""What every command has: options made of a stage's dataclass, and a help page in sections that fit
+80 columns.
 
-A stage's options class holds each name, type and default; what is written here is how a field appears on the command
-line. The class is imported when its command is parsed or its help is asked for, so that `pipeline --help` needs none.
+A stage's options class holds each name, type and default; what is written here is how a field
+appears on the command line. The class is imported when its command is parsed or its help is asked
+for, so that `pipeline --help` needs none.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +21,9 @@ Rows = Iterable[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Shown:
-    """How a field of the options appears: its help, and what differs from the field's own name and type."""
+    """How a field of the options appears: its help, and what differs from the field's own name and
+    type.
+    """
 
     help: str
     flag: str = ""  # by default the field's name
@@ -40,7 +44,8 @@ class Argument(click.Argument):
 class Command(click.Command):
     """A command of one group of `pipeline --help`.
 
-    The first line of `help` is its line there. `sections` give more of its own page; `example` is a command to copy.
+    The first line of `help` is its line there. `sections` give more of its own page; `example` is a
+    command to copy.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Command(click.Command):
         self._from_options: list[click.Parameter] = []
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        # Every page and parse of click asks for the parameters here first.
         if self.options is not None and not self._from_options:
             by_name = {entry.name: entry for entry in fields(self.options())}
             self._from_options = [parameter_of(by_name[name], shown) for name, shown in self.shown.items()]
@@ -67,10 +73,13 @@ class Command(click.Command):
             raise
 
     def options_from(self, parameters: dict[str, Any]) -> Any:
-        """The options class filled by name from those of the parsed `parameters` that were given."""
+        """The options class filled by name from those of the parsed `parameters` that were
+        given.
+        """
         assert self.options is not None
         kind = self.options()
         types = {entry.name: entry.type for entry in fields(kind)}
+        # None stands for an option that was not given: the class's default holds.
         given = {name: value for name, value in parameters.items() if name in types and value is not None}
         return kind(**{name: list(v) if get_origin(types[name]) is list else v for name, v in given.items()})
 
@@ -80,7 +89,9 @@ class Command(click.Command):
         return parameters
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Call the command's function with its parameters; where it has options, with those as one object first."""
+        """Call the command's function with its parameters; where it has options, with those as one
+        object first.
+        """
         if self.options is None or self.callback is None:
             return super().invoke(ctx)
         options = self.options_from(ctx.params)
@@ -102,7 +113,9 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """Commands under headings, none of their lines truncated; without a command it shows its help."""
+    """Commands under headings, none of their lines truncated; without a command it shows its
+    help.
+    """
 
     def __init__(self, *arguments: Any, group: str = "", example: str = "", **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -139,7 +152,9 @@ def write_example(formatter: click.HelpFormatter, example: str) -> None:
 
 
 def parameter_of(entry: "Field[Any]", shown: Shown) -> click.Parameter:
-    """A field of an options class as click has it: of a list, an option that may be given several times."""
+    """A field of an options class as click has it: of a list, an option that may be given several
+    times.
+    """
     kind, many = _type_of(entry.type)
     if shown.kind is not None:
         kind, many = shown.kind, False

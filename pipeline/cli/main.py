@@ -1,4 +1,6 @@
-"""The program: its commands, and what each way to end means as an exit code and a line on stderr."""
+"""The program: its commands, and what each way to end means as an exit code and a line on
+stderr.
+"""
 
 import errno
 import sys
@@ -21,7 +23,9 @@ COMPLETION_VARIABLE = "_PIPELINE_COMPLETE"  # by which a shell asks for completi
 
 
 def main() -> None:
-    """Run one command. Exit codes: 0 done, 2 the user can fix it (one line on stderr), 3 diverged, 1 our bug."""
+    """Run one command. Exit codes: 0 done, 2 the user can fix it (one line on stderr), 3 diverged,
+    1 our bug.
+    """
     log.configure()
     _settle_encoding()
     try:
@@ -48,13 +52,16 @@ def _usage_error(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     message = error.format_message().rstrip(".")
     command = context.command_path if context else "pipeline"
+    # nanoGPT and Hugging Face have flags where we have config keys: --max_iters, --learning-rate.
     if isinstance(error, click.NoSuchOption) and not error.possibilities and command.endswith("train"):
         message += training.key_hint(error.option_name)
     return f"{message} (see {command} --help)"
 
 
 def _settle_encoding() -> None:
-    """Text on stdout is UTF-8 in a file or a pipe, whatever the locale; a terminal shows escaped what it has no sign for."""
+    """Text on stdout is UTF-8 in a file or a pipe, whatever the locale; a terminal shows escaped
+    what it has no sign for.
+    """
     if isinstance(sys.stdout, TextIOWrapper):
         at_terminal = sys.stdout.isatty()
         sys.stdout.reconfigure(

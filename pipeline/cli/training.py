@@ -40,13 +40,15 @@ def config_of(arguments: list[str]) -> Config:
     try:
         return config_from_arguments(arguments)
     except UserError:
-        if launch.rank():
+        if launch.rank():  # it read the same arguments as rank 0
             launch.leave_to_first()
         raise
 
 
 def key_hint(option: str) -> str:
-    """For an option that `train` does not have: config keys have no dashes, whatever other programs do."""
+    """For an option that `train` does not have: config keys have no dashes, whatever other programs
+    do.
+    """
     return f": config keys are given as SECTION.KEY=VALUE{did_you_mean(option, '=VALUE')}" if keys_for(option) else ""
 
 
@@ -80,13 +82,15 @@ def train(
 ) -> None:
     """Train a model on a prepared dataset.
 
-    Each process of torchrun, or task of srun, is a rank. A run that was stopped or killed is resumed by the same command.
+    Each process of torchrun, or task of srun, is a rank. A run that was stopped or killed is
+    resumed by the same command.
     """
     config = config_of(config_arguments(arguments, resume))
     if print_run_dir:
         click.echo(config.run_dir.absolute())
         return
     launch.check_nodes()
+    # Imported after the checks, as torch takes seconds from a shared disk.
     from sample.preview import preview
     from train.run import run
 

@@ -28,7 +28,8 @@ def fits(entry: "Field[Any]", value: Any) -> bool:
     if choices:
         return value in choices
     numbers = value if isinstance(value, tuple) else (value,)
-    # NaN compares false with everything; neither TOML nor JSON has a form for infinity that the other one reads.
+    # NaN compares false with everything; neither TOML nor JSON has a form for infinity that the
+    # other one reads.
     return not bounds or all(
         number < math.inf and all(COMPARE[sign](number, bound) for sign, bound in bounds.items()) for number in numbers
     )
@@ -57,6 +58,7 @@ def _contradictions(config: Config) -> list[str]:
         for source in config.data.mixture
         if not 0 < source.weight < math.inf
     ]
+    # Each only where the single values are valid: one mistake is reported once.
     if model.n_head > 0 and model.n_embd % model.n_head:
         faults.append(f"model.n_embd={model.n_embd} is not a multiple of model.n_head={model.n_head}")
     if 0 < optimizer.lr < optimizer.min_lr:

@@ -1,7 +1,7 @@
 """Every config key, with its default, its bounds and its line of help. No torch.
 
-A new key needs a reader outside this package, bounds where it is a number, and a line in docs/train.md: tests/pipeline/
-test_config.py says which is missing.
+A new key needs a reader outside this package, bounds where it is a number, and a line in
+docs/train.md: tests/pipeline/test_config.py says which is missing.
 """
 
 import json
@@ -20,7 +20,8 @@ def key(
     default: T, text: str, choices: tuple[T, ...] = (), *,
     at_least: float | None = None, above: float | None = None, below: float | None = None,
 ) -> T:  # fmt: skip
-    """A config key: its default, its line for `--help`, and the values it may take: a short list, or an interval.
+    """A config key: its default, its line for `--help`, and the values it may take: a short list,
+    or an interval.
 
     The bounds of a pair of numbers hold for both. A number is finite in any case.
     """
@@ -70,7 +71,8 @@ class ModelConfig:
     dropout: float = key(0.0, "probability; 0 is usual for pretraining", at_least=0, below=1)
     bias: bool = key(True, "biases in linear layers and layer norms")
     tie_weights: bool = key(True, "share the token embedding with the output head")
-    # "block" keeps each block's input and recomputes the rest in the backward pass: about a third more work.
+    # "block" keeps each block's input and recomputes the rest in the backward pass: about a third
+    # more work.
     activation_checkpointing: str = key("none", "save memory, recompute activations", ("none", "block"))
     init_from: str = key("", "start from these weights: a folder or hf:ORG/NAME")
 
@@ -99,9 +101,11 @@ class TrainConfig:
     # Set by memory, not by learning: accumulation makes up the rest of tokens_per_step.
     micro_batch_size: int = key(16, "sequences of one forward pass, each rank", at_least=1)
     # Steps that are skipped: a loss or gradient that is not finite, or a spike.
-    max_bad_steps: int = key(20, "bad steps in a row before the run gives up", at_least=1)
-    spike_z_score: float = key(0.0, "standard deviations that are a spike; 0: off", at_least=0)
-    spike_window: int = key(128, "gradient norms that a new one is compared with", at_least=2)
+    max_bad_steps: int = key(20, "skipped steps in a row before the run gives up", at_least=1)
+    # Standard deviations above the mean of the last gradient norms; until there are spike_window,
+    # none is skipped.
+    spike_z_score: float = key(0.0, "skip gradients so many deviations above; 0: off", at_least=0)
+    spike_window: int = key(128, "last gradient norms that a new one is compared with", at_least=2)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ class EvalConfig:
 class CheckpointConfig:
     every_steps: int = key(1000, "steps between checkpoints; the last step has one", at_least=1)
     keep: int = key(3, "newest checkpoints kept, besides the best", at_least=1)
-    # auto resumes where there is a checkpoint; must refuses to start from scratch, never refuses to resume.
+    # auto resumes where there is a checkpoint; must refuses to start from scratch, never refuses to
+    # resume.
     resume: str = key("auto", "auto, must, never, or a name such as step_00001000")
 
 
@@ -128,8 +133,8 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    # ddp: every rank holds the whole model; fsdp shards weights, gradients and optimizer state over all ranks, hsdp
-    # over those of a node.
+    # ddp: every rank holds the whole model; fsdp shards weights, gradients and optimizer state over
+    # all ranks, hsdp over those of a node.
     strategy: str = key("ddp", "how ranks share the model", ("ddp", "fsdp", "hsdp"))
     check_every_steps: int = key(1000, "steps between comparing weights; 0: at start", at_least=0)
 
@@ -157,7 +162,9 @@ class Config:
         return self.data.mixture or (WeightedDataset(self.data.dataset, 1.0),)
 
     def dataset_dir(self, dataset: str) -> Path:
-        """A name under data.data_dir wins over a path, so that a stray folder cannot take a dataset's place."""
+        """A name under data.data_dir wins over a path, so that a stray folder cannot take a
+        dataset's place.
+        """
         named = Path(self.data.data_dir) / dataset
         return Path(dataset) if not named.is_dir() and Path(dataset).is_dir() else named
 
@@ -173,7 +180,9 @@ KEYS: dict[str, Any] = {
 
 
 def help_rows(section: str) -> Iterator[tuple[str, str]]:
-    """For `pipeline train --help`: `name=default` of each key of a section, as it is typed, and its line."""
+    """For `pipeline train --help`: `name=default` of each key of a section, as it is typed, and its
+    line.
+    """
     for entry in fields(SECTIONS[section]):
         default = entry.default if isinstance(entry.default, str) else json.dumps(entry.default)
         choices = ", ".join(entry.metadata["choices"])

@@ -1,11 +1,11 @@
 """From TOML and the command line to a checked Config, without torch.
 
-Precedence by example: `lr` defaults to 6e-4; a file with `lr = 3e-4` under `[optimizer]` wins over that, and
-`optimizer.lr=1e-4` on the command line over both. Unknown keys are refused with the nearest name, and all faults are
-reported together.
+Precedence by example: `lr` defaults to 6e-4; a file with `lr = 3e-4` under `[optimizer]` wins over
+that, and `optimizer.lr=1e-4` on the command line over both. Unknown keys are refused with the
+nearest name, and all faults are reported together.
 
-What follows from elsewhere has no key: the vocabulary comes with the dataset, the number of accumulated micro-batches
-from `train.tokens_per_step` and the number of ranks.
+What follows from elsewhere has no key: the vocabulary comes with the dataset, the number of
+accumulated micro-batches from `train.tokens_per_step` and the number of ranks.
 """
 
 import json
@@ -31,7 +31,8 @@ def config_from_arguments(arguments: list[str]) -> Config:
 
 
 def load_config(name_or_path: str, overrides: list[str]) -> Config:
-    """The config of a preset's name or a TOML file's path, with `section.key=value` overrides on top.
+    """The config of a preset's name or a TOML file's path, with `section.key=value` overrides on
+    top.
 
     Raises UserError with every fault found.
     """
@@ -45,6 +46,7 @@ def load_config(name_or_path: str, overrides: list[str]) -> Config:
     faults: list[str] = []
     for override in overrides:
         _apply_override(document, override, faults)
+    # The run's folder needs a name: the file's, unless it is given.
     run = document.setdefault("run", {})
     if isinstance(run, dict) and not run.get("name"):
         run["name"] = path.stem
@@ -52,7 +54,9 @@ def load_config(name_or_path: str, overrides: list[str]) -> Config:
 
 
 def from_dict(document: dict[str, Any], faults: list[str] | None = None) -> Config:
-    """A checked Config from nested dictionaries. Raises UserError with every fault, those passed in first."""
+    """A checked Config from nested dictionaries. Raises UserError with every fault, those passed in
+    first.
+    """
     faults = [] if faults is None else faults
     sections = {}
     for section, keys in document.items():
@@ -97,7 +101,9 @@ def toml_value(value: Any) -> str:
 
 
 def find_config(name_or_path: str) -> Path:
-    """The file of a config given as a path, or as the name of a preset. Raises UserError with the presets' names."""
+    """The file of a config given as a path, or as the name of a preset. Raises UserError with the
+    presets' names.
+    """
     path, presets = Path(name_or_path), preset_files()
     if path.suffix == ".py" and path.is_file():
         names = translated(path.read_text(encoding="utf-8", errors="replace"))
@@ -105,6 +111,7 @@ def find_config(name_or_path: str) -> Path:
             f"{path} is a Python config, as nanoGPT has them, which is not run: write its values as section.key=value, "
             f"or into a TOML file ({names})"
         )
+    # A file of the same name wins, so that a copy of a preset can be edited in place.
     if path.is_file():
         return path
     if name_or_path.removesuffix(".toml") in presets:
@@ -117,7 +124,9 @@ def find_config(name_or_path: str) -> Path:
 
 
 def preset_files() -> dict[str, Path]:
-    """The presets by name: `configs/` next to the packages in a checkout; inside this package in an installed wheel."""
+    """The presets by name: `configs/` next to the packages in a checkout; inside this package in an
+    installed wheel.
+    """
     package = Path(__file__).parents[1]
     checkout = package.parent / "configs"
     folder = checkout if checkout.is_dir() else package / "configs"
@@ -138,6 +147,7 @@ def _apply_override(document: dict[str, Any], override: str, faults: list[str]) 
         return
     keys = document.setdefault(section, {})
     if isinstance(keys, dict):
+        # Text is taken as typed: the value of run.name=124 is not a number.
         entry = KEYS.get(f"{section}.{key_name}")
         keys[key_name] = text if entry is not None and entry.type is str else _parse_value(text)
 
@@ -164,7 +174,10 @@ def _section_from_dict(section: str, keys: dict[str, Any], faults: list[str]) ->
 
 
 def _coerce(value: Any, wanted: Any) -> Any:
-    """`value` as `wanted`, without guessing: a bool is not a number, nor is text, but 1 is a float."""
+    """`value` as `wanted`, without guessing: a bool is not a number, nor is text, but 1 is a
+    float.
+    """
+    # In Python a bool is an int, so each number is also asked not to be one.
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if wanted in (bool, str, float) and isinstance(value, wanted):

@@ -1,11 +1,13 @@
-"""What other programs call our keys, presets and models: for "did you mean", and for the tables in the docs.
+"""What other programs call our keys, presets and models: for "did you mean", and for the table in
+README.md.
 
-Only names that differ from ours are listed: `n_layer` is `model.n_layer`, and is found without a table.
+Only names that differ from ours are listed: `n_layer` is `model.n_layer`, and is found without a
+table.
 """
 
 import ast
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.config.keys import KEYS
@@ -36,7 +38,6 @@ LITGPT = {
     "save_interval": "checkpoint.every_steps", "log_interval": "log.every_steps", "precision": "run.dtype",
     "initial_checkpoint_dir": "model.init_from", "betas": "optimizer.betas",
 }  # fmt: skip
-PROGRAMS = {"nanoGPT": NANOGPT, "Hugging Face": HUGGING_FACE, "LitGPT": LITGPT}
 OTHER_NAMES = LITGPT | HUGGING_FACE | NANOGPT | {"steps": "train.max_steps", "context_length": "model.block_size"}
 # What the value has to become, where it cannot be taken over.
 _PAIR, _TOKENS, _TYPE = (
@@ -60,22 +61,18 @@ PRESETS = {
 HUB_MODELS = {name: f"hf:openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
-def rows(program: str) -> Iterator[tuple[str, str, str]]:
-    """For the docs, a row for each name of `program`: the name, our key, and what the value has to become."""
-    for name, key in PROGRAMS[program].items():
-        yield name, key, NOTES.get(name, "")
-
-
 def keys_for(name: str) -> list[str]:
-    """Our keys for a name without a section, as any program writes it: `learning_rate`, `--max-steps`, `n_layer`."""
+    """Our keys for a name without a section, as any program writes it: `learning_rate`,
+    `--max-steps`, `n_layer`.
+    """
     if _plain(name) in OTHER_NAMES:
         return [OTHER_NAMES[_plain(name)]]
     return [key for key in KEYS if key.partition(".")[2] == _plain(name)]
 
 
 def did_you_mean(name: str, value: str = "") -> str:
-    """For an unknown `section.key`, or a key without a section: what was meant, with `value` where that can stay; else
-    what there is.
+    """For an unknown `section.key`, or a key without a section: what was meant, with `value` where
+    that can stay; else what there is.
     """
     section, dot, key = name.partition(".") if "." in name else ("", "", name)
     meant = keys_for(key) or difflib.get_close_matches(name, KEYS, n=1)
@@ -103,7 +100,9 @@ def hub_hint(name: str) -> str:
 
 
 def translated(source: str) -> str:
-    """The names that a Python config of nanoGPT assigns, each with our key. The file is parsed and never run."""
+    """The names that a Python config of nanoGPT assigns, each with our key. The file is parsed and
+    never run.
+    """
     try:
         assigned = [
             target for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets

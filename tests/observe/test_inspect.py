@@ -150,7 +150,7 @@ def test_a_bare_shard_is_decoded_as_gpt2s(tmp_path: Path, before: bool, capsys: 
     path.write_bytes(llm_c(ids) if before else ids.tobytes())
     found = described(path, capsys)
     (split,) = found["splits"].values()
-    assert found["program"] == ("llm.c" if before else "nanoGPT") and "GPT-2's vocabulary" in found["note"]
+    assert found["program"] == ("llm.c" if before else "nanoGPT") and "assumed to be GPT-2's" in found["note"]
     assert [entry["text"] for entry in split["beginnings"]] == texts
     assert (split["documents"], split["bytes"]) == (2, len("".join(texts).encode()))
     assert split["document_lengths"]["max"] == max(len(part) - 1 for part in parts)

@@ -75,7 +75,7 @@ def test_a_flipped_bit_breaks_the_hash(dataset: Path, capsys: pytest.CaptureFixt
     recorded = hash_file(dataset / "train_00001.bin")
     edit_ids(dataset / "train_00001.bin", 3, ord("E"))
     found = hash_file(dataset / "train_00001.bin")
-    assert faults(dataset, capsys) == [f"train_00001.bin has the hash {found}, the manifest wants {recorded}"]
+    assert faults(dataset, capsys) == [f"train_00001.bin has the hash {found}, but the manifest records {recorded}"]
 
 
 def test_every_fault_of_every_shard_is_listed(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,8 +85,8 @@ def test_every_fault_of_every_shard_is_listed(dataset: Path, capsys: pytest.Capt
     first, *others = faults(dataset, capsys)
     assert first.startswith("train_00000.bin has the hash ")
     assert others == [
-        "train_00000.bin holds 3 documents, the manifest wants 2",
-        "train_00000.bin holds 37 bytes of text, the manifest wants 38",
+        "train_00000.bin has 3 documents, but the manifest records 2",
+        "train_00000.bin has 37 bytes of text, but the manifest records 38",
         "train_00001.bin is missing, expected 68 bytes",
         "val_00000.bin has 3 bytes, expected 36 bytes",
     ]
@@ -98,8 +98,8 @@ def test_swapped_shards_are_told_from_damaged_ones(dataset: Path, capsys: pytest
     second.rename(first)
     (dataset / "aside").rename(second)
     assert faults(dataset, capsys) == [
-        "train_00000.bin holds what the manifest says of train_00001.bin: a wrong name",
-        "train_00001.bin holds what the manifest says of train_00000.bin: a wrong name",
+        "train_00000.bin has the content of train_00001.bin: renamed",
+        "train_00001.bin has the content of train_00000.bin: renamed",
     ]
 
 
@@ -110,15 +110,15 @@ def test_ids_outside_the_vocabulary_are_counted_and_the_first_is_placed(
         edit_ids(dataset / "train_00000.bin", position, value)
     edit_manifest(dataset, "train", 0, bytes=36)
     assert faults(dataset, capsys) == [
-        "train_00000.bin holds 2 id(s) outside the vocabulary of 257; the first, at position 9, is 300"
+        "train_00000.bin has 2 id(s) outside the vocabulary of 257: the first is 300 at position 9"
     ]
 
 
 def test_counts_of_the_manifest_are_counted_again(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_manifest(dataset, "train", 1, documents=3, bytes=30)
     assert faults(dataset, capsys) == [
-        "train_00001.bin holds 2 documents, the manifest wants 3",
-        "train_00001.bin holds 32 bytes of text, the manifest wants 30",
+        "train_00001.bin has 2 documents, but the manifest records 3",
+        "train_00001.bin has 32 bytes of text, but the manifest records 30",
     ]
 
 
@@ -126,7 +126,7 @@ def test_a_shard_ends_with_end_of_text(dataset: Path, capsys: pytest.CaptureFixt
     edit_ids(dataset / "train_00001.bin", -1, ord("x"))
     edit_manifest(dataset, "train", 1, documents=1, bytes=33)
     assert faults(dataset, capsys) == [
-        "train_00001.bin does not end with end-of-text: its last id, at position 33, is 120"
+        "train_00001.bin does not end with end-of-text: its last id is 120 at position 33"
     ]
 
 
@@ -136,9 +136,9 @@ def test_a_document_in_both_splits_is_placed_in_both(tmp_path: Path, capsys: pyt
         "val": [["only here"], ["also here", "x", "shared by both"]],
     }
     assert faults(write_documents(tmp_path, splits), capsys) == [
-        "train_00001.bin is in both splits: the document of 14 ids at position 6 is in val_00001.bin too, at 12; "
+        "train_00001.bin has documents that are in both splits: one of 14 tokens at position 6, in val_00001.bin at 12, "
         "and 2 more of this shard",
-        "train_00002.bin is in both splits: the document of 1 ids at position 0 is in val_00001.bin too, at 10; "
+        "train_00002.bin has documents that are in both splits: one of 1 tokens at position 0, in val_00001.bin at 10, "
         "and 1 more of this shard",
     ]
 
@@ -163,13 +163,13 @@ def test_other_files_in_the_folder_are_a_remark(dataset: Path, capsys: pytest.Ca
     (dataset / "train_00002.bin.partial").touch()
     (dataset / ".lock").touch()
     run(dataset)
-    assert capsys.readouterr().out.startswith("remark: not named by the manifest: train_00002.bin.partial\nverified: ")
+    assert capsys.readouterr().out.startswith("remark: not in the manifest: train_00002.bin.partial\nverified: ")
 
 
 def test_a_files_name_cannot_command_the_terminal(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (dataset / "a\x1b[2Jb").touch()
     run(dataset)
-    assert "remark: not named by the manifest: a\\x1b[2Jb\n" in capsys.readouterr().out
+    assert "remark: not in the manifest: a\\x1b[2Jb\n" in capsys.readouterr().out
 
 
 def test_a_single_shard_is_held_against_its_line_of_the_manifest(
@@ -202,7 +202,7 @@ def test_shards_of_others_are_checked_as_far_as_they_tell(
 ) -> None:
     run(write(tmp_path))
     out = capsys.readouterr().out
-    assert "keeps no hashes: damage that leaves ids in the vocabulary is not seen" in out
+    assert "records no hashes: damage is found only if it gives ids outside the vocabulary" in out
     assert "every id is below 50,257, no document is in both splits" in out and "2,200 tokens, 55 documents" in out
 
 
@@ -210,7 +210,7 @@ def test_a_document_in_both_of_nanogpts_files_is_found(tmp_path: Path, capsys: p
     write_nanogpt(tmp_path)
     np.concatenate([ids_of(50, seed=1), ids_of(5, seed=2)[40:80]]).tofile(tmp_path / "train.bin")
     assert faults(tmp_path, capsys) == [
-        "train.bin is in both splits: the document of 39 ids at position 2000 is in val.bin too, at 40"
+        "train.bin has documents that are in both splits: one of 39 tokens at position 2000, in val.bin at 40"
     ]
 
 
@@ -230,7 +230,7 @@ def test_an_id_that_gpt2_does_not_have_is_placed_behind_the_header(
     path = tmp_path / "x_train_000001.bin"
     path.write_bytes(llm_c(ids))
     assert faults(path, capsys) == [
-        f"{path} holds 1 id(s) outside the vocabulary of 50,257; the first, at position 50, is 50257"
+        f"{path} has 1 id(s) outside the vocabulary of 50,257: the first is 50257 at position 50"
     ]
 
 
