@@ -99,7 +99,7 @@ class Model:
         ids = encode_prompt(prompt, self.tokenizer) if prompt else [self.tokenizer.end_of_text]
         seed = int.from_bytes(os.urandom(4)) if chosen.seed is None else chosen.seed
         text = Continuation(self.tokenizer, ids if prompt else [], chosen.stop)
-        steps = generate(self._decoder, ids, max_new_tokens=chosen.max_new_tokens, choice=chosen.choice, seed=seed)
+        steps = generate(self._decoder, ids, max_new_tokens=chosen.max_new_tokens, choice=chosen, seed=seed)
         for _ in grow([text], steps):
             pass
         return text.text
