@@ -43,28 +43,21 @@ def run(config: Config, *, dry_run: bool = False, stage_to: Path | None = None, 
     `stage_to`: the folder on each node's local disk for copies of the datasets; `preview`:
     continues eval.sample_prompt.
     """
-    world = ranks.start(config.run.device)
-    try:
-        return run_on(world, config, dry_run=dry_run, stage_to=stage_to, preview=preview)
-    finally:
-        ranks.stop()
-
-
-def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None, preview: Preview | None) -> str:
-    """`run`, on ranks that have found each other."""
     folder = RunFolder(config.run_dir)
-    with world.fail_together():
-        mixture = Mixture(config)
-        if world.is_first:  # for its complaints, which should come before a folder is created
-            resume.candidates(folder.checkpoints, config.checkpoint.resume)
-    # A node may mount another disk, or an older copy of a config: better a line now than a curve
-    # that means nothing.
-    world.check_agreement("the dataset", mixture.fingerprint)
-    world.check_agreement("the config", to_dict(config))
-    if stage_to is not None:
-        mixture = stage(mixture, config, world, into=stage_to, dry_run=dry_run)
-    mesh = parallel.mesh_of(config.parallel.strategy, world)
     with ExitStack() as stack:
+        world = ranks.start(config.run.device)
+        stack.callback(ranks.stop)
+        with world.fail_together():
+            mixture = Mixture(config)
+            if world.is_first:  # for its errors, which should come before a folder is created
+                resume.candidates(folder.checkpoints, config.checkpoint.resume)
+        # A node may mount another disk, or an older copy of a config: better a line now than a curve
+        # that means nothing.
+        world.check_agreement("the dataset", mixture.fingerprint)
+        world.check_agreement("the config", to_dict(config))
+        if stage_to is not None:
+            mixture = stage(mixture, config, world, into=stage_to, dry_run=dry_run)
+        mesh = parallel.mesh_of(config.parallel.strategy, world)
         with world.fail_together():
             trainer, introduction = assemble(config, world, mixture, mesh=mesh, preview=preview)
             if world.is_first and not dry_run:
@@ -72,7 +65,7 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
                 stack.enter_context(one_writer(folder.path, patience_s=patience_s))
                 stack.enter_context(also_to_file(folder.log))
             logger.info("%s", introduction)
-            start = start_point(config, mixture, dry_run) if world.is_first else None
+            start = resume.start_point(config, mixture, dry_run) if world.is_first else None
         # Only rank 0 looks at the checkpoints: another one might see an older state of a network
         # disk.
         start = world.gather(start)[0]
@@ -126,16 +119,6 @@ def notes(config: Config, mixture: Mixture) -> list[str]:
             "where the learning rate should reach its minimum: the run ends while it still rises"
         )
     return lines
-
-
-def start_point(config: Config, mixture: Mixture, dry_run: bool) -> Path | None:
-    """The checkpoint to resume from, verified; None for a fresh start. Raises UserError where none
-    of several can be used.
-    """
-    checkpoints = RunFolder(config.run_dir).checkpoints
-    return resume.start_point(
-        checkpoints, config.checkpoint.resume, lambda saved: resume.check_same_run(saved, config, mixture), dry_run
-    )
 
 
 def initialise(trainer: Trainer, start: Path | None) -> None:

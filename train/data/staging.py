@@ -91,7 +91,7 @@ def stage(mixture: Mixture, config: Config, world: World, *, into: Path, dry_run
     # Collectives give up after half an hour, and a copy may take longer.
     with world.fail_together(PATIENCE):
         if world.local_rank == 0:
-            bring(stagings, dry_run)
+            copy_missing(stagings, dry_run)
     staged = mixture
     with world.fail_together():
         if not dry_run:
@@ -99,7 +99,7 @@ def stage(mixture: Mixture, config: Config, world: World, *, into: Path, dry_run
     return staged
 
 
-def bring(stagings: list[Staging], dry_run: bool) -> None:
+def copy_missing(stagings: list[Staging], dry_run: bool) -> None:
     """Copy what is missing, or log what would be copied. Raises UserError, also for errors of the
     disk.
     """
