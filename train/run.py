@@ -43,21 +43,30 @@ def run(config: Config, *, dry_run: bool = False, stage_to: Path | None = None, 
     `stage_to`: the folder on each node's local disk for copies of the datasets; `preview`:
     continues eval.sample_prompt.
     """
+    world = ranks.start(config.run.device)
+    try:
+        return run_on(world, config, dry_run=dry_run, stage_to=stage_to, preview=preview)
+    finally:
+        ranks.stop()
+
+
+def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None, preview: Preview | None) -> str:
+    """`run`, on ranks that have found each other. A function, so that nothing refers to the trainer
+    and its process group when the ranks part: with a reference, a rank may hang at its end.
+    """
     folder = RunFolder(config.run_dir)
+    with world.fail_together():
+        mixture = Mixture(config)
+        if world.is_first:  # for its errors, which should come before a folder is created
+            resume.candidates(folder.checkpoints, config.checkpoint.resume)
+    # A node may mount another disk, or an older copy of a config: better a line now than a curve
+    # that means nothing.
+    world.check_agreement("the dataset", mixture.fingerprint)
+    world.check_agreement("the config", to_dict(config))
+    if stage_to is not None:
+        mixture = stage(mixture, config, world, into=stage_to, dry_run=dry_run)
+    mesh = parallel.mesh_of(config.parallel.strategy, world)
     with ExitStack() as stack:
-        world = ranks.start(config.run.device)
-        stack.callback(ranks.stop)
-        with world.fail_together():
-            mixture = Mixture(config)
-            if world.is_first:  # for its errors, which should come before a folder is created
-                resume.candidates(folder.checkpoints, config.checkpoint.resume)
-        # A node may mount another disk, or an older copy of a config: better a line now than a curve
-        # that means nothing.
-        world.check_agreement("the dataset", mixture.fingerprint)
-        world.check_agreement("the config", to_dict(config))
-        if stage_to is not None:
-            mixture = stage(mixture, config, world, into=stage_to, dry_run=dry_run)
-        mesh = parallel.mesh_of(config.parallel.strategy, world)
         with world.fail_together():
             trainer, introduction = assemble(config, world, mixture, mesh=mesh, preview=preview)
             if world.is_first and not dry_run:
