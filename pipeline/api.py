@@ -51,8 +51,6 @@ def load(
     from pipeline.checkpoint.load import load_model
     from pipeline.machine.device import pick_device, pick_dtype
 
-    if (Path(checkpoint) / "checkpoints").is_dir():  # a run's folder stands for its newest checkpoint
-        checkpoint, run_dir = "latest", checkpoint
     folder = find_checkpoint(str(checkpoint), None if run_dir is None else Path(run_dir))
     place = pick_device(device)
     model, tokenizer = load_model(folder)

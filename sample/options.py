@@ -15,7 +15,9 @@ MIN_PENALTY, MAX_PENALTY = 0.01, 100
 
 @dataclass(frozen=True)
 class Choice:
-    """How a token is chosen. Temperature 0 takes the likeliest; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off."""
+    """How a token is chosen. Temperature 0 takes the likeliest; top_k 0, top_p 1, min_p 0 and
+    repetition_penalty 1 are off.
+    """
 
     temperature: float = 1.0
     top_k: int = 50

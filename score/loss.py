@@ -65,6 +65,7 @@ class Score:
 
 def mean_score(scores: list[Score], weights: list[float]) -> Score:
     """The score of a mixture, with each dataset's weight: its loss is training's val_loss."""
+    # Weighted as training mixes them, whatever the sizes of their splits.
     documents = [score.documents for score in scores if score.documents is not None]
     lengths = [score.bytes_per_token for score in scores if score.bytes_per_token is not None]
     return Score(

@@ -28,7 +28,7 @@ from train.run import run as train
 @pytest.mark.slow
 def test_text_goes_to_stdout_and_the_log_to_stderr(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--prompt", "ABC", "--seed", "1", "--max-new-tokens", "30")
-    result = run_program("sample", "--ckpt", "latest", *options, cwd=inside)
+    result = run_program("sample", "--ckpt", "runs/run", *options, cwd=inside)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("ABC") and len(result.stdout) > 20
     assert "step_00000010" in result.stderr and "seed 1" in result.stderr

@@ -1,7 +1,8 @@
 """Datasets copied to the node's local disk, from which its ranks then read: `train --stage DIR`.
 
     DIR/NAME-FINGERPRINT/     the shards, the vocabulary's file and the manifest of one dataset, and
-        .staged               the full fingerprint, written last: a folder that has it is complete, and every hash matched
+        .staged               the full fingerprint, written last: a folder that has it is complete,
+                              and every hash matched
 
 Each node copies once: a second job there waits for the first, and a later one uses the copy if its
 marker and the sizes of its files are right. Bytes are not hashed again then: `pipeline verify` does
