@@ -22,7 +22,7 @@ FIXED_KEYS = (
 )  # fmt: skip
 
 # Earlier versions went back a few steps after a spike, and recorded here the samples to pass over.
-SKIPPED_SAMPLES = "skipped_samples.jsonl"
+SKIPPED = "skipped_samples.jsonl"
 
 
 def candidates(checkpoints: Path, resume: str) -> list[Path]:
@@ -65,7 +65,13 @@ def start_point(config: Config, mixture: Mixture, dry_run: bool) -> Path | None:
     can, the command or the disk is at fault, and everything stays as it is.
     """
     rejected: list[tuple[Path, UserError]] = []
-    for folder in candidates(RunFolder(config.run_dir).checkpoints, config.checkpoint.resume):
+    folders = candidates(RunFolder(config.run_dir).checkpoints, config.checkpoint.resume)
+    if folders and (skips := config.run_dir / SKIPPED).is_file():
+        raise UserError(
+            f"{skips} lists samples that an earlier version of this program skipped, and this one would train on: "
+            "remove the file to accept that, or choose another run.name"
+        )
+    for folder in folders:
         try:
             _check(folder, config, mixture)
         except UserError as error:
@@ -85,12 +91,6 @@ def start_point(config: Config, mixture: Mixture, dry_run: bool) -> Path | None:
 
 def check_same_run(saved: Description, config: Config, mixture: Mixture) -> None:
     """Raises UserError where resuming would not be the same run; logs which other keys changed."""
-    skips = config.run_dir / SKIPPED_SAMPLES
-    if skips.is_file():
-        raise UserError(
-            f"{skips} lists samples that an earlier version of this program skipped, and this one would train on: "
-            "remove the file to accept that, or choose another run.name"
-        )
     if saved.dataset != mixture.fingerprint:
         raise UserError(
             f"{config.run_dir} was trained on another dataset (fingerprint {saved.dataset[:12]}) than {mixture} "
