@@ -62,7 +62,7 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def compare(folder: Path, dtype: torch.dtype, samples: int, new_tokens: int, rounds: int) -> str:
+def compare(folder: Path, dtype: torch.dtype, *, samples: int, new_tokens: int, rounds: int) -> str:
     """One row of the table."""
     model = LanguageModel(load_config("gpt2-124m", []).model, BytePairTokenizer("gpt2").vocab_size).to(dtype).eval()
     runs = [
@@ -99,7 +99,7 @@ def main() -> None:
         write_model(Path(name), LanguageModel(load_config("gpt2-124m", []).model, tokenizer.vocab_size), tokenizer)
         for samples in (1, 8):
             for dtype in (torch.float32, torch.bfloat16):
-                row = compare(Path(name), dtype, samples, options.new_tokens, options.rounds)
+                row = compare(Path(name), dtype, samples=samples, new_tokens=options.new_tokens, rounds=options.rounds)
                 print(row, flush=True)
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
+from gguf.quants import quantize
 
 from pipeline.checkpoint.layout_gpt2 import POSITIONS, GPT2Layout
 from pipeline.errors import UserError
@@ -37,7 +39,6 @@ class Vocabulary:
 def write(path: Path, model: LanguageModel, tokenizer: Tokenizer, *, name: str, dtype: torch.dtype) -> None:
     """Write model and vocabulary. Raises UserError for a vocabulary that GGUF cannot describe."""
     vocabulary = vocabulary_of(tokenizer)
-    gguf = _library()
     kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[str(dtype).removeprefix("torch.")]
     writer = gguf.GGUFWriter(path, "gpt2")
     _describe(writer, name, model)
@@ -71,14 +72,6 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(tokens, [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs], special)
 
 
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("--format gguf needs the package gguf, which is not installed: pip install gguf") from None
-    return gguf
-
-
 def _describe(writer: Any, name: str, model: LanguageModel) -> None:
     config = model.config
     writer.add_name(name)
@@ -92,19 +85,14 @@ def _describe(writer: Any, name: str, model: LanguageModel) -> None:
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary, end_of_text: int) -> None:
-    from gguf import TokenType
-
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     # Unused ids need a string too; llama.cpp's converter calls them [PAD<id>].
     writer.add_token_list([f"[PAD{i}]" if token is None else token for i, token in enumerate(vocabulary.tokens)])
-    types = {True: TokenType.UNUSED, False: TokenType.NORMAL}
-    writer.add_token_types(
-        [
-            TokenType.CONTROL if i in vocabulary.special else types[token is None]
-            for i, token in enumerate(vocabulary.tokens)
-        ]
-    )
+    types = [gguf.TokenType.UNUSED if token is None else gguf.TokenType.NORMAL for token in vocabulary.tokens]
+    for special in vocabulary.special:
+        types[special] = gguf.TokenType.CONTROL
+    writer.add_token_types(types)
     writer.add_token_merges(vocabulary.merges)
     writer.add_bos_token_id(end_of_text)
     writer.add_eos_token_id(end_of_text)
@@ -113,10 +101,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, end_of_text: int) -> No
 
 
 def _add_tensors(writer: Any, model: LanguageModel, kind: str) -> None:
-    from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
-    from gguf.quants import quantize
-
-    names = get_tensor_name_map(MODEL_ARCH.GPT2, model.config.n_layer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
     parameters = dict(model.named_parameters())
     layout = GPT2Layout()
     for name, shape in layout.shapes(model.config, model.vocab_size).items():
@@ -125,6 +110,6 @@ def _add_tensors(writer: Any, model: LanguageModel, kind: str) -> None:
         if name in layout.vocabulary_rows:
             tensor = tensor[: model.vocab_size]
         half = tensor.ndim == 2 and name != POSITIONS
-        stored_as = GGMLQuantizationType[kind if half else "F32"]
+        stored_as = gguf.GGMLQuantizationType[kind if half else "F32"]
         data = quantize(tensor.float().contiguous().numpy(), stored_as)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=stored_as)

@@ -1,5 +1,6 @@
 """`pipeline export`: a checkpoint -> a folder or file to publish, with a model card."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -11,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from export import gguf
 from export.model_card import model_card
 from export.options import ExportOptions
 from pipeline.checkpoint.find import find_checkpoint
@@ -44,6 +44,8 @@ def run(options: ExportOptions) -> None:
             partial.mkdir()
         gguf_file = "" if options.format == "safetensors" else GGUF_FILE
         if gguf_file:
+            from export import gguf  # the only part that needs that package
+
             gguf.write(partial if to_file else partial / gguf_file, model, tokenizer, name=name, dtype=dtype)
         else:
             _write_folder(partial, model, tokenizer, dtype)
@@ -62,6 +64,8 @@ def _check_options(options: ExportOptions) -> None:
     for name, value, choices in (("dtype", options.dtype, DTYPES), ("format", options.format, FORMATS)):
         if value not in choices:
             raise UserError(f"invalid --{name} {value!r}: expected {', '.join(choices)}")
+    if options.format == "gguf" and importlib.util.find_spec("gguf") is None:
+        raise UserError("--format gguf requires the package gguf, which is not installed: pip install gguf")
     is_file = options.to.suffix == ".gguf"
     if is_file and options.format != "gguf":
         raise UserError(f"--to {options.to} names a GGUF file: add --format gguf, or name a folder")

@@ -45,10 +45,13 @@ def run(path: Path) -> None:
 
 
 def _verify_checkpoint(folder: Path) -> None:
-    from pipeline.checkpoint.folder import read_description, verify_files
+    from pipeline.checkpoint.folder import DESCRIPTION, read_description, verify_files
 
     description = read_description(folder)
     verify_files(folder, description)
+    strays = sorted(path.name for path in folder.iterdir() if path.name not in (*description.files, DESCRIPTION))
+    if strays:  # such as the README.md of an exported model, which its owner may edit
+        sys.stdout.write(f"remark: not in {DESCRIPTION}: {printable(format_list(strays))}\n")
     sys.stdout.write(f"verified: {folder}: step {description.step}, hashes of {len(description.files)} files match\n")
 
 

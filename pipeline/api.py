@@ -51,8 +51,6 @@ def load(
     from pipeline.checkpoint.load import load_model
     from pipeline.machine.device import pick_device, pick_dtype
 
-    if (Path(checkpoint) / "checkpoints").is_dir():  # a run's folder stands for its newest checkpoint
-        checkpoint, run_dir = "latest", checkpoint
     folder = find_checkpoint(str(checkpoint), None if run_dir is None else Path(run_dir))
     place = pick_device(device)
     model, tokenizer = load_model(folder)
@@ -99,7 +97,7 @@ class Model:
         ids = encode_prompt(prompt, self.tokenizer) if prompt else [self.tokenizer.end_of_text]
         seed = int.from_bytes(os.urandom(4)) if chosen.seed is None else chosen.seed
         text = Continuation(self.tokenizer, ids if prompt else [], chosen.stop)
-        steps = generate(self._decoder, ids, max_new_tokens=chosen.max_new_tokens, choice=chosen.choice, seed=seed)
+        steps = generate(self._decoder, ids, max_new_tokens=chosen.max_new_tokens, choice=chosen, seed=seed)
         for _ in grow([text], steps):
             pass
         return text.text

@@ -88,8 +88,9 @@ class Writer:
         """Continue `ids`, the tokens of the prompt, or end-of-text without one."""
         options = self.options
         texts = [Continuation(self.tokenizer, ids if prompt else [], options.stop) for _ in range(options.num_samples)]
-        length, choice, scored = options.max_new_tokens, options.choice, options.json
-        steps = generate(self.decoder, ids, max_new_tokens=length, choice=choice, seed=seed, scored=scored)
+        steps = generate(
+            self.decoder, ids, max_new_tokens=options.max_new_tokens, choice=options, seed=seed, scored=options.json
+        )
         alone = options.num_samples == 1 and not options.json
         if alone:  # written as it grows; several grow together, so each is written when all are complete
             self._begin(prompt)

@@ -20,12 +20,17 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError, one_line
+from pipeline.log import logger
 from score.loss import Scorer
 from score.options import EvalOptions
 
 
 def find_tasks(options: EvalOptions) -> TaskManager:
-    """The tasks of --task-dir, which take precedence, and the harness's. Raises UserError."""
+    """The tasks of --task-dir, which take precedence, and the harness's. Raises UserError for an
+    unknown name.
+    """
+    if options.task_dir is not None:
+        logger.info("note: Python functions that the tasks in %s name with !function are run", options.task_dir)
     manager = TaskManager(include_path=options.task_dir, include_defaults=options.task_dir is None)
     if not set(options.tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=options.task_dir)  # reads the harness's 15,000 files, which takes some 10 s
@@ -48,6 +53,9 @@ def open_model(folder: Path, scorer: Scorer) -> HFLM:
 
 def score_tasks(manager: TaskManager, folder: Path, scorer: Scorer, options: EvalOptions) -> dict[str, dict[str, Any]]:
     """Metrics by task or group; one of a filter of the harness is `metric,filter`."""
+    # The harness would compare NaNs and call the first choice the likeliest.
+    if not all(parameter.isfinite().all() for parameter in scorer.model.parameters()):
+        raise UserError(f"{folder} has weights that are not finite, so it is damaged: use another checkpoint")
     os.environ["DISABLE_MULTIPROC"] = "1"  # resampling takes seconds, as starting a process for every core would
     evaluate.load = None  # it fetches metrics as scripts
     datasets.packaged_modules._PACKAGED_DATASETS_MODULES.pop("pandas", None)  # it reads pickles

@@ -44,11 +44,6 @@ class Scorer:
     def block_size(self) -> int:
         return self.model.config.block_size
 
-    def logits(self, ids: Tensor, where: Tensor, documents: Tensor | None = None) -> Tensor:
-        """(n, V), float32: logits at the n positions of `ids` (B, T) that are true in `where`."""
-        with autocast(self.world.device, self.dtype):
-            return finite(self.model.logits(ids, documents, where))
-
 
 @dataclass(frozen=True)
 class Score:
@@ -70,6 +65,7 @@ class Score:
 
 def mean_score(scores: list[Score], weights: list[float]) -> Score:
     """The score of a mixture, with each dataset's weight: its loss is training's val_loss."""
+    # Weighted as training mixes them, whatever the sizes of their splits.
     documents = [score.documents for score in scores if score.documents is not None]
     lengths = [score.bytes_per_token for score in scores if score.bytes_per_token is not None]
     return Score(
@@ -102,7 +98,8 @@ def split_loss(scorer: Scorer, reader: TokenReader, stride: int, end_of_text: in
             windows, scored = windows.to(world.device), scored.to(world.device)
             inputs, targets = windows[:, :-1], windows[:, 1:]
             documents = None if end_of_text is None else document_numbers(inputs, end_of_text)
-            logits = scorer.logits(inputs, scored, documents)
+            with autocast(world.device, scorer.dtype):
+                logits = finite(scorer.model.logits(inputs, documents, scored))
             losses = F.cross_entropy(logits, targets[scored], reduction="none")
             total += float(losses.cpu().double().sum())
             progress.advance(len(windows) * world.size)

@@ -14,6 +14,7 @@ from pipeline.checkpoint.load import read_model
 from pipeline.checkpoint.open import open_model
 from pipeline.config.keys import Config
 from pipeline.config.load import from_dict
+from pipeline.dataset.mixture import check_same_vocabulary
 from pipeline.dataset.shards import Manifest, TokenReader, load_manifest
 from pipeline.errors import UserError
 from pipeline.log import logger
@@ -82,7 +83,11 @@ def score(options: EvalOptions, world: World) -> dict[str, Any]:
             raise UserError(f"invalid --stride {stride}: expected 1 to {block_size}, the model's block_size")
         # All that can be wrong is found before the first of the hours that scoring may take.
         datasets = [] if options.tasks and not options.data else open_datasets(subject, options)
-        tasks = find_tasks(options) if options.tasks and world.is_first else None
+        tasks = None
+        if options.tasks and world.is_first:
+            from score.harness import find_tasks  # it takes seconds to import
+
+            tasks = find_tasks(options)
     step = subject.description.step if subject.description else None
     report: dict[str, Any] = {"ckpt": str(folder), "step": step, "block_size": block_size}
     report |= score_datasets(subject, datasets, options.split, stride)
@@ -115,7 +120,8 @@ def open_datasets(subject: Subject, options: EvalOptions) -> list[Dataset]:
     for entry in config.datasets:
         folder = config.dataset_dir(entry.dataset)
         manifest = load_manifest(folder)
-        check_vocabulary(subject, folder, manifest)
+        expected, known = subject.tokenizer.spec(), fingerprints(subject.folder, subject.tokenizer)
+        check_same_vocabulary(folder, manifest.tokenizer, of=subject.folder, expected=expected, fingerprints=known)
         datasets.append(Dataset(entry.dataset, entry.weight / total_weight, folder, manifest))
         if manifest.is_foreign:
             logger.info("note: %s's shards do not record the bytes of their text: no bits per byte", manifest.program)
@@ -123,17 +129,6 @@ def open_datasets(subject: Subject, options: EvalOptions) -> list[Dataset]:
     if len(datasets) == 1 and trained_on not in ("", datasets[0].manifest.fingerprint):
         logger.info("note: %s has changed since the checkpoint was trained on it", datasets[0].folder)
     return datasets
-
-
-def check_vocabulary(subject: Subject, folder: Path, manifest: Manifest) -> None:
-    """Raises UserError unless the same id is the same token in dataset and checkpoint."""
-    ours, theirs = subject.tokenizer.spec(), manifest.tokenizer
-    if theirs["fingerprint"] not in fingerprints(subject.folder, subject.tokenizer):
-        raise UserError(
-            f"{folder} has the vocabulary {theirs['name']} ({theirs['vocab_size']:,} tokens, end-of-text "
-            f"{theirs['end_of_text']}), but {subject.folder} has {ours['name']} ({ours['vocab_size']:,} tokens, end-of-text "
-            f"{ours['end_of_text']}): prepare the text with the checkpoint's tokenizer"
-        )
 
 
 def score_datasets(subject: Subject, datasets: list[Dataset], split: str, stride: int) -> dict[str, Any]:
@@ -171,16 +166,7 @@ def figures(score: Score | None) -> dict[str, Any]:
     return {name: getattr(score, name, None) for name in FIGURES}
 
 
-def find_tasks(options: EvalOptions) -> Any:
-    """The index that has the tasks of the options. Raises UserError for a name that is unknown."""
-    from score.harness import find_tasks  # it takes seconds to import
-
-    if options.task_dir is not None:
-        logger.info("note: Python functions that the tasks in %s name with !function are run", options.task_dir)
-    return find_tasks(options)
-
-
-def score_tasks(subject: Subject, index: Any, options: EvalOptions) -> dict[str, Any]:
+def score_tasks(subject: Subject, tasks: Any, options: EvalOptions) -> dict[str, Any]:
     """The metrics of every task, on every rank; the first one computes them while the others wait.
 
     The harness could share requests among GPUs of one machine, but neither among CPU processes nor
@@ -189,14 +175,9 @@ def score_tasks(subject: Subject, index: Any, options: EvalOptions) -> dict[str,
     world = subject.scorer.world
     scores: dict[str, Any] = {}
     with world.fail_together(PATIENCE):
-        # The harness would compare NaNs and call the first choice the likeliest.
-        if not all(parameter.isfinite().all() for parameter in subject.scorer.model.parameters()):
-            raise UserError(
-                f"{subject.folder} has weights that are not finite, so it is damaged: use another checkpoint"
-            )
         if world.is_first:
             from score.harness import score_tasks
 
-            scores = score_tasks(index, subject.folder, subject.scorer, options)
+            scores = score_tasks(tasks, subject.folder, subject.scorer, options)
     scores = world.gather(scores)[0]
     return scores

@@ -1,9 +1,9 @@
-"""What a login node can find wrong with a job: its options, queue, config and datasets."""
+"""What a login node can find wrong with a job: its options, queue, config, folders and datasets."""
 
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipeline.budget import accumulation_steps
@@ -14,7 +14,7 @@ from pipeline.dataset.windows import check_length
 from pipeline.errors import UserError
 from pipeline.files import holder
 from slurm import sbatch
-from slurm.doctor import Finding, Status, examine
+from slurm.doctor import Status, examine
 from slurm.job import Job, Script, ask
 
 # How options start that --sbatch may not set because the checks rest on them, and the option that
@@ -55,18 +55,21 @@ def job_faults(job: Job, own_options: dict[str, str], script: Script, dry_run: b
         elif not re.fullmatch(r"[a-z][a-z-]+=\S.*", other):
             yield f"invalid --sbatch {other!r}: expected OPTION=VALUE, such as qos=long"
     # The script is ours, but a site may have changed it.
-    yield from (format_finding(finding) for finding in examine(script.text) if finding.status is Status.FAIL)
+    yield from findings(script, Status.FAIL)
     yield from _partition_faults(job, script.cpus)
 
 
-def format_finding(finding: Finding) -> str:
-    return f"{finding.found}; {finding.advice} (line {finding.line} of the script)"
+def findings(script: Script, status: Status) -> Iterator[str]:
+    """What `pipeline doctor` says of the script's directives, errors or warnings."""
+    for finding in examine(script.text):
+        if finding.status is status:
+            yield f"{finding.found}; {finding.advice} (line {finding.line} of the script)"
 
 
 def _partition_faults(job: Job, cpus: int) -> Iterator[str]:
     """What no node of the partition can give: SLURM would keep the job waiting for ever."""
     # --all: hidden partitions take jobs too.
-    listed = ask("sinfo", "--all", "--noheader", "--exact", "--format=%P|%l|%D|%c")
+    listed = ask(["sinfo", "--all", "--noheader", "--exact", "--format=%P|%l|%D|%c"])
     rows = re.findall(r"^(\S+?)(\*?)\|(\S+)\|(\d+)\|(\d+)$", listed, flags=re.MULTILINE)
     limits = {name: limit for name, _, limit, _, _ in rows}
     default = next((name for name, star, *_ in rows if star), "")
@@ -87,11 +90,27 @@ def _partition_faults(job: Job, cpus: int) -> Iterator[str]:
         yield f"--cpus-per-task {cpus} is more than the {most_cpus} of a node of partition {name}"
 
 
+def nearest(path: Path) -> Path:
+    """`path`, or the lowest folder above it that exists."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def unwritable(folders: Iterable[Path]) -> Iterator[str]:
+    """Which of the folders cannot be created or written to, and why."""
+    for folder in folders:
+        existing = nearest(folder)
+        if not existing.is_dir():
+            yield f"cannot create {folder}: {existing} is a file; choose another folder"
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            yield f"cannot write to {folder}: no permission to write to {existing}; choose another folder"
+
+
 def duplicates(script: Script, runs: list[Config]) -> Iterator[str]:
     """Another job, or another process, that does the same work."""
     name = script.options.get("job-name", "")
-    ours = ("--all", f"--user={os.getuid()}", f"--name={name}")
-    queue = ask("squeue", "--noheader", *ours, "--format=%A|%T|%Z") if name else ""
+    command = ["squeue", "--all", "--noheader", f"--user={os.getuid()}", f"--name={name}", "--format=%A|%T|%Z"]
+    queue = ask(command) if name else ""
     same = {tuple(line.split("|")[:2]) for line in queue.splitlines() if line.split("|")[2:] == [str(Path.cwd())]}
     for job_id, state in sorted(same):
         yield (

@@ -47,6 +47,12 @@ Named = dict[str, sbatch.Directive]
 Check = Callable[[Named, str], Iterator[Finding]]
 
 
+def interpreter(named: Named, text: str) -> Iterator[Finding]:
+    if not text.startswith("#!"):
+        found = "the first line names no interpreter: sbatch rejects the script"
+        yield fail(1, "no-interpreter", found, "begin it with #!/bin/bash")
+
+
 def ignored(named: Named, text: str) -> Iterator[Finding]:
     first = sbatch.first_command(text)
     # The lines of a here-document may be those of another script.
@@ -136,7 +142,7 @@ def array(named: Named, text: str) -> Iterator[Finding]:
             yield fail(number, "array-requeue", found, advice)
 
 
-CHECKS: tuple[Check, ...] = (ignored, unexpanded, log_folder, requeue, tasks, times, array)
+CHECKS: tuple[Check, ...] = (interpreter, ignored, unexpanded, log_folder, requeue, tasks, times, array)
 
 
 def examine(text: str) -> list[Finding]:

@@ -111,21 +111,17 @@ def fill(name: str, job: Job, arguments: list[str], lead_s: int = 0) -> Script:
         options["output"] = values.get("output", sbatch.SLURMS_LOG).replace("%j", "%A_%a")
     if "signal" in values and lead_s > sbatch.early_signal(values["signal"]).lead_s:
         options["signal"] = f"{values['signal'].partition('@')[0]}@{lead_s}"
+    python = os.environ.get("PYTHON") or sys.executable  # this one, unless the user names another
     prologue = [
         "# Filled in by `pipeline submit`. sbatch's command line may add arguments after the file name.",
-        f"export PYTHON={shlex.quote(python())}",
+        f"export PYTHON={shlex.quote(python)}",
         f'set -- {shlex.join(arguments)} "$@"',
         "",
     ]
     return Script(options, sbatch.fill(text, options, prologue))
 
 
-def python() -> str:
-    """The job's interpreter: this one unless the user names another."""
-    return os.environ.get("PYTHON") or sys.executable
-
-
-def ask(*command: str) -> str:
+def ask(command: list[str]) -> str:
     """What a SLURM command prints; nothing if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout

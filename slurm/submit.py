@@ -23,8 +23,7 @@ from pipeline.files import holder
 from pipeline.log import logger
 from pipeline.runs import RunFolder
 from slurm import checks, sbatch
-from slurm.doctor import Status, examine
-from slurm.filesystems import nearest, unwritable
+from slurm.doctor import Status
 from slurm.job import Job, Script, fill
 
 # For exiting and the requeue, after the save.
@@ -46,13 +45,11 @@ def train(arguments: list[str], *, config_arguments: list[str], stage: str | Non
     script = fill("train.sbatch", job, arguments, max(map(_measured_lead_s, runs), default=0))
     faults += [
         *checks.job_faults(job, checks.OF_TRAIN, script, dry_run),
-        *unwritable([Path(), *(run.run_dir for run in runs)]),
+        *checks.unwritable([Path(), *(run.run_dir for run in runs)]),
         *checks.duplicates(script, runs),
         *(fault for run in _distinct(runs) for fault in checks.run_faults(run, job)),
     ]
-    if faults:
-        raise UserError("; ".join(dict.fromkeys(faults)))
-    _warn(script)
+    _raise_or_warn(faults, script)
     if script.cpus < job.ranks_per_node:
         logger.warning(
             "warning: %d core(s) for the %d ranks of a node: each trains and reads its data on less than one; raise "
@@ -85,14 +82,12 @@ def prepare(arguments: list[str], *, dataset: Path, tasks: int, job: Job, dry_ru
     script = fill("prepare.sbatch", job, arguments)
     faults = [
         *checks.job_faults(job, checks.OF_PREPARE, script, dry_run),
-        *unwritable([Path(), dataset]),
+        *checks.unwritable([Path(), dataset]),
         *checks.duplicates(script, []),
     ]
     if holding := holder(dataset):
         faults.append(f"{dataset} is being written by {holding}: wait for it, or choose another --name")
-    if faults:
-        raise UserError("; ".join(faults))
-    _warn(script)
+    _raise_or_warn(faults, script)
     logger.info("%d job(s) make %s, each for %s at a time", tasks, dataset, sbatch.format_time(job.time))
     if dry_run:
         sys.stdout.write(script.text)
@@ -136,10 +131,11 @@ def _distinct(runs: list[Config]) -> list[Config]:
     return list({replace(run, run=replace(run.run, name="", seed=0)): run for run in runs}.values())
 
 
-def _warn(script: Script) -> None:
-    for finding in examine(script.text):
-        if finding.status is Status.WARN:
-            logger.warning("warning: %s", checks.format_finding(finding))
+def _raise_or_warn(faults: list[str], script: Script) -> None:
+    if faults:
+        raise UserError("; ".join(dict.fromkeys(faults)))  # two runs may have the same fault
+    for warning in checks.findings(script, Status.WARN):
+        logger.warning("warning: %s", warning)
 
 
 def _report(job_id: str, lines: list[str]) -> None:
@@ -164,7 +160,7 @@ def _arithmetic(config: Config, job: Job) -> Iterator[str]:
     yield f"checkpoints of about {size / 1e6:,.1f} MB, {needed / 1e6:,.1f} MB of them at a time"
     folder = RunFolder(config.run_dir).checkpoints
     existing = sum(file.stat().st_size for file in folder.glob("*/*") if file.is_file())
-    free = shutil.disk_usage(nearest(config.run_dir)).free
+    free = shutil.disk_usage(checks.nearest(config.run_dir)).free
     if free + existing < needed:
         yield f"warning: {config.run_dir} has {free / 1e6:,.0f} MB free: lower checkpoint.keep, or choose another run.dir"
 

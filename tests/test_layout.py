@@ -47,7 +47,7 @@ ORDER = {
     "score": ("options", "loss", "harness", "tables", "run"),
     "observe": ("tables", "shared_documents", "inspect", "verify"),
     "export": ("options", "model_card", "gguf", "run"),
-    "slurm": ("sbatch", "filesystems", "doctor", "job", "checks", "submit"),
+    "slurm": ("sbatch", "doctor", "job", "checks", "submit"),
 }  # fmt: skip
 # Code lines a package may hold: without blanks, comments and docstrings.
 CEILINGS = {

@@ -12,7 +12,7 @@ from pipeline.dataset.windows import evaluation_starts, windows_at
 from pipeline.machine.device import autocast
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
-from train.data.inputs import model_inputs
+from train.data.batches import model_inputs
 from train.parallel import reshard
 
 
@@ -53,8 +53,8 @@ class Evaluation:
         totals = torch.zeros(len(self.readers), dtype=torch.float64)
         for first in range(0, len(batches), self.world.size):
             index = first + self.world.rank
-            # Gathering sharded weights takes all ranks: one without a batch of its own repeats
-            # another, and counts it as 0.
+            # Gathering sharded weights takes all ranks: one without a batch repeats another, and
+            # counts it as 0.
             source, starts = batches[index % len(batches)]
             windows = torch.from_numpy(windows_at(self.readers[source], starts, self.config.model.block_size))
             with autocast(self.world.device, self.dtype):

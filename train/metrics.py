@@ -16,7 +16,7 @@ from train.evaluation import ValLoss
 from train.spikes import StepResult
 
 Row = dict[str, Any]
-# Whoever watches status.json takes a run for dead when it is much older.
+# Readers of status.json take a run for dead when it is much older.
 STATUS_INTERVAL_S = 15.0
 
 

@@ -2,7 +2,6 @@
 leads to a fresh start.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from pipeline.config.load import from_dict, to_dict
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
 from pipeline.log import logger
+from pipeline.runs import RunFolder
 
 # The order of the data and the shapes of the weights follow from these: they cannot change between
 # two starts of a run.
@@ -20,6 +20,9 @@ FIXED_KEYS = (
     "run.seed", "train.tokens_per_step", "model.arch", "model.n_layer", "model.n_head", "model.n_embd",
     "model.block_size", "model.bias", "model.tie_weights", "data.document_mask",
 )  # fmt: skip
+
+# Earlier versions went back a few steps after a spike, and recorded here the samples to pass over.
+SKIPPED = "skipped_samples.jsonl"
 
 
 def candidates(checkpoints: Path, resume: str) -> list[Path]:
@@ -54,17 +57,23 @@ def candidates(checkpoints: Path, resume: str) -> list[Path]:
     return found
 
 
-def start_point(checkpoints: Path, resume: str, check: Callable[[Description], None], dry_run: bool) -> Path | None:
-    """The checkpoint to resume from, None for a fresh start. `check` raises UserError for one that
-    is not of this run.
+def start_point(config: Config, mixture: Mixture, dry_run: bool) -> Path | None:
+    """The checkpoint to resume from, verified; None for a fresh start. Raises UserError where none
+    of several can be used.
 
     Newer ones that cannot be used are set aside once an older one was found that can. Where none
     can, the command or the disk is at fault, and everything stays as it is.
     """
     rejected: list[tuple[Path, UserError]] = []
-    for folder in candidates(checkpoints, resume):
+    folders = candidates(RunFolder(config.run_dir).checkpoints, config.checkpoint.resume)
+    if folders and (skips := config.run_dir / SKIPPED).is_file():
+        raise UserError(
+            f"{skips} lists samples that an earlier version of this program skipped, and this one would train on: "
+            "remove the file to accept that, or choose another run.name"
+        )
+    for folder in folders:
         try:
-            _check(folder, check)
+            _check(folder, config, mixture)
         except UserError as error:
             rejected.append((folder, error))
             continue
@@ -98,7 +107,7 @@ def check_same_run(saved: Description, config: Config, mixture: Mixture) -> None
         logger.info("changed since the checkpoint: %s", ", ".join(changed))
 
 
-def _check(folder: Path, check: Callable[[Description], None]) -> None:
+def _check(folder: Path, config: Config, mixture: Mixture) -> None:
     """Raises UserError unless every byte of a checkpoint is as it was written, under its name, by
     this run.
     """
@@ -106,7 +115,7 @@ def _check(folder: Path, check: Callable[[Description], None]) -> None:
         description = read_description(folder)
         if description.step != step_of(folder):
             raise UserError(f"checkpoint {folder} is damaged: its {DESCRIPTION} is of step {description.step}")
-        check(description)
+        check_same_run(description, config, mixture)
         verify_files(folder, description)
     except OSError as error:
         raise UserError(f"checkpoint {folder} cannot be read: {error}") from None

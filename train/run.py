@@ -51,11 +51,13 @@ def run(config: Config, *, dry_run: bool = False, stage_to: Path | None = None, 
 
 
 def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None, preview: Preview | None) -> str:
-    """`run`, on ranks that have found each other."""
+    """`run`, on ranks that have found each other. A function, so that nothing refers to the trainer
+    and its process group when the ranks part: with a reference, a rank may hang at its end.
+    """
     folder = RunFolder(config.run_dir)
     with world.fail_together():
         mixture = Mixture(config)
-        if world.is_first:  # for its complaints, which should come before a folder is created
+        if world.is_first:  # for its errors, which should come before a folder is created
             resume.candidates(folder.checkpoints, config.checkpoint.resume)
     # A node may mount another disk, or an older copy of a config: better a line now than a curve
     # that means nothing.
@@ -72,7 +74,7 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
                 stack.enter_context(one_writer(folder.path, patience_s=patience_s))
                 stack.enter_context(also_to_file(folder.log))
             logger.info("%s", introduction)
-            start = start_point(config, mixture, dry_run) if world.is_first else None
+            start = resume.start_point(config, mixture, dry_run) if world.is_first else None
         # Only rank 0 looks at the checkpoints: another one might see an older state of a network
         # disk.
         start = world.gather(start)[0]
@@ -126,16 +128,6 @@ def notes(config: Config, mixture: Mixture) -> list[str]:
             "where the learning rate should reach its minimum: the run ends while it still rises"
         )
     return lines
-
-
-def start_point(config: Config, mixture: Mixture, dry_run: bool) -> Path | None:
-    """The checkpoint to resume from, verified; None for a fresh start. Raises UserError where none
-    of several can be used.
-    """
-    checkpoints = RunFolder(config.run_dir).checkpoints
-    return resume.start_point(
-        checkpoints, config.checkpoint.resume, lambda saved: resume.check_same_run(saved, config, mixture), dry_run
-    )
 
 
 def initialise(trainer: Trainer, start: Path | None) -> None:

@@ -53,8 +53,7 @@ class Saver:
         """Touch the memory of the copies once, while training continues: the first use takes 12
         times as long as a copy.
         """
-        if self._allocation is None:
-            self._allocation = self._thread.submit(self._allocate, state)
+        self._allocation = self._thread.submit(self._allocate, state)
 
     @property
     def reserved(self) -> bool:
@@ -132,7 +131,7 @@ class Saver:
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self._buffers:
-            # From a GPU only a copy to pinned memory runs beside other work.
+            # From a GPU only a copy to pinned memory runs while the GPU does other work.
             self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return self._buffers[name]
 
@@ -161,7 +160,7 @@ class Checkpoints:
         """Whether the user asks for one by creating `save-now`; not while the save in flight may be
         about to remove it.
         """
-        return self.world.is_first and not self.saver.busy and self.run.save_now.exists()
+        return self.world.is_first and not self.saver.busy and self.run.save_now.is_file()
 
     def reserve(self) -> None:
         """Have the saver get its memory: after the first step, when the optimizer has its state."""
@@ -180,7 +179,7 @@ class Checkpoints:
             state.hand_in()
             return
         description = self.describe(step, val_loss)
-        requested = self.run.save_now.exists()
+        requested = self.run.save_now.is_file()
 
         def write(state: State) -> Path:
             folder = write_checkpoint(

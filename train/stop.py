@@ -1,4 +1,4 @@
-"""When to stop before the last step: a signal, a stop-file, a deadline.
+"""When to stop before the last step: a signal, a stop-file, a deadline such as SLURM's time limit.
 
 A rank only notices; at the end of the step the trainer makes all ranks agree, saves, and exits with
 code 0. Nothing is saved inside a signal handler, where half a step may be in flight.

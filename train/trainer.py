@@ -20,8 +20,7 @@ from pipeline.model.sharding import whole
 from pipeline.runs import State, Status
 from pipeline.vocabulary.specs import from_spec
 from train import parallel
-from train.data.inputs import model_inputs
-from train.data.prefetch import Prefetcher
+from train.data.batches import Prefetcher, model_inputs
 from train.evaluation import Evaluation, ValLoss
 from train.metrics import Metrics, Row, Throughput, step_columns, val_columns
 from train.optimizer.groups import build_optimizer
@@ -62,9 +61,8 @@ class Trainer:
         self.config, self.world, self.mixture, self.model, self.dtype = config, world, mixture, model, dtype
         self.step, train = 0, config.train
         self.accumulation = accumulation_steps(config, world.size)
-        # What `replicate` puts in its place computes the same, and averages gradients over the
-        # ranks.
-        self.parallel: torch.nn.Module = model
+        # The model as training calls it: `replicate` wraps it, to average gradients over the ranks.
+        self.wrapped: torch.nn.Module = model
         self.batches = Prefetcher(mixture, train.micro_batch_size, train.micro_batch_size * world.size, world.device)
         self.optimizer = build_optimizer(model, config.optimizer)
         # Disabled, it passes everything through: only float16 needs its gradients scaled to stay
@@ -86,7 +84,7 @@ class Trainer:
         """From here on the ranks train one model together: each has a replica or a shard, and
         gradients are averaged.
         """
-        self.parallel = parallel.replicate(self.model, self.world)
+        self.wrapped = parallel.replicate(self.model, self.world)
 
     def train_step(self) -> StepResult:
         """One optimizer step over `tokens_per_step` tokens; one that is not finite, or a spike,
@@ -98,9 +96,9 @@ class Trainer:
         losses = torch.zeros((), device=self.world.device)
         for number in range(self.accumulation):
             inputs, targets, documents = self.micro_batch(number)
-            with parallel.reduce_gradients(self.parallel, now=number == self.accumulation - 1):
+            with parallel.reduce_gradients(self.wrapped, now=number == self.accumulation - 1):
                 with autocast(self.world.device, self.dtype):
-                    loss = self.parallel(inputs, targets, documents)
+                    loss = self.wrapped(inputs, targets, documents)
                 self.scaler.scale(loss / self.accumulation).backward()
             losses += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -165,15 +163,14 @@ class Trainer:
         config = self.config
         agreed = self.agree(stop)
         if agreed.save_failed:
-            self.checkpoints.wait()  # which raises why
+            self.checkpoints.wait()  # raises the error of the save
         if config.parallel.check_every_steps and self.step % config.parallel.check_every_steps == 0:
             check_replicas(self.model, self.world, self.step)
         planned = self.is_due(config.checkpoint.every_steps)
-        # Every planned checkpoint is evaluated, so that `best` can compare; one made in a hurry is
-        # not.
-        evaluating = (
-            bool(config.eval.every_steps) and not agreed.reason and (planned or self.is_due(config.eval.every_steps))
-        )
+        evaluating = False
+        if config.eval.every_steps and not agreed.reason:  # a run that stops in a hurry is not evaluated
+            # Every planned checkpoint is, so that `best` can compare them.
+            evaluating = planned or self.is_due(config.eval.every_steps)
         val_loss = self.evaluation.run(self.model) if evaluating else None
         if evaluating or self.is_due(config.log.every_steps):
             metrics.write(self.row(result, val_loss))
@@ -192,12 +189,12 @@ class Trainer:
         """Every rank gets the same answer: what one of them noticed, all of them do."""
         step_s = self.throughput.last_step_s + self.evaluation.last_s + self.previews.last_s
         saver = self.checkpoints.saver
-        own = stop.reason(step_s, saver.last_save_s)
+        reason = stop.reason(step_s, saver.last_save_s)
         # One all-reduce per step for all three: a second one would cost as much again in latency.
-        flags = [bool(own), self.checkpoints.requested, saver.failed]
+        flags = [bool(reason), self.checkpoints.requested, saver.failed]
         noticed = torch.tensor(flags, dtype=torch.float, device=self.world.device)
         stopping, saving, failed = self.world.sum(noticed).tolist()
-        return Agreement(own or ("another rank asked for it" if stopping else ""), bool(saving), bool(failed))
+        return Agreement(reason or ("another rank asked for it" if stopping else ""), bool(saving), bool(failed))
 
     def report_bad_step(self, result: StepResult, metrics: Metrics) -> None:
         """Record the samples of a step that left the weights alone. Raises Diverged after too many

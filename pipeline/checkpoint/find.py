@@ -31,6 +31,8 @@ def find_checkpoint(ckpt: str, run_dir: Path | None, runs: Path = RUNS) -> Path:
     """The folder of a `--ckpt`: a path, hf:ORG/NAME, or `latest` or `best` of `run_dir`, by default
     of the newest run under `runs`. Raises UserError where there is none.
     """
+    if (Path(ckpt) / "checkpoints" / "latest").is_file():  # a run's folder stands for its newest checkpoint
+        ckpt, run_dir = "latest", Path(ckpt)
     if ckpt not in ("latest", "best"):
         return find_model_folder(ckpt)
     run_dir = run_dir or newest_run(runs)

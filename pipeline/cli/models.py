@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.cli.command import Command, Shown
 
 GROUP = "Models"
-CKPT = Shown("latest, best, a checkpoint or Hugging Face folder, or hf:ORG/NAME.", metavar="CKPT")
+CKPT = Shown("latest, best, a checkpoint, run or Hugging Face folder, or hf:ORG/NAME.", metavar="CKPT")
 RUN_DIR = Shown("Run that latest and best are of; by default the newest.", metavar="DIR")
 DEVICE, DTYPE = Shown("auto, cpu, cuda, cuda:N or mps."), Shown("auto, float32, bfloat16 or float16.")
 

@@ -117,7 +117,11 @@ def quickstart() -> None:
     if run_train(config, preview=preview):
         return  # stopped on request; the same command resumes
     log.logger.info("3/3 sample: what it writes after 'def '")
-    run_sample(SampleOptions("best", ["def "], max_new_tokens=400, temperature=0.7, seed=1, run_dir=config.run_dir))
+    run_sample(
+        SampleOptions(
+            ckpt="best", prompts=["def "], max_new_tokens=400, temperature=0.7, seed=1, run_dir=config.run_dir
+        )
+    )
     log.logger.info("%s", "\n".join(_next_steps()))
 
 

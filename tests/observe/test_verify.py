@@ -285,6 +285,9 @@ def test_a_checkpoint_is_held_against_its_hashes(tiny: Path, capsys: pytest.Capt
     folder = config.run_dir / "checkpoints" / "step_00000002"
     run(folder)
     assert capsys.readouterr().out.startswith(f"verified: {folder}: step 2, ")
+    (folder / "mine").touch()
+    run(folder)
+    assert capsys.readouterr().out.startswith(f"remark: not in checkpoint.json: mine\nverified: {folder}: step 2, ")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(UserError, match="model.safetensors does not match its hash"):

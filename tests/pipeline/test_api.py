@@ -61,7 +61,7 @@ def test_text_is_generated_as_by_sample(model: "pipeline.Model", capsys: pytest.
     from sample.run import run
 
     text = model.generate("AB", max_new_tokens=12, temperature=0.9, top_k=5, seed=3)
-    run(SampleOptions("latest", ["AB"], max_new_tokens=12, temperature=0.9, top_k=5, seed=3, device="cpu"))
+    run(SampleOptions(ckpt="latest", prompts=["AB"], max_new_tokens=12, temperature=0.9, top_k=5, seed=3, device="cpu"))
     assert capsys.readouterr().out == f"AB{text}\n"
     assert text == model.generate("AB", max_new_tokens=12, temperature=0.9, top_k=5, seed=3)
     assert len(model.generate(max_new_tokens=3, seed=1)) <= 3

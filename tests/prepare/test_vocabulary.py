@@ -309,9 +309,9 @@ def test_a_vocabulary_goes_from_prepare_to_sample(
     train(config)
     saved = tmp_path / "runs" / "run" / "checkpoints" / "step_00000002"
     assert load_model(saved)[1].spec() == manifest.tokenizer
-    sample.run(SampleOptions(str(saved), ["the text"], max_new_tokens=20, seed=1))
+    sample.run(SampleOptions(ckpt=str(saved), prompts=["the text"], max_new_tokens=20, seed=1))
     assert capsys.readouterr().out.startswith("the text")
-    sample.run(SampleOptions(str(saved), ["the text"], max_new_tokens=20, seed=1, json=True))
+    sample.run(SampleOptions(ckpt=str(saved), prompts=["the text"], max_new_tokens=20, seed=1, json=True))
     row = json.loads(capsys.readouterr().out)
     prompt = tokenizer.encode("the text").tolist()
     before, after = (

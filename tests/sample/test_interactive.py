@@ -53,13 +53,13 @@ def test_lines_of_a_pipe_are_prompts_to_its_end(
     inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe_in(monkeypatch, b"AB\nCD\n\nEF")
-    sample.run(SampleOptions("latest", interactive=True, max_new_tokens=5, temperature=0, seed=1))
+    sample.run(SampleOptions(ckpt="latest", interactive=True, max_new_tokens=5, temperature=0, seed=1))
     out, err = capsys.readouterr()
     texts = out.removesuffix("\n").split("\n---------------\n")
     assert [text[:2] for text in texts[:2]] == ["AB", "CD"] and texts[3].startswith("EF")
     assert interactive.SIGN not in out and "Ctrl" not in err
 
-    sample.run(SampleOptions("latest", max_new_tokens=5, temperature=0, seed=1))
+    sample.run(SampleOptions(ckpt="latest", max_new_tokens=5, temperature=0, seed=1))
     assert texts[2] == capsys.readouterr().out, "an empty line begins a document"
 
 
@@ -73,7 +73,7 @@ def test_a_line_that_cannot_be_a_prompt_is_told_and_the_next_one_answered(
 
     monkeypatch.setattr(sample, "encode_prompt", refuse_b)
     pipe_in(monkeypatch, b"A\nB\nC\n")
-    sample.run(SampleOptions("latest", interactive=True, max_new_tokens=3, seed=1))
+    sample.run(SampleOptions(ckpt="latest", interactive=True, max_new_tokens=3, seed=1))
     out = capsys.readouterr().out
     assert out.startswith("A") and out.count("---") and out.split("---\n")[1].startswith("C")
     assert "error: no B in\\x1b this vocabulary" in caplog.text
@@ -85,7 +85,7 @@ def test_the_same_line_twice_gives_two_texts_and_a_seed_repeats_both(
     sessions = []
     for _ in range(2):
         pipe_in(monkeypatch, b"A\nA\n")
-        sample.run(SampleOptions("latest", interactive=True, max_new_tokens=30, seed=(1 << 63) - 1))
+        sample.run(SampleOptions(ckpt="latest", interactive=True, max_new_tokens=30, seed=(1 << 63) - 1))
         sessions.append(capsys.readouterr().out)
     first, second = sessions[0].split(sample.SEPARATOR)
     assert first != second.removesuffix("\n")
@@ -106,7 +106,7 @@ def test_ctrl_c_ends_a_program_that_reads_a_pipe(inside: Path, monkeypatch: pyte
     pipe_in(monkeypatch, b"A\nB\n")
     monkeypatch.setattr(sample.Writer, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sample.run(SampleOptions("latest", interactive=True))
+        sample.run(SampleOptions(ckpt="latest", interactive=True))
 
 
 # ---- at a terminal ----

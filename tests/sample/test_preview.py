@@ -152,7 +152,7 @@ def test_a_prompt_outside_the_vocabulary_is_refused_at_the_start(tiny: Path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.campaign), "fsdp"])
 def test_two_ranks_show_the_samples_of_the_model_they_share(tiny: Path, strategy: str) -> None:
     config = sampling_config(tiny, parallel={"strategy": strategy}, model={"n_embd": 33, "n_head": 3})
     result = run_program("train", "quickstart", *overrides(config), cwd=tiny, ranks=2)

@@ -28,11 +28,11 @@ from train.run import run as train
 @pytest.mark.slow
 def test_text_goes_to_stdout_and_the_log_to_stderr(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--prompt", "ABC", "--seed", "1", "--max-new-tokens", "30")
-    result = run_program("sample", "--ckpt", "latest", *options, cwd=inside)
+    result = run_program("sample", "--ckpt", "runs/run", *options, cwd=inside)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("ABC") and len(result.stdout) > 20
     assert "step_00000010" in result.stderr and "seed 1" in result.stderr
-    assert written(SampleOptions("best", ["ABC"], seed=1, max_new_tokens=30), capsys) == result.stdout
+    assert written(SampleOptions(ckpt="best", prompts=["ABC"], seed=1, max_new_tokens=30), capsys) == result.stdout
 
 
 @pytest.mark.slow
@@ -103,7 +103,9 @@ def test_every_option_reaches_its_place(monkeypatch: pytest.MonkeyPatch) -> None
 def test_json_is_one_object_a_sample_whose_ids_decode_to_its_text(
     inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = objects(SampleOptions("latest", ["A", "BC"], num_samples=3, max_new_tokens=12, seed=3, json=True), capsys)
+    rows = objects(
+        SampleOptions(ckpt="latest", prompts=["A", "BC"], num_samples=3, max_new_tokens=12, seed=3, json=True), capsys
+    )
     assert [row["prompt"] for row in rows] == ["A"] * 3 + ["BC"] * 3
     for row in rows:
         assert row.keys() == {"prompt", "text", "token_ids", "log_probabilities", "finish_reason"}
@@ -115,15 +117,20 @@ def test_json_is_one_object_a_sample_whose_ids_decode_to_its_text(
 
 def test_a_seed_repeats_the_text_and_no_seed_does_not(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [
-        written(SampleOptions("latest", ["A"], max_new_tokens=40, seed=seed), capsys) for seed in (1, 1, 2, None, None)
+        written(SampleOptions(ckpt="latest", prompts=["A"], max_new_tokens=40, seed=seed), capsys)
+        for seed in (1, 1, 2, None, None)
     ]
     assert texts[0] == texts[1]
     assert len(set(texts)) == 4
 
 
 def test_a_text_follows_from_its_seed_prompt_and_number_alone(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    together = objects(SampleOptions("latest", ["B", "A"], num_samples=4, max_new_tokens=20, seed=1, json=True), capsys)
-    alone = objects(SampleOptions("latest", ["A"], num_samples=2, max_new_tokens=20, seed=1, json=True), capsys)
+    together = objects(
+        SampleOptions(ckpt="latest", prompts=["B", "A"], num_samples=4, max_new_tokens=20, seed=1, json=True), capsys
+    )
+    alone = objects(
+        SampleOptions(ckpt="latest", prompts=["A"], num_samples=2, max_new_tokens=20, seed=1, json=True), capsys
+    )
     assert [row["token_ids"] for row in alone] == [row["token_ids"] for row in together[4:6]]
 
 
@@ -133,7 +140,9 @@ def test_prompts_come_from_files_and_stdin_too_and_samples_are_set_apart(
     (inside / "prompt.txt").write_text("from a file ")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("from stdin é\n".encode())))
     files = [inside / "prompt.txt", Path("-")]
-    out = written(SampleOptions("latest", ["A"], files, num_samples=2, max_new_tokens=5, seed=1), capsys)
+    out = written(
+        SampleOptions(ckpt="latest", prompts=["A"], prompt_files=files, num_samples=2, max_new_tokens=5, seed=1), capsys
+    )
     assert out.startswith("A")
     assert out.count("from a file ") == 2 and out.count("from stdin é\n") == 2
     assert out.count("\n---------------\n") == 5
@@ -144,7 +153,7 @@ def test_a_stop_string_ends_a_sample_and_is_not_shown(
     inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], json_wanted: bool
 ) -> None:
     dictate(monkeypatch, *([byte] for byte in b"one, two. three"))
-    out = written(SampleOptions("latest", ["A"], stop=["two", ". t"], seed=1, json=json_wanted), capsys)
+    out = written(SampleOptions(ckpt="latest", prompts=["A"], stop=["two", ". t"], seed=1, json=json_wanted), capsys)
     if not json_wanted:
         assert out == "Aone, \n"
         return
@@ -154,7 +163,7 @@ def test_a_stop_string_ends_a_sample_and_is_not_shown(
 
 
 def test_samples_that_end_do_not_spoil_the_others(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = SampleOptions("latest", ["A"], num_samples=6, max_new_tokens=30, seed=3, json=True)
+    options = SampleOptions(ckpt="latest", prompts=["A"], num_samples=6, max_new_tokens=30, seed=3, json=True)
     free = objects(options, capsys)
     options = replace(options, stop=[free[0]["text"][9:12], free[1]["text"][19:22]])
     rows = objects(options, capsys)
@@ -174,7 +183,7 @@ def test_nothing_is_generated_once_every_sample_has_ended(
         pytest.fail("a third token was asked for")
 
     monkeypatch.setattr(sample, "generate", said)
-    rows = objects(SampleOptions("latest", num_samples=2, max_new_tokens=10**9, seed=1, json=True), capsys)
+    rows = objects(SampleOptions(ckpt="latest", num_samples=2, max_new_tokens=10**9, seed=1, json=True), capsys)
     assert [(row["text"], row["finish_reason"]) for row in rows] == [("H", "end_of_text"), ("", "end_of_text")]
 
 
@@ -182,14 +191,14 @@ def test_end_of_text_ends_a_sample_and_is_not_shown(
     inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dictate(monkeypatch, [72], [105], [256], [33])
-    assert written(SampleOptions("latest", ["A"], seed=1), capsys) == "AHi\n"
+    assert written(SampleOptions(ckpt="latest", prompts=["A"], seed=1), capsys) == "AHi\n"
 
 
 def test_a_character_is_never_shown_half(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     dictate(monkeypatch, *([byte] for byte in "é東🙂".encode()), [0xF0])  # and one cut off by the end
     monkeypatch.setattr("sys.stdout.write", shown.append)
-    sample.run(SampleOptions("latest", ["A"], seed=1))
+    sample.run(SampleOptions(ckpt="latest", prompts=["A"], seed=1))
     assert [piece for piece in shown if piece] == ["A", "é", "東", "🙂", "\N{REPLACEMENT CHARACTER}", "\n"]
 
 
@@ -200,19 +209,19 @@ def test_what_a_model_writes_commands_no_terminal_and_a_pipe_gets_it_exactly(
     text = "\x1b[2J\x07\r\x9b1m\ta\u00a0b\u202e\n"
     dictate(monkeypatch, *([byte] for byte in text.encode()))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: at_terminal)
-    out = written(SampleOptions("latest", ["\x1bc"], seed=1), capsys)
+    out = written(SampleOptions(ckpt="latest", prompts=["\x1bc"], seed=1), capsys)
     assert out == ("\\x1bc\\x1b[2J\\x07\\r\\x9b1m\ta\u00a0b\\u202e\n\n" if at_terminal else f"\x1bc{text}\n")
 
 
 def test_a_text_longer_than_the_context_is_noted_once(inside: Path, caplog: pytest.LogCaptureFixture) -> None:
     told = "a text of 41 tokens is longer than the model's context of 16"
     with caplog.at_level("INFO", "pipeline"):
-        sample.run(SampleOptions("latest", ["A", "B"], max_new_tokens=40, seed=1, num_samples=2, top_k=1))
+        sample.run(SampleOptions(ckpt="latest", prompts=["A", "B"], max_new_tokens=40, seed=1, num_samples=2, top_k=1))
         assert caplog.text.count(told) == 1
         caplog.clear()
-        sample.run(SampleOptions("latest", ["A"], max_new_tokens=16, seed=1, top_k=1))
+        sample.run(SampleOptions(ckpt="latest", prompts=["A"], max_new_tokens=16, seed=1, top_k=1))
         assert "longer than" not in caplog.text, "the last token was drawn with all others in sight"
-        sample.run(SampleOptions("latest", ["A"], max_new_tokens=17, seed=1, top_k=1))
+        sample.run(SampleOptions(ckpt="latest", prompts=["A"], max_new_tokens=17, seed=1, top_k=1))
         assert "a text of 18 tokens is longer than the model's context of 16" in caplog.text
 
 
@@ -223,7 +232,9 @@ def test_a_foreign_hugging_face_folder_is_sampled(tmp_path: Path, capsys: pytest
     twin = transformers.GPT2LMHeadModel(config).eval()
     twin.save_pretrained(tmp_path)
     sample.run(
-        SampleOptions(str(tmp_path), ["Hello world"], max_new_tokens=8, temperature=0, dtype="float32", json=True)
+        SampleOptions(
+            ckpt=str(tmp_path), prompts=["Hello world"], max_new_tokens=8, temperature=0, dtype="float32", json=True
+        )
     )
     found = json.loads(capsys.readouterr().out)["token_ids"]
     inputs = torch.tensor([[15496, 995]])
@@ -238,8 +249,8 @@ def test_log_probabilities_equal_transformers_of_the_same_folder(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     options = SampleOptions(
-        "latest", ["ABC"], num_samples=3, max_new_tokens=12, temperature=0.7, top_k=5, repetition_penalty=1.3, seed=1,
-        json=True, dtype="float32",
+        ckpt="latest", prompts=["ABC"], num_samples=3, max_new_tokens=12, temperature=0.7, top_k=5, repetition_penalty=1.3,
+        seed=1, json=True, dtype="float32",
     )  # fmt: skip
     twin = transformers.AutoModelForCausalLM.from_pretrained(inside / "runs/run/checkpoints/step_00000010").eval()
     for row in objects(options, capsys):
@@ -251,43 +262,46 @@ def test_log_probabilities_equal_transformers_of_the_same_folder(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (SampleOptions("latest", [""]), "the prompt has no tokens"),
-        (SampleOptions("nowhere"), "no checkpoint at nowhere"),
-        (SampleOptions("latest", ["a"], [Path("missing.txt")]), "--prompt-file missing.txt cannot be read"),
-        (SampleOptions("latest", num_samples=0), "invalid --num-samples 0: expected 1 or more"),
-        (SampleOptions("latest", max_new_tokens=0), "--max-new-tokens 0"),
-        (SampleOptions("latest", temperature=-1.0), "--temperature -1.0"),
-        (SampleOptions("latest", temperature=float("nan")), "--temperature nan"),
-        (SampleOptions("latest", top_k=-1), "--top-k -1"),
-        (SampleOptions("latest", top_p=0.0), "--top-p 0.0"),
+        (SampleOptions(ckpt="latest", prompts=[""]), "the prompt has no tokens"),
+        (SampleOptions(ckpt="nowhere"), "no checkpoint at nowhere"),
         (
-            SampleOptions("latest", temperature=1e-30),
+            SampleOptions(ckpt="latest", prompts=["a"], prompt_files=[Path("missing.txt")]),
+            "--prompt-file missing.txt cannot be read",
+        ),
+        (SampleOptions(ckpt="latest", num_samples=0), "invalid --num-samples 0: expected 1 or more"),
+        (SampleOptions(ckpt="latest", max_new_tokens=0), "--max-new-tokens 0"),
+        (SampleOptions(ckpt="latest", temperature=-1.0), "--temperature -1.0"),
+        (SampleOptions(ckpt="latest", temperature=float("nan")), "--temperature nan"),
+        (SampleOptions(ckpt="latest", top_k=-1), "--top-k -1"),
+        (SampleOptions(ckpt="latest", top_p=0.0), "--top-p 0.0"),
+        (
+            SampleOptions(ckpt="latest", temperature=1e-30),
             "--temperature 1e-30: expected 0 .the likeliest token., or at least 0.001",
         ),
-        (SampleOptions("latest", min_p=1.5), "--min-p 1.5: expected 0 .off. to 1"),
+        (SampleOptions(ckpt="latest", min_p=1.5), "--min-p 1.5: expected 0 .off. to 1"),
         (
-            SampleOptions("latest", repetition_penalty=1e-40),
+            SampleOptions(ckpt="latest", repetition_penalty=1e-40),
             "--repetition-penalty 1e-40: expected 0.01 to 100; 1 is off",
         ),
-        (SampleOptions("latest", repetition_penalty=101.0), "--repetition-penalty 101.0"),
-        (SampleOptions("latest", repetition_penalty=float("nan")), "--repetition-penalty nan"),
-        (SampleOptions("latest", seed=-1), "--seed -1"),
-        (SampleOptions("latest", stop=["a", ""]), "invalid --stop '': expected some text"),
+        (SampleOptions(ckpt="latest", repetition_penalty=101.0), "--repetition-penalty 101.0"),
+        (SampleOptions(ckpt="latest", repetition_penalty=float("nan")), "--repetition-penalty nan"),
+        (SampleOptions(ckpt="latest", seed=-1), "--seed -1"),
+        (SampleOptions(ckpt="latest", stop=["a", ""]), "invalid --stop '': expected some text"),
         (
-            SampleOptions("latest", top_k=-1, min_p=-1.0, dtype="x"),
+            SampleOptions(ckpt="latest", top_k=-1, min_p=-1.0, dtype="x"),
             "--top-k -1: .*; invalid --min-p -1.0: .*; invalid --dtype 'x': expected",
         ),
         (
-            SampleOptions("latest", ["a"], interactive=True),
+            SampleOptions(ckpt="latest", prompts=["a"], interactive=True),
             "--interactive reads prompts line by line .*: remove --prompt",
         ),
         (
-            SampleOptions("latest", prompt_files=[Path("-")], json=True, interactive=True),
+            SampleOptions(ckpt="latest", prompt_files=[Path("-")], json=True, interactive=True),
             "remove --prompt-file and --json",
         ),
-        (SampleOptions("latest", dtype="int8"), "--dtype 'int8': expected auto, float32"),
-        (SampleOptions("latest", device="tpu"), "unknown device 'tpu'"),
-        (SampleOptions("latest", dtype="float16", device="cpu"), "float16 works on CUDA only"),
+        (SampleOptions(ckpt="latest", dtype="int8"), "--dtype 'int8': expected auto, float32"),
+        (SampleOptions(ckpt="latest", device="tpu"), "unknown device 'tpu'"),
+        (SampleOptions(ckpt="latest", dtype="float16", device="cpu"), "float16 works on CUDA only"),
     ],
 )
 def test_bad_input_is_one_line(inside: Path, options: SampleOptions, words: str) -> None:
@@ -299,6 +313,6 @@ def test_bad_input_is_one_line(inside: Path, options: SampleOptions, words: str)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
 def test_cuda_where_there_is_none_is_one_line(inside: Path) -> None:
     with pytest.raises(UserError, match="sees no CUDA GPU"):
-        sample.run(SampleOptions("latest", device="cuda"))
+        sample.run(SampleOptions(ckpt="latest", device="cuda"))
     with pytest.raises(UserError, match="sees no CUDA GPU"):
         train(load_config("quickstart", ["run.device=cuda"]))

@@ -50,6 +50,7 @@ def test_our_own_scripts_have_no_finding(path: Path) -> None:
 ARRAY = ("#SBATCH --nodes=2", "#SBATCH --array=0-3\n#SBATCH --nodes=2")
 # Each mistake: its check, its status, the edits that make it in GOOD, and what is on the line that is reported.
 MISTAKES: dict[str, tuple[str, str, list[Edit], str]] = {
+    "a text that is no script": ("no-interpreter", "fail", [("#!/bin/bash\n", "# my notes\n")], "my notes"),
     "an option after the first command": (
         "ignored-directive", "fail", [("#SBATCH --requeue\n", ""), ("trap", "true\n#SBATCH --requeue\ntrap")], "--requeue"),
     "an indented option": ("ignored-directive", "fail", [("#SBATCH --nodes", "  #SBATCH --nodes")], "--nodes"),

@@ -120,7 +120,7 @@ def test_a_run_moves_from_one_rank_to_two_to_four_and_back(tiny: Path) -> None:
     """The same samples, so the same losses within rounding; each rank writes down what it takes."""
     (tiny / "sitecustomize.py").write_text(
         "import os, pathlib\n"
-        "from train.data.prefetch import Prefetcher\n"
+        "from train.data.batches import Prefetcher\n"
         "real = Prefetcher.batch\n"
         "def batch(self, first):\n"
         "    with pathlib.Path('samples.' + os.environ.get('RUN', '')).open('a') as file:\n"

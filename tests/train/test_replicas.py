@@ -61,7 +61,10 @@ def test_the_odd_ones_out_are_named_also_where_rank_0_is_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "every", "message"), [("{0}", 0, "at step 0"), ("{3}", 2, "at step 4")])
+@pytest.mark.parametrize(
+    ("steps", "every", "message"),
+    [("{0}", 0, "at step 0"), pytest.param("{3}", 2, "at step 4", marks=pytest.mark.campaign)],
+)
 def test_a_rank_that_strays_ends_the_run_with_one_line(tiny: Path, steps: str, every: int, message: str) -> None:
     """Rank 1 changes one weight at the start, which is always checked, or after step 3, a step before a check."""
     (tiny / "sitecustomize.py").write_text(

@@ -12,6 +12,7 @@ from test_train_run import assert_identical, curve, renamed, rows, status
 
 from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder
 from pipeline.config.keys import Config
+from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
 from train import resume
 from train.run import run
@@ -63,7 +64,8 @@ def copy_of(finished: Config, name: str) -> Config:
 
 
 def start_point(config: Config, how: str = "auto") -> Path | None:
-    return resume.start_point(config.run_dir / "checkpoints", how, lambda _: None, dry_run=False)
+    config = replace(config, checkpoint=replace(config.checkpoint, resume=how))
+    return resume.start_point(config, Mixture(config), dry_run=False)
 
 
 def spoil(config: Config, file: str, damage: Damage) -> bool:
@@ -121,6 +123,15 @@ def test_no_flipped_bit_goes_unseen(finished: Config, file: str) -> None:
             start_point(config, "step_00000010")
         path.write_bytes(whole)
     assert start_point(config, "step_00000010") == path.parent
+
+
+def test_a_run_whose_earlier_version_skipped_samples_is_refused(finished: Config) -> None:
+    config = copy_of(finished, "skipped")
+    (config.run_dir / "skipped_samples.jsonl").write_text('{"from_step": 7, "samples": 8}\n')
+    with pytest.raises(UserError, match="skipped_samples.jsonl lists samples that an earlier version"):
+        start_point(config)
+    (config.run_dir / "skipped_samples.jsonl").unlink()
+    assert start_point(config) == config.run_dir / "checkpoints" / "step_00000010"
 
 
 def test_a_run_goes_on_from_the_one_before_and_ends_the_same(finished: Config) -> None:

@@ -139,6 +139,14 @@ def test_save_now_saves_once_and_is_removed(tiny: Path) -> None:
     assert not trainer.checkpoints.run.save_now.exists()
 
 
+def test_a_folder_named_save_now_asks_for_nothing(tiny: Path) -> None:
+    config = tiny_config(tiny, checkpoint={"every_steps": 10, "keep": 10}, eval={"every_steps": 0})
+    trainer = trainer_of(config)
+    trainer.checkpoints.run.save_now.mkdir(parents=True)
+    assert trainer.fit(Metrics(), StopRequest()) == ""
+    assert saved_steps(config) == [10] and trainer.checkpoints.run.save_now.is_dir()
+
+
 def test_a_planned_save_answers_save_now_too(tiny: Path) -> None:
     config = tiny_config(tiny, checkpoint={"every_steps": 1, "keep": 20}, eval={"every_steps": 0})
     trainer = trainer_of(config)

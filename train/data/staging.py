@@ -1,7 +1,8 @@
 """Datasets copied to the node's local disk, from which its ranks then read: `train --stage DIR`.
 
     DIR/NAME-FINGERPRINT/     the shards, the vocabulary's file and the manifest of one dataset, and
-        .staged               the full fingerprint, written last: a folder that has it is complete, and every hash matched
+        .staged               the full fingerprint, written last: a folder that has it is complete,
+                              and every hash matched
 
 Each node copies once: a second job there waits for the first, and a later one uses the copy if its
 marker and the sizes of its files are right. Bytes are not hashed again then: `pipeline verify` does
@@ -91,7 +92,7 @@ def stage(mixture: Mixture, config: Config, world: World, *, into: Path, dry_run
     # Collectives give up after half an hour, and a copy may take longer.
     with world.fail_together(PATIENCE):
         if world.local_rank == 0:
-            bring(stagings, dry_run)
+            copy_missing(stagings, dry_run)
     staged = mixture
     with world.fail_together():
         if not dry_run:
@@ -99,7 +100,7 @@ def stage(mixture: Mixture, config: Config, world: World, *, into: Path, dry_run
     return staged
 
 
-def bring(stagings: list[Staging], dry_run: bool) -> None:
+def copy_missing(stagings: list[Staging], dry_run: bool) -> None:
     """Copy what is missing, or log what would be copied. Raises UserError, also for errors of the
     disk.
     """

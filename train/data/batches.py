@@ -1,4 +1,4 @@
-"""Batches made ahead of the training thread, in another thread.
+"""A rank's batches: made ahead of the training thread, in another thread, then put on the device.
 
 A rank's micro-batches begin at samples one stride apart, within a step as from step to step, so the
 next one is known without the step. A request for another sample, such as the first after a resume,
@@ -12,7 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
+from pipeline.model.language_model import document_numbers
 
 AHEAD = 2  # one is waiting while the next is made
 
@@ -60,3 +62,15 @@ class Prefetcher:
         windows = torch.from_numpy(self.mixture.batch(first_sample, self.size))
         # From pinned memory the copy does not wait for the device.
         return windows.pin_memory() if self.device.type == "cuda" else windows
+
+
+def model_inputs(
+    windows: Tensor, config: Config, mixture: Mixture, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inputs and targets (B, T) of windows (B, T + 1), which are the inputs one token later, and
+    the document of each token (B, T), None where attention may cross documents.
+    """
+    windows = windows.to(device, non_blocking=True)
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    end_of_text = mixture.tokenizer["end_of_text"]
+    return inputs, targets, document_numbers(inputs, end_of_text) if config.data.document_mask else None

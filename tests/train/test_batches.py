@@ -10,7 +10,7 @@ from conftest import tiny_config
 
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
-from train.data.prefetch import AHEAD, Prefetcher
+from train.data.batches import AHEAD, Prefetcher
 
 CPU = torch.device("cpu")
 
