@@ -2,8 +2,8 @@
 
 from pipeline.errors import UserError
 from prepare.encoding.vocabulary import check_name, learns_from_corpus, open_vocabulary
-from prepare.sources.corpus import hub_source
 from prepare.sources.hub import fetch_hub
+from prepare.sources.names import hub_source
 from prepare.sources.pinned import Shakespeare
 from prepare.storage.files import is_url, shown
 

@@ -17,6 +17,9 @@ UNITS_IN_A_CORPUS = 64
 LONG_BYTES = 4 << 20
 BLOCK_BYTES = 1 << 20
 STDIN_SPOOL = "stdin.partial"
+# Parts are numbered by unit, so a preparation is never resumed where another version began it. Raise
+# this whenever the same sources would be divided into other units.
+SPLITTING = 1
 # Positions inside an item, which are bytes of a file or rows, lie below 2**48: in a batch the item's number goes above.
 POSITION_BITS = 48
 # Why a document is skipped.

@@ -239,7 +239,6 @@ def _faults(path: str, part: str) -> Iterator[None]:
 
 
 def _parquet_file(path: str, **options: Any) -> Any:
-    import pyarrow
     import pyarrow.parquet
 
     if is_url(path):
@@ -249,18 +248,16 @@ def _parquet_file(path: str, **options: Any) -> Any:
             file: Any = open_bytes(path)
     else:
         file = path
-    try:
-        # Buffered and not pre-buffered: otherwise a whole column chunk, often the whole file, is held in memory.
+    # Buffered and not pre-buffered: otherwise a whole column chunk, often the whole file, is held in memory.
+    with _faults(path, "the footer"):
         return pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16, **options)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"cannot read {shown(path)} as Parquet: {one_line(error)}; download or write it again"
-        ) from None
 
 
 def _check_text_column(schema: Any, path: str, text_field: str) -> None:
     import pyarrow.types as kinds
 
+    if schema.names.count(text_field) > 1:
+        raise UserError(f"{shown(path)} has several columns {text_field!r}: write it again with one of them")
     if text_field not in schema.names:
         names = ", ".join(schema.names)
         raise UserError(

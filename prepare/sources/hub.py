@@ -19,12 +19,13 @@ from pipeline.errors import UserError, one_line
 from pipeline.files import write_atomic
 from pipeline.log import ProgressReport, logger
 from prepare.documents.parquet import MOST_ROWS, split_rows
+from prepare.sources.items import Source
 from prepare.storage.assets import assets
 from prepare.units import NULL, SMALLEST_UNIT_BYTES, Document, Item, Refused, Texts, encoded, no_field, no_text
 
 
 @dataclass(frozen=True)
-class HubParquet:
+class HubParquet(Source):
     """Parquet files of a Hub repository in the local cache; `names` are their paths in the repository."""
 
     paths: list[Path]
@@ -42,9 +43,6 @@ class HubParquet:
     def files(self) -> list[Path]:
         return self.paths
 
-    def file_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.paths)
-
     def stamps(self) -> dict[str, Any]:
         return {
             f"{self.about['repository']}/{name}": [self.about["revision"], path.stat().st_size]
@@ -59,7 +57,7 @@ class HubParquet:
 
 
 @dataclass(frozen=True)
-class HubStream:
+class HubStream(Source):
     """A dataset that is not Parquet: the parent reads it through `datasets` and packs the texts into units."""
 
     builder: Any
@@ -85,9 +83,6 @@ class HubStream:
 
     def locate(self, position: int) -> str:
         return f"{self.about['repository']} row {position}"
-
-    def files(self) -> list[Path]:
-        return []
 
     def file_bytes(self) -> int | None:
         return None

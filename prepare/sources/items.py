@@ -1,7 +1,9 @@
-"""Files -> items, by what their names tell: the same for local files and for those behind URLs."""
+"""What a source is, and files -> items by what their names tell: the same for local files and those behind URLs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 from prepare.documents.lines import TextFile, split_lines
 from prepare.documents.parquet import split_rows
@@ -12,6 +14,28 @@ from prepare.units import Batch, Item
 
 # English compresses to about a third: for progress, and to share the work.
 USUAL_EXPANSION = 3
+
+
+class Source(Protocol):
+    def items(self, unit_bytes: int) -> list[Item]:
+        """The source in pieces, in order; their units hold about so much text."""
+        ...
+
+    def files(self) -> list[Path]:
+        """The local files whose hashes `record` needs."""
+        return []
+
+    def file_bytes(self) -> int | None:
+        """None for a stream."""
+        return sum(path.stat().st_size for path in self.files())
+
+    def stamps(self) -> dict[str, Any]:
+        """By file, what changes with it and is known without reading it, such as its size and modification time."""
+        ...
+
+    def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
+        """The manifest's entries for this source."""
+        ...
 
 
 @dataclass(frozen=True)

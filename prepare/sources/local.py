@@ -15,7 +15,8 @@ from pipeline.errors import UserError
 from pipeline.files import hash_bytes, hash_file
 from prepare.documents.lines import split_lines
 from prepare.formats import READABLE, format_of
-from prepare.sources.items import SourceFile, items_of
+from prepare.sources.items import Source, SourceFile, items_of
+from prepare.sources.names import is_glob
 from prepare.storage.compressed import BYTE_ORDER_MARK
 from prepare.units import BLOCK_BYTES, Item
 
@@ -27,7 +28,7 @@ STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", 
 
 
 @dataclass(frozen=True)
-class Files:
+class Files(Source):
     """Local files of known suffixes, below `root` if they come from a folder.
 
     `about` describes a corpus that the manifest records as one entry.
@@ -45,9 +46,6 @@ class Files:
     def files(self) -> list[Path]:
         return self.paths
 
-    def file_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.paths)
-
     def stamps(self) -> dict[str, Any]:
         return {str(path): stamp(path) for path in self.paths}
 
@@ -60,7 +58,7 @@ class Files:
         return [{"path": str(self.root), **self.about, **total}]
 
 
-class Stdin:
+class Stdin(Source):
     """Standard input, kept in a file so that it can be read more than once, and by several processes.
 
     If its first line that is not blank is a JSON object, it is JSON lines; otherwise every line is a document.
@@ -73,13 +71,10 @@ class Stdin:
         with self._spooled.open("rb") as file:  # opening it reads stdin to its end
             head = file.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
         text_field = self.text_field if _is_json_object(head) else None
-        return list(split_lines(str(self._spooled), self.file_bytes(), text_field, unit_bytes))
+        return list(split_lines(str(self._spooled), self._spooled.stat().st_size, text_field, unit_bytes))
 
     def files(self) -> list[Path]:
         return [self._spooled]
-
-    def file_bytes(self) -> int:
-        return self._spooled.stat().st_size
 
     def stamps(self) -> dict[str, Any]:
         return {"stdin": hash_file(self._spooled)}
@@ -100,8 +95,7 @@ def open_files(source: str, text_field: str) -> Files | None:
     path = Path(source)
     if path.is_file():
         if not format_of(path.name):
-            suffix = "".join(path.suffixes[-2:])
-            raise UserError(f"{source} has the unknown suffix {suffix!r}: expected one of {READABLE}")
+            raise UserError(f"{source} has no known suffix: expected one of {READABLE}")
         return Files([path], text_field)
     if path.is_dir():
         return Files(_readable(_walk(path), f"the folder {source}"), text_field, root=path)
@@ -117,10 +111,6 @@ def open_stdlib(text_field: str) -> Files:
     sources = [path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py"]
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     return Files(sources, text_field, root=root, about={"path": "stdlib", "python": python})
-
-
-def is_glob(text: str) -> bool:
-    return any(character in text for character in "*?[")
 
 
 def _walk(folder: Path, without: Set[str] = frozenset()) -> list[Path]:

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
 from prepare.documents.lines import TextFile
+from prepare.sources.items import Source
 from prepare.storage.assets import assets
 from prepare.storage.files import blocks
 from prepare.units import Item
@@ -23,14 +24,11 @@ SHAKESPEARE_BYTES = 1_115_394
 
 
 @dataclass(frozen=True)
-class Shakespeare:
+class Shakespeare(Source):
     """Downloaded when it is first needed."""
 
     def items(self, unit_bytes: int) -> list[Item]:
         return [TextFile(str(self.path), SHAKESPEARE_BYTES)]
-
-    def files(self) -> list[Path]:
-        return []
 
     def file_bytes(self) -> int:
         return SHAKESPEARE_BYTES

@@ -11,14 +11,15 @@ from typing import Any
 
 from pipeline.errors import UserError, one_line
 from prepare.formats import READABLE, format_of
-from prepare.sources.items import SourceFile, items_of
-from prepare.sources.local import is_glob, readable
+from prepare.sources.items import Source, SourceFile, items_of
+from prepare.sources.local import readable
+from prepare.sources.names import is_glob
 from prepare.storage.files import Remote, describe, filesystem, is_web, name_of, reading, remote_file, shown
 from prepare.units import Item
 
 
 @dataclass(frozen=True)
-class RemoteFiles:
+class RemoteFiles(Source):
     """The files that a URL named when the corpus was opened."""
 
     source: str
@@ -28,9 +29,6 @@ class RemoteFiles:
     def items(self, unit_bytes: int) -> list[Item]:
         files = (SourceFile(remote.url, remote.size, remote.ranges) for remote in self.remotes)
         return items_of(files, self.text_field, unit_bytes)
-
-    def files(self) -> list[Path]:
-        return []
 
     def file_bytes(self) -> int:
         return sum(remote.size for remote in self.remotes)

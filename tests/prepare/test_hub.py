@@ -14,8 +14,8 @@ from conftest import run_program
 from test_corpus import documents, opened, units
 
 from pipeline.errors import UserError
-from prepare.sources.corpus import hub_source
 from prepare.sources.hub import parse_name
+from prepare.sources.names import hub_source
 from prepare.units import Refused
 
 COMMIT = "0123456789" * 4

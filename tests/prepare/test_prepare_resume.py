@@ -250,6 +250,18 @@ def test_a_source_that_changed_in_between_is_refused_and_named(half_done: Prepar
     assert contents(folder) == contents(tmp_path / "data" / "afresh")
 
 
+def test_units_that_another_version_numbered_are_not_mixed_with_ours(half_done: PrepareOptions, tmp_path: Path) -> None:
+    plan = tmp_path / "data" / "half" / "unfinished" / "plan.json"
+    without = orjson.loads(plan.read_bytes())
+    del without["splitting"]  # as versions wrote it that split compressed files elsewhere
+    plan.write_bytes(orjson.dumps(without))
+    with pytest.raises(UserError, match=r"half prepared.*this version divides the sources into other units.*--force"):
+        run(half_done)
+    folder = run(changed(half_done, force=True))
+    run(changed(half_done, name="afresh"))
+    assert contents(folder) == contents(tmp_path / "data" / "afresh")
+
+
 def test_a_source_that_was_only_touched_is_the_same(half_done: PrepareOptions, tmp_path: Path) -> None:
     source = tmp_path / "c.jsonl"
     Journal(tmp_path / "data" / "half").note_hashes([source], 0, iter([stamped_hash(source)]))
@@ -426,6 +438,7 @@ def test_tasks_at_the_same_time_with_one_killed(tmp_path: Path) -> None:
     [
         ({"task_id": 3, "tasks": 3}, "0 .. tasks - 1"),
         ({"task_id": 0, "tasks": None}, "expected both"),
+        ({"task_id": 0, "tasks": 0}, "0 .. tasks - 1"),
         ({"task_id": None, "tasks": 3}, "expected both"),
         ({"task_id": 0, "tasks": 2, "limit_docs": 5}, "--limit-docs cannot be combined with --tasks"),
         ({"task_id": 0, "tasks": 2, "force": True}, "--force cannot be combined with --tasks"),
