@@ -4,9 +4,9 @@ Units can be pickled, so worker processes read what they encode and the parent o
 str of mostly ASCII with one emoji takes four times the memory.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 # About what one unit holds in text, between these: small enough that a kill loses seconds and the workers finish
 # together, large enough that handing over a unit and syncing its result (some 20 ms) do not count.
@@ -22,6 +22,7 @@ STDIN_SPOOL = "stdin.partial"
 SPLITTING = 1
 # Positions inside an item, which are bytes of a file or rows, lie below 2**48: in a batch the item's number goes above.
 POSITION_BITS = 48
+T = TypeVar("T")
 # Why a document is skipped.
 NOT_UTF8 = "not UTF-8"
 NULL = "null"
@@ -122,6 +123,25 @@ class Batch(OneUnit):
 
     def locate(self, position: int) -> str:
         return self.items[position >> POSITION_BITS].locate(position & ((1 << POSITION_BITS) - 1))
+
+
+def grouped(
+    found: Iterable[T], size_of: Callable[[T], int], most_bytes: int, most: int | None = None
+) -> Iterator[tuple[tuple[T, ...], int]]:
+    """Neighbours together, in groups of up to so many bytes and `most` values, each with its size.
+
+    One that is larger than that is a group by itself.
+    """
+    group: list[T] = []
+    size = 0
+    for value in found:
+        if group and (size + size_of(value) > most_bytes or len(group) == most):
+            yield tuple(group), size
+            group, size = [], 0
+        group.append(value)
+        size += size_of(value)
+    if group:
+        yield tuple(group), size
 
 
 def utf8(content: bytes) -> Document:

@@ -15,7 +15,7 @@ from prepare.sources.items import Source
 from prepare.sources.local import Stdin, open_files, open_stdlib
 from prepare.sources.names import SOURCE_KINDS, hub_source
 from prepare.sources.pinned import Shakespeare
-from prepare.sources.remote import open_remote
+from prepare.sources.remote import RemoteFiles, list_remote
 from prepare.storage.files import is_url
 from prepare.units import STDIN_SPOOL, Item, unit_bytes
 
@@ -76,7 +76,7 @@ def _open_source(source: str, text_field: str, folder: Path) -> Source:
         return Stdin(text_field, folder / STDIN_SPOOL)
     # A file:// URL is read as the path it holds: it can be hashed, and needs no fsspec.
     if is_url(source) and not source.startswith("file://"):
-        return open_remote(source, text_field)
+        return RemoteFiles(source, list_remote(source), text_field)
     found = open_files(source.removeprefix("file://"), text_field)
     if found is None:
         raise UserError(f"no source {source!r}: not a file, folder or named corpus; expected {SOURCE_KINDS}")

@@ -18,10 +18,10 @@ from urllib.parse import quote
 from pipeline.errors import UserError, one_line
 from pipeline.files import write_atomic
 from pipeline.log import ProgressReport, logger
-from prepare.documents.parquet import MOST_ROWS, split_rows
-from prepare.sources.items import Source
+from prepare.documents.parquet import MOST_ROWS
+from prepare.sources.items import Source, SourceFile, items_of
 from prepare.storage.assets import assets
-from prepare.units import NULL, SMALLEST_UNIT_BYTES, Document, Item, Refused, Texts, encoded, no_field, no_text
+from prepare.units import NULL, SMALLEST_UNIT_BYTES, Item, Refused, Texts, encoded, grouped, no_field, no_text
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,8 @@ class HubParquet(Source):
     about: dict[str, Any]
 
     def items(self, unit_bytes: int) -> list[Item]:
-        return [
-            unit
-            for path in self.paths
-            for unit in split_rows(str(path), path.stat().st_size, self.text_field, unit_bytes)
-        ]
+        files = (SourceFile(str(path), path.stat().st_size) for path in self.paths)
+        return items_of(files, self.text_field, unit_bytes)
 
     def files(self) -> list[Path]:
         return self.paths
@@ -70,16 +67,13 @@ class HubStream(Source):
         return [self]
 
     def units(self) -> Iterator[Texts]:
-        batch: list[Document] = []
-        size = first = 0
-        for text in self._texts():
-            if size >= SMALLEST_UNIT_BYTES or len(batch) >= MOST_ROWS:
-                yield Texts(tuple(batch), size, self.about["repository"], first)
-                batch, size, first = [], 0, first + len(batch)
-            batch.append(text)
-            size += len(text) if isinstance(text, bytes) else 0
-        if batch:
-            yield Texts(tuple(batch), size, self.about["repository"], first)
+        def size_of(text: bytes | Refused) -> int:
+            return len(text) if isinstance(text, bytes) else 0
+
+        first = 0
+        for texts, size in grouped(self._texts(), size_of, SMALLEST_UNIT_BYTES, most=MOST_ROWS):
+            yield Texts(texts, size, source=self.about["repository"], first=first)
+            first += len(texts)
 
     def locate(self, position: int) -> str:
         return f"{self.about['repository']} row {position}"
@@ -107,7 +101,7 @@ class HubStream(Source):
         except UserError:
             raise
         except Exception as error:  # as in _load_builder
-            raise hub_fault(repository, error) from None
+            raise _hub_fault(repository, error) from None
 
 
 @dataclass(frozen=True)
@@ -207,13 +201,15 @@ def open_hub(source: str, text_field: str) -> HubParquet | HubStream:
 
 def _open_online(name: HubName, text_field: str) -> HubParquet | HubStream:
     builder = _load_builder(name, name.repository)
-    urls = train_files(builder, name.repository)
-    commit = commit_of(urls[0])
-    if commit and all(url.endswith(".parquet") for url in urls):
-        listing = Listing(name.repository, builder.config.name, commit, [file_of(url) for url in urls])
+    urls = _train_files(builder, name.repository)
+    # `datasets` resolves a branch to its commit: hf://datasets/ORG/NAME@COMMIT/data/train-0.parquet
+    found = [re.fullmatch("hf://datasets/[^@]+@([0-9a-f]{40})/(.+)", url) for url in urls]
+    commit = found[0][1] if found[0] else name.revision
+    if commit and all(found) and all(url.endswith(".parquet") for url in urls):
+        listing = Listing(name.repository, builder.config.name, commit, files=[each[2] for each in found if each])
         listing.save(name)  # before the download: if that is interrupted, the list says what is missing
         return listing.open(text_field)
-    about = {"repository": name.repository, "config": builder.config.name, "revision": commit or name.revision}
+    about = {"repository": name.repository, "config": builder.config.name, "revision": commit}
     return HubStream(builder, text_field, about)
 
 
@@ -232,7 +228,7 @@ def _open_snapshot(name: HubName, text_field: str) -> HubParquet | HubStream:
     root = Path(found).resolve()
     logger.info("%s: using the copy in the cache, %s", name.repository, root)
     builder = _load_builder(HubName(name.repository, name.config, None), str(root))
-    urls = train_files(builder, name.repository)
+    urls = _train_files(builder, name.repository)
     about = {"repository": name.repository, "config": builder.config.name, "revision": root.name}
     if not all(url.endswith(".parquet") for url in urls):
         return HubStream(builder, text_field, about)
@@ -250,25 +246,14 @@ def fetch_hub(source: str) -> None:
         try:
             snapshot_download(repository, repo_type="dataset", revision=revision)
         except Exception as error:  # as in Listing.open
-            raise hub_fault(repository, error) from None
+            raise _hub_fault(repository, error) from None
 
 
-def train_files(builder: Any, repository: str) -> list[str]:
+def _train_files(builder: Any, repository: str) -> list[str]:
     data_files = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
     if not data_files.get("train"):
         raise UserError(f"dataset {repository} has no split 'train', its splits are: {', '.join(data_files)}")
     return data_files["train"]
-
-
-def commit_of(url: str) -> str | None:
-    # `datasets` resolves a branch to its commit: hf://datasets/ORG/NAME@COMMIT/data/train-0.parquet
-    found = re.search("@([0-9a-f]{40})/", url)
-    return found[1] if found else None
-
-
-def file_of(url: str) -> str:
-    """A file's path in its repository."""
-    return re.sub("^hf://datasets/[^@]+@[^/]+/", "", url)
 
 
 def _load_builder(name: HubName, path: str) -> Any:
@@ -284,7 +269,7 @@ def _load_builder(name: HubName, path: str) -> Any:
     try:
         return datasets.load_dataset_builder(path, name=name.config, revision=name.revision)
     except Exception as error:  # datasets lets through what the Hub, the network and its parsers raise
-        raise hub_fault(name.repository, error) from None
+        raise _hub_fault(name.repository, error) from None
 
 
 def _quiet() -> None:
@@ -301,7 +286,7 @@ def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def hub_fault(repository: str, error: Exception) -> UserError:
+def _hub_fault(repository: str, error: Exception) -> UserError:
     cause = one_line(error)
     if "scripts are no longer supported" in cause:
         return UserError(

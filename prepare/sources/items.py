@@ -10,7 +10,7 @@ from prepare.documents.parquet import split_rows
 from prepare.documents.streams import Stream
 from prepare.formats import Format, compression_of, format_of
 from prepare.storage.files import name_of
-from prepare.units import Batch, Item
+from prepare.units import Batch, Item, grouped
 
 # English compresses to about a third: for progress, and to share the work.
 USUAL_EXPANSION = 3
@@ -49,24 +49,9 @@ class SourceFile:
 
 def items_of(files: Iterable[SourceFile], text_field: str, unit_bytes: int) -> list[Item]:
     """The items of the files in their order; small neighbours share a unit."""
-    found: list[Item] = []
-    # Neighbours of less than a unit wait here until together they make one.
-    small: list[Item] = []
-    size = 0
-    for item in (item for file in files for item in _items(file, text_field, unit_bytes)):
-        if small and size + item.size > unit_bytes:
-            found.append(_together(small, size))
-            small, size = [], 0
-        if item.size >= unit_bytes:
-            found.append(item)
-        else:
-            small.append(item)
-            size += item.size
-    return [*found, _together(small, size)] if small else found
-
-
-def _together(items: list[Item], size: int) -> Item:
-    return items[0] if len(items) == 1 else Batch(tuple(items), size)
+    items = (item for file in files for item in _items(file, text_field, unit_bytes))
+    groups = grouped(items, lambda item: item.size, unit_bytes)
+    return [group[0] if len(group) == 1 else Batch(group, size) for group, size in groups]
 
 
 def _items(file: SourceFile, text_field: str, unit_bytes: int) -> Iterator[Item]:

@@ -43,10 +43,6 @@ class RemoteFiles(Source):
         return [{"path": shown(remote.url), "bytes": remote.size, "etag": remote.etag} for remote in self.remotes]
 
 
-def open_remote(source: str, text_field: str) -> RemoteFiles:
-    return RemoteFiles(source, list_remote(source), text_field)
-
-
 def list_remote(source: str) -> list[Remote]:
     """The readable files that a URL names, sorted: the file, those below the folder, or those that a glob matches."""
     if is_web(source):

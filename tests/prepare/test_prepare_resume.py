@@ -163,7 +163,7 @@ def kill_some(victim: subprocess.Popen[str], who: str) -> None:
 
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize(
-    "every", [pytest.param(9, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.campaign)]
+    "every", [pytest.param(17, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.campaign)]
 )
 def test_killed_before_each_change_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool, every: int
