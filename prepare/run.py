@@ -74,7 +74,8 @@ def dataset_folder(options: PrepareOptions) -> Path:
 
 
 def check_before(options: PrepareOptions, tasks: int) -> Path:
-    """The dataset's folder of a preparation in `tasks` jobs, once its options and local sources are checked.
+    """The dataset's folder of a preparation in `tasks` jobs, once its options and local sources are
+    checked.
 
     Raises UserError. Sources behind a network are not opened, since the jobs' nodes may be on
     another one.

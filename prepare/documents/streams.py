@@ -1,6 +1,8 @@
-"""Files that can only be read in order: JSON, and compressed JSON lines. The parent splits them into rows, workers parse.
+"""Files that can only be read in order: JSON, and compressed JSON lines. The parent splits them
+into rows, workers parse.
 
-A row is not parsed in the parent, so the text of a fault, and which rows are left out, is the same as for plain files.
+A row is not parsed in the parent, so the text of a fault, and which rows are left out, is the same
+as for plain files.
 """
 
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from prepare.storage.compressed import text_blocks
 from prepare.storage.files import shown
 from prepare.units import Document, grouped
 
-# Large enough that handing over a unit does not count, small enough that a few of them wait for each worker.
+# Large enough that handing over a unit does not count, small enough that a few of them wait for
+# each worker.
 UNIT_BYTES = 4 << 20
 
 

@@ -1,6 +1,8 @@
-"""Where text comes from: a corpus is one or more sources, named by the user; each becomes small units of work.
+"""Where text comes from: a corpus is one or more sources, named by the user; each becomes small
+units of work.
 
-The parent only lists them, in the corpus's order; a unit reads itself in the process that encodes it.
+The parent only lists them, in the corpus's order; a unit reads itself in the process that encodes
+it.
 """
 
 from collections.abc import Callable
@@ -56,7 +58,10 @@ class Corpus:
 
 
 def open_corpus(sources: list[str], text_field: str, folder: Path) -> Corpus:
-    """Resolve what the user typed; `folder` keeps a copy of stdin. Raises UserError for what does not exist."""
+    """Resolve what the user typed; `folder` keeps a copy of stdin.
+
+    Raises UserError for what does not exist.
+    """
     if not all(sources) or not sources:  # an unset shell variable gives an empty one: not the working folder
         raise UserError(f"no source given: expected {SOURCE_KINDS}")
     if sources.count("-") > 1:

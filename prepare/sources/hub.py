@@ -1,7 +1,8 @@
-"""Datasets of the Hugging Face Hub: Parquet repositories become local files, any other kind is streamed.
+"""Datasets of the Hugging Face Hub: Parquet repositories become local files, any other kind is
+streamed.
 
-Downloads, their resumption and their cache are huggingface_hub's (HF_HOME, HF_HUB_OFFLINE). Only names and data cross
-from the Hub: a repository's own program is never run.
+Downloads, their resumption and their cache are huggingface_hub's (HF_HOME, HF_HUB_OFFLINE). Only
+names and data cross from the Hub: a repository's own program is never run.
 """
 
 import json
@@ -26,7 +27,9 @@ from prepare.units import NULL, SMALLEST_UNIT_BYTES, Item, Refused, Texts, encod
 
 @dataclass(frozen=True)
 class HubParquet(Source):
-    """Parquet files of a Hub repository in the local cache; `names` are their paths in the repository."""
+    """Parquet files of a Hub repository in the local cache; `names` are their paths in the
+    repository.
+    """
 
     paths: list[Path]
     names: list[str]
@@ -55,7 +58,9 @@ class HubParquet(Source):
 
 @dataclass(frozen=True)
 class HubStream(Source):
-    """A dataset that is not Parquet: the parent reads it through `datasets` and packs the texts into units."""
+    """A dataset that is not Parquet: the parent reads it through `datasets` and packs the texts
+    into units.
+    """
 
     builder: Any
     text_field: str
@@ -125,9 +130,11 @@ class Unreachable(UserError):
 
 @dataclass(frozen=True)
 class Listing:
-    """The Parquet files of a train split at one commit: all that must be known of a dataset to find it in the cache.
+    """The Parquet files of a train split at one commit: all that must be known of a dataset to find
+    it in the cache.
 
-    Kept there by what the user typed, so that an interrupted download is not taken for the complete split.
+    Kept there by what the user typed, so that an interrupted download is not taken for the complete
+    split.
     """
 
     repository: str
@@ -144,7 +151,8 @@ class Listing:
             return None
 
     def save(self, name: HubName) -> None:
-        # A branch moves, so the commit is found by its hash as well; the same for a config that was not named.
+        # A branch moves, so the commit is found by its hash as well; the same for a config that was
+        # not named.
         content = json.dumps(asdict(self)).encode()
         for config, revision in product({name.config, self.config}, {name.revision, self.revision}):
             path = _listing_path(self.repository, config, revision)
@@ -178,7 +186,9 @@ def _listing_path(repository: str, config: str | None, revision: str | None) -> 
 
 
 def open_hub(source: str, text_field: str) -> HubParquet | HubStream:
-    """Parquet repositories become local files in Hugging Face's cache; any other kind is streamed through `datasets`."""
+    """Parquet repositories become local files in Hugging Face's cache; any other kind is streamed
+    through `datasets`.
+    """
     from huggingface_hub import constants
 
     name = parse_name(source)
@@ -214,7 +224,10 @@ def _open_online(name: HubName, text_field: str) -> HubParquet | HubStream:
 
 
 def _open_snapshot(name: HubName, text_field: str) -> HubParquet | HubStream:
-    """What another program, such as `hf download`, brought into the cache. Raises Unreachable if it did not."""
+    """What another program, such as `hf download`, brought into the cache.
+
+    Raises Unreachable if it did not.
+    """
     from huggingface_hub import snapshot_download
 
     _quiet()
@@ -237,7 +250,9 @@ def _open_snapshot(name: HubName, text_field: str) -> HubParquet | HubStream:
 
 
 def fetch_hub(source: str) -> None:
-    """Bring a dataset into Hugging Face's cache: the Parquet files of its train split, or the complete repository."""
+    """Bring a dataset into Hugging Face's cache: the Parquet files of its train split, or the
+    complete repository.
+    """
     from huggingface_hub import snapshot_download
 
     found = open_hub(source, text_field="")
@@ -257,7 +272,9 @@ def _train_files(builder: Any, repository: str) -> list[str]:
 
 
 def _load_builder(name: HubName, path: str) -> Any:
-    """What `datasets` knows of the data files in a repository, which `path` names, or in its local copy there."""
+    """What `datasets` knows of the data files in a repository, which `path` names, or in its local
+    copy there.
+    """
     try:
         import datasets
     except ImportError:

@@ -1,4 +1,6 @@
-"""What a source is, and files -> items by what their names tell: the same for local files and those behind URLs."""
+"""What a source is, and files -> items by what their names tell: the same for local files and those
+behind URLs.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,7 +32,9 @@ class Source(Protocol):
         return sum(path.stat().st_size for path in self.files())
 
     def stamps(self) -> dict[str, Any]:
-        """By file, what changes with it and is known without reading it, such as its size and modification time."""
+        """By file, what changes with it and is known without reading it, such as its size and
+        modification time.
+        """
         ...
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
@@ -40,7 +44,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a corpus. Some web servers serve no ranges: such a file can only be read from its beginning."""
+    """A file of a corpus. Some web servers serve no ranges: such a file can only be read from its
+    beginning.
+    """
 
     path: str
     size: int
@@ -62,7 +68,8 @@ def _items(file: SourceFile, text_field: str, unit_bytes: int) -> Iterator[Item]
             yield from split_rows(file.path, file.size, text_field, unit_bytes)
         case Format.TEXT:
             yield TextFile(file.path, size)
-        # What can be read from any byte is split here, and its units read themselves; the rest is a stream.
+        # What can be read from any byte is split here, and its units read themselves; the rest is a
+        # stream.
         case Format.JSON_LINES if file.ranges and not compression_of(name):
             yield from split_lines(file.path, file.size, text_field, unit_bytes)
         case format:

@@ -23,7 +23,8 @@ from prepare.units import BLOCK_BYTES, Item
 # Folders with more files are recorded in the manifest as one entry.
 MOST_FILES_LISTED = 1000
 
-# Left out of the corpus `stdlib`: installed packages, tests, and folders of tables or that differ between versions.
+# Left out of the corpus `stdlib`: installed packages, tests, and folders of tables or that differ
+# between versions.
 STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
 
 
@@ -52,16 +53,19 @@ class Files(Source):
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         if self.root is None or (not self.about and len(self.paths) <= MOST_FILES_LISTED):
             return [{"path": str(path), "bytes": path.stat().st_size, "hash": hash_of(path)} for path in self.paths]
-        # One hash over the files' hashes and their paths in the folder, so that the folder may be moved.
+        # One hash over the files' hashes and their paths in the folder, so that the folder may be
+        # moved.
         listing = "".join(f"{path.relative_to(self.root).as_posix()}\t{hash_of(path)}\n" for path in self.paths)
         total = {"files": len(self.paths), "bytes": self.file_bytes(), "hash": hash_bytes(listing.encode())}
         return [{"path": str(self.root), **self.about, **total}]
 
 
 class Stdin(Source):
-    """Standard input, kept in a file so that it can be read more than once, and by several processes.
+    """Standard input, kept in a file so that it can be read more than once, and by several
+    processes.
 
-    If its first line that is not blank is a JSON object, it is JSON lines; otherwise every line is a document.
+    If its first line that is not blank is a JSON object, it is JSON lines; otherwise every line is
+    a document.
     """
 
     def __init__(self, text_field: str, spool: Path) -> None:
@@ -114,7 +118,9 @@ def open_stdlib(text_field: str) -> Files:
 
 
 def _walk(folder: Path, without: Set[str] = frozenset()) -> list[Path]:
-    """Every file below `folder`, sorted by path; folders `without`, and hidden ones (.git, .cache), are not entered."""
+    """Every file below `folder`, sorted by path; folders `without`, and hidden ones (.git, .cache),
+    are not entered.
+    """
     paths = []
     # Links to folders are not followed: one to a parent would never end.
     for root, folders, names in os.walk(folder):

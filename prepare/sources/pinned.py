@@ -1,4 +1,6 @@
-"""Tiny Shakespeare: one text behind a URL, pinned by its commit and its content, kept in Hugging Face's cache."""
+"""Tiny Shakespeare: one text behind a URL, pinned by its commit and its content, kept in Hugging
+Face's cache.
+"""
 
 import hashlib
 from collections.abc import Callable

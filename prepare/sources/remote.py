@@ -1,6 +1,8 @@
-"""Sources behind URLs: files, folders and globs of any fsspec file system, and single files of the web.
+"""Sources behind URLs: files, folders and globs of any fsspec file system, and single files of the
+web.
 
-Nothing is hashed, because reading a bucket twice is paid for twice: what the server reports of a file is recorded.
+Nothing is hashed, because reading a bucket twice is paid for twice: what the server reports of a
+file is recorded.
 """
 
 import re
@@ -44,7 +46,9 @@ class RemoteFiles(Source):
 
 
 def list_remote(source: str) -> list[Remote]:
-    """The readable files that a URL names, sorted: the file, those below the folder, or those that a glob matches."""
+    """The readable files that a URL names, sorted: the file, those below the folder, or those that
+    a glob matches.
+    """
     if is_web(source):
         if not format_of(name_of(source)):
             raise UserError(f"{shown(source)} has no known suffix: expected one of {READABLE}")
