@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from prepare.sources.hub import open_hub
 from prepare.sources.items import Source
 from prepare.sources.local import Stdin, open_files, open_stdlib
-from prepare.sources.names import SOURCE_KINDS, hub_source
+from prepare.sources.names import SOURCE_KINDS, did_you_mean, hub_source
 from prepare.sources.pinned import Shakespeare
 from prepare.sources.remote import RemoteFiles, list_remote
 from prepare.storage.files import is_url
@@ -84,5 +84,7 @@ def _open_source(source: str, text_field: str, folder: Path) -> Source:
         return RemoteFiles(source, list_remote(source), text_field)
     found = open_files(source.removeprefix("file://"), text_field)
     if found is None:
-        raise UserError(f"no source {source!r}: not a file, folder or named corpus; expected {SOURCE_KINDS}")
+        raise UserError(
+            f"no source {source!r}{did_you_mean(source)}: not a file, folder or named corpus; expected {SOURCE_KINDS}"
+        )
     return found

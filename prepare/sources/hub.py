@@ -201,10 +201,8 @@ def open_hub(source: str, text_field: str) -> HubParquet | HubStream:
         return _open_online(name, text_field)
     except Unreachable as fault:
         logger.info("%s; looking in the cache", fault)
-        if known:
-            return known.open(text_field)
         try:
-            return _open_snapshot(name, text_field)
+            return known.open(text_field) if known else _open_snapshot(name, text_field)
         except Unreachable:
             raise fault from None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes, hash_file
@@ -20,6 +20,7 @@ from prepare.sources.names import is_glob
 from prepare.storage.compressed import BYTE_ORDER_MARK
 from prepare.units import BLOCK_BYTES, Item
 
+Name = TypeVar("Name", str, Path)
 # Folders with more files are recorded in the manifest as one entry.
 MOST_FILES_LISTED = 1000
 
@@ -102,11 +103,11 @@ def open_files(source: str, text_field: str) -> Files | None:
             raise UserError(f"{source} has no known suffix: expected one of {READABLE}")
         return Files([path], text_field)
     if path.is_dir():
-        return Files(_readable(_walk(path), f"the folder {source}"), text_field, root=path)
+        return Files(readable(_walk(path), f"the folder {source}"), text_field, root=path)
     if is_glob(source):
         # Path.glob takes no absolute pattern.
-        found = sorted(Path(match) for match in glob(source, recursive=True))  # noqa: PTH207
-        return Files(_readable(found, f"the glob {source}"), text_field)
+        found = sorted(path for match in glob(source, recursive=True) if (path := Path(match)).is_file())  # noqa: PTH207
+        return Files(readable(found, f"the glob {source}"), text_field)
     return None
 
 
@@ -125,18 +126,14 @@ def _walk(folder: Path, without: Set[str] = frozenset()) -> list[Path]:
     # Links to folders are not followed: one to a parent would never end.
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
-        paths += [Path(root, name) for name in names if not name.startswith(".")]
+        # Neither sockets, pipes nor links to nothing.
+        paths += [path for name in names if not name.startswith(".") and (path := Path(root, name)).is_file()]
     return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _readable(paths: list[Path], what: str) -> list[Path]:
-    files = [path for path in paths if path.is_file()]
-    return [Path(name) for name in readable([str(path) for path in files], what)]
-
-
-def readable(names: list[str], what: str) -> list[str]:
+def readable(names: list[Name], what: str) -> list[Name]:
     """The names of a known suffix. Raises UserError if there is none."""
-    known = [name for name in names if format_of(name)]
+    known = [name for name in names if format_of(str(name))]
     if not known:
         found = sorted({Path(name).suffix or Path(name).name for name in names})
         listing = f"only {' '.join(found[:8])}" if found else "no files"

@@ -1,6 +1,7 @@
 """What a source may be called: the named corpora, and which kind of source a name stands for."""
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -16,15 +17,22 @@ HUB_CORPORA = {
 FINEWEB_EDU = "hf:HuggingFaceFW/fineweb-edu:{size}@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 # Named for their tokens; the complete corpus, called default, has 1.3 T.
 FINEWEB_EDU_SIZES = ("sample-10BT", "sample-100BT", "sample-350BT", "default")
+NAMED_CORPORA = (*HUB_CORPORA, "fineweb-edu", "shakespeare", "stdlib")
 # For errors and for the help of `pipeline prepare`.
 SOURCE_KINDS = (
-    f"a corpus ({', '.join(HUB_CORPORA)}, fineweb-edu[:SIZE], shakespeare, stdlib), hf:ORG/NAME[:CONFIG][@REVISION], "
+    f"a corpus ({', '.join(NAMED_CORPORA)}), hf:ORG/NAME[:CONFIG][@REVISION], "
     f"a file ({READABLE}), a folder or a glob of those, a URL (s3://, https:// and more), or - for stdin"
 )
 
 
 def is_named(source: str) -> bool:
-    return source in ("shakespeare", "stdlib", *HUB_CORPORA) or source.partition(":")[0] == "fineweb-edu"
+    return source in NAMED_CORPORA or source.startswith("fineweb-edu:")
+
+
+def did_you_mean(source: str) -> str:
+    """The corpus whose name is close to `source`, for an error; an empty string if none is."""
+    close = get_close_matches(source.lower(), NAMED_CORPORA, n=1, cutoff=0.75)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def hub_source(source: str) -> str | None:

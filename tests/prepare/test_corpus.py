@@ -287,6 +287,7 @@ def _unknown_suffix(folder: Path) -> list[str]:
         (lambda folder: ["a.txt", ""], ["no source given", "stdin"]),
         (lambda folder: ["-", "-"], ["stdin", "twice"]),
         (lambda folder: ["missing"], ["no source 'missing'", "folder", "openwebtext", "hf:ORG/NAME", "stdin"]),
+        (lambda folder: ["Shakespear"], ["did you mean shakespeare?"]),
         (lambda folder: ["hf:nothing"], ["hf:nothing", "hf:ORG/NAME"]),
         (lambda folder: ["*.txt"], ["glob *.txt", "no files", ".jsonl"]),
         (_nothing_readable, ["folder sub", "only .pdf", ".parquet"]),
