@@ -15,7 +15,7 @@ import huggingface_hub.constants
 import pytest
 from conftest import run_program
 from test_corpus import documents, opened
-from test_hub import COMMIT, write, write_parquet
+from test_hub import COMMIT, without_pauses, write, write_parquet
 from test_sources_remote import Handler
 
 from pipeline.dataset.shards import load_manifest
@@ -161,7 +161,7 @@ def test_half_a_dataset_is_completed_with_a_network_and_refused_without_one(
     tmp_path: Path, far: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OneDataset, "breaks_off_at", "data/train-1.parquet")
-    broken = run_program("fetch", "hf:Org/Far", cwd=tmp_path, **far)
+    broken = run_program("fetch", "hf:Org/Far", cwd=tmp_path, **far, **without_pauses(tmp_path))
     assert broken.returncode == 2
     assert "train-1.parquet of dataset Org/Far is not in the cache and could not be downloaded" in broken.stderr
     arguments = ("prepare", "hf:Org/Far", "--tokenizer", "byte")

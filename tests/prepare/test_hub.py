@@ -41,6 +41,12 @@ def repository(hub: Path, source: str) -> Path:
     return folder / "snapshots" / (name.revision or COMMIT)
 
 
+def without_pauses(folder: Path) -> dict[str, str]:
+    """The environment of a program that never sleeps: the libraries' attempts are 20 s apart in all."""
+    (folder / "sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None\n")
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
 def write_parquet(path: Path, texts: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"text": texts}), path)
@@ -149,9 +155,7 @@ def test_a_streamed_file_that_is_damaged_is_one_line(tmp_path: Path, hub: Path) 
 @pytest.mark.slow
 def test_what_cannot_be_reached_names_the_way_without_a_network(tmp_path: Path) -> None:
     """A closed port of this machine stands for the Hub, so that the test is the same with and without a network."""
-    # The libraries retry for 20 s, by their own schedule: nobody waits for it here.
-    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None\n")
-    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", **without_pauses(tmp_path)}
     result = run_program("prepare", "hf:Org/Elsewhere", cwd=tmp_path, **environment)
     assert result.returncode == 2
     line = result.stderr.splitlines()[-1]
