@@ -1,15 +1,19 @@
-"""`pipeline fetch`: a corpus and a vocabulary into Hugging Face's cache, for machines without a network."""
+"""`pipeline fetch`: a corpus and a vocabulary into Hugging Face's cache, for machines without a
+network.
+"""
 
 from pipeline.errors import UserError
 from prepare.encoding.vocabulary import check_name, learns_from_corpus, open_vocabulary
-from prepare.sources.corpus import hub_source
 from prepare.sources.hub import fetch_hub
+from prepare.sources.names import hub_source
 from prepare.sources.pinned import Shakespeare
 from prepare.storage.files import is_url, shown
 
 
 def run(source: str, tokenizer: str) -> dict[str, str]:
-    """Download what the cache lacks; the environment variables that make the other commands read it alone."""
+    """Download what the cache lacks; the environment variables that make the other commands read it
+    alone.
+    """
     from huggingface_hub import constants
 
     # The vocabulary first: a misspelt name is found before gigabytes of text are downloaded.

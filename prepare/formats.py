@@ -1,4 +1,7 @@
-"""What a file's name tells: the format of its text and how it is compressed. Every list of suffixes is derived from here."""
+"""What a file's name tells: the format of its text and how it is compressed.
+
+Every list of suffixes is derived from here.
+"""
 
 from enum import Enum
 
@@ -23,7 +26,10 @@ def compression_of(name: str) -> str:
 
 
 def format_of(name: str) -> Format | None:
-    """None for a file that cannot be read. Parquet compresses its own pages, and is read by seeking: .parquet.gz is none."""
+    """None for a file that cannot be read.
+
+    Parquet compresses its own pages, and is read by seeking: .parquet.gz is none.
+    """
     compression = compression_of(name)
     inner = name.lower().removesuffix(compression)
     found = next((SUFFIXES[suffix] for suffix in SUFFIXES if inner.endswith(suffix)), None)

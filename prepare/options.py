@@ -57,12 +57,13 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
 
 
 def _task_faults(options: PrepareOptions) -> Iterator[str]:
-    if (options.task_id is None) != (options.tasks is None) or not 0 <= (options.task_id or 0) < (options.tasks or 1):
+    task, tasks = options.task_id, options.tasks
+    if (task is None) != (tasks is None) or (task is not None and tasks is not None and not 0 <= task < tasks):
         yield (
-            f"invalid --task-id {options.task_id} with --tasks {options.tasks}: expected both, with --task-id in "
+            f"invalid --task-id {task} with --tasks {tasks}: expected both, with --task-id in "
             "0 .. tasks - 1 (a job array numbered from 0: sbatch --array=0-7)"
         )
-    if (options.tasks or 1) > 1:
+    if (tasks or 1) > 1:
         # Tasks do not communicate, so what needs to know about the others' work is refused.
         conflicts = (
             ("--limit-docs", options.limit_docs, "no task knows which documents come first; limit the sources"),

@@ -16,6 +16,7 @@ from prepare.encoding.vocabulary import is_file, learn_from, learns_from_corpus,
 from prepare.options import PrepareOptions, choices, default_fraction
 from prepare.sources.corpus import Corpus
 from prepare.unfinished.journal import Journal, Plan, Share
+from prepare.units import SPLITTING
 from prepare.workers import Workers
 
 # Below this much text, starting worker processes takes longer than encoding in this one.
@@ -85,6 +86,7 @@ class Preparation:
             tokenizer=tokenizer.spec(),
             sizes=[item.size for item in items],
             tasks=self.share.tasks,
+            splitting=SPLITTING,
         )
         self.journal.begin(plan, tokenizer.files())
         return self.journal.plan()  # another task's, if that was first
@@ -109,7 +111,11 @@ class Preparation:
         """What has changed since `earlier` was made."""
         changed = changed_sources(earlier, self.corpus, self.journal)
         differences = _differences(earlier.options, chosen) or self._other_vocabulary(earlier.tokenizer)
-        return differences + ([f"the sources changed ({shortened(changed)})"] if changed else [])
+        if changed:
+            differences.append(f"the sources changed ({shortened(changed)})")
+        if earlier.splitting != SPLITTING:
+            differences.append("the program changed: this version divides the sources into other units")
+        return differences
 
     def _other_vocabulary(self, spec: dict[str, Any]) -> list[str]:
         # Only a file may have changed: a learned vocabulary follows from the sources, and a

@@ -19,8 +19,9 @@ from prepare.assembly.finish import finish
 from prepare.encoding.work import encode_items
 from prepare.options import PrepareOptions, check
 from prepare.preparation import Preparation, shortened
-from prepare.sources.corpus import default_name, hub_source, is_named, open_corpus
+from prepare.sources.corpus import open_corpus
 from prepare.sources.local import stamped_hash
+from prepare.sources.names import default_name, hub_source, is_named
 from prepare.storage.files import is_url
 from prepare.unfinished.journal import Journal, Plan, tasks_of
 from prepare.units import STDIN_SPOOL
@@ -41,7 +42,9 @@ def run(options: PrepareOptions) -> Path:
         preparation = Preparation(
             options=options, share=share, corpus=corpus, journal=Journal(dataset), workers=workers
         )
-        _finish_publishing(preparation.journal)
+        if preparation.journal.is_publishing():  # a kill interrupted it after all work was done
+            with one_writer(dataset):
+                preparation.journal.finish_publishing()
         if share.tasks == 1:
             _run_alone(preparation)
         else:
@@ -70,8 +73,9 @@ def dataset_folder(options: PrepareOptions) -> Path:
     return Path(options.data_dir) / (options.name or default_name((options.sources or [""])[0]))
 
 
-def check_before(options: PrepareOptions, tasks: int) -> tuple[Path, list[Path]]:
-    """The dataset's folder and the local sources of a preparation in `tasks` jobs, checked.
+def check_before(options: PrepareOptions, tasks: int) -> Path:
+    """The dataset's folder of a preparation in `tasks` jobs, once its options and local sources are
+    checked.
 
     Raises UserError. Sources behind a network are not opened, since the jobs' nodes may be on
     another one.
@@ -83,14 +87,7 @@ def check_before(options: PrepareOptions, tasks: int) -> tuple[Path, list[Path]]
     local = [source for source in options.sources if not (hub_source(source) or is_named(source) or is_url(source))]
     if local:
         open_corpus(local, options.text_field, dataset)
-    return dataset, [Path(source) for source in local]
-
-
-def _finish_publishing(journal: Journal) -> None:
-    """Complete what a kill interrupted after all work was done."""
-    if journal.is_publishing():
-        with one_writer(journal.dataset):
-            journal.finish_publishing()
+    return dataset
 
 
 def _run_alone(preparation: Preparation) -> None:

@@ -1,24 +1,32 @@
-"""Reading text in units of work: a unit knows where it lies in a corpus and yields the documents there.
+"""Reading text in units of work: a unit knows where it lies in a corpus and yields the documents
+there.
 
-Units can be pickled, so worker processes read what they encode and the parent only lists them. Text stays UTF-8 bytes: a
-str of mostly ASCII with one emoji takes four times the memory.
+Units can be pickled, so worker processes read what they encode and the parent only lists them. Text
+stays UTF-8 bytes: a str of mostly ASCII with one emoji takes four times the memory.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-# About what one unit holds in text, between these: small enough that a kill loses seconds and the workers finish
-# together, large enough that handing over a unit and syncing its result (some 20 ms) do not count.
+# About what one unit holds in text, between these: small enough that a kill loses seconds and the
+# workers finish together, large enough that handing over a unit and syncing its result (some 20 ms)
+# do not count.
 SMALLEST_UNIT_BYTES = 1 << 20
 LARGEST_UNIT_BYTES = 16 << 20
 UNITS_IN_A_CORPUS = 64
-# Longer texts are read block by block where their format allows it, so that memory does not follow the longest one.
+# Longer texts are read block by block where their format allows it, so that memory does not follow
+# the longest one.
 LONG_BYTES = 4 << 20
 BLOCK_BYTES = 1 << 20
 STDIN_SPOOL = "stdin.partial"
-# Positions inside an item, which are bytes of a file or rows, lie below 2**48: in a batch the item's number goes above.
+# Parts are numbered by unit, so a preparation is never resumed where another version began it.
+# Raise this whenever the same sources would be divided into other units.
+SPLITTING = 1
+# Positions inside an item, which are bytes of a file or rows, lie below 2**48: in a batch the
+# item's number goes above.
 POSITION_BITS = 48
+T = TypeVar("T")
 # Why a document is skipped.
 NOT_UTF8 = "not UTF-8"
 NULL = "null"
@@ -36,7 +44,9 @@ class LongDocument(Protocol):
     """A document above `LONG_BYTES`."""
 
     def blocks(self) -> Iterator[bytes]:
-        """Its UTF-8 text from the beginning, on every call, in blocks that may end inside a character."""
+        """Its UTF-8 text from the beginning, on every call, in blocks that may end inside a
+        character.
+        """
         ...
 
 
@@ -59,11 +69,15 @@ class Unit(Protocol):
 
 
 class Item(Protocol):
-    """A piece of a corpus that is listed before any text is read: one unit, or a stream that has to be read in order."""
+    """A piece of a corpus that is listed before any text is read: one unit, or a stream that has to
+    be read in order.
+    """
 
     @property
     def size(self) -> int:
-        """Bytes of text, as near as they are known before reading: for progress, and to share the work."""
+        """Bytes of text, as near as they are known before reading: for progress, and to share the
+        work.
+        """
         ...
 
     def units(self) -> Iterator[Unit]:
@@ -75,7 +89,8 @@ class Item(Protocol):
         ...
 
 
-# The number of workers must not matter here: parts, and so a resumed preparation, are numbered by unit.
+# The number of workers must not matter here: parts, and so a resumed preparation, are numbered by
+# unit.
 def unit_bytes(corpus_bytes: int) -> int:
     """How much text a unit of this corpus holds: the same for any number of workers."""
     return min(max(corpus_bytes // UNITS_IN_A_CORPUS, SMALLEST_UNIT_BYTES), LARGEST_UNIT_BYTES)
@@ -106,7 +121,9 @@ class Texts(OneUnit):
 
 @dataclass(frozen=True)
 class Batch(OneUnit):
-    """Small items that make one unit together: a hundred thousand small files are not as many units."""
+    """Small items that make one unit together: a hundred thousand small files are not as many
+    units.
+    """
 
     items: tuple[Item, ...]
     size: int
@@ -119,6 +136,25 @@ class Batch(OneUnit):
 
     def locate(self, position: int) -> str:
         return self.items[position >> POSITION_BITS].locate(position & ((1 << POSITION_BITS) - 1))
+
+
+def grouped(
+    found: Iterable[T], size_of: Callable[[T], int], most_bytes: int, most: int | None = None
+) -> Iterator[tuple[tuple[T, ...], int]]:
+    """Neighbours together, in groups of up to so many bytes and `most` values, each with its size.
+
+    One that is larger than that is a group by itself.
+    """
+    group: list[T] = []
+    size = 0
+    for value in found:
+        if group and (size + size_of(value) > most_bytes or len(group) == most):
+            yield tuple(group), size
+            group, size = [], 0
+        group.append(value)
+        size += size_of(value)
+    if group:
+        yield tuple(group), size
 
 
 def utf8(content: bytes) -> Document:

@@ -19,10 +19,10 @@ def _prepare_options() -> type:
     return PrepareOptions
 
 
-def _readable() -> str:
-    from prepare.formats import READABLE
+def _source_kinds() -> str:
+    from prepare.sources.names import SOURCE_KINDS
 
-    return READABLE
+    return f"{SOURCE_KINDS[0].upper()}{SOURCE_KINDS[1:]}."
 
 
 def _prepare(options: Any) -> None:
@@ -49,11 +49,7 @@ prepare = Command(
     The dataset is written to DATA_DIR/NAME. If the command is killed, the same command resumes it.""",
     example="pipeline prepare my-texts/ --name mine --tokenizer gpt2",
     shown={
-        "sources": Shown(
-            "A corpus (openwebtext, fineweb-edu, tinystories, shakespeare, stdlib), hf:ORG/NAME[:CONFIG][@REVISION], a "
-            f"file ({_readable()}), a folder, a glob, a URL (s3://...), or - for stdin.",
-            metavar="SOURCE...", is_argument=True,
-        ),
+        "sources": Shown(_source_kinds(), metavar="SOURCE...", is_argument=True),
         "name": Shown("Name of the dataset; by default the source's."),
         "data_dir": Shown("Folder of all datasets."),
         "tokenizer": Shown(

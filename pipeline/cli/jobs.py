@@ -50,7 +50,7 @@ def _submit_prepare(job: Any, arguments: tuple[str, ...], tasks: int, dry_run: b
     from prepare.run import check_before
     from slurm.submit import prepare as submit_preparation
 
-    dataset, _ = check_before(prepare.options_from(prepare.parse(arguments)), tasks)
+    dataset = check_before(prepare.options_from(prepare.parse(arguments)), tasks)
     submit_preparation(list(arguments), dataset=dataset, tasks=tasks, job=job, dry_run=dry_run)
 
 

@@ -27,10 +27,7 @@ def mark_duplicates(hashes: Iterable[npt.NDArray[np.uint64]], documents: int, fo
     `hashes` yields the two halves of the documents' XXH3-128 in corpus order, as (n, 2) arrays.
     """
     target = folder / "duplicates"
-    target.write_bytes(b"")
-    with target.open("r+b") as file:
-        file.truncate(max(documents, 1))
-    marks = np.memmap(target, dtype=np.bool_, mode="r+")
+    marks = np.memmap(target, dtype=np.bool_, mode="w+", shape=(max(documents, 1),))  # mmap(2) refuses 0 bytes
     bits = min((documents // DOCUMENTS_PER_FILE).bit_length(), MAX_FILES.bit_length() - 1)
     files = [folder / f"hashes_{number:03d}.partial" for number in range(1 << bits)]
     try:

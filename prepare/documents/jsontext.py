@@ -6,32 +6,32 @@ A value is held as a whole and may have 256 MB; a file of them may have any leng
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+
+import orjson
 
 from pipeline.errors import UserError, one_line
 from prepare.units import NOT_UTF8, NULL, Document, Refused, encoded, no_field, no_text, utf8
 
 MOST_VALUE_BYTES = 256 << 20
-# A number, a literal or an escape that ends this near to the end of what was read may continue after it.
+# A number, a literal or an escape that ends this near to the end of what was read may continue
+# after it.
 LONGEST_TOKEN = 16
 _SPACE = re.compile(r"[ \t\r\n]*")
-# Accepts what orjson does not: NaN and Infinity, halves of surrogate pairs, and integers of more than 4,300 digits.
+# Accepts what orjson does not: NaN and Infinity, halves of surrogate pairs, and integers of more
+# than 4,300 digits.
 _DECODER = json.JSONDecoder(parse_int=float)
-
-try:
-    from orjson import loads as _loads  # three times as fast
-except ImportError:
-
-    def _loads(content: bytes) -> Any:  # type: ignore[misc]
-        return _DECODER.decode(content.decode())
 
 
 def parse(content: bytes, text_field: str, where: Callable[[], str]) -> Document:
-    """The text of one JSON value: an object's field, or a string itself. `where` describes its position in an error."""
+    """The text of one JSON value: an object's field, or a string itself.
+
+    `where` describes its position in an error.
+    """
     try:
-        row = _loads(content)
+        row = orjson.loads(content)  # three times as fast as json
     except (ValueError, RecursionError) as error:
-        # Before the syntax: bytes that are not UTF-8 are a fault of one document, which is counted, not of the file.
+        # Before the syntax: bytes that are not UTF-8 are a fault of one document, which is counted,
+        # not of the file.
         if isinstance(utf8(content), Refused):
             return Refused(NOT_UTF8)
         try:
@@ -53,7 +53,9 @@ def parse(content: bytes, text_field: str, where: Callable[[], str]) -> Document
 
 
 def each_value(blocks: Iterator[bytes], name: str, text_field: str) -> Iterator[tuple[int, bytes]]:
-    """The values of one array, or values that follow each other: the byte at which each begins, and its bytes."""
+    """The values of one array, or values that follow each other: the byte at which each begins, and
+    its bytes.
+    """
     text = _Window(blocks, name, text_field)
     if text.peek() != "[":
         while text.peek():
@@ -80,9 +82,10 @@ def too_long(where: str) -> UserError:
 class _Window:
     """JSON text that arrives in blocks, as far as it is held; the next character is at `at`.
 
-    Each byte is read as one character (latin-1), because outside of strings JSON is ASCII, so a value ends where it
-    would end as UTF-8, and what is not UTF-8 stays as it is. Python's parser finds the end. Not ijson: its fast
-    backend replaces lone surrogates by question marks, and stops at NaN and at the first byte that is not UTF-8.
+    Each byte is read as one character (latin-1), because outside of strings JSON is ASCII, so a
+    value ends where it would end as UTF-8, and what is not UTF-8 stays as it is. Python's parser
+    finds the end. Not ijson: its fast backend replaces lone surrogates by question marks, and stops
+    at NaN and at the first byte that is not UTF-8.
     """
 
     def __init__(self, blocks: Iterator[bytes], name: str, text_field: str) -> None:
@@ -117,8 +120,8 @@ class _Window:
                 fault, end = error.msg.removesuffix(" at"), error.pos
             except RecursionError:
                 raise self.malformed("Too many brackets inside each other", self.at) from None
-            # At the edge of the window an error may only mean that the rest has not been read yet, and a number or
-            # literal that ends there may continue.
+            # At the edge of the window an error may only mean that the rest has not been read yet,
+            # and a number or literal that ends there may continue.
             cut = end > len(self._held) - LONGEST_TOKEN or fault.startswith("Unterminated string")
             if self._ended or not cut:
                 break
@@ -135,7 +138,10 @@ class _Window:
         return not_json(self._name, self._text_field, f"{fault} at byte {self._dropped + at}")
 
     def _read_on(self) -> None:
-        """Drop what was passed. What is left becomes twice as long at least, so that a value of n bytes costs 2 n to parse."""
+        """Drop what was passed.
+
+        What is left becomes twice as long at least, so that a value of n bytes costs 2 n to parse.
+        """
         pieces = [self._held[self.at :]]
         self._dropped += self.at
         size = len(pieces[0])

@@ -54,9 +54,11 @@ class LineText:
 
 @dataclass(frozen=True)
 class Lines(OneUnit):
-    """The lines of a file that begin in bytes [start, stop), so that neighbours share no line and skip none.
+    """The lines of a file that begin in bytes [start, stop), so that neighbours share no line and
+    skip none.
 
-    With a text field a line is a JSON object, and blank lines are skipped; without one every line is a document.
+    With a text field a line is a JSON object, and blank lines are skipped; without one every line
+    is a document.
     """
 
     path: str
@@ -98,7 +100,8 @@ class Lines(OneUnit):
 
     def _lines(self) -> Iterator[tuple[int, bytes | LineText]]:
         """A long line is passed over, and read again when its text is needed."""
-        # `at` counts the bytes read, `begin` is where the present line began, `held` is its text so far.
+        # `at` counts the bytes read, `begin` is where the present line began, `held` is its text so
+        # far.
         begin = self._first()
         at, held = begin, b""
         for block in blocks(self.path, begin) if begin < self.stop else ():
@@ -131,7 +134,9 @@ class Lines(OneUnit):
         return self.stop
 
     def _number(self, begin: int) -> str:
-        """The line's number, counted only when an error needs it: units know bytes, editors know lines."""
+        """The line's number, counted only when an error needs it: units know bytes, editors know
+        lines.
+        """
         return f"{self._shown} line {1 + sum(block.count(10) for block in blocks(self.path, 0, begin))}"
 
 

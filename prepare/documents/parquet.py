@@ -1,8 +1,8 @@
 """Reading Parquet: a unit is a slice of rows of one row group.
 
-A file's footer claims how large its parts are. Those claims are checked against the file's size before anything is read,
-and the rows of a step are limited by the longest value its dictionary can repeat: a few KB of Parquet can expand to
-terabytes.
+A file's footer claims how large its parts are. Those claims are checked against the file's size
+before anything is read, and the rows of a step are limited by the longest value its dictionary can
+repeat: a few KB of Parquet can expand to terabytes.
 """
 
 import re
@@ -23,7 +23,8 @@ MOST_ROWS_IN_UNIT = 1 << 15
 STEP_BYTES = 16 << 20
 # A larger dictionary is not decompressed to find its longest value.
 DICTIONARY_BYTES = 16 << 20
-# A row group that expands further is a bomb: text compresses to a third, and a dictionary of a few texts is not a corpus.
+# A row group that expands further is a bomb: text compresses to a third, and a dictionary of a few
+# texts is not a corpus.
 MOST_EXPANSION = 250
 FREE_BYTES = 256 << 20
 # Equal rows take almost no bytes, so a count up to this is believed.
@@ -32,7 +33,10 @@ ROWS_WITHOUT_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class ParquetRows(OneUnit):
-    """Rows [start, stop) of one row group, which begins at the file's row `first`. `batch` rows are read in a step."""
+    """Rows [start, stop) of one row group, which begins at the file's row `first`.
+
+    `batch` rows are read in a step.
+    """
 
     path: str
     column: str
@@ -66,7 +70,10 @@ class LongValue:
 
 
 def _documents(rows: Any) -> Iterator[Document]:
-    """The texts of an Arrow array. Arrow checks all of them for UTF-8; if one is not, each is checked alone."""
+    """The texts of an Arrow array.
+
+    Arrow checks all of them for UTF-8; if one is not, each is checked alone.
+    """
     import pyarrow as pa
 
     try:
@@ -92,9 +99,12 @@ def _document(scalar: Any, known: bool) -> Document:
 
 
 class _RowGroup:
-    """A reader in one row group. Skipping rows costs as much as reading them, and pq.write_table's groups have 1 M rows.
+    """A reader in one row group.
 
-    Units of a group come in order, so a process that keeps its reader reads each group once, not once a unit.
+    Skipping rows costs as much as reading them, and pq.write_table's groups have 1 M rows.
+
+    Units of a group come in order, so a process that keeps its reader reads each group once, not
+    once a unit.
     """
 
     def __init__(self, path: str, column: str, group: int, batch: int) -> None:
@@ -147,7 +157,9 @@ def _row_group(path: str, column: str, group: int, batch: int) -> _RowGroup:
 
 
 def _longest_repeated(path: str, group: int, column: str, chunk: Any) -> int:
-    """Bytes, or an upper bound, of the longest value in a chunk's dictionary, which any of its rows may repeat."""
+    """Bytes, or an upper bound, of the longest value in a chunk's dictionary, which any of its rows
+    may repeat.
+    """
     import pyarrow as pa
 
     if chunk.dictionary_page_offset is None:
@@ -166,7 +178,9 @@ def _longest_repeated(path: str, group: int, column: str, chunk: Any) -> int:
 
 
 def _dictionary_bytes(path: str, chunk: Any) -> int:
-    """The uncompressed size of a chunk's dictionary page, the second field of its header (PageHeader in parquet.thrift)."""
+    """The uncompressed size of a chunk's dictionary page, the second field of its header
+    (PageHeader in parquet.thrift).
+    """
     with open_bytes(path) as file:
         file.seek(chunk.dictionary_page_offset)
         head = file.read(32)
@@ -178,13 +192,17 @@ def _dictionary_bytes(path: str, chunk: Any) -> int:
 
 
 def split_rows(path: str, file_bytes: int, text_field: str, unit_bytes: int) -> Iterator[ParquetRows]:
-    """The rows of a file in units of about so much text. Raises UserError for a damaged file and for a bomb."""
+    """The rows of a file in units of about so much text.
+
+    Raises UserError for a damaged file and for a bomb.
+    """
     with _faults(path, "the footer"), _parquet_file(path) as file:
         _check_text_column(file.schema_arrow, path, text_field)
         first = 0
         for group in range(file.metadata.num_row_groups):
             rows, size = _claims(file, path, file_bytes, group=group, column=text_field)
-            # Sizes come from the footer, so units are the same for any number of workers and after a kill.
+            # Sizes come from the footer, so units are the same for any number of workers and after
+            # a kill.
             batch = max(1, min(MOST_ROWS, min(BLOCK_BYTES, unit_bytes) * rows // max(size, 1)))
             rows_in_unit = min(max(batch, unit_bytes * rows // max(size, 1)), MOST_ROWS_IN_UNIT)
             for start in range(0, rows, rows_in_unit):
@@ -195,7 +213,9 @@ def split_rows(path: str, file_bytes: int, text_field: str, unit_bytes: int) -> 
 
 
 def _claims(file: Any, path: str, file_bytes: int, group: int, column: str) -> tuple[int, int]:
-    """The rows and the uncompressed bytes of a row group's text, as claimed, if the size of the file allows them."""
+    """The rows and the uncompressed bytes of a row group's text, as claimed, if the size of the
+    file allows them.
+    """
     rows, chunk = file.metadata.row_group(group).num_rows, _chunk(file, group, column)
     compressed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
     where = f"{shown(path)} row group {group}"
@@ -239,7 +259,6 @@ def _faults(path: str, part: str) -> Iterator[None]:
 
 
 def _parquet_file(path: str, **options: Any) -> Any:
-    import pyarrow
     import pyarrow.parquet
 
     if is_url(path):
@@ -249,18 +268,17 @@ def _parquet_file(path: str, **options: Any) -> Any:
             file: Any = open_bytes(path)
     else:
         file = path
-    try:
-        # Buffered and not pre-buffered: otherwise a whole column chunk, often the whole file, is held in memory.
+    # Buffered and not pre-buffered: otherwise a whole column chunk, often the whole file, is held
+    # in memory.
+    with _faults(path, "the footer"):
         return pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16, **options)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"cannot read {shown(path)} as Parquet: {one_line(error)}; download or write it again"
-        ) from None
 
 
 def _check_text_column(schema: Any, path: str, text_field: str) -> None:
     import pyarrow.types as kinds
 
+    if schema.names.count(text_field) > 1:
+        raise UserError(f"{shown(path)} has several columns {text_field!r}: write it again with one of them")
     if text_field not in schema.names:
         names = ", ".join(schema.names)
         raise UserError(

@@ -1,6 +1,8 @@
-"""Files that can only be read in order: JSON, and compressed JSON lines. The parent splits them into rows, workers parse.
+"""Files that can only be read in order: JSON, and compressed JSON lines. The parent splits them
+into rows, workers parse.
 
-A row is not parsed in the parent, so the text of a fault, and which rows are left out, is the same as for plain files.
+A row is not parsed in the parent, so the text of a fault, and which rows are left out, is the same
+as for plain files.
 """
 
 from collections.abc import Iterator
@@ -11,9 +13,10 @@ from prepare.documents.lines import each_line
 from prepare.formats import Format
 from prepare.storage.compressed import text_blocks
 from prepare.storage.files import shown
-from prepare.units import Document
+from prepare.units import Document, grouped
 
-# Large enough that handing over a unit does not count, small enough that a few of them wait for each worker.
+# Large enough that handing over a unit does not count, small enough that a few of them wait for
+# each worker.
 UNIT_BYTES = 4 << 20
 
 
@@ -61,13 +64,9 @@ class Stream(_InStream):
     def units(self) -> Iterator[Rows]:
         lines = self.format is Format.JSON_LINES
         blocks, name = text_blocks(self.path), shown(self.path)
-        rows: list[tuple[int, bytes]] = []
-        size, first = 0, 1
-        for begin, row in each_line(blocks, name) if lines else each_value(blocks, name, self.text_field):
-            if rows and size + len(row) > UNIT_BYTES:
-                yield Rows(self.path, self.text_field, tuple(rows), first_line=first if lines else None)
-                rows, size, first = [], 0, first + len(rows)
-            rows.append((begin, row))
-            size += len(row) + 1  # blank lines count too, or a file of them would be one unit
-        if rows:
-            yield Rows(self.path, self.text_field, tuple(rows), first_line=first if lines else None)
+        found = each_line(blocks, name) if lines else each_value(blocks, name, self.text_field)
+        first = 1
+        # Blank lines count for a byte too, or a file of them would be one unit.
+        for rows, _ in grouped(found, lambda row: len(row[1]) + 1, UNIT_BYTES):
+            yield Rows(self.path, self.text_field, rows, first_line=first if lines else None)
+            first += len(rows)

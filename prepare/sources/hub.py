@@ -1,7 +1,8 @@
-"""Datasets of the Hugging Face Hub: Parquet repositories become local files, any other kind is streamed.
+"""Datasets of the Hugging Face Hub: Parquet repositories become local files, any other kind is
+streamed.
 
-Downloads, their resumption and their cache are huggingface_hub's (HF_HOME, HF_HUB_OFFLINE). Only names and data cross
-from the Hub: a repository's own program is never run.
+Downloads, their resumption and their cache are huggingface_hub's (HF_HOME, HF_HUB_OFFLINE). Only
+names and data cross from the Hub: a repository's own program is never run.
 """
 
 import json
@@ -18,14 +19,17 @@ from urllib.parse import quote
 from pipeline.errors import UserError, one_line
 from pipeline.files import write_atomic
 from pipeline.log import ProgressReport, logger
-from prepare.documents.parquet import MOST_ROWS, split_rows
+from prepare.documents.parquet import MOST_ROWS
+from prepare.sources.items import Source, SourceFile, items_of
 from prepare.storage.assets import assets
-from prepare.units import NULL, SMALLEST_UNIT_BYTES, Document, Item, Refused, Texts, encoded, no_field, no_text
+from prepare.units import NULL, SMALLEST_UNIT_BYTES, Item, Refused, Texts, encoded, grouped, no_field, no_text
 
 
 @dataclass(frozen=True)
-class HubParquet:
-    """Parquet files of a Hub repository in the local cache; `names` are their paths in the repository."""
+class HubParquet(Source):
+    """Parquet files of a Hub repository in the local cache; `names` are their paths in the
+    repository.
+    """
 
     paths: list[Path]
     names: list[str]
@@ -33,17 +37,11 @@ class HubParquet:
     about: dict[str, Any]
 
     def items(self, unit_bytes: int) -> list[Item]:
-        return [
-            unit
-            for path in self.paths
-            for unit in split_rows(str(path), path.stat().st_size, self.text_field, unit_bytes)
-        ]
+        files = (SourceFile(str(path), path.stat().st_size) for path in self.paths)
+        return items_of(files, self.text_field, unit_bytes)
 
     def files(self) -> list[Path]:
         return self.paths
-
-    def file_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.paths)
 
     def stamps(self) -> dict[str, Any]:
         return {
@@ -59,8 +57,10 @@ class HubParquet:
 
 
 @dataclass(frozen=True)
-class HubStream:
-    """A dataset that is not Parquet: the parent reads it through `datasets` and packs the texts into units."""
+class HubStream(Source):
+    """A dataset that is not Parquet: the parent reads it through `datasets` and packs the texts
+    into units.
+    """
 
     builder: Any
     text_field: str
@@ -72,22 +72,16 @@ class HubStream:
         return [self]
 
     def units(self) -> Iterator[Texts]:
-        batch: list[Document] = []
-        size = first = 0
-        for text in self._texts():
-            if size >= SMALLEST_UNIT_BYTES or len(batch) >= MOST_ROWS:
-                yield Texts(tuple(batch), size, self.about["repository"], first)
-                batch, size, first = [], 0, first + len(batch)
-            batch.append(text)
-            size += len(text) if isinstance(text, bytes) else 0
-        if batch:
-            yield Texts(tuple(batch), size, self.about["repository"], first)
+        def size_of(text: bytes | Refused) -> int:
+            return len(text) if isinstance(text, bytes) else 0
+
+        first = 0
+        for texts, size in grouped(self._texts(), size_of, SMALLEST_UNIT_BYTES, most=MOST_ROWS):
+            yield Texts(texts, size, source=self.about["repository"], first=first)
+            first += len(texts)
 
     def locate(self, position: int) -> str:
         return f"{self.about['repository']} row {position}"
-
-    def files(self) -> list[Path]:
-        return []
 
     def file_bytes(self) -> int | None:
         return None
@@ -112,7 +106,7 @@ class HubStream:
         except UserError:
             raise
         except Exception as error:  # as in _load_builder
-            raise hub_fault(repository, error) from None
+            raise _hub_fault(repository, error) from None
 
 
 @dataclass(frozen=True)
@@ -136,9 +130,11 @@ class Unreachable(UserError):
 
 @dataclass(frozen=True)
 class Listing:
-    """The Parquet files of a train split at one commit: all that must be known of a dataset to find it in the cache.
+    """The Parquet files of a train split at one commit: all that must be known of a dataset to find
+    it in the cache.
 
-    Kept there by what the user typed, so that an interrupted download is not taken for the complete split.
+    Kept there by what the user typed, so that an interrupted download is not taken for the complete
+    split.
     """
 
     repository: str
@@ -155,7 +151,8 @@ class Listing:
             return None
 
     def save(self, name: HubName) -> None:
-        # A branch moves, so the commit is found by its hash as well; the same for a config that was not named.
+        # A branch moves, so the commit is found by its hash as well; the same for a config that was
+        # not named.
         content = json.dumps(asdict(self)).encode()
         for config, revision in product({name.config, self.config}, {name.revision, self.revision}):
             path = _listing_path(self.repository, config, revision)
@@ -189,7 +186,9 @@ def _listing_path(repository: str, config: str | None, revision: str | None) -> 
 
 
 def open_hub(source: str, text_field: str) -> HubParquet | HubStream:
-    """Parquet repositories become local files in Hugging Face's cache; any other kind is streamed through `datasets`."""
+    """Parquet repositories become local files in Hugging Face's cache; any other kind is streamed
+    through `datasets`.
+    """
     from huggingface_hub import constants
 
     name = parse_name(source)
@@ -202,28 +201,31 @@ def open_hub(source: str, text_field: str) -> HubParquet | HubStream:
         return _open_online(name, text_field)
     except Unreachable as fault:
         logger.info("%s; looking in the cache", fault)
-        if known:
-            return known.open(text_field)
         try:
-            return _open_snapshot(name, text_field)
+            return known.open(text_field) if known else _open_snapshot(name, text_field)
         except Unreachable:
             raise fault from None
 
 
 def _open_online(name: HubName, text_field: str) -> HubParquet | HubStream:
     builder = _load_builder(name, name.repository)
-    urls = train_files(builder, name.repository)
-    commit = commit_of(urls[0])
-    if commit and all(url.endswith(".parquet") for url in urls):
-        listing = Listing(name.repository, builder.config.name, commit, [file_of(url) for url in urls])
+    urls = _train_files(builder, name.repository)
+    # `datasets` resolves a branch to its commit: hf://datasets/ORG/NAME@COMMIT/data/train-0.parquet
+    found = [re.fullmatch("hf://datasets/[^@]+@([0-9a-f]{40})/(.+)", url) for url in urls]
+    commit = found[0][1] if found[0] else name.revision
+    if commit and all(found) and all(url.endswith(".parquet") for url in urls):
+        listing = Listing(name.repository, builder.config.name, commit, files=[each[2] for each in found if each])
         listing.save(name)  # before the download: if that is interrupted, the list says what is missing
         return listing.open(text_field)
-    about = {"repository": name.repository, "config": builder.config.name, "revision": commit or name.revision}
+    about = {"repository": name.repository, "config": builder.config.name, "revision": commit}
     return HubStream(builder, text_field, about)
 
 
 def _open_snapshot(name: HubName, text_field: str) -> HubParquet | HubStream:
-    """What another program, such as `hf download`, brought into the cache. Raises Unreachable if it did not."""
+    """What another program, such as `hf download`, brought into the cache.
+
+    Raises Unreachable if it did not.
+    """
     from huggingface_hub import snapshot_download
 
     _quiet()
@@ -237,7 +239,7 @@ def _open_snapshot(name: HubName, text_field: str) -> HubParquet | HubStream:
     root = Path(found).resolve()
     logger.info("%s: using the copy in the cache, %s", name.repository, root)
     builder = _load_builder(HubName(name.repository, name.config, None), str(root))
-    urls = train_files(builder, name.repository)
+    urls = _train_files(builder, name.repository)
     about = {"repository": name.repository, "config": builder.config.name, "revision": root.name}
     if not all(url.endswith(".parquet") for url in urls):
         return HubStream(builder, text_field, about)
@@ -246,7 +248,9 @@ def _open_snapshot(name: HubName, text_field: str) -> HubParquet | HubStream:
 
 
 def fetch_hub(source: str) -> None:
-    """Bring a dataset into Hugging Face's cache: the Parquet files of its train split, or the complete repository."""
+    """Bring a dataset into Hugging Face's cache: the Parquet files of its train split, or the
+    complete repository.
+    """
     from huggingface_hub import snapshot_download
 
     found = open_hub(source, text_field="")
@@ -255,29 +259,20 @@ def fetch_hub(source: str) -> None:
         try:
             snapshot_download(repository, repo_type="dataset", revision=revision)
         except Exception as error:  # as in Listing.open
-            raise hub_fault(repository, error) from None
+            raise _hub_fault(repository, error) from None
 
 
-def train_files(builder: Any, repository: str) -> list[str]:
+def _train_files(builder: Any, repository: str) -> list[str]:
     data_files = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
     if not data_files.get("train"):
         raise UserError(f"dataset {repository} has no split 'train', its splits are: {', '.join(data_files)}")
     return data_files["train"]
 
 
-def commit_of(url: str) -> str | None:
-    # `datasets` resolves a branch to its commit: hf://datasets/ORG/NAME@COMMIT/data/train-0.parquet
-    found = re.search("@([0-9a-f]{40})/", url)
-    return found[1] if found else None
-
-
-def file_of(url: str) -> str:
-    """A file's path in its repository."""
-    return re.sub("^hf://datasets/[^@]+@[^/]+/", "", url)
-
-
 def _load_builder(name: HubName, path: str) -> Any:
-    """What `datasets` knows of the data files in a repository, which `path` names, or in its local copy there."""
+    """What `datasets` knows of the data files in a repository, which `path` names, or in its local
+    copy there.
+    """
     try:
         import datasets
     except ImportError:
@@ -289,7 +284,7 @@ def _load_builder(name: HubName, path: str) -> Any:
     try:
         return datasets.load_dataset_builder(path, name=name.config, revision=name.revision)
     except Exception as error:  # datasets lets through what the Hub, the network and its parsers raise
-        raise hub_fault(name.repository, error) from None
+        raise _hub_fault(name.repository, error) from None
 
 
 def _quiet() -> None:
@@ -306,7 +301,7 @@ def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def hub_fault(repository: str, error: Exception) -> UserError:
+def _hub_fault(repository: str, error: Exception) -> UserError:
     cause = one_line(error)
     if "scripts are no longer supported" in cause:
         return UserError(

@@ -1,22 +1,52 @@
-"""Files -> items, by what their names tell: the same for local files and for those behind URLs."""
+"""What a source is, and files -> items by what their names tell: the same for local files and those
+behind URLs.
+"""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 from prepare.documents.lines import TextFile, split_lines
 from prepare.documents.parquet import split_rows
 from prepare.documents.streams import Stream
 from prepare.formats import Format, compression_of, format_of
 from prepare.storage.files import name_of
-from prepare.units import Batch, Item
+from prepare.units import Batch, Item, grouped
 
 # English compresses to about a third: for progress, and to share the work.
 USUAL_EXPANSION = 3
 
 
+class Source(Protocol):
+    def items(self, unit_bytes: int) -> list[Item]:
+        """The source in pieces, in order; their units hold about so much text."""
+        ...
+
+    def files(self) -> list[Path]:
+        """The local files whose hashes `record` needs."""
+        return []
+
+    def file_bytes(self) -> int | None:
+        """None for a stream."""
+        return sum(path.stat().st_size for path in self.files())
+
+    def stamps(self) -> dict[str, Any]:
+        """By file, what changes with it and is known without reading it, such as its size and
+        modification time.
+        """
+        ...
+
+    def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
+        """The manifest's entries for this source."""
+        ...
+
+
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a corpus. Some web servers serve no ranges: such a file can only be read from its beginning."""
+    """A file of a corpus. Some web servers serve no ranges: such a file can only be read from its
+    beginning.
+    """
 
     path: str
     size: int
@@ -25,24 +55,9 @@ class SourceFile:
 
 def items_of(files: Iterable[SourceFile], text_field: str, unit_bytes: int) -> list[Item]:
     """The items of the files in their order; small neighbours share a unit."""
-    found: list[Item] = []
-    # Neighbours of less than a unit wait here until together they make one.
-    small: list[Item] = []
-    size = 0
-    for item in (item for file in files for item in _items(file, text_field, unit_bytes)):
-        if small and size + item.size > unit_bytes:
-            found.append(_together(small, size))
-            small, size = [], 0
-        if item.size >= unit_bytes:
-            found.append(item)
-        else:
-            small.append(item)
-            size += item.size
-    return [*found, _together(small, size)] if small else found
-
-
-def _together(items: list[Item], size: int) -> Item:
-    return items[0] if len(items) == 1 else Batch(tuple(items), size)
+    items = (item for file in files for item in _items(file, text_field, unit_bytes))
+    groups = grouped(items, lambda item: item.size, unit_bytes)
+    return [group[0] if len(group) == 1 else Batch(group, size) for group, size in groups]
 
 
 def _items(file: SourceFile, text_field: str, unit_bytes: int) -> Iterator[Item]:
@@ -53,7 +68,8 @@ def _items(file: SourceFile, text_field: str, unit_bytes: int) -> Iterator[Item]
             yield from split_rows(file.path, file.size, text_field, unit_bytes)
         case Format.TEXT:
             yield TextFile(file.path, size)
-        # What can be read from any byte is split here, and its units read themselves; the rest is a stream.
+        # What can be read from any byte is split here, and its units read themselves; the rest is a
+        # stream.
         case Format.JSON_LINES if file.ranges and not compression_of(name):
             yield from split_lines(file.path, file.size, text_field, unit_bytes)
         case format:

@@ -9,25 +9,28 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes, hash_file
 from prepare.documents.lines import split_lines
 from prepare.formats import READABLE, format_of
-from prepare.sources.items import SourceFile, items_of
+from prepare.sources.items import Source, SourceFile, items_of
+from prepare.sources.names import is_glob
 from prepare.storage.compressed import BYTE_ORDER_MARK
 from prepare.units import BLOCK_BYTES, Item
 
+Name = TypeVar("Name", str, Path)
 # Folders with more files are recorded in the manifest as one entry.
 MOST_FILES_LISTED = 1000
 
-# Left out of the corpus `stdlib`: installed packages, tests, and folders of tables or that differ between versions.
+# Left out of the corpus `stdlib`: installed packages, tests, and folders of tables or that differ
+# between versions.
 STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
 
 
 @dataclass(frozen=True)
-class Files:
+class Files(Source):
     """Local files of known suffixes, below `root` if they come from a folder.
 
     `about` describes a corpus that the manifest records as one entry.
@@ -45,25 +48,25 @@ class Files:
     def files(self) -> list[Path]:
         return self.paths
 
-    def file_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.paths)
-
     def stamps(self) -> dict[str, Any]:
         return {str(path): stamp(path) for path in self.paths}
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         if self.root is None or (not self.about and len(self.paths) <= MOST_FILES_LISTED):
             return [{"path": str(path), "bytes": path.stat().st_size, "hash": hash_of(path)} for path in self.paths]
-        # One hash over the files' hashes and their paths in the folder, so that the folder may be moved.
+        # One hash over the files' hashes and their paths in the folder, so that the folder may be
+        # moved.
         listing = "".join(f"{path.relative_to(self.root).as_posix()}\t{hash_of(path)}\n" for path in self.paths)
         total = {"files": len(self.paths), "bytes": self.file_bytes(), "hash": hash_bytes(listing.encode())}
         return [{"path": str(self.root), **self.about, **total}]
 
 
-class Stdin:
-    """Standard input, kept in a file so that it can be read more than once, and by several processes.
+class Stdin(Source):
+    """Standard input, kept in a file so that it can be read more than once, and by several
+    processes.
 
-    If its first line that is not blank is a JSON object, it is JSON lines; otherwise every line is a document.
+    If its first line that is not blank is a JSON object, it is JSON lines; otherwise every line is
+    a document.
     """
 
     def __init__(self, text_field: str, spool: Path) -> None:
@@ -73,13 +76,10 @@ class Stdin:
         with self._spooled.open("rb") as file:  # opening it reads stdin to its end
             head = file.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
         text_field = self.text_field if _is_json_object(head) else None
-        return list(split_lines(str(self._spooled), self.file_bytes(), text_field, unit_bytes))
+        return list(split_lines(str(self._spooled), self._spooled.stat().st_size, text_field, unit_bytes))
 
     def files(self) -> list[Path]:
         return [self._spooled]
-
-    def file_bytes(self) -> int:
-        return self._spooled.stat().st_size
 
     def stamps(self) -> dict[str, Any]:
         return {"stdin": hash_file(self._spooled)}
@@ -100,15 +100,14 @@ def open_files(source: str, text_field: str) -> Files | None:
     path = Path(source)
     if path.is_file():
         if not format_of(path.name):
-            suffix = "".join(path.suffixes[-2:])
-            raise UserError(f"{source} has the unknown suffix {suffix!r}: expected one of {READABLE}")
+            raise UserError(f"{source} has no known suffix: expected one of {READABLE}")
         return Files([path], text_field)
     if path.is_dir():
-        return Files(_readable(_walk(path), f"the folder {source}"), text_field, root=path)
+        return Files(readable(_walk(path), f"the folder {source}"), text_field, root=path)
     if is_glob(source):
         # Path.glob takes no absolute pattern.
-        found = sorted(Path(match) for match in glob(source, recursive=True))  # noqa: PTH207
-        return Files(_readable(found, f"the glob {source}"), text_field)
+        found = sorted(path for match in glob(source, recursive=True) if (path := Path(match)).is_file())  # noqa: PTH207
+        return Files(readable(found, f"the glob {source}"), text_field)
     return None
 
 
@@ -119,28 +118,22 @@ def open_stdlib(text_field: str) -> Files:
     return Files(sources, text_field, root=root, about={"path": "stdlib", "python": python})
 
 
-def is_glob(text: str) -> bool:
-    return any(character in text for character in "*?[")
-
-
 def _walk(folder: Path, without: Set[str] = frozenset()) -> list[Path]:
-    """Every file below `folder`, sorted by path; folders `without`, and hidden ones (.git, .cache), are not entered."""
+    """Every file below `folder`, sorted by path; folders `without`, and hidden ones (.git, .cache),
+    are not entered.
+    """
     paths = []
     # Links to folders are not followed: one to a parent would never end.
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
-        paths += [Path(root, name) for name in names if not name.startswith(".")]
+        # Neither sockets, pipes nor links to nothing.
+        paths += [path for name in names if not name.startswith(".") and (path := Path(root, name)).is_file()]
     return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _readable(paths: list[Path], what: str) -> list[Path]:
-    files = [path for path in paths if path.is_file()]
-    return [Path(name) for name in readable([str(path) for path in files], what)]
-
-
-def readable(names: list[str], what: str) -> list[str]:
+def readable(names: list[Name], what: str) -> list[Name]:
     """The names of a known suffix. Raises UserError if there is none."""
-    known = [name for name in names if format_of(name)]
+    known = [name for name in names if format_of(str(name))]
     if not known:
         found = sorted({Path(name).suffix or Path(name).name for name in names})
         listing = f"only {' '.join(found[:8])}" if found else "no files"

@@ -1,4 +1,6 @@
-"""Tiny Shakespeare: one text behind a URL, pinned by its commit and its content, kept in Hugging Face's cache."""
+"""Tiny Shakespeare: one text behind a URL, pinned by its commit and its content, kept in Hugging
+Face's cache.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
 from prepare.documents.lines import TextFile
+from prepare.sources.items import Source
 from prepare.storage.assets import assets
 from prepare.storage.files import blocks
 from prepare.units import Item
@@ -23,14 +26,11 @@ SHAKESPEARE_BYTES = 1_115_394
 
 
 @dataclass(frozen=True)
-class Shakespeare:
+class Shakespeare(Source):
     """Downloaded when it is first needed."""
 
     def items(self, unit_bytes: int) -> list[Item]:
         return [TextFile(str(self.path), SHAKESPEARE_BYTES)]
-
-    def files(self) -> list[Path]:
-        return []
 
     def file_bytes(self) -> int:
         return SHAKESPEARE_BYTES

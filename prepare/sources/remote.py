@@ -1,6 +1,8 @@
-"""Sources behind URLs: files, folders and globs of any fsspec file system, and single files of the web.
+"""Sources behind URLs: files, folders and globs of any fsspec file system, and single files of the
+web.
 
-Nothing is hashed, because reading a bucket twice is paid for twice: what the server reports of a file is recorded.
+Nothing is hashed, because reading a bucket twice is paid for twice: what the server reports of a
+file is recorded.
 """
 
 import re
@@ -11,14 +13,15 @@ from typing import Any
 
 from pipeline.errors import UserError, one_line
 from prepare.formats import READABLE, format_of
-from prepare.sources.items import SourceFile, items_of
-from prepare.sources.local import is_glob, readable
+from prepare.sources.items import Source, SourceFile, items_of
+from prepare.sources.local import readable
+from prepare.sources.names import is_glob
 from prepare.storage.files import Remote, describe, filesystem, is_web, name_of, reading, remote_file, shown
 from prepare.units import Item
 
 
 @dataclass(frozen=True)
-class RemoteFiles:
+class RemoteFiles(Source):
     """The files that a URL named when the corpus was opened."""
 
     source: str
@@ -28,9 +31,6 @@ class RemoteFiles:
     def items(self, unit_bytes: int) -> list[Item]:
         files = (SourceFile(remote.url, remote.size, remote.ranges) for remote in self.remotes)
         return items_of(files, self.text_field, unit_bytes)
-
-    def files(self) -> list[Path]:
-        return []
 
     def file_bytes(self) -> int:
         return sum(remote.size for remote in self.remotes)
@@ -45,12 +45,10 @@ class RemoteFiles:
         return [{"path": shown(remote.url), "bytes": remote.size, "etag": remote.etag} for remote in self.remotes]
 
 
-def open_remote(source: str, text_field: str) -> RemoteFiles:
-    return RemoteFiles(source, list_remote(source), text_field)
-
-
 def list_remote(source: str) -> list[Remote]:
-    """The readable files that a URL names, sorted: the file, those below the folder, or those that a glob matches."""
+    """The readable files that a URL names, sorted: the file, those below the folder, or those that
+    a glob matches.
+    """
     if is_web(source):
         if not format_of(name_of(source)):
             raise UserError(f"{shown(source)} has no known suffix: expected one of {READABLE}")

@@ -12,9 +12,11 @@ from prepare.formats import compression_of
 from prepare.storage.files import name_of, open_bytes, reading, shown
 from prepare.units import BLOCK_BYTES
 
-# English compresses to a third, logs to a twentieth, zeros to a thousandth: beyond this ratio a file is a bomb.
+# English compresses to a third, logs to a twentieth, zeros to a thousandth: beyond this ratio a
+# file is a bomb.
 MOST_EXPANSION, FREE_BYTES = 250, 64 << 20
-# zstd expands 32,768-fold at most and takes no limit on its output, so that a step of a bomb gives 67 MB.
+# zstd expands 32,768-fold at most and takes no limit on its output, so that a step of a bomb gives
+# 67 MB.
 STEP_BYTES = 2048
 # What `zstd` accepts without --long=28 and more; xz -9 needs 65 MB.
 ZSTD_WINDOW_BYTES, XZ_MEMORY_BYTES = 1 << 27, 1 << 28
@@ -66,7 +68,9 @@ def _decompressed(file: BinaryIO, name: str, compression: str) -> Iterator[bytes
 
 
 def _decompressor(name: str, compression: str) -> tuple[Callable[[], Any], tuple[int, ...]]:
-    """What begins a member or frame, and the limit on the output of a step where the library takes one."""
+    """What begins a member or frame, and the limit on the output of a step where the library takes
+    one.
+    """
     if compression == ".gz":
         return lambda: zlib.decompressobj(wbits=31), (BLOCK_BYTES,)
     if compression == ".bz2":

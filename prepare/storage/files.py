@@ -1,7 +1,7 @@
 """Where bytes lie: a path of this machine or a URL, opened alike in whichever process reads them.
 
-S3 and other object stores are reached through fsspec, with the credentials that each finds by itself (such as AWS_*
-variables); http(s) through requests, which tiktoken needs anyway.
+S3 and other object stores are reached through fsspec, with the credentials that each finds by
+itself (such as AWS_* variables); http(s) through requests, which tiktoken needs anyway.
 """
 
 import io
@@ -42,12 +42,16 @@ def is_url(source: str) -> bool:
 
 
 def name_of(path: str) -> str:
-    """The path without a URL's query, so that it ends in its suffixes; a local file may have a ? in its name."""
+    """The path without a URL's query, so that it ends in its suffixes; a local file may have a ? in
+    its name.
+    """
     return path.partition("?")[0] if is_url(path) else path
 
 
 def shown(path: str) -> str:
-    """A path or URL for messages and manifests, without a URL's query and user, which may hold keys."""
+    """A path or URL for messages and manifests, without a URL's query and user, which may hold
+    keys.
+    """
     if not is_url(path):
         return path
     parts = urlsplit(path)
@@ -120,7 +124,9 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 class _RangeFile(io.RawIOBase):
-    """A file behind a URL, read in ranges: an error costs one range again, and only the last range is held."""
+    """A file behind a URL, read in ranges: an error costs one range again, and only the last range
+    is held.
+    """
 
     def __init__(self, url: str, size: int) -> None:
         self._fetch = _web_range(url) if is_web(url) else _fsspec_range(url)
@@ -153,7 +159,10 @@ class _RangeFile(io.RawIOBase):
 
 
 def _with_retries(url: str, ask: Callable[[], Any]) -> Any:
-    """The answer to a request, retried after an error. Raises OSError, which the callers of a file's methods expect."""
+    """The answer to a request, retried after an error.
+
+    Raises OSError, which the callers of a file's methods expect.
+    """
     for pause in (*PAUSES_S, None):
         try:
             return ask()
@@ -183,7 +192,8 @@ def _fsspec_range(url: str) -> Callable[[int, int], bytes]:
 def _web() -> Any:
     import requests
 
-    # One session for the process: it keeps connections open, and a handshake costs as much as a small range.
+    # One session for the process: it keeps connections open, and a handshake costs as much as a
+    # small range.
     session = requests.Session()
     # Bytes as they are stored: a range of a compressed transfer is useless.
     session.headers["Accept-Encoding"] = "identity"
@@ -204,7 +214,9 @@ def _web_range(url: str) -> Callable[[int, int], bytes]:
 
 
 def _describe_web(url: str) -> Remote:
-    """By a request for its first byte: URLs signed for GET refuse HEAD, and only an answer proves that ranges work."""
+    """By a request for its first byte: URLs signed for GET refuse HEAD, and only an answer proves
+    that ranges work.
+    """
     with _with_retries(url, lambda: _answer("GET", url, headers={"Range": "bytes=0-0"}, stream=True)) as answer:
         headers = answer.headers
     etag = headers.get("ETag") or headers.get("Last-Modified")
@@ -220,7 +232,9 @@ def _web_stream(url: str) -> BinaryIO:
 
 
 class _AnswerBody(io.RawIOBase):
-    """The body of an answer, which must have its announced length: a connection that breaks off is an error."""
+    """The body of an answer, which must have its announced length: a connection that breaks off is
+    an error.
+    """
 
     def __init__(self, answer: Any) -> None:
         self._answer = answer

@@ -54,7 +54,8 @@ def tasks_of(sizes: Sequence[int], tasks: int) -> list[int]:
 class Plan:
     """What determines a dataset's bytes, and its sources.
 
-    `sizes`: bytes per item; `stamps` reveal a changed source.
+    `sizes`: bytes per item; `stamps` reveal a changed source; `splitting`: the `SPLITTING` that
+    numbered the units, 0 in a plan from before it was recorded.
     """
 
     sources: list[str]
@@ -64,6 +65,7 @@ class Plan:
     tokenizer: dict[str, Any]
     sizes: list[int]
     tasks: int
+    splitting: int = 0
 
 
 class Journal:

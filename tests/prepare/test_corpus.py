@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.errors import UserError
 from prepare.sources import corpus as corpora
-from prepare.sources.corpus import Corpus, default_name, open_corpus
+from prepare.sources.corpus import Corpus, open_corpus
+from prepare.sources.names import default_name
 from prepare.units import Document, Refused, Unit
 
 
@@ -207,10 +208,17 @@ def test_small_files_share_units_in_their_order(tmp_path: Path) -> None:
         ("some where/My text (1).jsonl", "My-text-1"),
         ("shelf/*.txt", "shelf"),
         ("*.txt", "corpus"),
+        ("corpora/v1.5/*.txt", "v1.5"),
     ],
 )
 def test_default_name(source: str, name: str) -> None:
     assert default_name(source) == name
+
+
+def test_a_file_whose_name_looks_like_a_glob_gives_its_stem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes[1].txt").write_text("text")
+    assert default_name("notes[1].txt") == "notes-1"
 
 
 def _bad_json(folder: Path) -> list[str]:
@@ -243,6 +251,11 @@ def _no_column(folder: Path) -> list[str]:
     return ["a.parquet"]
 
 
+def _column_twice(folder: Path) -> list[str]:
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), folder / "a.parquet")
+    return ["a.parquet"]
+
+
 def _column_of_numbers(folder: Path) -> list[str]:
     pq.write_table(pa.table({"text": [1]}), folder / "a.parquet")
     return ["a.parquet"]
@@ -271,18 +284,21 @@ def _unknown_suffix(folder: Path) -> list[str]:
     ("make", "words"),
     [
         (lambda folder: [], ["no source", "stdlib"]),
+        (lambda folder: ["a.txt", ""], ["no source given", "stdin"]),
         (lambda folder: ["-", "-"], ["stdin", "twice"]),
         (lambda folder: ["missing"], ["no source 'missing'", "folder", "openwebtext", "hf:ORG/NAME", "stdin"]),
+        (lambda folder: ["Shakespear"], ["did you mean shakespeare?"]),
         (lambda folder: ["hf:nothing"], ["hf:nothing", "hf:ORG/NAME"]),
         (lambda folder: ["*.txt"], ["glob *.txt", "no files", ".jsonl"]),
         (_nothing_readable, ["folder sub", "only .pdf", ".parquet"]),
-        (_unknown_suffix, ["a.docx", "'.docx'", ".jsonl"]),
+        (_unknown_suffix, ["a.docx has no known suffix", ".jsonl"]),
         (_bad_json, ["a.jsonl line 22", "not JSON"]),
         (_not_an_object, ["a.jsonl line 2", "not a JSON object", '["b"]']),
         (_no_field, ["a.jsonl line 2", "no field 'text'", "body, url", "--text-field"]),
         (_field_is_number, ["a.jsonl line 1", "'text' holds int", "expected text"]),
         (_not_parquet, ["a.parquet", "cannot read", "Parquet"]),
         (_no_column, ["a.parquet", "no column 'text'", "body, url", "--text-field"]),
+        (_column_twice, ["a.parquet", "several columns 'text'"]),
         (_column_of_numbers, ["a.parquet", "'text' holds int64", "expected text"]),
         (_parquet_damaged_inside, ["a.parquet", "cannot read row group 0"]),
     ],

@@ -15,13 +15,14 @@ import huggingface_hub.constants
 import pytest
 from conftest import run_program
 from test_corpus import documents, opened
-from test_hub import COMMIT, write, write_parquet
+from test_hub import COMMIT, without_pauses, write, write_parquet
 from test_sources_remote import Handler
 
 from pipeline.dataset.shards import load_manifest
 from pipeline.errors import UserError
 from pipeline.vocabulary.byte_pair import GPT2_RANKS
 from prepare import fetch
+from prepare.run import PrepareOptions, run
 from prepare.sources import pinned
 from prepare.storage import files as storage
 
@@ -124,7 +125,9 @@ def paths_asked() -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_dataset_of_the_hub_is_fetched_once_and_read_without_the_hub(tmp_path: Path, far: dict[str, str]) -> None:
+def test_a_dataset_of_the_hub_is_fetched_once_and_read_without_the_hub(
+    tmp_path: Path, far: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fetched = run_program("fetch", "hf:Org/Far", cwd=tmp_path, **far)
     assert fetched.returncode == 0, fetched.stderr
     assert fetched.stdout == f"export HF_HOME={tmp_path}/home\nexport HF_HUB_OFFLINE=1\n"
@@ -135,10 +138,16 @@ def test_a_dataset_of_the_hub_is_fetched_once_and_read_without_the_hub(tmp_path:
         "a commit that is in the cache needs no network"
     )
     elsewhere = {**far, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    arguments = ("prepare", "hf:Org/Far", "--name", "a", "--tokenizer", "byte")
+    prepared = run_program(*arguments, cwd=tmp_path, **elsewhere)
+    assert prepared.returncode == 0, prepared.stderr
+    # What these variables set, in this process: the other names need no program of their own.
+    for name, value in (("HUB_CACHE", f"{tmp_path}/home/hub"), ("ASSETS_CACHE", f"{tmp_path}/home/assets")):
+        monkeypatch.setattr(huggingface_hub.constants, f"HF_{name}", value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     hashes = []
     for name, source in (("a", "hf:Org/Far"), ("b", f"hf:Org/Far:default@{COMMIT}"), ("c", "hf:Org/Far@main")):
-        prepared = run_program("prepare", source, "--name", name, "--tokenizer", "byte", cwd=tmp_path, **elsewhere)
-        assert prepared.returncode == 0, prepared.stderr
+        run(PrepareOptions([source], name=name, data_dir=str(tmp_path / "data"), tokenizer="byte", workers=1))
         manifest = load_manifest(tmp_path / "data" / name)
         about = {(entry["repository"], entry["config"], entry["revision"]) for entry in manifest.sources}
         assert about == {("Org/Far", "default", COMMIT)}
@@ -152,7 +161,7 @@ def test_half_a_dataset_is_completed_with_a_network_and_refused_without_one(
     tmp_path: Path, far: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OneDataset, "breaks_off_at", "data/train-1.parquet")
-    broken = run_program("fetch", "hf:Org/Far", cwd=tmp_path, **far)
+    broken = run_program("fetch", "hf:Org/Far", cwd=tmp_path, **far, **without_pauses(tmp_path))
     assert broken.returncode == 2
     assert "train-1.parquet of dataset Org/Far is not in the cache and could not be downloaded" in broken.stderr
     arguments = ("prepare", "hf:Org/Far", "--tokenizer", "byte")

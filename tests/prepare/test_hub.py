@@ -1,5 +1,6 @@
 """Datasets of the Hub, laid out in a local folder as Hugging Face's cache holds them: no network."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -10,12 +11,12 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_program
+from conftest import ROOT, run_program
 from test_corpus import documents, opened, units
 
 from pipeline.errors import UserError
-from prepare.sources.corpus import hub_source
 from prepare.sources.hub import parse_name
+from prepare.sources.names import hub_source
 from prepare.units import Refused
 
 COMMIT = "0123456789" * 4
@@ -38,6 +39,12 @@ def repository(hub: Path, source: str) -> Path:
     if not name.revision:
         write(folder / "refs" / "main", COMMIT)
     return folder / "snapshots" / (name.revision or COMMIT)
+
+
+def without_pauses(folder: Path) -> dict[str, str]:
+    """The environment of a program that never sleeps: the libraries' attempts are 20 s apart in all."""
+    (folder / "sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None\n")
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 
 def write_parquet(path: Path, texts: list[str]) -> None:
@@ -148,7 +155,8 @@ def test_a_streamed_file_that_is_damaged_is_one_line(tmp_path: Path, hub: Path) 
 @pytest.mark.slow
 def test_what_cannot_be_reached_names_the_way_without_a_network(tmp_path: Path) -> None:
     """A closed port of this machine stands for the Hub, so that the test is the same with and without a network."""
-    result = run_program("prepare", "hf:Org/Elsewhere", cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", **without_pauses(tmp_path)}
+    result = run_program("prepare", "hf:Org/Elsewhere", cwd=tmp_path, **environment)
     assert result.returncode == 2
     line = result.stderr.splitlines()[-1]
     assert all(word in line for word in ("error: ", "Org/Elsewhere", "Couldn't reach", "pipeline fetch", "HF_HOME"))

@@ -163,7 +163,7 @@ def kill_some(victim: subprocess.Popen[str], who: str) -> None:
 
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize(
-    "every", [pytest.param(9, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.campaign)]
+    "every", [pytest.param(17, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.campaign)]
 )
 def test_killed_before_each_change_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool, every: int
@@ -244,6 +244,18 @@ def test_a_source_that_changed_in_between_is_refused_and_named(half_done: Prepar
     with (tmp_path / "c.jsonl").open("ab") as file:
         file.write(b'{"text": "one more"}\n')
     with pytest.raises(UserError, match=r"half prepared.*the sources changed \(.*c\.jsonl\).*--force"):
+        run(half_done)
+    folder = run(changed(half_done, force=True))
+    run(changed(half_done, name="afresh"))
+    assert contents(folder) == contents(tmp_path / "data" / "afresh")
+
+
+def test_units_that_another_version_numbered_are_not_mixed_with_ours(half_done: PrepareOptions, tmp_path: Path) -> None:
+    plan = tmp_path / "data" / "half" / "unfinished" / "plan.json"
+    without = orjson.loads(plan.read_bytes())
+    del without["splitting"]  # as versions wrote it that split compressed files elsewhere
+    plan.write_bytes(orjson.dumps(without))
+    with pytest.raises(UserError, match=r"half prepared.*this version divides the sources into other units.*--force"):
         run(half_done)
     folder = run(changed(half_done, force=True))
     run(changed(half_done, name="afresh"))
@@ -426,6 +438,7 @@ def test_tasks_at_the_same_time_with_one_killed(tmp_path: Path) -> None:
     [
         ({"task_id": 3, "tasks": 3}, "0 .. tasks - 1"),
         ({"task_id": 0, "tasks": None}, "expected both"),
+        ({"task_id": 0, "tasks": 0}, "0 .. tasks - 1"),
         ({"task_id": None, "tasks": 3}, "expected both"),
         ({"task_id": 0, "tasks": 2, "limit_docs": 5}, "--limit-docs cannot be combined with --tasks"),
         ({"task_id": 0, "tasks": 2, "force": True}, "--force cannot be combined with --tasks"),

