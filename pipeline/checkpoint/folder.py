@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pipeline
+from pipeline.checkpoint.convert import to_folder
 from pipeline.checkpoint.layouts import layout_of
 from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer
 from pipeline.checkpoint.safetensors_files import WEIGHTS
@@ -157,7 +158,7 @@ def write_model(
     layout, config = layout_of(model.config), model.config
     parameters = {
         # One by one: no GPU has room for all the copies.
-        layout.stored_name(name): layout.to_folder(model, name, tensor).to("cpu", dtype)
+        layout.stored_name(name): to_folder(model, name, tensor).to("cpu", dtype)
         for name, tensor in (tensors or dict(model.named_parameters())).items()
     }
     # What the folder has and the model has not is zero: a bias of zero is no bias.
@@ -269,7 +270,7 @@ def _optimizer_in_folder_layout(model: LanguageModel, state: dict[str, Tensor]) 
     layout, stored = layout_of(model.config), {}
     for key, tensor in state.items():
         kind, _, name = key.partition(".")
-        in_layout = layout.to_folder(model, name, tensor) if tensor.ndim else tensor
+        in_layout = to_folder(model, name, tensor) if tensor.ndim else tensor
         stored[f"{kind}.{layout.stored_name(name)}"] = in_layout.cpu()
     return stored
 

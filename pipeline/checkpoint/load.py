@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint.convert import from_folder
 from pipeline.checkpoint.folder import TRAINING_STATE
 from pipeline.checkpoint.layouts import layout_of
 from pipeline.checkpoint.open import OpenModel, open_model, open_weights
@@ -108,7 +109,7 @@ def load_optimizer(optimizer: Restorable, model: LanguageModel, folder: Path) ->
     for name, state in states.items():
         for kind, value in state.items():
             stored = tensors[f"{kind}.{layout.stored_name(name)}"].read()
-            value.copy_(part_for(value, layout.from_folder(model, name, stored)) if value.ndim else stored)
+            value.copy_(part_for(value, from_folder(model, name, stored)) if value.ndim else stored)
         optimizer.state[parameters[name]] = state
 
 
@@ -117,7 +118,7 @@ def _read_weights(model: LanguageModel, tensors: dict[str, Stored]) -> None:
     layout = layout_of(model.config)
     for name, parameter in model.named_parameters():
         stored = tensors[layout.stored_name(name)].read()
-        parameter.copy_(part_for(parameter, layout.from_folder(model, name, stored)))
+        parameter.copy_(part_for(parameter, from_folder(model, name, stored)))
 
 
 def _check_same_model(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
