@@ -21,6 +21,7 @@ from pipeline.machine import ranks as distributed
 from pipeline.machine.device import pick_dtype, share_threads
 from pipeline.machine.ranks import World
 from pipeline.vocabulary.huggingface_files import fingerprints
+from pipeline.vocabulary.specs import check_same_vocabulary
 from pipeline.vocabulary.tokenizer import Tokenizer
 from score.loss import Score, Scorer, mean_score, split_loss
 from score.options import EvalOptions, check_options
@@ -115,7 +116,10 @@ def open_datasets(subject: Subject, options: EvalOptions) -> list[Dataset]:
     for entry in config.datasets:
         folder = config.dataset_dir(entry.dataset)
         manifest = load_manifest(folder)
-        check_vocabulary(subject, folder, manifest)
+        check_same_vocabulary(
+            folder, manifest.tokenizer, of=subject.folder, expected=subject.tokenizer.spec(),
+            fingerprints=fingerprints(subject.folder, subject.tokenizer),
+        )  # fmt: skip
         datasets.append(Dataset(entry.dataset, entry.weight / total_weight, folder, manifest))
         if manifest.is_foreign:
             logger.info("note: %s's shards do not record the bytes of their text: no bits per byte", manifest.program)
@@ -123,17 +127,6 @@ def open_datasets(subject: Subject, options: EvalOptions) -> list[Dataset]:
     if len(datasets) == 1 and trained_on not in ("", datasets[0].manifest.fingerprint):
         logger.info("note: %s has changed since the checkpoint was trained on it", datasets[0].folder)
     return datasets
-
-
-def check_vocabulary(subject: Subject, folder: Path, manifest: Manifest) -> None:
-    """Raises UserError unless the same id is the same token in dataset and checkpoint."""
-    ours, theirs = subject.tokenizer.spec(), manifest.tokenizer
-    if theirs["fingerprint"] not in fingerprints(subject.folder, subject.tokenizer):
-        raise UserError(
-            f"{folder} has the vocabulary {theirs['name']} ({theirs['vocab_size']:,} tokens, end-of-text "
-            f"{theirs['end_of_text']}), but {subject.folder} has {ours['name']} ({ours['vocab_size']:,} tokens, end-of-text "
-            f"{ours['end_of_text']}): prepare the text with the checkpoint's tokenizer"
-        )
 
 
 def score_datasets(subject: Subject, datasets: list[Dataset], split: str, stride: int) -> dict[str, Any]:

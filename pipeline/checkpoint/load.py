@@ -20,6 +20,7 @@ from pipeline.machine.device import memory
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import part_for
 from pipeline.vocabulary.huggingface_files import fingerprints
+from pipeline.vocabulary.specs import check_same_vocabulary
 from pipeline.vocabulary.tokenizer import Tokenizer
 
 # What may differ between the model that weights come from and the one they go to; block_size may be
@@ -69,13 +70,10 @@ def load_initial_weights(model: LanguageModel, tokenizer_spec: dict[str, Any], f
     """
     opened = open_model(folder)
     # The same shape with another vocabulary would train, and every id would mean another token.
-    if tokenizer_spec["fingerprint"] not in fingerprints(folder, opened.tokenizer):
-        theirs = opened.tokenizer.spec()
-        name = theirs["name"] if theirs["name"] in ("gpt2", "byte") else folder
-        raise UserError(
-            f"the vocabularies of {folder} ({_describe(theirs)}) and of the dataset ({_describe(tokenizer_spec)}) differ: "
-            f"prepare the data with --tokenizer {name}"
-        )
+    check_same_vocabulary(
+        "the dataset", tokenizer_spec, of=folder, expected=opened.tokenizer.spec(),
+        fingerprints=fingerprints(folder, opened.tokenizer),
+    )  # fmt: skip
     _check_same_model(folder, opened.config, model.config)
     _read_weights(model, opened.tensors)
 
@@ -132,7 +130,3 @@ def _check_same_model(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> N
         found = ", ".join(f"{key}={value} (the config: {own})" for key, (value, own) in values.items())
         paste = " ".join(f"model.{key}={value}" for key, (value, _) in values.items())
         raise UserError(f"{folder} has {found}: add {paste}{'; or a smaller block_size' * ('block_size' in differing)}")
-
-
-def _describe(spec: dict[str, Any]) -> str:
-    return f"{spec['name']}, {spec['vocab_size']} tokens, end-of-text {spec['end_of_text']}"

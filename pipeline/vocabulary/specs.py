@@ -1,5 +1,6 @@
 """A tokenizer's name or spec -> the tokenizer."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,29 @@ def from_spec(spec: dict[str, Any], folder: Path) -> Tokenizer:
             f"{tokenizer.spec()['fingerprint']}, expected {spec.get('vocab_size')} and {spec.get('fingerprint')}"
         )
     return tokenizer
+
+
+def check_same_vocabulary(
+    dataset: Path | str, spec: dict[str, Any], *, of: Path, expected: dict[str, Any], fingerprints: Collection[str] = ()
+) -> None:
+    """Raises UserError unless an id means the same token in a dataset as in `of`, another dataset
+    or a checkpoint.
+
+    `spec`, `expected`: their tokenizers' specifications. `fingerprints`: others by which that of a
+    checkpoint is known.
+    """
+    if spec == expected or spec["fingerprint"] in fingerprints:
+        return
+    found, wanted = (
+        f"{each['name']} ({each['vocab_size']:,} tokens, end-of-text token {each['end_of_text']})"
+        for each in (spec, expected)
+    )
+    # A vocabulary that was learned, or read from a file, is in the folder; its name alone would not
+    # find it.
+    tokenizer = expected["name"] if expected["name"] in ("gpt2", "byte") else of
+    raise UserError(
+        f"{dataset} has the vocabulary {found}, but {of} has {wanted}: prepare the text with --tokenizer {tokenizer}"
+    )
 
 
 def vocabulary_file(name: str) -> str | None:

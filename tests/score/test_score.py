@@ -336,7 +336,7 @@ def test_one_vocabulary_under_two_names_is_the_same(tmp_path: Path, capsys: pyte
         ({"data": "one"}, "val split has 1 token"),
         (
             {"data": "chars"},
-            r"chars has the vocabulary char \(3 tokens, .* has byte \(257 tokens, end-of-text 256\): prepare",
+            r"chars has the vocabulary char \(3 tokens, .* has byte \(257 tokens, end-of-text token 256\): prepare",
         ),
         ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),
     ],
