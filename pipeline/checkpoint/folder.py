@@ -204,7 +204,7 @@ def read_description(folder: Path) -> Description:
     try:
         document = orjson.loads(read_limited(path, MOST_DESCRIPTION_BYTES))
         if document["format"] != FORMAT_VERSION:
-            raise UserError(f"{path} has format {document['format']}, this program reads {FORMAT_VERSION}")
+            raise UserError(f"{path} has format {document['format']!r}, this program reads {FORMAT_VERSION}")
         description = Description(**document)
         _check_types(document)
         # Of the document, not the file: whitespace does not matter.

@@ -136,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
         document = orjson.loads(path.read_bytes())
         if document["format"] != FORMAT_VERSION:
             raise UserError(
-                f"{path} has format {document['format']}, this program reads {FORMAT_VERSION}: prepare it again"
+                f"{path} has format {document['format']!r}, this program reads {FORMAT_VERSION}: prepare it again"
             )
         shards = document.pop("splits")
         splits = {split: [Shard(**shard) for shard in shards[split]] for split in SPLITS}
