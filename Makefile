@@ -19,12 +19,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: setup
 	$(BIN)/pipeline quickstart
 
-test: setup
-	$(BIN)/python -m pytest
-
 # In parallel, one torch thread per worker: with more, the workers compete for cores and take twice the time.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+
+test: setup
+	$(PARALLEL)
+
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m 'not slow and not campaign'
+	$(PARALLEL) --dist load -m 'not slow and not campaign'
 
 # Kills, SLURM jobs and large inputs: about fifteen minutes.
 test-campaign: setup

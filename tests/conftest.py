@@ -47,17 +47,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign-seed", type=int, default=0, help="chooses which tests of the campaign these are")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """CI takes a sample of the campaign, another one each time: the whole of it takes a quarter of an hour."""
+    """CI takes a sample of the campaign, another one each time: the whole of it takes a quarter of an hour.
+
+    With several workers, a file's tests share its fixtures in one of them, and one has the machine's SLURM.
+    """
+    for item in items:
+        uses_slurm = "cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("slurm" if uses_slurm else item.path.name))
     share = config.option.campaign_share
     campaign = [item for item in items if item.get_closest_marker("campaign")]
     if share < 1 and campaign:
-        taken = set(
-            random.Random(config.option.campaign_seed).sample(range(len(campaign)), ceil(share * len(campaign)))
-        )
-        left_out = [item for number, item in enumerate(campaign) if number not in taken]
+        chosen = random.Random(config.option.campaign_seed).sample(campaign, ceil(share * len(campaign)))
+        left_out = set(campaign).difference(chosen)
         items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+        config.hook.pytest_deselected(items=list(left_out))
 
 
 def prose() -> list[str]:
