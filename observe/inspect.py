@@ -97,7 +97,7 @@ def vocabulary(spec: dict[str, Any]) -> dict[str, Any]:
 
 def count_splits(folder: Path, manifest: Manifest) -> dict[str, Counts]:
     """Read every id of every split."""
-    tokens = sum(shard.tokens for shards in manifest.splits.values() for shard in shards)
+    tokens = sum(shard.tokens for shard in manifest.shards)
     splits = {}
     with ProgressReport("inspect", tokens * np.dtype(manifest.dtype).itemsize / 1e6, "MB") as report:
         for split, shards in manifest.splits.items():
@@ -148,7 +148,7 @@ def describe_counts(counts: Counts, tokenizer: Tokenizer | None) -> dict[str, An
     token_bytes = tokenizer.token_bytes() if tokenizer else None
     if token_bytes is not None:
         text_bytes = int(inside @ token_bytes)
-        described |= {"bytes": text_bytes, "bytes_per_token": text_bytes / tokens}
+        described |= {"bytes": text_bytes, "bytes_per_token": text_bytes / max(tokens, 1)}
     described["frequent_tokens"] = [
         {"id": i, "text": decode(tokenizer, [i], is_complete=True), "share": float(inside[i] / tokens)}
         for i in np.argsort(-inside, kind="stable")[: min(FREQUENT, len(used))].tolist()

@@ -16,8 +16,7 @@ import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self, get_type_hints
 
 import orjson
 import torch
@@ -30,11 +29,12 @@ from pipeline.checkpoint.layouts import layout_of
 from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer
 from pipeline.checkpoint.safetensors_files import WEIGHTS
 from pipeline.errors import UserError
-from pipeline.files import hash_bytes, hash_file, publish, read_limited, sync, write_atomic
+from pipeline.files import check_types, hash_bytes, hash_file, is_plain_name, publish, read_limited, sync, write_atomic
 from pipeline.log import logger
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 from pipeline.vocabulary.huggingface_files import tokenizer_files
+from pipeline.vocabulary.specs import check_spec
 from pipeline.vocabulary.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -43,7 +43,6 @@ DESCRIPTION = "checkpoint.json"
 TRAINING_STATE = "training_state.safetensors"
 MOST_DESCRIPTION_BYTES = 1 << 23  # a `char` vocabulary of every Unicode character takes five megabytes
 MOST_RUN_CONFIG_BYTES = 1 << 18
-_SPEC_TYPES = {"name": str, "vocab_size": int, "end_of_text": int, "fingerprint": str}
 
 
 @dataclass(frozen=True)
@@ -217,25 +216,17 @@ def read_description(folder: Path) -> Description:
 
 
 def _check_types(document: dict[str, Any]) -> None:
-    """Raises TypeError for what this program never writes."""
-    spec, files = document["tokenizer"], document.get("files", {})
-    wanted = get_type_hints(Description) | _SPEC_TYPES
-    for name, value in (*document.items(), *((name, spec[name]) for name in _SPEC_TYPES)):
-        if not _has_type(value, wanted[name]):
-            raise TypeError(f"{name} has the type {type(value).__name__}")
+    """Raises KeyError or TypeError for what this program never writes."""
+    check_types(document, get_type_hints(Description))
+    check_spec(document["tokenizer"])
     # verify_files opens these: a name must not lead out of the folder.
-    if not all(Path(name).name == name not in ("", "..") and isinstance(hash_, str) for name, hash_ in files.items()):
+    files = document.get("files", {})
+    if not all(is_plain_name(name) and isinstance(hash_, str) for name, hash_ in files.items()):
         raise TypeError("files names paths outside the folder")
     if not all(isinstance(norm, float | int | None) for norm in document.get("grad_norms", ())):
         raise TypeError("grad_norms holds something else than numbers")
     if len(dump_json(document["config"])) > MOST_RUN_CONFIG_BYTES:
         raise TypeError("config is too large")
-
-
-def _has_type(value: Any, wanted: Any) -> bool:
-    """Whether a value from JSON has exactly a type: its true is an int to isinstance."""
-    options = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
-    return type(value) in [get_origin(option) or option for option in options]
 
 
 def verify_files(folder: Path, description: Description, without: Collection[str] = ()) -> None:

@@ -53,7 +53,10 @@ def open_model(folder: Path, verify: bool = True) -> OpenModel:
     description = None
     if (folder / DESCRIPTION).is_file():
         description = read_description(folder)
-        config, spec = from_dict(description.config).model, description.tokenizer
+        try:
+            config, spec = from_dict(description.config).model, description.tokenizer
+        except UserError as error:
+            raise UserError(f"{folder / DESCRIPTION}: {error}") from None
         # Not the optimizer's state, two thirds of the bytes: a model does not need it.
         if verify:
             verify_files(folder, description, without=(TRAINING_STATE,))

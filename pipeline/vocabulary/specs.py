@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.files import read_limited
+from pipeline.files import check_types, read_limited
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import ByteTokenizer, CharTokenizer, WordTokenizer, read_words
 from pipeline.vocabulary.tokenizer import JSON_FILE, MAX_VOCABULARY_BYTES, RANKS_FILE, WORDS_FILE, Tokenizer
@@ -14,6 +14,12 @@ from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
 PATHS = "a path to a tokenizer.json or .tiktoken file"
 TOKENIZER_NAMES = (*TIKTOKEN_NAMES, "char", "byte", "word", "bpe:N", PATHS)
+_SPEC_TYPES = {"name": str, "vocab_size": int, "end_of_text": int, "fingerprint": str}
+
+
+def check_spec(spec: dict[str, Any]) -> None:
+    """Raises KeyError or TypeError for what is no tokenizer's spec; its content is not checked."""
+    check_types({name: spec[name] for name in _SPEC_TYPES}, _SPEC_TYPES)
 
 
 def from_spec(spec: dict[str, Any], folder: Path) -> Tokenizer:
@@ -28,8 +34,8 @@ def from_spec(spec: dict[str, Any], folder: Path) -> Tokenizer:
     tokenizer = _build(name, spec, read_limited(folder / file, MAX_VOCABULARY_BYTES) if file else b"")
     if tokenizer.spec() != spec:
         raise UserError(
-            f"the {name} vocabulary does not match its description: found vocab_size {tokenizer.vocab_size} and fingerprint "
-            f"{tokenizer.spec()['fingerprint']}, expected {spec.get('vocab_size')} and {spec.get('fingerprint')}"
+            f"{folder}: the {name} vocabulary does not match its description: found vocab_size {tokenizer.vocab_size} and "
+            f"fingerprint {tokenizer.spec()['fingerprint']}, expected {spec.get('vocab_size')} and {spec.get('fingerprint')}"
         )
     return tokenizer
 
