@@ -52,7 +52,7 @@ def read_model(opened: OpenModel) -> LanguageModel:
     """The model in float32 on the CPU. Raises UserError where the machine has no memory for it."""
     vocab_size = opened.tokenizer.vocab_size
     # A sparse file of any size takes no room on a disk.
-    needed = 4 * sum(map(math.prod, opened.layout.shapes(opened.config, vocab_size).values()))
+    needed = 4 * sum(map(math.prod, layout_of(opened.config).shapes(opened.config, vocab_size).values()))
     available = memory(torch.device("cpu"))
     if needed > available:
         raise UserError(

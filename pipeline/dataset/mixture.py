@@ -97,6 +97,7 @@ class Mixture:
 
     def locate(self, samples: Samples) -> tuple[Samples, Samples]:
         """The number of each global sample's source, and which of that source's samples it is."""
+        # Every period has the same turns: complete ones count by number, this one by what came before.
         periods, positions = np.divmod(samples, PERIOD)
         sources = self._source_at[positions]
         turns = np.array([source.turns for source in self.sources])

@@ -140,6 +140,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         document = orjson.loads(path.read_bytes())
+        # First: another format may have other keys.
         if document["format"] != FORMAT_VERSION:
             raise UserError(
                 f"{path} has format {document['format']!r}, this program reads {FORMAT_VERSION}: prepare it again"
@@ -260,6 +261,7 @@ class TokenReader:
         """Ids [start, stop) of the split, across shard borders. Raises UserError for an id outside
         the vocabulary.
         """
+        # One piece mostly: a shard holds many windows, and only its last one crosses into the next.
         pieces, position = [], start
         while position < stop:
             shard = self._shard_of(position)

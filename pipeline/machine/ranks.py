@@ -51,9 +51,7 @@ class World:
         return values
 
     def barrier(self) -> None:
-        if self.size > 1:
-            # Without it NCCL guesses the device from the rank, and may hang.
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        self.gather(None)
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank."""
@@ -97,7 +95,7 @@ class World:
         SIGTERM: the line would be lost.
         """
         launch.outlive_others()
-        self.gather(None)
+        self.barrier()
         if self.rank != speaker:
             launch.leave(EXIT_USER)
 

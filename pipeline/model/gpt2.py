@@ -25,7 +25,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias=bias, eps=self.eps)
 
 
 class Attention(nn.Module):

@@ -12,8 +12,7 @@ from pipeline.vocabulary.tokenizer import JSON_FILE, MAX_VOCABULARY_BYTES, RANKS
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 
 TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
-PATHS = "a path to a tokenizer.json or .tiktoken file"
-TOKENIZER_NAMES = (*TIKTOKEN_NAMES, "char", "byte", "word", "bpe:N", PATHS)
+TOKENIZER_NAMES = (*TIKTOKEN_NAMES, "char", "byte", "word", "bpe:N", "a path to a tokenizer.json or .tiktoken file")
 _SPEC_TYPES = {"name": str, "vocab_size": int, "end_of_text": int, "fingerprint": str}
 
 

@@ -250,7 +250,7 @@ def test_a_pointer_cannot_lead_elsewhere(tmp_path: Path, content: str) -> None:
 
 
 def test_resolve_finds_the_newest_run_and_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint under"):
+    with pytest.raises(UserError, match=f"no checkpoint latest in {tmp_path}: train first"):
         find_checkpoint("latest", None, tmp_path)
     for name, time in (("old", 100), ("new", 200)):
         folder, _ = saved(tmp_path / name / "checkpoints")
@@ -258,7 +258,7 @@ def test_resolve_finds_the_newest_run_and_says_what_is_missing(tmp_path: Path) -
         os.utime(pointer, (time, time))
     assert find_checkpoint("latest", None, tmp_path) == tmp_path / "new" / "checkpoints" / folder.name
     assert find_checkpoint("latest", tmp_path / "old", tmp_path).parts[-3] == "old"
-    with pytest.raises(UserError, match="has no checkpoint best"):
+    with pytest.raises(UserError, match="no checkpoint best in .*old: train first"):
         find_checkpoint("best", tmp_path / "old", tmp_path)
     with pytest.raises(UserError, match="no checkpoint at nowhere"):
         find_checkpoint("nowhere", None, tmp_path)
