@@ -127,6 +127,7 @@ def _check_same_model(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> N
         differing.append("block_size")
     if differing:
         values = {key: (str(there[key]).lower(), str(here[key]).lower()) for key in differing}
-        found = ", ".join(f"{key}={value} (the config: {own})" for key, (value, own) in values.items())
+        found = ", ".join(f"{key}={value} (the config: {wanted})" for key, (value, wanted) in values.items())
         paste = " ".join(f"model.{key}={value}" for key, (value, _) in values.items())
-        raise UserError(f"{folder} has {found}: add {paste}{'; or a smaller block_size' * ('block_size' in differing)}")
+        alternative = "; or a smaller block_size" if "block_size" in differing else ""
+        raise UserError(f"{folder} has {found}: add {paste}{alternative}")

@@ -196,8 +196,9 @@ def _foreign_manifest(program: str, files: dict[str, list[Path]]) -> Manifest:
 def _check_form(folder: Path, manifest: Manifest) -> None:
     """Raises KeyError, TypeError or UserError for what this program never writes."""
     # A manifest may come from anyone, and must not have other files read or removed.
+    shard_types = get_type_hints(Shard)
     for shard in manifest.shards:
-        check_types(vars(shard), get_type_hints(Shard))
+        check_types(vars(shard), shard_types)
         if not is_plain_name(shard.file):
             raise UserError(f"{folder / MANIFEST_NAME} lists a shard outside its folder: {shard.file!r}")
         if shard.tokens < 1:
