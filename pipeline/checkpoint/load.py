@@ -16,7 +16,7 @@ from pipeline.checkpoint.open import OpenModel, open_model, open_weights
 from pipeline.checkpoint.safetensors_files import Stored, check_tensors, open_tensors
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
-from pipeline.machine.device import memory
+from pipeline.machine.device import check_memory
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import part_for
 from pipeline.vocabulary.huggingface_files import fingerprints
@@ -53,12 +53,7 @@ def read_model(opened: OpenModel) -> LanguageModel:
     vocab_size = opened.tokenizer.vocab_size
     # A sparse file of any size takes no room on a disk.
     needed = 4 * sum(map(math.prod, layout_of(opened.config).shapes(opened.config, vocab_size).values()))
-    available = memory(torch.device("cpu"))
-    if needed > available:
-        raise UserError(
-            f"{opened.folder} needs {needed / 1e9:,.0f} GB of memory for its weights, this machine has "
-            f"{available / 1e9:,.0f} GB: check the sizes in its config"
-        )
+    check_memory(torch.device("cpu"), needed, f"the weights of {opened.folder}", "check the sizes in its config")
     model = LanguageModel.uninitialised(opened.config, vocab_size)
     _read_weights(model, opened.tensors)
     return model
