@@ -16,7 +16,7 @@ from gguf.quants import quantize
 
 from pipeline.checkpoint.layout_gpt2 import POSITIONS, GPT2Layout
 from pipeline.errors import UserError
-from pipeline.model.gpt2 import LAYER_NORM_EPSILON
+from pipeline.model.constants import LAYER_NORM_EPSILON
 from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.huggingface_files import tokenizer_files
 from pipeline.vocabulary.merges import PUBLISHED

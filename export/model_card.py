@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from pipeline import __version__
+from pipeline.budget import parameters
 from pipeline.checkpoint.folder import Description
 from pipeline.config.keys import Config, DataConfig, RunConfig
 from pipeline.config.load import from_dict, to_toml
@@ -22,7 +23,8 @@ def model_card(
 ) -> str:
     """model_card.md filled in. `saved`: None for a foreign model; `file`: the GGUF's name or ""."""
     data = ModelCardData(library_name="gguf" if file else "transformers", pipeline_tag="text-generation", tags=["gpt2"])
-    facts: dict[str, Any] = {"name": name, "model": model, "shape": model.config, "tokenizer": tokenizer}
+    facts: dict[str, Any] = {"name": name, "shape": model.config, "tokenizer": tokenizer}
+    facts |= {"parameters": parameters(model.config, tokenizer.vocab_size)}
     facts |= {"version": __version__, "show": printable, "code": _code, "number": "{:,}".format}
     if saved is not None:
         config = from_dict(saved.config)

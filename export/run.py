@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from export.model_card import model_card
 from export.options import ExportOptions
+from pipeline.budget import parameters
 from pipeline.checkpoint.find import find_checkpoint
 from pipeline.checkpoint.folder import write_description, write_model
 from pipeline.checkpoint.load import read_model
@@ -57,7 +58,9 @@ def run(options: ExportOptions) -> None:
             # GGUF has the name and the shape in its metadata.
             card = model_card(name, model, tokenizer, dtype=options.dtype, saved=saved, file=gguf_file)
             (partial / CARD).write_text(card, encoding="utf-8")
-    logger.info(f"{folder} -> {options.to}: {model.parameter_count():,} parameters in {options.dtype}")
+    logger.info(
+        f"{folder} -> {options.to}: {parameters(model.config, model.vocab_size):,} parameters in {options.dtype}"
+    )
 
 
 def _check_options(options: ExportOptions) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from rich.text import Text
 
 from observe.tables import cell, open_console, plain_table
+from pipeline.budget import parameters
 from pipeline.dataset.scan import Advance, DocumentFinder, blocks, each_shard, entropy_nats
 from pipeline.dataset.shards import Manifest, Shard, check_sizes, map_shard, read_path
 from pipeline.errors import UserError
@@ -96,7 +97,7 @@ def vocabulary(spec: dict[str, Any]) -> dict[str, Any]:
 
 def count_splits(folder: Path, manifest: Manifest) -> dict[str, Counts]:
     """Read every id of every split."""
-    tokens = sum(shard.tokens for shards in manifest.splits.values() for shard in shards)
+    tokens = sum(shard.tokens for shard in manifest.shards)
     splits = {}
     with ProgressReport("inspect", tokens * np.dtype(manifest.dtype).itemsize / 1e6, "MB") as report:
         for split, shards in manifest.splits.items():
@@ -147,7 +148,7 @@ def describe_counts(counts: Counts, tokenizer: Tokenizer | None) -> dict[str, An
     token_bytes = tokenizer.token_bytes() if tokenizer else None
     if token_bytes is not None:
         text_bytes = int(inside @ token_bytes)
-        described |= {"bytes": text_bytes, "bytes_per_token": text_bytes / tokens}
+        described |= {"bytes": text_bytes, "bytes_per_token": text_bytes / max(tokens, 1)}
     described["frequent_tokens"] = [
         {"id": i, "text": decode(tokenizer, [i], is_complete=True), "share": float(inside[i] / tokens)}
         for i in np.argsort(-inside, kind="stable")[: min(FREQUENT, len(used))].tolist()
@@ -195,22 +196,17 @@ def decode(tokenizer: Tokenizer | None, ids: list[int], is_complete: bool = Fals
 
 def describe_model(folder: Path) -> dict[str, Any]:
     """A checkpoint, or a Hugging Face folder of a model."""
-    import torch
-
     from pipeline.checkpoint.open import open_model
-    from pipeline.model.language_model import LanguageModel
 
     found = open_model(folder, verify=False)
     spec = found.tokenizer.spec()
-    described: dict[str, Any] = {"path": str(folder), "kind": "Hugging Face GPT-2 folder"}
+    described: dict[str, Any] = {"path": str(folder), "kind": "Hugging Face folder"}
     if saved := found.description:
         recorded = ("step", "tokens", "val_loss", "program", "dataset", "config")
         described |= {"kind": "checkpoint", **{name: getattr(saved, name) for name in recorded}}
     else:
         described["config"] = {"model": asdict(found.config)}
-    # The meta device allocates nothing: the parameters are only counted.
-    with torch.device("meta"):
-        described["parameters"] = LanguageModel(found.config, found.tokenizer.vocab_size).parameter_count()
+    described["parameters"] = parameters(found.config, spec["vocab_size"])
     described["tokenizer"] = vocabulary(spec)
     described["files"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     return described

@@ -83,7 +83,7 @@ class Verification:
         self.documents = 0
         self.vocab_size: int = manifest.tokenizer["vocab_size"]
         self.end_of_text: int = manifest.tokenizer["end_of_text"]
-        self.shards = [shard for shards in manifest.splits.values() for shard in shards]
+        self.shards = manifest.shards
         self.file_of_hash = {shard.hash: shard.file for shard in self.shards}
         self.token_bytes: npt.NDArray[np.int64] | None = None
         # A dataset of one document is split within it: its halves may be equal.

@@ -2,8 +2,10 @@
 No torch.
 """
 
+import math
 from pathlib import Path
 
+from pipeline.checkpoint.layouts import layout_of
 from pipeline.config.keys import Config, ModelConfig
 from pipeline.dataset.shards import Manifest
 from pipeline.dataset.windows import window_count
@@ -64,23 +66,21 @@ def data_arithmetic(config: Config, folder: Path, manifest: Manifest, share: flo
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Trainable parameters, tied ones once, without padding: `LanguageModel.parameter_count` of a model that
-    was never built.
+    """Trainable parameters, tied ones once, without padding: what the literature calls a model's
+    size.
     """
-    width = model.n_embd
-    norm = width * (2 if model.bias else 1)
-    # Attention has 4 width x width matrices, the MLP 8; their biases are 4 and 5 widths.
-    block = 12 * width * width + (9 * width if model.bias else 0) + 2 * norm
-    embeddings = (vocab_size * (1 if model.tie_weights else 2) + model.block_size) * width
-    return embeddings + model.n_layer * block + norm
+    layout = layout_of(model)
+    shapes = layout.shapes(model, vocab_size).items()
+    return sum(math.prod(shape) for name, shape in shapes if layout.is_trained(model, name))
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int) -> int:
     """Forward and backward: 6 for each weight that is multiplied, 12 L C T for attention (Chowdhery
     et al. 2022).
     """
-    looked_up = model.block_size + (0 if model.tie_weights else vocab_size)  # rows that no matrix product takes
-    multiplied = parameters(model, vocab_size) - looked_up * model.n_embd
+    # Rows of a table are looked up; a tied token embedding is multiplied too, as the head.
+    rows = len(layout_of(model).position_rows) * model.block_size + (0 if model.tie_weights else vocab_size)
+    multiplied = parameters(model, vocab_size) - rows * model.n_embd
     return 6 * multiplied + 12 * model.n_layer * model.n_embd * model.block_size
 
 

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from types import UnionType
+from typing import Any, TextIO, get_args, get_origin
 
 import xxhash
 
@@ -62,6 +63,21 @@ def read_limited(path: Path, most_bytes: int) -> bytes:
     if len(content) > most_bytes:
         raise UserError(f"{path} is too large: expected at most {most_bytes:,} bytes, got {path.stat().st_size:,}")
     return content
+
+
+def check_types(document: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises TypeError for a value from JSON that does not have exactly the type in `wanted`: its
+    true is an int to isinstance.
+    """
+    for name, value in document.items():
+        options = get_args(wanted[name]) if isinstance(wanted[name], UnionType) else (wanted[name],)
+        if type(value) not in [get_origin(option) or option for option in options]:
+            raise TypeError(f"{name} has the type {type(value).__name__}")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it names something in a folder, and leads to no other folder."""
+    return Path(name).name == name not in ("", "..")
 
 
 def hash_bytes(content: bytes) -> str:

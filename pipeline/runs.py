@@ -57,7 +57,7 @@ class RunFolder:
     def read_status(self) -> Status | None:
         """status.json; None where it is missing or damaged."""
         try:
-            found = json.loads((self.status).read_bytes())
+            found = json.loads(self.status.read_bytes())
             # Runs of earlier versions did not record these.
             timing = found.get("step_s"), found.get("last_save_s")
             return Status(State(found["state"]), int(found["step"]), str(found["reason"]), *timing)
@@ -79,15 +79,15 @@ def newest_run(runs: Path) -> Path | None:
 
 def _drop_rows_after(path: Path, step: int) -> None:
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        kept = "".join(row + "\n" for row in text.splitlines() if _step_of(row) <= step)
-        if kept != text:
-            write_atomic(path, kept.encode())
+        content = path.read_bytes()
+        kept = b"".join(row + b"\n" for row in content.splitlines() if _step_of(row) <= step)
+        if kept != content:
+            write_atomic(path, kept)
 
 
-def _step_of(row: str) -> float:
-    """The step of a row; infinity for a line truncated by a crash, so that it is dropped."""
+def _step_of(row: bytes) -> float:
+    """The step of a row; infinity for what a crash left of one, so that it is dropped."""
     try:
         return float(json.loads(row)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # not JSON, or not even UTF-8
         return float("inf")

@@ -22,6 +22,7 @@ from pipeline.machine import ranks as distributed
 from pipeline.machine.device import pick_dtype, share_threads
 from pipeline.machine.ranks import World
 from pipeline.vocabulary.huggingface_files import fingerprints
+from pipeline.vocabulary.specs import check_same_vocabulary
 from pipeline.vocabulary.tokenizer import Tokenizer
 from score.loss import Score, Scorer, mean_score, split_loss
 from score.options import EvalOptions, check_options

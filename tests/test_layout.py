@@ -32,8 +32,8 @@ from tree import (
 # From the ground up: a room imports those before it.
 ORDER = {
     "pipeline": (
-        "errors", "launch", "log", "files", "config", "vocabulary", "dataset", "budget", "runs", "machine", "model",
-        "checkpoint", "api", "cli", "__main__",
+        "errors", "launch", "log", "files", "config", "vocabulary", "dataset", "runs", "machine", "model", "checkpoint",
+        "budget", "api", "cli", "__main__",
     ),
     "prepare": (
         "formats", "units", "workers", "storage", "documents", "sources", "unfinished", "encoding", "assembly", "fetch",

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from pipeline import launch
-from pipeline.budget import data_arithmetic, step_arithmetic
+from pipeline.budget import data_arithmetic, parameters, step_arithmetic
 from pipeline.checkpoint.find import find_model_folder
 from pipeline.checkpoint.load import load_initial_weights
 from pipeline.checkpoint.pointers import set_aside_after
@@ -107,7 +107,8 @@ def assemble(
         f"run {config.run_dir}: {world.size} rank(s) on {world.device.type}, {threads} thread(s) each",
         f"parallel {parallel.format_strategy(config.parallel.strategy, mesh, world)}",
         f"dtype {str(dtype).removeprefix('torch.')}: {why_dtype}; compile {'on' if compiled else 'off'}: {why_compiled}",
-        f"model: {model.parameter_count():,} parameters, vocabulary {model.vocab_size:,} ({mixture.tokenizer['name']})",
+        f"model: {parameters(config.model, model.vocab_size):,} parameters, "
+        f"vocabulary {model.vocab_size:,} ({mixture.tokenizer['name']})",
         step_arithmetic(config, world.size),
         *(data_arithmetic(config, source.folder, source.manifest, source.share) for source in mixture.sources),
         *notes(config, mixture),

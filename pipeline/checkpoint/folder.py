@@ -16,8 +16,7 @@ import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self, get_type_hints
 
 import orjson
 import torch
@@ -25,15 +24,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pipeline
+from pipeline.checkpoint.convert import to_folder
 from pipeline.checkpoint.layouts import layout_of
 from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer
 from pipeline.checkpoint.safetensors_files import WEIGHTS
 from pipeline.errors import UserError
-from pipeline.files import hash_bytes, hash_file, publish, read_limited, sync, write_atomic
+from pipeline.files import check_types, hash_bytes, hash_file, is_plain_name, publish, read_limited, sync, write_atomic
 from pipeline.log import logger
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 from pipeline.vocabulary.huggingface_files import tokenizer_files
+from pipeline.vocabulary.specs import check_spec
 from pipeline.vocabulary.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -42,7 +43,6 @@ DESCRIPTION = "checkpoint.json"
 TRAINING_STATE = "training_state.safetensors"
 MOST_DESCRIPTION_BYTES = 1 << 23  # a `char` vocabulary of every Unicode character takes five megabytes
 MOST_RUN_CONFIG_BYTES = 1 << 18
-_SPEC_TYPES = {"name": str, "vocab_size": int, "end_of_text": int, "fingerprint": str}
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def write_model(
     layout, config = layout_of(model.config), model.config
     parameters = {
         # One by one: no GPU has room for all the copies.
-        layout.stored_name(name): layout.to_folder(model, name, tensor).to("cpu", dtype)
+        layout.stored_name(name): to_folder(model, name, tensor).to("cpu", dtype)
         for name, tensor in (tensors or dict(model.named_parameters())).items()
     }
     # What the folder has and the model has not is zero: a bias of zero is no bias.
@@ -203,7 +203,7 @@ def read_description(folder: Path) -> Description:
     try:
         document = orjson.loads(read_limited(path, MOST_DESCRIPTION_BYTES))
         if document["format"] != FORMAT_VERSION:
-            raise UserError(f"{path} has format {document['format']}, this program reads {FORMAT_VERSION}")
+            raise UserError(f"{path} has format {document['format']!r}, this program reads {FORMAT_VERSION}")
         description = Description(**document)
         _check_types(document)
         # Of the document, not the file: whitespace does not matter.
@@ -216,25 +216,17 @@ def read_description(folder: Path) -> Description:
 
 
 def _check_types(document: dict[str, Any]) -> None:
-    """Raises TypeError for what this program never writes."""
-    spec, files = document["tokenizer"], document.get("files", {})
-    wanted = get_type_hints(Description) | _SPEC_TYPES
-    for name, value in (*document.items(), *((name, spec[name]) for name in _SPEC_TYPES)):
-        if not _has_type(value, wanted[name]):
-            raise TypeError(f"{name} has the type {type(value).__name__}")
+    """Raises KeyError or TypeError for what this program never writes."""
+    check_types(document, get_type_hints(Description))
+    check_spec(document["tokenizer"])
     # verify_files opens these: a name must not lead out of the folder.
-    if not all(Path(name).name == name not in ("", "..") and isinstance(hash_, str) for name, hash_ in files.items()):
+    files = document.get("files", {})
+    if not all(is_plain_name(name) and isinstance(hash_, str) for name, hash_ in files.items()):
         raise TypeError("files names paths outside the folder")
     if not all(isinstance(norm, float | int | None) for norm in document.get("grad_norms", ())):
         raise TypeError("grad_norms holds something else than numbers")
     if len(dump_json(document["config"])) > MOST_RUN_CONFIG_BYTES:
         raise TypeError("config is too large")
-
-
-def _has_type(value: Any, wanted: Any) -> bool:
-    """Whether a value from JSON has exactly a type: its true is an int to isinstance."""
-    options = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
-    return type(value) in [get_origin(option) or option for option in options]
 
 
 def verify_files(folder: Path, description: Description, without: Collection[str] = ()) -> None:
@@ -269,7 +261,7 @@ def _optimizer_in_folder_layout(model: LanguageModel, state: dict[str, Tensor]) 
     layout, stored = layout_of(model.config), {}
     for key, tensor in state.items():
         kind, _, name = key.partition(".")
-        in_layout = layout.to_folder(model, name, tensor) if tensor.ndim else tensor
+        in_layout = to_folder(model, name, tensor) if tensor.ndim else tensor
         stored[f"{kind}.{layout.stored_name(name)}"] = in_layout.cpu()
     return stored
 

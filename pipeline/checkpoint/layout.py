@@ -1,5 +1,5 @@
 """How models of one architecture are stored in a Hugging Face folder: config.json, tensor names,
-shapes, transpositions.
+shapes, transpositions. No torch.
 
 A new architecture is a subclass of `Layout` in a file of its own and an entry in `LAYOUTS`
 (layouts.py).
@@ -9,13 +9,8 @@ import reprlib
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.language_model import LanguageModel
-from pipeline.model.sharding import whole
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -24,10 +19,12 @@ class Layout(ABC):
     """Two names per tensor: `name` is the model's parameter, `stored` what the folder calls it."""
 
     model_type: str  # as config.json has it
-    vocabulary_rows: tuple[str, ...]  # parameters with a row per token: the folder has no padding rows
-    transposed: tuple[
-        str, ...
-    ] = ()  # endings of the parameters that the folder stores as (in, out), torch as (out, in)
+    # Parameters with a row per token, of which the folder has no padding: the embedding, the head.
+    vocabulary_rows: tuple[str, str]
+    # Parameters with a row per position, where positions are learned.
+    position_rows: tuple[str, ...] = ()
+    # Endings of the parameters that the folder stores as (in, out), torch as (out, in).
+    transposed: tuple[str, ...] = ()
 
     @abstractmethod
     def config_json(self, config: ModelConfig, vocab_size: int, end_of_text: int, dtype: str) -> dict[str, Any]:
@@ -57,29 +54,6 @@ class Layout(ABC):
     def is_ignored(self, config: ModelConfig, stored: str) -> bool:
         """Whether a folder may hold the tensor although the model has no use for it."""
         return False
-
-    def to_folder(self, model: LanguageModel, name: str, tensor: Tensor) -> Tensor:
-        """A parameter, or a tensor of its shape such as one of Adam's moments, as the folder stores
-        it: complete, so all ranks must call this where it is sharded.
-        """
-        tensor = whole(tensor.detach())
-        if name in self.vocabulary_rows:
-            tensor = tensor[: model.vocab_size]
-        elif name.endswith(self.transposed):
-            tensor = tensor.t()
-        # safetensors stores no strides.
-        return tensor.contiguous()
-
-    def from_folder(self, model: LanguageModel, name: str, stored: Tensor) -> Tensor:
-        """The inverse of `to_folder`, padding rows zero. Rows that the folder has beyond the
-        model's vocabulary are dropped.
-        """
-        if name.endswith(self.transposed):
-            return stored.t()
-        if name in self.vocabulary_rows:
-            padding = model.padded_vocab_size - model.vocab_size
-            return torch.nn.functional.pad(stored[: model.vocab_size], (0, 0, 0, padding))
-        return stored
 
 
 def size_of(document: dict[str, Any], name: str, path: str) -> int:

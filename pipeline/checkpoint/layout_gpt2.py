@@ -7,14 +7,10 @@ import re
 import reprlib
 from typing import Any
 
-from torch import Tensor
-
 from pipeline.checkpoint.layout import Layout, Shapes, check_options, size_of
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.architecture import INIT_STD
-from pipeline.model.gpt2 import LAYER_NORM_EPSILON
-from pipeline.model.language_model import LanguageModel
+from pipeline.model.constants import INIT_STD, LAYER_NORM_EPSILON
 
 HEAD = "lm_head.weight"
 POSITIONS = "transformer.wpe.weight"
@@ -35,6 +31,7 @@ class GPT2Layout(Layout):
 
     model_type = "gpt2"
     vocabulary_rows = ("transformer.wte.weight", HEAD)
+    position_rows = (POSITIONS,)
     transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
     def config_json(self, config: ModelConfig, vocab_size: int, end_of_text: int, dtype: str) -> dict[str, Any]:
@@ -88,10 +85,6 @@ class GPT2Layout(Layout):
     def is_ignored(self, config: ModelConfig, stored: str) -> bool:
         """Old files carry the causal mask, and a tied head, as tensors."""
         return stored.endswith((".attn.bias", ".attn.masked_bias")) or (config.tie_weights and stored == HEAD)
-
-    def from_folder(self, model: LanguageModel, name: str, stored: Tensor) -> Tensor:
-        """Of a folder with more positions than the model has, the first are used."""
-        return stored[: model.config.block_size] if name == POSITIONS else super().from_folder(model, name, stored)
 
 
 def _block_shapes(width: int) -> Shapes:

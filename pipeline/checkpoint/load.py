@@ -9,16 +9,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint.convert import from_folder
 from pipeline.checkpoint.folder import TRAINING_STATE
 from pipeline.checkpoint.layouts import layout_of
 from pipeline.checkpoint.open import OpenModel, open_model, open_weights
 from pipeline.checkpoint.safetensors_files import Stored, check_tensors, open_tensors
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
-from pipeline.machine.device import memory
+from pipeline.machine.device import check_memory
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import part_for
 from pipeline.vocabulary.huggingface_files import fingerprints
+from pipeline.vocabulary.specs import check_same_vocabulary
 from pipeline.vocabulary.tokenizer import Tokenizer
 
 # What may differ between the model that weights come from and the one they go to; block_size may be
@@ -50,13 +52,8 @@ def read_model(opened: OpenModel) -> LanguageModel:
     """The model in float32 on the CPU. Raises UserError where the machine has no memory for it."""
     vocab_size = opened.tokenizer.vocab_size
     # A sparse file of any size takes no room on a disk.
-    needed = 4 * sum(map(math.prod, opened.layout.shapes(opened.config, vocab_size).values()))
-    available = memory(torch.device("cpu"))
-    if needed > available:
-        raise UserError(
-            f"{opened.folder} needs {needed / 1e9:,.0f} GB of memory for its weights, this machine has "
-            f"{available / 1e9:,.0f} GB: check the sizes in its config"
-        )
+    needed = 4 * sum(map(math.prod, layout_of(opened.config).shapes(opened.config, vocab_size).values()))
+    check_memory(torch.device("cpu"), needed, f"the weights of {opened.folder}", "check the sizes in its config")
     model = LanguageModel.uninitialised(opened.config, vocab_size)
     _read_weights(model, opened.tensors)
     return model
@@ -68,13 +65,10 @@ def load_initial_weights(model: LanguageModel, tokenizer_spec: dict[str, Any], f
     """
     opened = open_model(folder)
     # The same shape with another vocabulary would train, and every id would mean another token.
-    if tokenizer_spec["fingerprint"] not in fingerprints(folder, opened.tokenizer):
-        theirs = opened.tokenizer.spec()
-        name = theirs["name"] if theirs["name"] in ("gpt2", "byte") else folder
-        raise UserError(
-            f"the vocabularies of {folder} ({_describe(theirs)}) and of the dataset ({_describe(tokenizer_spec)}) differ: "
-            f"prepare the data with --tokenizer {name}"
-        )
+    check_same_vocabulary(
+        "the dataset", tokenizer_spec, of=folder, expected=opened.tokenizer.spec(),
+        fingerprints=fingerprints(folder, opened.tokenizer),
+    )  # fmt: skip
     _check_same_model(folder, opened.config, model.config)
     _read_weights(model, opened.tensors)
 
@@ -108,7 +102,7 @@ def load_optimizer(optimizer: Restorable, model: LanguageModel, folder: Path) ->
     for name, state in states.items():
         for kind, value in state.items():
             stored = tensors[f"{kind}.{layout.stored_name(name)}"].read()
-            value.copy_(part_for(value, layout.from_folder(model, name, stored)) if value.ndim else stored)
+            value.copy_(part_for(value, from_folder(model, name, stored)) if value.ndim else stored)
         optimizer.state[parameters[name]] = state
 
 
@@ -117,7 +111,7 @@ def _read_weights(model: LanguageModel, tensors: dict[str, Stored]) -> None:
     layout = layout_of(model.config)
     for name, parameter in model.named_parameters():
         stored = tensors[layout.stored_name(name)].read()
-        parameter.copy_(part_for(parameter, layout.from_folder(model, name, stored)))
+        parameter.copy_(part_for(parameter, from_folder(model, name, stored)))
 
 
 def _check_same_model(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
@@ -128,10 +122,7 @@ def _check_same_model(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> N
         differing.append("block_size")
     if differing:
         values = {key: (str(there[key]).lower(), str(here[key]).lower()) for key in differing}
-        found = ", ".join(f"{key}={value} (the config: {own})" for key, (value, own) in values.items())
+        found = ", ".join(f"{key}={value} (the config: {wanted})" for key, (value, wanted) in values.items())
         paste = " ".join(f"model.{key}={value}" for key, (value, _) in values.items())
-        raise UserError(f"{folder} has {found}: add {paste}{'; or a smaller block_size' * ('block_size' in differing)}")
-
-
-def _describe(spec: dict[str, Any]) -> str:
-    return f"{spec['name']}, {spec['vocab_size']} tokens, end-of-text {spec['end_of_text']}"
+        alternative = "; or a smaller block_size" if "block_size" in differing else ""
+        raise UserError(f"{folder} has {found}: add {paste}{alternative}")

@@ -6,7 +6,6 @@ from pathlib import Path
 import orjson
 
 from pipeline.checkpoint.folder import CONFIG, DESCRIPTION, TRAINING_STATE, Description, read_description, verify_files
-from pipeline.checkpoint.layout import Layout
 from pipeline.checkpoint.layouts import layout_for, layout_of
 from pipeline.checkpoint.safetensors_files import Stored, check_tensors, open_tensors, weight_files
 from pipeline.config.keys import ModelConfig
@@ -30,20 +29,15 @@ MOST_PADDING_ROWS = 1023
 class OpenModel:
     """What a folder holds, its tensors checked against its config and not yet read.
 
-    `vocab_rows` may exceed the vocabulary: padding that is left out. Only a checkpoint of this
-    program has a description.
+    Tensors may have more rows than the vocabulary: padding that is left out. Only a checkpoint of
+    this program has a description.
     """
 
     folder: Path
     config: ModelConfig
     tokenizer: Tokenizer
-    vocab_rows: int
     tensors: dict[str, Stored]
     description: Description | None
-
-    @property
-    def layout(self) -> Layout:
-        return layout_of(self.config)
 
 
 def open_model(folder: Path, verify: bool = True) -> OpenModel:
@@ -53,7 +47,10 @@ def open_model(folder: Path, verify: bool = True) -> OpenModel:
     description = None
     if (folder / DESCRIPTION).is_file():
         description = read_description(folder)
-        config, spec = from_dict(description.config).model, description.tokenizer
+        try:
+            config, spec = from_dict(description.config).model, description.tokenizer
+        except UserError as error:
+            raise UserError(f"{folder / DESCRIPTION}: {error}") from None
         # Not the optimizer's state, two thirds of the bytes: a model does not need it.
         if verify:
             verify_files(folder, description, without=(TRAINING_STATE,))
@@ -63,8 +60,9 @@ def open_model(folder: Path, verify: bool = True) -> OpenModel:
         tokenizer = _foreign_tokenizer(folder, vocab_rows)
     else:
         raise UserError(f"{folder} is not a checkpoint: it has neither {DESCRIPTION} nor a Hugging Face {CONFIG}")
-    tensors = open_weights(folder, config, vocab_rows)
-    return OpenModel(folder, config, tokenizer, vocab_rows, tensors=tensors, description=description)
+    return OpenModel(
+        folder, config, tokenizer, tensors=open_weights(folder, config, vocab_rows), description=description
+    )
 
 
 def open_weights(folder: Path, config: ModelConfig, vocab_rows: int) -> dict[str, Stored]:

@@ -16,6 +16,7 @@ import xxhash
 
 from pipeline.errors import UserError
 
+SPLITS = ("train", "val")
 NANOGPT, LLM_C = "nanoGPT", "llm.c"
 HEADER_BYTES = {NANOGPT: 0, LLM_C: 1024}
 END_OF_TEXT_STANDS = {NANOGPT: "after each document", LLM_C: "before each document"}
@@ -31,7 +32,6 @@ _REFUSED = {
 }
 _NUMPY_MAGIC = b"\x93NUMPY"
 _SHARD_NAME = re.compile(r"(?P<dataset>(?:.*_)?)(?P<split>train|val)(?:_\d+)?\.bin")
-_SPLITS = ("train", "val")
 
 
 def find(folder: Path) -> tuple[str, dict[str, list[Path]]] | None:
@@ -50,7 +50,7 @@ def find(folder: Path) -> tuple[str, dict[str, list[Path]]] | None:
             "give each dataset its own folder"
         )
     # Bare files with other names are what an unfinished `pipeline prepare` leaves behind.
-    paths = of_llm_c or [path for path in bare if path.stem in _SPLITS]
+    paths = of_llm_c or [path for path in bare if path.stem in SPLITS]
     if not paths:
         for path in sorted(folder.glob("*.npy")):
             sniff(path)  # which says how to convert it
@@ -60,7 +60,7 @@ def find(folder: Path) -> tuple[str, dict[str, list[Path]]] | None:
     datasets = sorted({named[path]["dataset"] for path in paths})
     if len(datasets) > 1:
         raise UserError(f"{folder} holds several datasets ({', '.join(datasets)}): give each its own folder")
-    splits = {split: [path for path in paths if named[path]["split"] == split] for split in _SPLITS}
+    splits = {split: [path for path in paths if named[path]["split"] == split] for split in SPLITS}
     for split, files in splits.items():
         if not files:
             wanted = f"{datasets[0]}{split}_000000.bin" if of_llm_c else f"{split}.bin"

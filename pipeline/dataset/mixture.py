@@ -9,7 +9,6 @@ any sample is found in O(1), and each source goes through its epochs independent
 single dataset is a mixture of one.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from pipeline.dataset.shards import Manifest, TokenReader, load_manifest
 from pipeline.dataset.windows import Loader, Windows
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes
+from pipeline.vocabulary.specs import check_same_vocabulary
 
 PERIOD = 10_000  # shares are exact to a hundredth of a percent
 
@@ -97,6 +97,7 @@ class Mixture:
 
     def locate(self, samples: Samples) -> tuple[Samples, Samples]:
         """The number of each global sample's source, and which of that source's samples it is."""
+        # Every period has the same turns: complete ones count by number, this one by what came before.
         periods, positions = np.divmod(samples, PERIOD)
         sources = self._source_at[positions]
         turns = np.array([source.turns for source in self.sources])
@@ -139,29 +140,6 @@ def check_compatible(sources: list[Source]) -> None:
             raise UserError(
                 f"data.mixture gives {source.name!r} less than one sample in {PERIOD:,}: raise its weight, or remove it"
             )
-
-
-def check_same_vocabulary(
-    dataset: Path | str, spec: dict[str, Any], *, of: Path, expected: dict[str, Any], fingerprints: Collection[str] = ()
-) -> None:
-    """Raises UserError unless an id means the same token in a dataset as in `of`, another dataset
-    or a checkpoint.
-
-    `spec`, `expected`: their tokenizers' specifications. `fingerprints`: others by which that of a
-    checkpoint is known.
-    """
-    if spec == expected or spec["fingerprint"] in fingerprints:
-        return
-    found, wanted = (
-        f"{each['name']} ({each['vocab_size']:,} tokens, end-of-text token {each['end_of_text']})"
-        for each in (spec, expected)
-    )
-    # A vocabulary that was learned, or read from a file, is in the folder; its name alone would not
-    # find it.
-    tokenizer = expected["name"] if expected["name"] in ("gpt2", "byte") else of
-    raise UserError(
-        f"{dataset} has the vocabulary {found}, but {of} has {wanted}: prepare the text with --tokenizer {tokenizer}"
-    )
 
 
 def apportion(weights: list[float]) -> list[int]:

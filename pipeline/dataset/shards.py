@@ -12,7 +12,7 @@ Shards of nanoGPT and llm.c are read too: they have no manifest, so one is deriv
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,14 @@ import orjson
 
 from pipeline.dataset import foreign
 from pipeline.errors import UserError
-from pipeline.files import hash_bytes, write_atomic
+from pipeline.files import check_types, hash_bytes, is_plain_name, write_atomic
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
+from pipeline.vocabulary.specs import check_spec
 from pipeline.vocabulary.tokenizer import token_dtype
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-SPLITS = ("train", "val")
+SPLITS = foreign.SPLITS
 AFTER_EACH_DOCUMENT = foreign.END_OF_TEXT_STANDS[foreign.NANOGPT]
 
 
@@ -76,6 +77,11 @@ class Manifest:
         shards = {split: [shard.hash for shard in shards] for split, shards in self.splits.items()}
         content = {"tokenizer": self.tokenizer, "dtype": self.dtype, "shards": shards}
         return hash_bytes(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Those of all splits."""
+        return [shard for shards in self.splits.values() for shard in shards]
 
     @property
     def is_foreign(self) -> bool:
@@ -134,9 +140,10 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         document = orjson.loads(path.read_bytes())
+        # First: another format may have other keys.
         if document["format"] != FORMAT_VERSION:
             raise UserError(
-                f"{path} has format {document['format']}, this program reads {FORMAT_VERSION}: prepare it again"
+                f"{path} has format {document['format']!r}, this program reads {FORMAT_VERSION}: prepare it again"
             )
         shards = document.pop("splits")
         splits = {split: [Shard(**shard) for shard in shards[split]] for split in SPLITS}
@@ -175,13 +182,7 @@ def _foreign_manifest(program: str, files: dict[str, list[Path]]) -> Manifest:
     tokenizer = BytePairTokenizer("gpt2")
     splits = {
         split: [
-            Shard(
-                path.name,
-                foreign.token_count(path, program),
-                documents=None,
-                bytes=None,
-                hash=foreign.sample_hash(path),
-            )
+            Shard(path.name, foreign.token_count(path, program), None, bytes=None, hash=foreign.sample_hash(path))
             for path in paths
         ]
         for split, paths in files.items()
@@ -193,25 +194,32 @@ def _foreign_manifest(program: str, files: dict[str, list[Path]]) -> Manifest:
 
 
 def _check_form(folder: Path, manifest: Manifest) -> None:
-    if missing := {"vocab_size", "end_of_text"} - manifest.tokenizer.keys():
-        raise KeyError(max(missing))
+    """Raises KeyError, TypeError or UserError for what this program never writes."""
+    # A manifest may come from anyone, and must not have other files read or removed.
+    shard_types = get_type_hints(Shard)
+    for shard in manifest.shards:
+        check_types(vars(shard), shard_types)
+        if not is_plain_name(shard.file):
+            raise UserError(f"{folder / MANIFEST_NAME} lists a shard outside its folder: {shard.file!r}")
+        if shard.tokens < 1:
+            raise TypeError(f"{shard.file} has {shard.tokens} tokens")
+    check_types(vars(manifest), get_type_hints(Manifest))
+    check_spec(manifest.tokenizer)
+    if manifest.end_of_text not in foreign.END_OF_TEXT_STANDS.values():
+        raise TypeError(f"end_of_text is {manifest.end_of_text!r}")
     vocab_size = manifest.tokenizer["vocab_size"]
     wanted = token_dtype(vocab_size)
     if manifest.dtype != wanted.name:
         raise UserError(
             f"{folder} holds {manifest.dtype} ids, but a vocabulary of {vocab_size} needs {wanted.name}: prepare it again"
         )
-    for shard in (shard for shards in manifest.splits.values() for shard in shards):
-        # A manifest may come from anyone, and must not have other files read or removed.
-        if Path(shard.file).name != shard.file:
-            raise UserError(f"{folder / MANIFEST_NAME} lists a shard outside its folder: {shard.file!r}")
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
     """Raises UserError for the first shard that is missing or does not have the size in the
     manifest.
     """
-    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+    for shard in manifest.shards:
         if fault := size_fault(folder, manifest, shard):
             raise UserError(f"{folder / shard.file} {fault}: {manifest.remedy}")
 
@@ -254,6 +262,7 @@ class TokenReader:
         """Ids [start, stop) of the split, across shard borders. Raises UserError for an id outside
         the vocabulary.
         """
+        # One piece mostly: a shard holds many windows, and only its last one crosses into the next.
         pieces, position = [], start
         while position < stop:
             shard = self._shard_of(position)

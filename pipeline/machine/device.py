@@ -86,11 +86,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def memory(device: torch.device) -> int:
-    """Total memory of `device` in bytes."""
+def check_memory(device: torch.device, needed: int, what: str, remedy: str) -> None:
+    """Raises UserError where `device` does not have the `needed` bytes in all. Call it before they
+    are allocated: Linux grants memory that it does not have, and kills the process later.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # mps shares the machine's
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # mps shares the machine's
+    if needed > total:
+        raise UserError(f"{what} need {needed / 1e9:,.0f} GB of memory, {device} has {total / 1e9:,.0f} GB: {remedy}")
 
 
 def share_threads(ranks_here: int) -> int:

@@ -51,9 +51,7 @@ class World:
         return values
 
     def barrier(self) -> None:
-        if self.size > 1:
-            # Without it NCCL guesses the device from the rank, and may hang.
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        self.gather(None)
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank."""
@@ -97,7 +95,7 @@ class World:
         SIGTERM: the line would be lost.
         """
         launch.outlive_others()
-        self.gather(None)
+        self.barrier()
         if self.rank != speaker:
             launch.leave(EXIT_USER)
 
@@ -120,8 +118,13 @@ def start(device_name: str) -> World:
     device = _own_device(device_name, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if place.size == 1:
-        return World(rank=place.rank, size=1, local_size=place.local_size, device=device)
+    return World(
+        rank=place.rank, size=place.size, local_size=place.local_size, local_rank=place.local_rank, device=device,
+        store=_join(place, device) if place.size > 1 else None,
+    )  # fmt: skip
+
+
+def _join(place: Placement, device: torch.device) -> Store:
     if device.type == "mps":
         raise UserError(
             f"mps supports one process, found {place.size} ranks: use run.device=cpu, or start without torchrun"
@@ -131,21 +134,8 @@ def start(device_name: str) -> World:
     if settings:
         logger.info("%d ranks over %s, with %s", place.size, backend, " ".join(settings))
     store = _srun_store(place) if place.by_srun else _torchrun_store(place)
-    dist.init_process_group(
-        backend,
-        timeout=TIMEOUT,
-        store=store,
-        rank=place.rank,
-        world_size=place.size,
-    )
-    return World(
-        rank=place.rank,
-        size=place.size,
-        local_size=place.local_size,
-        device=device,
-        local_rank=place.local_rank,
-        store=PrefixStore("world", store),
-    )
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=place.rank, world_size=place.size)
+    return PrefixStore("world", store)
 
 
 def _own_device(name: str, place: Placement) -> torch.device:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.keys import ModelConfig
-
-INIT_STD = 0.02  # GPT-2's, and most models' since
+from pipeline.model.constants import INIT_STD
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.machine.device import memory
+from pipeline.machine.device import check_memory
 from pipeline.model.language_model import LanguageModel, finite
 from pipeline.model.products import product
 
@@ -31,13 +30,8 @@ class Decoder:
         self.vocab_size, self.device = model.vocab_size, model.lm_head.weight.device
         heads, width = body.cache_heads
         cache = (2, samples, heads, config.block_size, width)
-        # Before anything is allocated: Linux would grant the memory and kill the process later.
-        needed, available = config.n_layer * math.prod(cache) * dtype.itemsize, memory(self.device)
-        if needed > available:
-            raise UserError(
-                f"keys and values of {samples:,} samples need {needed / 1e9:,.0f} GB of memory, {self.device} has "
-                f"{available / 1e9:,.0f} GB: ask for fewer samples"
-            )
+        needed = config.n_layer * math.prod(cache) * dtype.itemsize
+        check_memory(self.device, needed, f"keys and values of {samples:,} samples", "ask for fewer samples")
         self.caches = [torch.zeros(cache, dtype=dtype, device=self.device) for _ in body.blocks]
         self.steps = body.decoding_steps(dtype, samples)
         self.head = product(model.lm_head, dtype, samples)

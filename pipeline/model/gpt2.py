@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.keys import ModelConfig
-from pipeline.model.architecture import INIT_STD, Body, DecodingSteps, document_mask
+from pipeline.model.architecture import Body, DecodingSteps, document_mask
+from pipeline.model.constants import INIT_STD, LAYER_NORM_EPSILON
 from pipeline.model.products import layer_norm, product
-
-LAYER_NORM_EPSILON = 1e-5
 
 
 class LayerNorm(nn.LayerNorm):
@@ -26,7 +25,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias=bias, eps=self.eps)
 
 
 class Attention(nn.Module):

@@ -91,28 +91,6 @@ class LanguageModel(nn.Module):
         logits: Tensor = self.lm_head(hidden if where is None else hidden[where])
         return logits[..., : self.vocab_size].float()
 
-    def parameter_count(self) -> int:
-        """Trainable numbers, tied ones once and padding rows left out: what the literature calls
-        the model's size.
-        """
-        padding_rows = self.padded_vocab_size - self.vocab_size
-        matrices = 1 if self.config.tie_weights else 2
-        return sum(p.numel() for p in self.parameters()) - matrices * padding_rows * self.config.n_embd
-
-    def flops_per_token(self) -> int:
-        """Forward and backward: 6 for each weight that is multiplied, 12 L C T for attention
-        (Chowdhery et al. 2022).
-        """
-        tokens = self.transformer.token_embedding
-        tables = [module for module in self.modules() if isinstance(module, nn.Embedding) and module is not tokens]
-        # Rows of a table are looked up, not multiplied; a tied token embedding is multiplied too,
-        # as the head.
-        looked_up = sum(table.weight.numel() for table in tables)
-        if not self.config.tie_weights:
-            looked_up += self.vocab_size * self.config.n_embd
-        attention = 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
-        return 6 * (self.parameter_count() - looked_up) + attention
-
 
 def document_numbers(ids: Tensor, end_of_text: int) -> Tensor:
     """(B, T), the number of each token's document in its window.

@@ -6,14 +6,7 @@ from typing import Any
 
 from pipeline.files import hash_bytes
 from pipeline.vocabulary.merges import make_encoding, published_for, read_ranks
-from pipeline.vocabulary.tokenizer import (
-    RANKS_FILE,
-    TokenIds,
-    TokenTable,
-    lone_surrogates_refused,
-    spec_of,
-    token_dtype,
-)
+from pipeline.vocabulary.tokenizer import RANKS_FILE, TokenIds, TokenTable, refuse_surrogates, spec_of, token_dtype
 
 GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken"
 
@@ -23,13 +16,13 @@ class BytePairTokenizer(TokenTable):
 
     def __init__(self, name: str, table: bytes | None = None) -> None:
         self.name, self.table = name, table
-        self._ranks, self.encoding = _load(name, _gpt2_table() if table is None else table)
+        self._ranks, self.encoding = _load(name, table)
         published = published_for(name, self._ranks)
         tokens = {rank: token for token, rank in self._ranks.items()}
         super().__init__(tokens, published.vocab_size, published.end_of_text)
 
     def encode(self, text: str) -> TokenIds:
-        with lone_surrogates_refused():
+        with refuse_surrogates():
             ids: TokenIds = self.encoding.encode_to_numpy(text, disallowed_special=())
         return ids.astype(token_dtype(self.vocab_size))
 
@@ -55,12 +48,7 @@ class BytePairTokenizer(TokenTable):
 
 
 @cache
-def _gpt2_table() -> bytes:
-    return GPT2_RANKS.read_bytes()
-
-
-@cache
-def _load(name: str, table: bytes) -> tuple[dict[bytes, int], Any]:
+def _load(name: str, table: bytes | None) -> tuple[dict[bytes, int], Any]:
     """The ranks of a table and tiktoken's encoder, cached: they take 0.15 s for GPT-2's."""
-    ranks = read_ranks(table)
+    ranks = read_ranks(GPT2_RANKS.read_bytes() if table is None else table)
     return ranks, make_encoding(name, published_for(name, ranks).pattern, ranks)

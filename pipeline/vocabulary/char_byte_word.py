@@ -15,7 +15,7 @@ from pipeline.vocabulary.tokenizer import (
     WORDS_FILE,
     TokenIds,
     TokenTable,
-    lone_surrogates_refused,
+    refuse_surrogates,
     spec_of,
     token_dtype,
 )
@@ -46,7 +46,7 @@ class CharTokenizer(TokenTable):
         self._id_of[code_points(self.characters)] = np.arange(self.end_of_text)
 
     def encode(self, text: str) -> TokenIds:
-        with lone_surrogates_refused():
+        with refuse_surrogates():
             ids = self._id_of[code_points(text)]
         unknown = np.flatnonzero(ids == self.vocab_size)
         if unknown.size:
@@ -60,9 +60,6 @@ class CharTokenizer(TokenTable):
     def spec(self) -> dict[str, Any]:
         return spec_of(self, fingerprint=hash_bytes(self.characters.encode()), characters=self.characters)
 
-    def files(self) -> dict[str, bytes]:
-        return {}
-
 
 class ByteTokenizer(TokenTable):
     """The UTF-8 bytes are the ids 0..255; end-of-text is 256."""
@@ -75,14 +72,11 @@ class ByteTokenizer(TokenTable):
         super().__init__({byte: bytes([byte]) for byte in range(256)}, self.vocab_size, self.end_of_text)
 
     def encode(self, text: str) -> TokenIds:
-        with lone_surrogates_refused():
+        with refuse_surrogates():
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(token_dtype(self.vocab_size))
 
     def spec(self) -> dict[str, Any]:
         return spec_of(self, fingerprint=hash_bytes(b"byte"))
-
-    def files(self) -> dict[str, bytes]:
-        return {}
 
 
 class WordTokenizer:
@@ -102,7 +96,7 @@ class WordTokenizer:
         self._texts = [*words, UNKNOWN, END_OF_TEXT]
 
     def encode(self, text: str) -> TokenIds:
-        with lone_surrogates_refused():
+        with refuse_surrogates():
             text.encode()
         # An iterator: a list of all words of a long document would take forty times its size.
         ids = (self._id_of.get(found[0], self.unknown) for found in _word_pattern().finditer(text))

@@ -88,7 +88,7 @@ def spec_of(tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def lone_surrogates_refused() -> Iterator[None]:
+def refuse_surrogates() -> Iterator[None]:
     """Makes a UserError of lone surrogates, Python's form of an argument that is not UTF-8."""
     try:
         yield
@@ -114,3 +114,6 @@ class TokenTable:
         lengths = np.array([len(token) for token in self.tokens])
         lengths[self.end_of_text] = 0
         return lengths
+
+    def files(self) -> dict[str, bytes]:
+        return {}

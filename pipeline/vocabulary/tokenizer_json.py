@@ -12,14 +12,7 @@ import numpy.typing as npt
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes
 from pipeline.vocabulary.merges import MAX_IDS, Merges, make_encoding, merges_in
-from pipeline.vocabulary.tokenizer import (
-    JSON_FILE,
-    TokenIds,
-    TokenTable,
-    lone_surrogates_refused,
-    spec_of,
-    token_dtype,
-)
+from pipeline.vocabulary.tokenizer import JSON_FILE, TokenIds, TokenTable, refuse_surrogates, spec_of, token_dtype
 
 
 class JsonTokenizer:
@@ -54,7 +47,7 @@ class JsonTokenizer:
         return vocabulary_in(self.document)
 
     def encode(self, text: str) -> TokenIds:
-        with lone_surrogates_refused():
+        with refuse_surrogates():
             return self._engine.encode(text)
 
     def decode_bytes(self, ids: list[int]) -> bytes:

@@ -22,6 +22,7 @@ from conftest import (
 )
 
 from observe.inspect import describe_lengths, run
+from pipeline.budget import parameters
 from pipeline.checkpoint.folder import read_description, write_model
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
@@ -194,7 +195,7 @@ def test_a_checkpoint_is_described(tiny: Path, capsys: pytest.CaptureFixture[str
     saved = read_description(folder)
     assert (found["kind"], found["step"], found["tokens"]) == ("checkpoint", 10, 1280)
     assert (found["val_loss"], found["dataset"], found["config"]) == (saved.val_loss, saved.dataset, saved.config)
-    assert found["parameters"] == LanguageModel(config.model, 257).parameter_count()
+    assert found["parameters"] == parameters(config.model, 257)
     assert found["files"]["model.safetensors"] == (folder / "model.safetensors").stat().st_size
     text = shown(folder, capsys)
     assert "step" in text and "n_layer 2, n_head 2" in text and f"{found['parameters']:,}" in text
@@ -207,7 +208,7 @@ def test_a_hugging_face_folder_is_described(tmp_path: Path, capsys: pytest.Captu
     model = LanguageModel(config, 50257)
     write_model(tmp_path, model, BytePairTokenizer("gpt2"))
     found = described(tmp_path, capsys)
-    assert found["kind"] == "Hugging Face GPT-2 folder" and found["parameters"] == model.parameter_count()
+    assert found["kind"] == "Hugging Face folder" and found["parameters"] == parameters(config, 50257)
     assert found["config"]["model"]["n_embd"] == 8 and found["tokenizer"]["name"] == "gpt2"
 
 

@@ -156,7 +156,7 @@ def test_the_vocabulary_is_the_one_that_was_recorded(dataset: Path, capsys: pyte
     document["tokenizer"]["fingerprint"] = "other"
     (dataset / "manifest.json").write_bytes(orjson.dumps(document))
     (found,) = faults(dataset, capsys)
-    assert found.startswith("the byte vocabulary does not match its description")
+    assert found.startswith(f"{dataset}: the byte vocabulary does not match its description")
 
 
 def test_other_files_in_the_folder_are_a_remark(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -350,7 +350,7 @@ OURS: dict[str, tuple[Harm, str]] = {
     "a billion layers": (description(at("config", "model", "n_layer", value=10**9)), "1000000000 layers of 28"),
     "a terabyte of width": (description(at("config", "model", "n_embd", value=10**6)), ", 1000000)"),
     "3 layers": (description(at("config", "model", "n_layer", value=3)), "missing: transformer.h.2"),
-    "negative": (description(at("config", "model", "n_layer", value=-1)), "model.n_layer=-1: expected an integer >= 1"),
+    "negative": (description(at("config", "model", "n_layer", value=-1)), "checkpoint.json: model.n_layer=-1: expected an"),
     "text": (description(at("config", "model", "n_layer", value="2")), "model.n_layer='2': expected an integer >= 1"),
     "a section that is a list": (description(at("config", "model", value=[])), "model=[]: expected a section"),
     "no config": (description(at("config", value=None)), "is damaged"),

@@ -154,7 +154,8 @@ def test_it_samples_evaluates_and_opens_as_a_folder_of_its_own_kind(
     report = orjson.loads(capsys.readouterr().out)
     described = describe_model(folder)
     assert report["loss"] == pytest.approx(described["val_loss"], rel=0.2)
-    assert described["parameters"] == model.parameter_count()
+    block = 2 * 32 * 32 + 2 * 32 * 16 + 32
+    assert described["parameters"] == 2 * 257 * 32 + 2 * block
     (folder / "checkpoint.json").unlink()
     again, _ = load_model(folder)
     assert again.config == replace(toy.model, block_size=16)

@@ -175,6 +175,11 @@ def refusal(folder: Path, edit: Callable[[dict[str, Any]], object]) -> str:
         (lambda d: d["tokenizer"].pop("vocab_size"), "is damaged (KeyError: 'vocab_size')"),
         (lambda d: d["tokenizer"].pop("end_of_text"), "is damaged (KeyError: 'end_of_text')"),
         (lambda d: d.update(surplus=1), "is damaged (TypeError: "),
+        (lambda d: d.update(tokenizer=[1]), "is damaged (TypeError: tokenizer has the type list)"),
+        (lambda d: d["tokenizer"].update(end_of_text="256"), "is damaged (TypeError: end_of_text has the type str)"),
+        (lambda d: d["splits"]["val"][0].update(tokens="100"), "is damaged (TypeError: tokens has the type str)"),
+        (lambda d: d["splits"]["val"][0].update(tokens=0), "is damaged (TypeError: val_00000.bin has 0 tokens)"),
+        (lambda d: d.update(end_of_text="nowhere"), "is damaged (TypeError: end_of_text is 'nowhere')"),
         (lambda d: d.update(format=1), "has format 1, this program reads 2: prepare it again"),
     ],
     ids=[
@@ -186,6 +191,11 @@ def refusal(folder: Path, edit: Callable[[dict[str, Any]], object]) -> str:
         "vocab_size",
         "end_of_text",
         "a surplus key",
+        "a list for a tokenizer",
+        "a text for an id",
+        "a text for a number",
+        "an empty shard",
+        "end of text nowhere",
         "another format",
     ],
 )
@@ -208,9 +218,17 @@ def test_a_manifest_of_another_form_is_refused(
         ),
         (lambda d: d["splits"]["val"][0].update(file="../val_00000.bin"), "lists a shard outside its folder"),
         (lambda d: d["splits"]["val"][0].update(file="/etc/passwd"), "lists a shard outside its folder"),
+        (lambda d: d["splits"]["val"][0].update(file=".."), "lists a shard outside its folder"),
         (lambda d: d["splits"]["val"][0].update(tokens=11), "val_00000.bin has 20 bytes, expected 22 bytes"),
     ],
-    ids=["a wider dtype", "a wider vocabulary", "a path upwards", "an absolute path", "more tokens"],
+    ids=[
+        "a wider dtype",
+        "a wider vocabulary",
+        "a path upwards",
+        "an absolute path",
+        "the folder above",
+        "more tokens",
+    ],
 )
 def test_a_manifest_that_does_not_fit_its_shards_is_refused(
     tmp_path: Path, edit: Callable[[dict[str, Any]], object], message: str

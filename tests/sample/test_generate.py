@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from pipeline.checkpoint.convert import to_folder
 from pipeline.checkpoint.layout_gpt2 import GPT2Layout
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
@@ -36,7 +37,7 @@ def twin_of(model: LanguageModel) -> torch.nn.Module:
     twin: torch.nn.Module = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(**GPT2Layout().config_json(model.config, model.vocab_size, 0, "float32"))
     ).eval()
-    weights = {name: GPT2Layout().to_folder(model, name, tensor) for name, tensor in model.named_parameters()}
+    weights = {name: to_folder(model, name, tensor) for name, tensor in model.named_parameters()}
     twin.load_state_dict(weights, strict=False)
     twin.tie_weights()  # type: ignore[operator]
     return twin

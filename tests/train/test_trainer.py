@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import tiny_config, write_dataset, write_documents
 
+from pipeline.checkpoint.convert import to_folder
 from pipeline.checkpoint.layout_gpt2 import GPT2Layout
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
@@ -99,7 +100,7 @@ def test_fifty_steps_equal_an_independent_trainer(tiny: Path) -> None:
     twin = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(**GPT2Layout().config_json(ours.model.config, ours.model.vocab_size, 0, "float32"))
     )
-    stored = {name: GPT2Layout().to_folder(ours.model, name, tensor) for name, tensor in weights(ours).items()}
+    stored = {name: to_folder(ours.model, name, tensor) for name, tensor in weights(ours).items()}
     twin.load_state_dict(stored, strict=False)
     twin.tie_weights()
     groups: list[dict[str, Any]] = [

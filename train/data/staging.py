@@ -45,10 +45,6 @@ class Staging:
     target: Path
 
     @property
-    def shards(self) -> list[Shard]:
-        return [shard for shards in self.manifest.splits.values() for shard in shards]
-
-    @property
     def small_files(self) -> list[Path]:
         """What is next to the shards, if it exists: the vocabulary's file, then the manifest."""
         names = (vocabulary_file(self.manifest.tokenizer["name"]), MANIFEST_NAME)
@@ -56,7 +52,7 @@ class Staging:
 
     @property
     def bytes(self) -> int:
-        paths = [*(self.source / shard.file for shard in self.shards), *self.small_files]
+        paths = [*(self.source / shard.file for shard in self.manifest.shards), *self.small_files]
         return sum(path.stat().st_size for path in paths)
 
     def is_complete(self) -> bool:
@@ -157,7 +153,7 @@ def copy(staging: Staging, remaining: list[Staging]) -> None:
 
 def fill(staging: Staging, folder: Path) -> None:
     with ProgressReport(f"stage {staging.source.name}", staging.bytes / 1e6, "MB") as report:
-        for shard in staging.shards:
+        for shard in staging.manifest.shards:
             copy_shard(staging, shard, folder / shard.file, report)
     for path in staging.small_files:
         (folder / path.name).write_bytes(path.read_bytes())
