@@ -8,26 +8,21 @@ from pipeline.cli.command import Argument, Command, Group, Shown
 from pipeline.cli.data import prepare
 from pipeline.cli.training import config_arguments, train
 
-JOB = {
-    "time": Shown("Time limit of each start: minutes, h:mm:ss or days-h:mm:ss."),
-    "cpus_per_task": Shown(
-        "Cores of each node; by default the script's number, or 4 for each GPU if that is more.",
-        kind=click.IntRange(min=1), metavar="N",
-    ),
-    "partition": Shown("Partition to run in."),
-    "account": Shown("Account to charge."),
-    "others": Shown(
-        "Any other option of sbatch, such as qos=long or mem=0; may be repeated.", flag="--sbatch", metavar="OPTION=VALUE"
-    ),
+AT_LEAST_1 = click.IntRange(min=1)
+JOB: dict[str, Shown] = {
+    "time": "Time limit of each start: minutes, h:mm:ss or days-h:mm:ss.",
+    "cpus_per_task": {
+        "type": AT_LEAST_1, "help": "Cores of each node; by default the script's number, or 4 for each GPU if that is more."
+    },
+    "partition": "Partition to run in.",
+    "account": "Account to charge.",
+    "others": {
+        "flag": "--sbatch", "metavar": "OPTION=VALUE",
+        "help": "Any other option of sbatch, such as qos=long or mem=0; may be repeated.",
+    },
 }  # fmt: skip
 # In the place of options that are not ours: the arguments go on to the command that the job runs.
 PASSED_ON = {"ignore_unknown_options": True}
-
-
-def _job() -> type:
-    from slurm.job import Job
-
-    return Job
 
 
 @click.group(
@@ -37,45 +32,46 @@ def submit() -> None:
     """Check a SLURM job on the login node, then submit it or print it."""
 
 
-def _submit_train(job: Any, arguments: tuple[str, ...], dry_run: bool) -> None:
+def _submit_train(options: Any, arguments: tuple[str, ...], dry_run: bool) -> None:
     from slurm.submit import train as submit_run
 
     parsed = train.parse(arguments)
     changes = config_arguments(parsed["arguments"], parsed["resume"])
     stage = None if parsed["stage"] is None else str(parsed["stage"])
-    submit_run(list(arguments), config_arguments=changes, stage=stage, job=job, dry_run=dry_run)
+    submit_run(list(arguments), config_arguments=changes, stage=stage, job=options, dry_run=dry_run)
 
 
-def _submit_prepare(job: Any, arguments: tuple[str, ...], tasks: int, dry_run: bool) -> None:
+def _submit_prepare(options: Any, arguments: tuple[str, ...], tasks: int, dry_run: bool) -> None:
     from prepare.run import check_before
     from slurm.submit import prepare as submit_preparation
 
-    dataset, _ = check_before(prepare.options_from(prepare.parse(arguments)), tasks)
-    submit_preparation(list(arguments), dataset=dataset, tasks=tasks, job=job, dry_run=dry_run)
+    dataset, _ = check_before(prepare.parse(arguments)["options"], tasks)
+    submit_preparation(list(arguments), dataset=dataset, tasks=tasks, job=options, dry_run=dry_run)
 
 
 dry_run = click.Option(["--dry-run"], is_flag=True, help="Check, and print the script: sbatch takes it as it is.")
 
 submit.add_command(
     Command(
-        "train", callback=_submit_train, options=_job, context_settings=PASSED_ON,
+        "train", callback=_submit_train, options="slurm.job:Job", context_settings=PASSED_ON,
         help="""Submit a training run, which saves and resumes at its time limit.
 
         The number of the job goes to stdout.""",
         example="pipeline submit train gpt2-124m --time 24:00:00 --nodes 2 --gpus-per-node 8",
         shown=JOB
         | {
-            "nodes": Shown("Number of nodes.", kind=click.IntRange(min=1), metavar="N", is_required=True),
-            "gpus_per_node": Shown("GPUs of each node, 0 for none.", metavar="[TYPE:]N", is_required=True),
-            "array": Shown(
-                "Several runs: 0-7, 1,3,5 or 0-15%4; %a in the arguments is the number of each.", metavar="IDS"
-            ),
-            "after": Shown("Wait until this job has succeeded; its dataset need not exist yet.", metavar="JOB"),
-            "job_name": Shown("By default the run's name."),
+            # Required, although a job has a default: on a cluster each is somebody's decision.
+            "nodes": {"type": AT_LEAST_1, "required": True, "help": "Number of nodes."},
+            "gpus_per_node": {"metavar": "[TYPE:]N", "required": True, "help": "GPUs of each node, 0 for none."},
+            "array": {
+                "metavar": "IDS", "help": "Several runs: 0-7, 1,3,5 or 0-15%4; %a in the arguments is the number of each."
+            },
+            "after": {"metavar": "JOB", "help": "Wait until this job has succeeded; its dataset need not exist yet."},
+            "job_name": "By default the run's name.",
         },
         params=[
             Argument(
-                "arguments", "[CONFIG] [SECTION.KEY=VALUE]... [OPTION]...", "As for pipeline train.", nargs=-1
+                ["arguments"], metavar="[CONFIG] [SECTION.KEY=VALUE]... [OPTION]...", help="As for pipeline train.", nargs=-1
             ),
             dry_run,
         ],
@@ -83,16 +79,18 @@ submit.add_command(
 )  # fmt: skip
 submit.add_command(
     Command(
-        "prepare", callback=_submit_prepare, options=_job, context_settings=PASSED_ON,
+        "prepare", callback=_submit_prepare, options="slurm.job:Job", context_settings=PASSED_ON,
         help="""Submit a preparation, or several jobs that share a dataset.
 
         The number of the job that ends last goes to stdout.""",
         example="pipeline submit prepare openwebtext --time 8:00:00 --tasks 16",
-        shown=JOB | {"job_name": Shown("By default the dataset's name.")},
+        shown=JOB | {"job_name": "By default the dataset's name."},
         params=[
-            Argument("arguments", "SOURCE... [OPTION]...", "As for pipeline prepare.", nargs=-1, required=True),
+            Argument(
+                ["arguments"], metavar="SOURCE... [OPTION]...", help="As for pipeline prepare.", nargs=-1, required=True
+            ),
             click.Option(
-                ["--tasks"], type=click.IntRange(min=1), default=1, metavar="N",
+                ["--tasks"], type=AT_LEAST_1, default=1, metavar="N",
                 help="Jobs that share the work; one more joins their parts.",
             ),
             dry_run,

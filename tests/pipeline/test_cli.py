@@ -13,6 +13,8 @@ import pytest
 import pipeline
 from pipeline import log
 from pipeline.cli import main as cli
+from pipeline.cli import models
+from pipeline.cli.command import Command
 from pipeline.config.keys import SECTIONS, help_rows
 from pipeline.config.load import preset_files
 
@@ -137,6 +139,29 @@ def test_train_prints_its_runs_folder_whatever_its_other_options_without_a_heavy
     assert not (tmp_path / "here").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"), [(models.sample, []), (models.evaluate, []), (models.export, ["--to", "there"])]
+)
+def test_the_newest_checkpoint_is_taken_by_default(command: Command, arguments: list[str]) -> None:
+    assert command.parse(arguments)["options"].ckpt == "latest"
+
+
+def test_an_option_that_is_not_given_has_the_stages_default_and_a_list_may_be_repeated() -> None:
+    from sample.options import SampleOptions
+
+    assert models.sample.parse([])["options"] == SampleOptions()
+    given = models.sample.parse(["--prompt", "a", "--prompt", "b", "--top-k", "0", "--json"])["options"]
+    assert given == SampleOptions(prompts=["a", "b"], top_k=0, json=True)
+    assert models.evaluate.parse(["--tasks", "a, b,"])["options"].tasks == ("a", "b")
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_what_runs_on_ranks_checks_the_nodes_before_torch_is_imported(command: str) -> None:
+    code = f"from pipeline import launch\nlaunch.check_nodes = lambda: print('checked')\n{HELP}"
+    done = python("-c", code, command, *(["--print-run-dir"] if command == "train" else ["--split", "test"]))
+    assert done.stdout.splitlines()[0] == "checked"
+
+
 # ---- what the user can fix ----
 
 
@@ -147,7 +172,9 @@ def test_train_prints_its_runs_folder_whatever_its_other_options_without_a_heavy
         (["train", "--reusme", "auto"], "No such option", "pipeline train"),
         (["prepare"], "Missing argument 'SOURCE...'", "pipeline prepare"),
         (["prepare", "a", "--name"], "Option '--name' requires an argument", "pipeline prepare"),
-        (["sample"], "Missing option '--ckpt'", "pipeline sample"),
+        (["export"], "Missing option '--to'", "pipeline export"),
+        (["sample", "--bad-rows", "skip"], "No such option", "pipeline sample"),
+        (["prepare", "--ckpt", "latest"], "No such option", "pipeline prepare"),
         (["doctor"], "Missing option '--slurm'", "pipeline doctor"),
         (["submit", "trian"], "No such command 'trian'", "pipeline submit"),
         (
