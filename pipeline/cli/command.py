@@ -20,6 +20,7 @@ from pipeline.errors import EXIT_INTERRUPTED
 
 # A field's line of help, or what differs from its own name and type as click calls it, and `flag`.
 Shown = str | dict[str, Any]
+PATH = click.Path(path_type=Path)  # a shell completes the names of files
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 
@@ -107,12 +108,11 @@ class Command(Page):
 
 
 class Group(Page, click.Group):
-    """Commands under headings, none of their lines truncated; without a command it shows its
-    help.
-    """
+    """Commands under headings, none of their lines truncated."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, args or ["--help"])
+        # Nothing, `help` and `help COMMAND` ask for a page too.
+        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] in ([], ["help"]) else args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -143,7 +143,11 @@ def parameter_of(entry: "Field[Any]", shown: Shown) -> click.Parameter:
     """
     kind, many = _type_of(entry.type)
     required = entry.default is entry.default_factory  # both MISSING
-    settings = {"type": kind, "metavar": METAVARS.get(kind), "required": required}
+    settings: dict[str, Any] = {
+        "type": PATH if kind is Path else kind,
+        "metavar": METAVARS.get(kind),
+        "required": required,
+    }
     settings |= {"help": shown} if isinstance(shown, str) else shown
     if many and required:
         return Argument([entry.name], nargs=-1, **settings)

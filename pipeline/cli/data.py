@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.command import Argument, Command
+from pipeline.cli.command import PATH, Argument, Command
 
 GROUP = "Data"
 
@@ -44,7 +44,7 @@ prepare = Command(
     example="pipeline prepare my-texts/ --name mine --tokenizer gpt2",
     shown={
         "sources": {
-            "metavar": "SOURCE...",
+            "metavar": "SOURCE...", "type": click.Path(),
             "help": "A corpus (openwebtext, fineweb-edu, tinystories, shakespeare, stdlib), "
                     f"hf:ORG/NAME[:CONFIG][@REVISION], a file ({_readable()}), a folder, a glob, a URL (s3://...), or - "
                     "for stdin.",
@@ -67,7 +67,7 @@ prepare = Command(
 
 
 @click.command(cls=Command, group=GROUP, example="pipeline merge data/openwebtext")
-@click.argument("folder", cls=Argument, metavar="DIR", type=Path, help="Folder of the dataset.")
+@click.argument("folder", cls=Argument, metavar="DIR", type=PATH, help="Folder of the dataset.")
 @click.option("--workers", type=int, metavar="N", help="Processes; by default one for each core.")
 def merge(folder: Path, workers: int | None) -> None:
     """Join what the jobs of `prepare --tasks` made into one dataset.

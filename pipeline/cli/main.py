@@ -50,12 +50,12 @@ def main() -> None:
 def _usage_error(error: click.ClickException) -> str:
     """What is wrong with the command line, and the help page that says what is right."""
     context = getattr(error, "ctx", None)
-    message = error.format_message().rstrip(".")
     command = context.command_path if context else "pipeline"
-    # nanoGPT and Hugging Face have flags where we have config keys: --max_iters, --learning-rate.
-    if isinstance(error, click.NoSuchOption) and not error.possibilities and command.endswith("train"):
-        message += training.key_hint(error.option_name)
-    return f"{message} (see {command} --help)"
+    message = error.format_message()
+    if isinstance(error, click.NoSuchOption) and command == "pipeline train":
+        # nanoGPT and Hugging Face have flags where we have config keys: --max_iters, --learning-rate.
+        message = training.key_hint(error) or message
+    return f"{message.rstrip('.')} (see {command} --help)"
 
 
 def _settle_encoding() -> None:

@@ -3,11 +3,16 @@
 import os
 from typing import Any
 
+import click
+
 from pipeline.cli.command import Command, Shown
 from pipeline.config.keys import KEYS
 
 GROUP = "Models"
-CKPT: Shown = {"metavar": "CKPT", "help": "latest, best, a checkpoint or Hugging Face folder, or hf:ORG/NAME."}
+CKPT: Shown = {
+    "metavar": "CKPT", "type": click.Path(),
+    "help": "latest, best, a checkpoint or Hugging Face folder, or hf:ORG/NAME.",
+}  # fmt: skip
 RUN_DIR: Shown = {"metavar": "DIR", "help": "Run that latest and best are of; by default the newest."}
 DEVICE = f"{KEYS['run.device'].metadata['text']}."
 DTYPE = f"{', '.join(KEYS['run.dtype'].metadata['choices'])}."

@@ -7,7 +7,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from pipeline import launch, log
-from pipeline.cli.command import Argument, Command, write_lines
+from pipeline.cli.command import PATH, Argument, Command, write_lines
 from pipeline.config.keys import KEYS, SECTIONS, Config, help_rows
 from pipeline.config.load import DEFAULT_CONFIG, config_from_arguments, load_config, preset_files
 from pipeline.config.other_names import did_you_mean, keys_for
@@ -36,9 +36,10 @@ class Train(Command):
 
 
 def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """In a shell: presets and keys."""
+    """In a shell: presets and keys, or else files."""
     words = [*preset_files(), *(f"{key}=" for key in KEYS)]
-    return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+    fitting = [CompletionItem(word) for word in words if word.startswith(incomplete)]
+    return fitting or [CompletionItem(incomplete, type="file")]
 
 
 def config_arguments(arguments: Sequence[str], resume: str | None) -> list[str]:
@@ -56,11 +57,14 @@ def config_of(arguments: list[str]) -> Config:
         raise
 
 
-def key_hint(option: str) -> str:
-    """For an option that `train` does not have: config keys have no dashes, whatever other programs
-    do.
+def key_hint(error: click.NoSuchOption) -> str:
+    """What to type for an option that `train` does not have, where it is the name of a config key;
+    else nothing.
     """
-    return f": config keys are given as SECTION.KEY=VALUE{did_you_mean(option, '=VALUE')}" if keys_for(option) else ""
+    option = error.option_name
+    if not keys_for(option):
+        return ""
+    return f"No such option '{option}': config keys are given as SECTION.KEY=VALUE{did_you_mean(option, '=VALUE')}"
 
 
 @click.command(
@@ -75,7 +79,7 @@ def key_hint(option: str) -> str:
 @click.option("--resume", metavar="HOW", help=f"{KEYS['checkpoint.resume'].metadata['text']}: sets checkpoint.resume.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would run; write nothing.")
 @click.option(
-    "--stage", metavar="DIR", type=Path,
+    "--stage", metavar="DIR", type=PATH,
     help="Copy the datasets to this folder on each node's own disk, such as '$SLURM_TMPDIR', and read them there.",
 )  # fmt: skip
 @click.option("--print-run-dir", is_flag=True, help="Print the run's folder, for scripts, and exit.")

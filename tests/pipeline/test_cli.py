@@ -99,9 +99,9 @@ def test_the_programs_help_has_each_command_in_a_group_with_a_complete_sentence(
         assert line.endswith(".") and len(line.split()) > 4
 
 
-def test_bare_program_and_bare_group_show_their_help() -> None:
-    for words in ((), ("submit",)):
-        bare, asked = run(*words), run(*words, "--help")
+def test_bare_program_bare_group_and_the_word_help_show_a_page() -> None:
+    for words, page in (((), ()), (("submit",), ("submit",)), (("help",), ()), (("help", "merge"), ("merge",))):
+        bare, asked = run(*words), run(*page, "--help")
         assert (bare.returncode, bare.stdout) == (0, asked.stdout)
 
 
@@ -125,6 +125,13 @@ def test_completion_knows_commands_options_and_config_keys_without_a_heavy_impor
             count = str(len(words.split()))
             asked = {"COMP_WORDS": f"pipeline {words}", "COMP_CWORD": count, "_PIPELINE_COMPLETE": "bash_complete"}
             assert f"plain,{wanted}" in python("-m", "pipeline", **asked).stdout.splitlines()
+
+
+@pytest.mark.parametrize("words", ["train mine", "prepare my-te", "inspect da", "sample --ckpt ru", "export --to ou"])
+def test_completion_leaves_paths_to_the_shell(words: str) -> None:
+    count = str(len(words.split()))
+    asked = {"COMP_WORDS": f"pipeline {words}", "COMP_CWORD": count, "_PIPELINE_COMPLETE": "bash_complete"}
+    assert python("-m", "pipeline", **asked).stdout.startswith("file,")
 
 
 def test_version() -> None:
@@ -200,6 +207,11 @@ def test_what_runs_on_ranks_checks_the_nodes_before_torch_is_imported(command: s
         (
             ["train", "--max-steps", "200"],
             "No such option '--max-steps': config keys are given as SECTION.KEY=VALUE (did you mean train.max_steps=VALUE?)",
+            "pipeline train",
+        ),
+        (
+            ["train", "--lr", "3e-4"],  # though --help is near
+            "No such option '--lr': config keys are given as SECTION.KEY=VALUE (did you mean optimizer.lr=VALUE?)",
             "pipeline train",
         ),
         (
