@@ -29,8 +29,11 @@ _HUB_NAME = re.compile(r"hf:(?P<repository>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision
 
 def find_checkpoint(ckpt: str, run_dir: Path | None, runs: Path = RUNS) -> Path:
     """The folder of a `--ckpt`: a path, hf:ORG/NAME, or `latest` or `best` of `run_dir`, by default
-    of the newest run under `runs`. Raises UserError where there is none.
+    of the newest run under `runs`. A run's folder stands for its latest. Raises UserError where
+    there is none.
     """
+    if (Path(ckpt) / "checkpoints").is_dir():
+        ckpt, run_dir = "latest", Path(ckpt)
     if ckpt not in ("latest", "best"):
         return find_model_folder(ckpt)
     run_dir = run_dir or newest_run(runs)

@@ -11,7 +11,7 @@ from pipeline.config.keys import KEYS
 GROUP = "Models"
 CKPT: Shown = {
     "metavar": "CKPT", "type": click.Path(),
-    "help": "latest, best, a checkpoint or Hugging Face folder, or hf:ORG/NAME.",
+    "help": "latest, best, the folder of a run, a checkpoint or a Hugging Face model, or hf:ORG/NAME.",
 }  # fmt: skip
 RUN_DIR: Shown = {"metavar": "DIR", "help": "Run that latest and best are of; by default the newest."}
 DEVICE = f"{KEYS['run.device'].metadata['text']}."
