@@ -63,10 +63,10 @@ def _settle_encoding() -> None:
     what it has no sign for.
     """
     if isinstance(sys.stdout, TextIOWrapper):
-        at_terminal = sys.stdout.isatty()
-        sys.stdout.reconfigure(
-            encoding=None if at_terminal else "utf-8", errors="backslashreplace" if at_terminal else None
-        )
+        if sys.stdout.isatty():
+            sys.stdout.reconfigure(errors="backslashreplace")
+        else:
+            sys.stdout.reconfigure(encoding="utf-8")
 
 
 def _exit(message: str, code: int) -> NoReturn:
@@ -83,20 +83,14 @@ def _print_completion(context: click.Context, parameter: click.Parameter, shell:
 
 
 @click.group(
-    cls=Group,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=Group, context_settings={"help_option_names": ["-h", "--help"]},
     example="pipeline quickstart\npipeline train --help        options and config keys of one command",
-)
+)  # fmt: skip
 @click.version_option(pipeline.__version__, message="pipeline %(version)s", help="Print the version.")
 @click.option(
-    "--show-completion",
-    type=click.Choice(SHELLS),
-    is_eager=True,
-    expose_value=False,
-    callback=_print_completion,
-    metavar="SHELL",
-    help="Print the completion script of bash, zsh or fish.",
-)
+    "--show-completion", metavar="SHELL", type=click.Choice(SHELLS), is_eager=True, expose_value=False,
+    callback=_print_completion, help="Print the completion script of bash, zsh or fish.",
+)  # fmt: skip
 def app() -> None:
     """Train a GPT from raw text: prepare the text, train on it, sample from the model."""
 

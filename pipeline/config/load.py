@@ -184,12 +184,10 @@ def _coerce(value: Any, wanted: Any) -> Any:
     """`value` as `wanted`, without guessing: a bool is not a number, nor is text, but 1 is a
     float.
     """
-    # In Python a bool is an int, so each number is also asked not to be one.
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    # Not isinstance: in Python a bool is an int.
+    if wanted is float and type(value) is int:
         return float(value)
-    if wanted in (bool, str, float) and isinstance(value, wanted):
-        return value
-    if wanted is int and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is wanted:
         return value
     if wanted == tuple[float, float] and isinstance(value, list | tuple) and len(value) == 2:
         return tuple(_coerce(part, float) for part in value)
