@@ -19,28 +19,8 @@ def _readable() -> str:
     return READABLE
 
 
-def _prepare(options: Any) -> None:
-    from prepare.run import run
-
-    if options.task_id is None and options.tasks is None:
-        task_id, tasks = _slurm_array()
-        options = replace(options, task_id=task_id, tasks=tasks)
-    run(options)
-
-
-def _slurm_array() -> tuple[int | None, int | None]:
-    """This job's number in its SLURM array, from 0, and the array's size; nothing outside one."""
-    index, size = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_ARRAY_TASK_COUNT")
-    if index is None or size is None:
-        return None, None
-    return int(index) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")), int(size)
-
-
-prepare = Command(
-    "prepare", group=GROUP, callback=_prepare, options="prepare.options:PrepareOptions",
-    help="""Turn text into a dataset: shards of token ids and a manifest.
-
-    The dataset is written to DATA_DIR/NAME. If the command is killed, the same command resumes it.""",
+@click.command(
+    cls=Command, group=GROUP, options="prepare.options:PrepareOptions",
     example="pipeline prepare my-texts/ --name mine --tokenizer gpt2",
     shown={
         "sources": {
@@ -64,6 +44,25 @@ prepare = Command(
         "force": "Replace a dataset of the same name, finished or not.",
     },
 )  # fmt: skip
+def prepare(options: Any) -> None:
+    """Turn text into a dataset: shards of token ids and a manifest.
+
+    The dataset is written to DATA_DIR/NAME. If the command is killed, the same command resumes it.
+    """
+    from prepare.run import run
+
+    if options.task_id is None and options.tasks is None:
+        task_id, tasks = _slurm_array()
+        options = replace(options, task_id=task_id, tasks=tasks)
+    run(options)
+
+
+def _slurm_array() -> tuple[int | None, int | None]:
+    """This job's number in its SLURM array, from 0, and the array's size; nothing outside one."""
+    index, size = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_ARRAY_TASK_COUNT")
+    if index is None or size is None:
+        return None, None
+    return int(index) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")), int(size)
 
 
 @click.command(cls=Command, group=GROUP, example="pipeline merge data/openwebtext")

@@ -22,18 +22,8 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _sample(options: Any) -> None:
-    from sample.run import run
-
-    run(options)
-
-
-sample = Command(
-    "sample", group=GROUP, callback=_sample, options="sample.options:SampleOptions",
-    help="""Generate text from a checkpoint, to stdout.
-
-    A token is drawn from the model's logits after the repetition penalty, temperature, top-k, top-p and min-p, in this
-    order. Without a prompt the text starts a new document.""",
+@click.command(
+    cls=Command, group=GROUP, options="sample.options:SampleOptions",
     example="pipeline sample --ckpt latest --prompt 'Once upon a time' --temperature 0.8",
     shown={
         "ckpt": CKPT,
@@ -58,21 +48,19 @@ sample = Command(
         "run_dir": RUN_DIR,
     },
 )  # fmt: skip
+def sample(options: Any) -> None:
+    """Generate text from a checkpoint, to stdout.
 
-
-def _evaluate(options: Any) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # before anything imports it: the harness would draw bars into log files
-    from score.run import run
+    A token is drawn from the model's logits after the repetition penalty, temperature, top-k, top-p
+    and min-p, in this order. Without a prompt the text starts a new document.
+    """
+    from sample.run import run
 
     run(options)
 
 
-evaluate = Command(
-    "eval", group=GROUP, callback=_evaluate, options="score.options:EvalOptions", on_ranks=True,
-    help="""Measure loss, perplexity and bits per byte over a whole split.
-
-    Tasks of EleutherAI's lm-evaluation-harness can be run too. The ranks of torchrun or srun share a split; tasks are
-    scored by the first rank alone.""",
+@click.command(
+    "eval", cls=Command, group=GROUP, options="score.options:EvalOptions", on_ranks=True,
     example="pipeline eval --ckpt best --json",
     shown={
         "ckpt": CKPT,
@@ -96,19 +84,20 @@ evaluate = Command(
         "run_dir": RUN_DIR,
     },
 )  # fmt: skip
+def evaluate(options: Any) -> None:
+    """Measure loss, perplexity and bits per byte over a whole split.
 
-
-def _export(options: Any) -> None:
-    from export.run import run
+    Tasks of EleutherAI's lm-evaluation-harness can be run too. The ranks of torchrun or srun share
+    a split; tasks are scored by the first rank alone.
+    """
+    os.environ["TQDM_DISABLE"] = "1"  # before anything imports it: the harness would draw bars into log files
+    from score.run import run
 
     run(options)
 
 
-export = Command(
-    "export", group=GROUP, callback=_export, options="export.options:ExportOptions",
-    help="""Write a checkpoint as a folder, or GGUF file, to share.
-
-    It holds weights, config, tokenizer and a model card, and no training state.""",
+@click.command(
+    cls=Command, group=GROUP, options="export.options:ExportOptions",
     example="pipeline export --ckpt best --to my-model --dtype bfloat16",
     shown={
         "ckpt": CKPT,
@@ -118,3 +107,11 @@ export = Command(
         "run_dir": RUN_DIR,
     },
 )  # fmt: skip
+def export(options: Any) -> None:
+    """Write a checkpoint as a folder, or GGUF file, to share.
+
+    It holds weights, config, tokenizer and a model card, and no training state.
+    """
+    from export.run import run
+
+    run(options)
