@@ -8,8 +8,8 @@ from pathlib import Path
 class ExportOptions:
     """The options of `pipeline export`."""
 
-    ckpt: str
     to: Path
+    ckpt: str = "latest"
     dtype: str = "float32"
     format: str = "safetensors"
     run_dir: Path | None = None

@@ -8,6 +8,7 @@ torch is imported by the functions that need it: opening a dataset does not.
 """
 
 import json
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -65,8 +66,8 @@ class Model:
     """
 
     folder: Path
-    model: "LanguageModel"
-    tokenizer: Tokenizer
+    model: "LanguageModel" = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     dtype: "Dtype"
 
     @cached_property
@@ -82,7 +83,7 @@ class Model:
         UserError.
 
         `options` are those of `pipeline sample`, with its defaults: max_new_tokens, temperature,
-        top_k, top_p, min_p, repetition_penalty, stop (a list of texts) and seed.
+        top_k, top_p, min_p, repetition_penalty, stop (a text or a list of them) and seed.
         """
         from sample.continuation import Continuation, grow
         from sample.generate import generate
@@ -92,7 +93,9 @@ class Model:
         known = {"max_new_tokens", "stop", "seed", *(entry.name for entry in fields(Choice))}
         if unknown := options.keys() - known:
             raise UserError(f"unknown option {', '.join(sorted(unknown))}: expected some of {', '.join(sorted(known))}")
-        chosen = SampleOptions(ckpt=str(self.folder), **options)
+        if isinstance(options.get("stop"), str):
+            options["stop"] = [options["stop"]]
+        chosen = SampleOptions(**options)
         check_options(chosen)
         ids = encode_prompt(prompt, self.tokenizer) if prompt else [self.tokenizer.end_of_text]
         seed = int.from_bytes(os.urandom(4)) if chosen.seed is None else chosen.seed
@@ -154,7 +157,7 @@ class Dataset:
     """
 
     folder: Path
-    manifest: Manifest
+    manifest: Manifest = field(repr=False)
     _found: dict[int, tuple[Positions, Positions]] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -166,6 +169,7 @@ class Dataset:
 
     def __getitem__(self, number: int) -> str:
         """The text of a document; a negative number counts from the end. Raises IndexError."""
+        number = operator.index(number)  # raises TypeError for a slice or a float
         if not -len(self) <= number < len(self):
             raise IndexError(f"document {number} of {len(self)}: expected {-len(self)} to {len(self) - 1}")
         number %= len(self)
@@ -246,7 +250,7 @@ class Run:
     """
 
     folder: Path
-    config: Config
+    config: Config = field(repr=False)
     stopped: str
 
     @property
@@ -265,7 +269,10 @@ def as_ids(ids: Ids, vocab_size: int) -> npt.NDArray[np.int64]:
     not ids.
     """
     # Shards hold uint16, which torch cannot index with; numpy cannot read a tensor on a GPU.
-    array = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
+    try:
+        array = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else ids)
+    except ValueError:
+        raise UserError("invalid ids, rows of different lengths: expected a row of integers") from None
     if not array.size:
         return np.empty(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":

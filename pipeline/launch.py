@@ -114,6 +114,8 @@ def check_nodes(*, reach_s: float = REACH_S, welcome_s: float = WELCOME_S) -> No
     try:
         socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
+        # srun exits with the highest code of its tasks: 143 for one that SIGTERM ends while it starts.
+        time.sleep(RETRY_S)
         wait_for_turn()  # the first node may not know its name either
         raise UserError(
             f"node {node_name()} cannot resolve {host!r}, where the ranks meet ({error.strerror}): "

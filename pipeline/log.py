@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -81,12 +80,8 @@ class ProgressReport:
     def __enter__(self) -> Self:
         if sys.stderr.isatty() and logger.level <= logging.INFO:
             # transient: the bar disappears at its end, and the log lines above it stay.
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
+            title, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+            columns = title, BarColumn(), TaskProgressColumn(), note
             self._bar = Progress(
                 *columns, TimeRemainingColumn(), console=console, transient=True, redirect_stdout=False
             )
@@ -94,9 +89,7 @@ class ProgressReport:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

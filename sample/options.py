@@ -30,7 +30,7 @@ class Choice:
 class SampleOptions(Choice):
     """The options of `pipeline sample`; without a prompt a sample begins a new document."""
 
-    ckpt: str
+    ckpt: str = "latest"
     prompts: list[str] = field(default_factory=list)
     prompt_files: list[Path] = field(default_factory=list)
     interactive: bool = False

@@ -15,7 +15,7 @@ class EvalOptions:
     checkpoint was trained on, or not at all if there are `tasks`.
     """
 
-    ckpt: str
+    ckpt: str = "latest"
     data: str = ""
     data_dir: str = ""
     split: str = "val"

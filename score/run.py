@@ -14,7 +14,6 @@ from pipeline.checkpoint.load import read_model
 from pipeline.checkpoint.open import open_model
 from pipeline.config.keys import Config
 from pipeline.config.load import from_dict
-from pipeline.dataset.mixture import check_same_vocabulary
 from pipeline.dataset.shards import Manifest, TokenReader, load_manifest
 from pipeline.errors import UserError
 from pipeline.log import logger

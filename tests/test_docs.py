@@ -131,8 +131,6 @@ def resolve_ours(arguments: list[str]) -> None:
     assert isinstance(command, Command)
     # %a is the index of an element of a SLURM array.
     parameters = command.parse(word.replace("%a", "1") for word in arguments)
-    if command.options is not None:
-        command.options_from(parameters)
     if names[0] == "submit":
         resolve_ours([names[1], *parameters["arguments"]])
     elif names == ["train"]:

@@ -10,6 +10,7 @@ code 0. Nothing is saved inside a signal handler, where half a step may be in fl
 import math
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -54,7 +55,9 @@ class StopRequest:
             self._deadline = math.inf
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._notice) for number in SIGNALS}
+        # Python lets the main thread alone handle signals; in another the program around us does.
+        numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._notice) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -29,16 +29,19 @@ _HUB_NAME = re.compile(r"hf:(?P<repository>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision
 
 def find_checkpoint(ckpt: str, run_dir: Path | None, runs: Path = RUNS) -> Path:
     """The folder of a `--ckpt`: a path, hf:ORG/NAME, or `latest` or `best` of `run_dir`, by default
-    of the newest run under `runs`. Raises UserError where there is none.
+    of the newest run under `runs`. A run's folder stands for its latest. Raises UserError where
+    there is none.
     """
-    if (Path(ckpt) / "checkpoints" / "latest").is_file():  # a run's folder stands for its newest checkpoint
+    if (Path(ckpt) / "checkpoints").is_dir():
         ckpt, run_dir = "latest", Path(ckpt)
     if ckpt not in ("latest", "best"):
         return find_model_folder(ckpt)
     run_dir = run_dir or newest_run(runs)
-    folder = pointed_folder(run_dir / "checkpoints", ckpt) if run_dir else None
+    if run_dir is None:
+        raise UserError(f"no checkpoint under {runs}/: train first, or name a folder with --ckpt PATH")
+    folder = pointed_folder(run_dir / "checkpoints", ckpt)
     if folder is None:
-        raise UserError(f"no checkpoint {ckpt} in {run_dir or runs}: train first, or name a folder with --ckpt PATH")
+        raise UserError(f"{run_dir} has no checkpoint {ckpt}: train first, or name a folder with --ckpt PATH")
     return folder
 
 

@@ -8,15 +8,9 @@ from typing import Any
 
 import click
 
-from pipeline.cli.command import Argument, Command, Shown
+from pipeline.cli.command import PATH, Argument, Command
 
 GROUP = "Data"
-
-
-def _prepare_options() -> type:
-    from prepare.options import PrepareOptions
-
-    return PrepareOptions
 
 
 def _source_kinds() -> str:
@@ -25,7 +19,31 @@ def _source_kinds() -> str:
     return f"{SOURCE_KINDS[0].upper()}{SOURCE_KINDS[1:]}."
 
 
-def _prepare(options: Any) -> None:
+@click.command(
+    cls=Command, group=GROUP, options="prepare.options:PrepareOptions",
+    example="pipeline prepare my-texts/ --name mine --tokenizer gpt2",
+    shown={
+        "sources": {"metavar": "SOURCE...", "type": click.Path(), "help": _source_kinds()},
+        "name": "Name of the dataset; by default the source's.",
+        "data_dir": "Folder of all datasets.",
+        "tokenizer": "gpt2, cl100k_base, o200k_base, char, byte, word, bpe:N, or a tokenizer.json or .tiktoken file.",
+        "text_field": "Field or column that holds the text.",
+        "val_fraction": "Fraction of the documents for val; by default it depends on the corpus's size.",
+        "shard_tokens": "Tokens after which a shard is closed.",
+        "workers": "Processes; by default one for each core.",
+        "limit_docs": "Take only the first N documents.",
+        "seed": "Chooses which documents are val.",
+        "dedup": "Leave out exact duplicates of earlier documents.",
+        "task_id": "Number of this job, from 0, among --tasks; by default SLURM's array index.",
+        "tasks": "Jobs that share the dataset; by default the size of SLURM's array.",
+        "force": "Replace a dataset of the same name, finished or not.",
+    },
+)  # fmt: skip
+def prepare(options: Any) -> None:
+    """Turn text into a dataset: shards of token ids and a manifest.
+
+    The dataset is written to DATA_DIR/NAME. If the command is killed, the same command resumes it.
+    """
     from prepare.run import run
 
     if options.task_id is None and options.tasks is None:
@@ -42,39 +60,8 @@ def _slurm_array() -> tuple[int | None, int | None]:
     return int(index) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")), int(size)
 
 
-prepare = Command(
-    "prepare", group=GROUP, callback=_prepare, options=_prepare_options,
-    help="""Turn text into a dataset: shards of token ids and a manifest.
-
-    The dataset is written to DATA_DIR/NAME. If the command is killed, the same command resumes it.""",
-    example="pipeline prepare my-texts/ --name mine --tokenizer gpt2",
-    shown={
-        "sources": Shown(_source_kinds(), metavar="SOURCE...", is_argument=True),
-        "name": Shown("Name of the dataset; by default the source's."),
-        "data_dir": Shown("Folder of all datasets."),
-        "tokenizer": Shown(
-            "gpt2, cl100k_base, o200k_base, char, byte, word, bpe:N, or a tokenizer.json or .tiktoken file."
-        ),
-        "text_field": Shown("Field or column that holds the text."),
-        "val_fraction": Shown("Fraction of the documents for val; by default it depends on the corpus's size."),
-        "shard_tokens": Shown("Tokens after which a shard is closed."),
-        "workers": Shown("Processes; by default one for each core."),
-        "limit_docs": Shown("Take only the first N documents."),
-        "seed": Shown("Chooses which documents are val."),
-        "dedup": Shown("Leave out exact duplicates of earlier documents."),
-        "task_id": Shown("Number of this job, from 0, among --tasks; by default SLURM's array index."),
-        "tasks": Shown("Jobs that share the dataset; by default the size of SLURM's array."),
-        "force": Shown("Replace a dataset of the same name, finished or not."),
-    },
-)  # fmt: skip
-
-
-@click.command(
-    cls=Command, group=GROUP, example="pipeline merge data/openwebtext",
-    params=[
-        Argument("folder", "DIR", "Folder of the dataset, such as data/openwebtext.", type=click.Path(path_type=Path))
-    ],
-)  # fmt: skip
+@click.command(cls=Command, group=GROUP, example="pipeline merge data/openwebtext")
+@click.argument("folder", cls=Argument, metavar="DIR", type=PATH, help="Folder of the dataset.")
 @click.option("--workers", type=int, metavar="N", help="Processes; by default one for each core.")
 def merge(folder: Path, workers: int | None) -> None:
     """Join what the jobs of `prepare --tasks` made into one dataset.
@@ -86,12 +73,8 @@ def merge(folder: Path, workers: int | None) -> None:
     merge_tasks(folder, workers)
 
 
-@click.command(
-    cls=Command, group=GROUP, example="pipeline fetch openwebtext",
-    params=[
-        Argument("source", "SOURCE", "A named corpus, or hf:ORG/NAME[:CONFIG][@REVISION]."),
-    ],
-)  # fmt: skip
+@click.command(cls=Command, group=GROUP, example="pipeline fetch openwebtext")
+@click.argument("source", cls=Argument, help="A named corpus, or hf:ORG/NAME[:CONFIG][@REVISION].")
 @click.option("--tokenizer", default="gpt2", metavar="NAME", help="Vocabulary to fetch too; gpt2 needs no fetching.")
 def fetch(source: str, tokenizer: str) -> None:
     """Download a corpus and a vocabulary for nodes without a network.

@@ -4,98 +4,85 @@ from typing import Any
 
 import click
 
+from pipeline.cli import data, training
 from pipeline.cli.command import Argument, Command, Group, Shown
-from pipeline.cli.data import prepare
-from pipeline.cli.training import config_arguments, train
 
-JOB = {
-    "time": Shown("Time limit of each start: minutes, h:mm:ss or days-h:mm:ss."),
-    "cpus_per_task": Shown(
-        "Cores of each node; by default the script's number, or 4 for each GPU if that is more.",
-        kind=click.IntRange(min=1), metavar="N",
-    ),
-    "partition": Shown("Partition to run in."),
-    "account": Shown("Account to charge."),
-    "others": Shown(
-        "Any other option of sbatch, such as qos=long or mem=0; may be repeated.", flag="--sbatch", metavar="OPTION=VALUE"
-    ),
+AT_LEAST_1 = click.IntRange(min=1)
+JOB: dict[str, Shown] = {
+    "time": "Time limit of each start: minutes, h:mm:ss or days-h:mm:ss.",
+    "cpus_per_task": {
+        "type": AT_LEAST_1, "help": "Cores of each node; by default the script's number, or 4 for each GPU if that is more."
+    },
+    "partition": "Partition to run in.",
+    "account": "Account to charge.",
+    "others": {
+        "flag": "--sbatch", "metavar": "OPTION=VALUE",
+        "help": "Any other option of sbatch, such as qos=long or mem=0; may be repeated.",
+    },
 }  # fmt: skip
-# In the place of options that are not ours: the arguments go on to the command that the job runs.
+# Options that are not ours are arguments: those of the command that the job runs.
 PASSED_ON = {"ignore_unknown_options": True}
+TRAIN_EXAMPLE = "pipeline submit train gpt2-124m --time 24:00:00 --nodes 2 --gpus-per-node 8"
+
+dry_run_option = click.option("--dry-run", is_flag=True, help="Check, and print the script: sbatch takes it as it is.")
 
 
-def _job() -> type:
-    from slurm.job import Job
-
-    return Job
-
-
-@click.group(
-    cls=Group, group="Cluster", example="pipeline submit train gpt2-124m --time 24:00:00 --nodes 2 --gpus-per-node 8"
-)
+@click.group(cls=Group, group="Cluster", example=TRAIN_EXAMPLE)
 def submit() -> None:
     """Check a SLURM job on the login node, then submit it or print it."""
 
 
-def _submit_train(job: Any, arguments: tuple[str, ...], dry_run: bool) -> None:
+@submit.command(
+    cls=Command, options="slurm.job:Job", context_settings=PASSED_ON, example=TRAIN_EXAMPLE,
+    shown=JOB
+    | {
+        # Required, although a job has a default: on a cluster each is somebody's decision.
+        "nodes": {"type": AT_LEAST_1, "required": True, "help": "Number of nodes."},
+        "gpus_per_node": {"metavar": "[TYPE:]N", "required": True, "help": "GPUs of each node, 0 for none."},
+        "array": {
+            "metavar": "IDS", "help": "Several runs: 0-7, 1,3,5 or 0-15%4; %a in the arguments is the number of each."
+        },
+        "after": {"metavar": "JOB", "help": "Wait until this job has succeeded; its dataset need not exist yet."},
+        "job_name": "By default the run's name.",
+    },
+)  # fmt: skip
+@click.argument(
+    "arguments", cls=Argument, metavar="[CONFIG] [SECTION.KEY=VALUE]... [OPTION]...", nargs=-1,
+    help="As for pipeline train.",
+)  # fmt: skip
+@dry_run_option
+def train(options: Any, arguments: tuple[str, ...], dry_run: bool) -> None:
+    """Submit a training run, which saves and resumes at its time limit.
+
+    The number of the job goes to stdout.
+    """
     from slurm.submit import train as submit_run
 
-    parsed = train.parse(arguments)
-    changes = config_arguments(parsed["arguments"], parsed["resume"])
+    parsed = training.train.parse(arguments)
+    changes = training.config_arguments(parsed["arguments"], parsed["resume"])
     stage = None if parsed["stage"] is None else str(parsed["stage"])
-    submit_run(list(arguments), config_arguments=changes, stage=stage, job=job, dry_run=dry_run)
+    submit_run(list(arguments), config_arguments=changes, stage=stage, job=options, dry_run=dry_run)
 
 
-def _submit_prepare(job: Any, arguments: tuple[str, ...], tasks: int, dry_run: bool) -> None:
+@submit.command(
+    cls=Command, options="slurm.job:Job", context_settings=PASSED_ON,
+    example="pipeline submit prepare openwebtext --time 8:00:00 --tasks 16",
+    shown=JOB | {"job_name": "By default the dataset's name."},
+)  # fmt: skip
+@click.argument(
+    "arguments", cls=Argument, metavar="SOURCE... [OPTION]...", nargs=-1, required=True, help="As for pipeline prepare."
+)
+@click.option(
+    "--tasks", type=AT_LEAST_1, default=1, metavar="N", help="Jobs that share the work; one more joins their parts."
+)
+@dry_run_option
+def prepare(options: Any, arguments: tuple[str, ...], tasks: int, dry_run: bool) -> None:
+    """Submit a preparation, or several jobs that share a dataset.
+
+    The number of the job that ends last goes to stdout.
+    """
     from prepare.run import check_before
     from slurm.submit import prepare as submit_preparation
 
-    dataset = check_before(prepare.options_from(prepare.parse(arguments)), tasks)
-    submit_preparation(list(arguments), dataset=dataset, tasks=tasks, job=job, dry_run=dry_run)
-
-
-dry_run = click.Option(["--dry-run"], is_flag=True, help="Check, and print the script: sbatch takes it as it is.")
-
-submit.add_command(
-    Command(
-        "train", callback=_submit_train, options=_job, context_settings=PASSED_ON,
-        help="""Submit a training run, which saves and resumes at its time limit.
-
-        The number of the job goes to stdout.""",
-        example="pipeline submit train gpt2-124m --time 24:00:00 --nodes 2 --gpus-per-node 8",
-        shown=JOB
-        | {
-            "nodes": Shown("Number of nodes.", kind=click.IntRange(min=1), metavar="N", is_required=True),
-            "gpus_per_node": Shown("GPUs of each node, 0 for none.", metavar="[TYPE:]N", is_required=True),
-            "array": Shown(
-                "Several runs: 0-7, 1,3,5 or 0-15%4; %a in the arguments is the number of each.", metavar="IDS"
-            ),
-            "after": Shown("Wait until this job has succeeded; its dataset need not exist yet.", metavar="JOB"),
-            "job_name": Shown("By default the run's name."),
-        },
-        params=[
-            Argument(
-                "arguments", "[CONFIG] [SECTION.KEY=VALUE]... [OPTION]...", "As for pipeline train.", nargs=-1
-            ),
-            dry_run,
-        ],
-    )
-)  # fmt: skip
-submit.add_command(
-    Command(
-        "prepare", callback=_submit_prepare, options=_job, context_settings=PASSED_ON,
-        help="""Submit a preparation, or several jobs that share a dataset.
-
-        The number of the job that ends last goes to stdout.""",
-        example="pipeline submit prepare openwebtext --time 8:00:00 --tasks 16",
-        shown=JOB | {"job_name": Shown("By default the dataset's name.")},
-        params=[
-            Argument("arguments", "SOURCE... [OPTION]...", "As for pipeline prepare.", nargs=-1, required=True),
-            click.Option(
-                ["--tasks"], type=click.IntRange(min=1), default=1, metavar="N",
-                help="Jobs that share the work; one more joins their parts.",
-            ),
-            dry_run,
-        ],
-    )
-)  # fmt: skip
+    dataset = check_before(data.prepare.parse(arguments)["options"], tasks)
+    submit_preparation(list(arguments), dataset=dataset, tasks=tasks, job=options, dry_run=dry_run)

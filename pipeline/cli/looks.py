@@ -4,19 +4,13 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.command import Argument, Command
+from pipeline.cli.command import PATH, Argument, Command
 
 GROUP = "Looking"
 
 
-def _path(help: str) -> Argument:
-    return Argument("path", "PATH", help, type=click.Path(path_type=Path))
-
-
-@click.command(
-    cls=Command, group=GROUP, example="pipeline inspect data/openwebtext",
-    params=[_path("A dataset, a shard, or a checkpoint or Hugging Face folder.")],
-)  # fmt: skip
+@click.command(cls=Command, group=GROUP, example="pipeline inspect data/openwebtext")
+@click.argument("path", cls=Argument, type=PATH, help="A dataset, a shard, or a checkpoint or Hugging Face folder.")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def inspect(path: Path, json: bool) -> None:
     """Show what is in a dataset, shard or checkpoint.
@@ -28,10 +22,8 @@ def inspect(path: Path, json: bool) -> None:
     run(path, json)
 
 
-@click.command(
-    cls=Command, group=GROUP, example="pipeline verify runs/gpt2-124m/checkpoints/step_00001000",
-    params=[_path("A dataset, a shard or a checkpoint.")],
-)  # fmt: skip
+@click.command(cls=Command, group=GROUP, example="pipeline verify runs/gpt2-124m/checkpoints/step_00001000")
+@click.argument("path", cls=Argument, type=PATH, help="A dataset, a shard or a checkpoint.")
 def verify(path: Path) -> None:
     """Read every byte again and check all that the manifest promises.
 
@@ -43,13 +35,7 @@ def verify(path: Path) -> None:
 
 
 @click.command(cls=Command, group="Cluster", example="pipeline doctor --slurm job.sbatch")
-@click.option(
-    "--slurm",
-    required=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Batch script to check, yours or ours.",
-)
+@click.option("--slurm", required=True, metavar="FILE", type=PATH, help="Batch script to check, yours or ours.")
 @click.option("--json", is_flag=True, help="Print one JSON list of the findings.")
 def doctor(slurm: Path, json: bool) -> None:
     """Check a batch script for known mistakes.

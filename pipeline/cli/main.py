@@ -50,12 +50,12 @@ def main() -> None:
 def _usage_error(error: click.ClickException) -> str:
     """What is wrong with the command line, and the help page that says what is right."""
     context = getattr(error, "ctx", None)
-    message = error.format_message().rstrip(".")
     command = context.command_path if context else "pipeline"
-    # nanoGPT and Hugging Face have flags where we have config keys: --max_iters, --learning-rate.
-    if isinstance(error, click.NoSuchOption) and not error.possibilities and command.endswith("train"):
-        message += training.key_hint(error.option_name)
-    return f"{message} (see {command} --help)"
+    message = error.format_message()
+    if isinstance(error, click.NoSuchOption) and command == "pipeline train":
+        # nanoGPT and Hugging Face have flags where we have config keys: --max_iters, --learning-rate.
+        message = training.key_hint(error) or message
+    return f"{message.rstrip('.')} (see {command} --help)"
 
 
 def _settle_encoding() -> None:
@@ -63,10 +63,10 @@ def _settle_encoding() -> None:
     what it has no sign for.
     """
     if isinstance(sys.stdout, TextIOWrapper):
-        at_terminal = sys.stdout.isatty()
-        sys.stdout.reconfigure(
-            encoding=None if at_terminal else "utf-8", errors="backslashreplace" if at_terminal else None
-        )
+        if sys.stdout.isatty():
+            sys.stdout.reconfigure(errors="backslashreplace")
+        else:
+            sys.stdout.reconfigure(encoding="utf-8")
 
 
 def _exit(message: str, code: int) -> NoReturn:
@@ -83,20 +83,14 @@ def _print_completion(context: click.Context, parameter: click.Parameter, shell:
 
 
 @click.group(
-    cls=Group,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=Group, context_settings={"help_option_names": ["-h", "--help"]},
     example="pipeline quickstart\npipeline train --help        options and config keys of one command",
-)
+)  # fmt: skip
 @click.version_option(pipeline.__version__, message="pipeline %(version)s", help="Print the version.")
 @click.option(
-    "--show-completion",
-    type=click.Choice(SHELLS),
-    is_eager=True,
-    expose_value=False,
-    callback=_print_completion,
-    metavar="SHELL",
-    help="Print the completion script of bash, zsh or fish.",
-)
+    "--show-completion", metavar="SHELL", type=click.Choice(SHELLS), is_eager=True, expose_value=False,
+    callback=_print_completion, help="Print the completion script of bash, zsh or fish.",
+)  # fmt: skip
 def app() -> None:
     """Train a GPT from raw text: prepare the text, train on it, sample from the model."""
 

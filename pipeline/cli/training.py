@@ -1,33 +1,46 @@
 """The commands that train: train, quickstart."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem
 
 from pipeline import launch, log
-from pipeline.cli.command import Argument, Command, Rows
+from pipeline.cli.command import PATH, Argument, Command, write_lines
 from pipeline.config.keys import KEYS, SECTIONS, Config, help_rows
 from pipeline.config.load import DEFAULT_CONFIG, config_from_arguments, load_config, preset_files
 from pipeline.config.other_names import did_you_mean, keys_for
 from pipeline.errors import UserError
 
 GROUP = "Training"
+NEXT_STEPS = """What to try next:
+  pipeline sample --ckpt best --prompt 'class ' --num-samples 3      more text from this model
+  pipeline eval --ckpt best                                          its loss on all the text it never saw
+  pipeline train quickstart run.name=longer train.max_steps=10000    train it for longer
+  tensorboard --logdir runs                                          its curves
+  pipeline prepare my-texts/ --name mine --tokenizer byte            your own text ...
+  pipeline train quickstart data.dataset=mine run.name=mine          ... and a model of it"""
 
 
-def _sections() -> Iterator[tuple[str, Rows]]:
-    """The presets, each with the first line of its file, then the keys of each section."""
-    presets = preset_files().items()
-    yield "Presets", [(name, path.read_text(encoding="utf-8").splitlines()[0].strip("# .")) for name, path in presets]
-    for section in SECTIONS:
-        yield f"Keys of [{section}], given as {section}.KEY=VALUE", help_rows(section)
+class Train(Command):
+    """Its help also lists the presets, each with the first line of its file, and the config keys."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        titles = {name: path.read_text(encoding="utf-8").splitlines()[0] for name, path in preset_files().items()}
+        write_lines(formatter, "Presets", [f"{name:<24} {title.strip('# .')}" for name, title in titles.items()])
+        for section in SECTIONS:
+            lines = [f"{name:<24} {text}" for name, text in help_rows(section)]
+            write_lines(formatter, f"Keys of [{section}], given as {section}.KEY=VALUE", lines)
 
 
 def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """In a shell: presets and keys."""
+    """In a shell: presets and keys, or else files."""
     words = [*preset_files(), *(f"{key}=" for key in KEYS)]
-    return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+    fitting = [CompletionItem(word) for word in words if word.startswith(incomplete)]
+    return fitting or [CompletionItem(incomplete, type="file")]
 
 
 def config_arguments(arguments: Sequence[str], resume: str | None) -> list[str]:
@@ -45,37 +58,31 @@ def config_of(arguments: list[str]) -> Config:
         raise
 
 
-def key_hint(option: str) -> str:
-    """For an option that `train` does not have: config keys have no dashes, whatever other programs
-    do.
+def key_hint(error: click.NoSuchOption) -> str:
+    """What to type for an option that `train` does not have, where it is the name of a config key;
+    else nothing.
     """
-    return f": config keys are given as SECTION.KEY=VALUE{did_you_mean(option, '=VALUE')}" if keys_for(option) else ""
+    option = error.option_name
+    if not keys_for(option):
+        return ""
+    return f"No such option '{option}': config keys are given as SECTION.KEY=VALUE{did_you_mean(option, '=VALUE')}"
 
 
 @click.command(
-    cls=Command,
-    group=GROUP,
-    sections=_sections,
+    cls=Train, group=GROUP, on_ranks=True,
     example="pipeline train quickstart optimizer.lr=1e-3 run.name=slower\n"
     "torchrun --nproc_per_node 8 -m pipeline train gpt2-124m",
-    params=[
-        Argument(
-            "arguments", "[CONFIG] [SECTION.KEY=VALUE]...",
-            f"A preset's name or a TOML file [default: {DEFAULT_CONFIG}], then changes to it.",
-            nargs=-1, shell_complete=_complete,
-        )
-    ],
 )  # fmt: skip
-@click.option(
-    "--resume", metavar="HOW", help="auto, must, never or a checkpoint's name: the same as checkpoint.resume=HOW."
-)
+@click.argument(
+    "arguments", cls=Argument, metavar="[CONFIG] [SECTION.KEY=VALUE]...", nargs=-1, shell_complete=_complete,
+    help=f"A preset's name or a TOML file [default: {DEFAULT_CONFIG}], then changes to it.",
+)  # fmt: skip
+@click.option("--resume", metavar="HOW", help=f"{KEYS['checkpoint.resume'].metadata['text']}: sets checkpoint.resume.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would run; write nothing.")
 @click.option(
-    "--stage",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
+    "--stage", metavar="DIR", type=PATH,
     help="Copy the datasets to this folder on each node's own disk, such as '$SLURM_TMPDIR', and read them there.",
-)
+)  # fmt: skip
 @click.option("--print-run-dir", is_flag=True, help="Print the run's folder, for scripts, and exit.")
 def train(
     arguments: tuple[str, ...], resume: str | None, dry_run: bool, stage: Path | None, print_run_dir: bool
@@ -89,7 +96,6 @@ def train(
     if print_run_dir:
         click.echo(config.run_dir.absolute())
         return
-    launch.check_nodes()
     # Imported after the checks, as torch takes seconds from a shared disk.
     from sample.preview import preview
     from train.run import run
@@ -117,21 +123,6 @@ def quickstart() -> None:
     if run_train(config, preview=preview):
         return  # stopped on request; the same command resumes
     log.logger.info("3/3 sample: what it writes after 'def '")
-    run_sample(
-        SampleOptions(
-            ckpt="best", prompts=["def "], max_new_tokens=400, temperature=0.7, seed=1, run_dir=config.run_dir
-        )
-    )
-    log.logger.info("%s", "\n".join(_next_steps()))
-
-
-def _next_steps() -> Iterable[str]:
-    return (
-        "What to try next:",
-        "  pipeline sample --ckpt best --prompt 'class ' --num-samples 3      more text from this model",
-        "  pipeline eval --ckpt best                                          its loss on all the text it never saw",
-        "  pipeline train quickstart run.name=longer train.max_steps=10000    train it for longer",
-        "  tensorboard --logdir runs                                          its curves",
-        "  pipeline prepare my-texts/ --name mine --tokenizer byte            your own text ...",
-        "  pipeline train quickstart data.dataset=mine run.name=mine          ... and a model of it",
-    )
+    options = SampleOptions(ckpt="best", prompts=["def "], max_new_tokens=400, temperature=0.7, seed=1)
+    run_sample(replace(options, run_dir=config.run_dir))
+    log.logger.info(NEXT_STEPS)

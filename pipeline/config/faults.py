@@ -2,11 +2,13 @@
 
 import math
 import operator
+import re
 from dataclasses import Field
 from typing import Any
 
 from pipeline.config.keys import CHECKPOINT_NAME, KEYS, Config, WeightedDataset
 
+RUN_NAME = re.compile(r"[\w-][\w.-]{0,63}")  # becomes a folder: "." would hide it, ".." lead elsewhere
 COMPARE = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
 TYPE_NAMES: dict[Any, str] = {
     int: "an integer", float: "a number", bool: "true or false", str: "text", tuple[float, float]: "two numbers",
@@ -39,8 +41,7 @@ def inconsistencies(config: Config) -> list[str]:
     """Faults of single values, then of values that do not go together."""
     faults = []
     for name, entry in KEYS.items():
-        section, _, key = name.partition(".")
-        value = getattr(getattr(config, section), key)
+        value = operator.attrgetter(name)(config)
         if not fits(entry, value):
             faults.append(f"{name}={shown(value)}: expected {expected(entry)}")
     return [*faults, *_contradictions(config)]
@@ -72,12 +73,8 @@ def _contradictions(config: Config) -> list[str]:
     resume = config.checkpoint.resume
     if resume not in ("auto", "must", "never") and not CHECKPOINT_NAME.fullmatch(resume):
         faults.append(f"checkpoint.resume={resume!r}: expected auto, must, never or a name such as step_00001000")
-    if config.run.name and not _is_plain_name(config.run.name):
+    if config.run.name and not RUN_NAME.fullmatch(config.run.name):
         faults.append(
             f"run.name={config.run.name!r}: expected letters, digits, '.', '_' and '-', at most 64 characters"
         )
     return faults
-
-
-def _is_plain_name(name: str) -> bool:
-    return len(name) <= 64 and not name.startswith(".") and all(c.isalnum() or c in "._-" for c in name)

@@ -25,9 +25,8 @@ def key(
 
     The bounds of a pair of numbers hold for both. A number is finite in any case.
     """
-    bounds = {">=": at_least, ">": above, "<": below}
-    given = {sign: bound for sign, bound in bounds.items() if bound is not None}
-    return field(default=default, metadata={"text": text, "choices": choices, "bounds": given})
+    bounds = {sign: bound for sign, bound in ((">=", at_least), (">", above), ("<", below)) if bound is not None}
+    return field(default=default, metadata={"text": text, "choices": choices, "bounds": bounds})
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def load_config(name_or_path: str, overrides: list[str]) -> Config:
     """
     path = find_config(name_or_path)
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows write a byte order mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
     except OSError as error:
@@ -97,7 +97,14 @@ def toml_value(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(toml_value, value)) + "]"
     # Of what JSON leaves as it is, only the delete character is refused by TOML.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False, default=_plain).replace("\x7f", "\\u007f")
+
+
+def _plain(value: Any) -> Any:
+    """A scalar or an array of numpy or torch as Python has it; of another kind, its text, which no
+    key takes.
+    """
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def find_config(name_or_path: str) -> Path:
@@ -105,21 +112,21 @@ def find_config(name_or_path: str) -> Path:
     presets' names.
     """
     path, presets = Path(name_or_path), preset_files()
-    if path.suffix == ".py" and path.is_file():
-        names = translated(path.read_text(encoding="utf-8", errors="replace"))
-        raise UserError(
-            f"{path} is a Python config, as nanoGPT has them, which is not run: write its values as section.key=value, "
-            f"or into a TOML file ({names})"
-        )
     # A file of the same name wins, so that a copy of a preset can be edited in place.
-    if path.is_file():
+    if path.is_file() and path.suffix != ".py":
         return path
     if name_or_path.removesuffix(".toml") in presets:
         return presets[name_or_path.removesuffix(".toml")]
     meant = preset_for(name_or_path, presets)
+    hint = f" (did you mean {meant}?)" if meant else ""
+    if path.is_file():
+        names = translated(path.read_text(encoding="utf-8", errors="replace"))
+        raise UserError(
+            f"{path} is a Python config, as nanoGPT has them, which is not run{hint}: write its values as "
+            f"section.key=value, or into a TOML file ({names})"
+        )
     raise UserError(
-        f"no config {name_or_path!r}{f' (did you mean {meant}?)' if meant else ''}: expected a TOML file or one of the "
-        f"presets {', '.join(presets)}"
+        f"no config {name_or_path!r}{hint}: expected a TOML file or one of the presets {', '.join(presets)}"
     )
 
 
@@ -140,7 +147,7 @@ def override(name: str, value: Any) -> str:
 
 def _apply_override(document: dict[str, Any], override: str, faults: list[str]) -> None:
     name, equals, text = override.partition("=")
-    section, dot, key_name = name.partition(".")
+    section, dot, key_name = name.strip().partition(".")  # a line of TOML in quotes has spaces
     if not (equals and dot and key_name):
         hint = did_you_mean(name, "=" + text) if keys_for(name) else ", such as optimizer.lr=3e-4"
         faults.append(f"invalid override {override!r}: expected section.key=value{hint}")
@@ -177,12 +184,10 @@ def _coerce(value: Any, wanted: Any) -> Any:
     """`value` as `wanted`, without guessing: a bool is not a number, nor is text, but 1 is a
     float.
     """
-    # In Python a bool is an int, so each number is also asked not to be one.
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    # Not isinstance: in Python a bool is an int.
+    if wanted is float and type(value) is int:
         return float(value)
-    if wanted in (bool, str, float) and isinstance(value, wanted):
-        return value
-    if wanted is int and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is wanted:
         return value
     if wanted == tuple[float, float] and isinstance(value, list | tuple) and len(value) == 2:
         return tuple(_coerce(part, float) for part in value)

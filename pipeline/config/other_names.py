@@ -19,38 +19,32 @@ NANOGPT = {
     "learning_rate": "optimizer.lr", "beta1": "optimizer.betas", "beta2": "optimizer.betas",
     "warmup_iters": "schedule.warmup_steps", "lr_decay_iters": "schedule.decay_steps", "decay_lr": "optimizer.min_lr",
 }  # fmt: skip
-HUGGING_FACE = {
+# Of Hugging Face's TrainingArguments and model configs, and of LitGPT.
+OTHERS = {
     "output_dir": "run.dir", "run_name": "run.name", "per_device_train_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.tokens_per_step", "max_steps": "train.max_steps",
-    "num_train_epochs": "train.max_steps", "learning_rate": "optimizer.lr", "adam_beta1": "optimizer.betas",
-    "adam_beta2": "optimizer.betas", "max_grad_norm": "optimizer.grad_clip", "lr_scheduler_type": "schedule.kind",
-    "optim": "optimizer.name", "eval_steps": "eval.every_steps", "save_steps": "checkpoint.every_steps",
+    "global_batch_size": "train.tokens_per_step", "num_train_epochs": "train.max_steps", "steps": "train.max_steps",
+    "optim": "optimizer.name", "adam_beta1": "optimizer.betas", "adam_beta2": "optimizer.betas",
+    "max_grad_norm": "optimizer.grad_clip", "max_norm": "optimizer.grad_clip", "lr_scheduler_type": "schedule.kind",
+    "lr_warmup_steps": "schedule.warmup_steps", "eval_steps": "eval.every_steps",
+    "save_steps": "checkpoint.every_steps", "save_interval": "checkpoint.every_steps",
     "save_total_limit": "checkpoint.keep", "resume_from_checkpoint": "checkpoint.resume",
-    "logging_steps": "log.every_steps", "bf16": "run.dtype", "fp16": "run.dtype", "torch_compile": "run.compile",
-    "gradient_checkpointing": "model.activation_checkpointing", "num_hidden_layers": "model.n_layer",
-    "num_attention_heads": "model.n_head", "hidden_size": "model.n_embd", "n_positions": "model.block_size",
-    "n_ctx": "model.block_size", "max_position_embeddings": "model.block_size", "resid_pdrop": "model.dropout",
-    "tie_word_embeddings": "model.tie_weights", "model_name_or_path": "model.init_from",
+    "logging_steps": "log.every_steps", "bf16": "run.dtype", "fp16": "run.dtype", "precision": "run.dtype",
+    "torch_compile": "run.compile", "gradient_checkpointing": "model.activation_checkpointing",
+    "num_hidden_layers": "model.n_layer", "num_attention_heads": "model.n_head", "hidden_size": "model.n_embd",
+    "n_positions": "model.block_size", "n_ctx": "model.block_size", "max_position_embeddings": "model.block_size",
+    "context_length": "model.block_size", "resid_pdrop": "model.dropout", "tie_word_embeddings": "model.tie_weights",
+    "model_name_or_path": "model.init_from", "initial_checkpoint_dir": "model.init_from",
 }  # fmt: skip
-LITGPT = {
-    "micro_batch_size": "train.micro_batch_size", "global_batch_size": "train.tokens_per_step",
-    "max_norm": "optimizer.grad_clip", "lr_warmup_steps": "schedule.warmup_steps",
-    "save_interval": "checkpoint.every_steps", "log_interval": "log.every_steps", "precision": "run.dtype",
-    "initial_checkpoint_dir": "model.init_from", "betas": "optimizer.betas",
-}  # fmt: skip
-OTHER_NAMES = LITGPT | HUGGING_FACE | NANOGPT | {"steps": "train.max_steps", "context_length": "model.block_size"}
+OTHER_NAMES = NANOGPT | OTHERS
 # What the value has to become, where it cannot be taken over.
-_PAIR, _TOKENS, _TYPE = (
-    "[beta1, beta2]",
-    "sequences of a step over all ranks x block_size",
-    "float32, bfloat16 or float16",
-)
 NOTES = {
-    "beta1": _PAIR, "beta2": _PAIR, "adam_beta1": _PAIR, "adam_beta2": _PAIR,
-    "gradient_accumulation_steps": _TOKENS, "global_batch_size": _TOKENS,
+    **dict.fromkeys(("beta1", "beta2", "adam_beta1", "adam_beta2"), "[beta1, beta2]"),
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "global_batch_size"), "sequences of a step over all ranks x block_size"
+    ),
+    **dict.fromkeys(("bf16", "fp16", "precision"), "float32, bfloat16 or float16"),
     "decay_lr": "equal to optimizer.lr for a constant rate",
     "num_train_epochs": "epochs x tokens of the dataset / train.tokens_per_step",
-    "bf16": _TYPE, "fp16": _TYPE, "precision": _TYPE,
     "torch_compile": "on", "gradient_checkpointing": "block",
 }  # fmt: skip
 PRESETS = {
@@ -104,10 +98,9 @@ def translated(source: str) -> str:
     never run.
     """
     try:
-        assigned = [
-            target for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets
-        ]
+        statements = ast.parse(source).body
     except (SyntaxError, ValueError):
-        assigned = []
-    names = [target.id for target in assigned if isinstance(target, ast.Name) and keys_for(target.id)]
+        statements = []
+    targets = [target for node in statements if isinstance(node, ast.Assign) for target in node.targets]
+    names = [target.id for target in targets if isinstance(target, ast.Name) and keys_for(target.id)]
     return ", ".join(f"{name} -> {keys_for(name)[0]}" for name in names or NANOGPT)

@@ -44,6 +44,8 @@ def pick_dtype(name: str, device: torch.device, n_embd: int) -> tuple[torch.dtyp
     """The autocast type of a `run.dtype`, and why. Raises UserError for float16 on anything but
     CUDA: it needs loss scaling, which works there only.
     """
+    if name != "auto" and name not in DTYPES:
+        raise UserError(f"invalid dtype {name!r}: expected auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type != "cuda":
         raise UserError(f"dtype float16 works on CUDA only, found device {device.type}: use bfloat16 or float32")
     if name != "auto":

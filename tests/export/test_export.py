@@ -39,7 +39,7 @@ def logits_of(twin: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_lean_copy_is_the_same_model_here_and_in_transformers(tmp_path: Path, dtype: str, bias: bool) -> None:
     folder, model = saved(tmp_path / "run", replace(SMALL, bias=bias))
-    run(ExportOptions(str(folder), tmp_path / "out", dtype))
+    run(ExportOptions(tmp_path / "out", str(folder), dtype))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -62,7 +62,7 @@ def test_the_card_tells_data_tokens_loss_and_config_and_the_hub_reads_it(tiny: P
     config = tiny_config(tiny)
     train(config)
     folder = find_checkpoint("latest", config.run_dir, tiny)
-    run(ExportOptions("latest", tiny / "out", run_dir=config.run_dir))
+    run(ExportOptions(tiny / "out", "latest", run_dir=config.run_dir))
     card = ModelCard.load(tiny / "out" / "README.md")
     assert card.data.to_dict() == {
         "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]
@@ -77,7 +77,7 @@ def test_the_card_tells_data_tokens_loss_and_config_and_the_hub_reads_it(tiny: P
         assert told in card.text, told
     assert str(tiny) not in card.text  # where it lay is nobody's business
     (tiny / "data").rename(tiny / "gone")
-    run(ExportOptions(str(folder), tiny / "later"))
+    run(ExportOptions(tiny / "later", str(folder)))
     text = (tiny / "later" / "README.md").read_text()
     assert "training tokens" not in text and f"The fingerprint of the dataset is `{manifest.fingerprint}`" in text
 
@@ -86,7 +86,7 @@ def test_the_card_names_no_place_of_the_machine(tiny: Path) -> None:
     config = tiny_config(tiny)
     train(config)
     folder = find_checkpoint("latest", config.run_dir, tiny)
-    run(ExportOptions(str(folder), tiny / "first"))
+    run(ExportOptions(tiny / "first", str(folder)))
     mixture = tuple(WeightedDataset(str(tiny / "data" / "tiny"), weight) for weight in (1.0, 3.0))
     manifest_file = tiny / "data" / "tiny" / "manifest.json"
     manifest_file.write_text(
@@ -129,7 +129,7 @@ def test_text_from_files_is_shown_in_the_card_and_never_interpreted(tiny: Path) 
 
 def test_whoever_may_read_the_card_may_read_the_weights(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "run")
-    run(ExportOptions(str(folder), tmp_path / "out"))
+    run(ExportOptions(tmp_path / "out", str(folder)))
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
@@ -139,13 +139,13 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"--to .*/file/out cannot be written .*: free some space, or choose another --to"
     ):
-        run(ExportOptions(str(folder), tmp_path / "file" / "out"))
+        run(ExportOptions(tmp_path / "file" / "out", str(folder)))
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_new_run_starts_from_an_export(tmp_path: Path) -> None:
     folder, model = saved(tmp_path / "run")
-    run(ExportOptions(str(folder), tmp_path / "out"))
+    run(ExportOptions(tmp_path / "out", str(folder)))
     spec = load_manifest(write_dataset(tmp_path / "data")).tokenizer
     fresh = LanguageModel(SMALL, 257)
     load_initial_weights(fresh, spec, tmp_path / "out")
@@ -155,7 +155,7 @@ def test_a_new_run_starts_from_an_export(tmp_path: Path) -> None:
 def test_a_foreign_folder_is_exported_too(tmp_path: Path) -> None:
     twin = foreign(tmp_path / "theirs", vocab_size=576)
     with_vocabulary(tmp_path / "theirs")
-    run(ExportOptions(str(tmp_path / "theirs"), tmp_path / "out", "bfloat16"))
+    run(ExportOptions(tmp_path / "out", str(tmp_path / "theirs"), "bfloat16"))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.randint(0, 512, (2, 24))
     wanted = logits_of(twin.to(torch.bfloat16), ids)[..., :512]
@@ -172,7 +172,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path: Path, to: str) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="already exists and is not overwritten"):
-        run(ExportOptions(str(folder), tmp_path / to, format="gguf"))
+        run(ExportOptions(tmp_path / to, str(folder), format="gguf"))
     assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "mine"
 
 
@@ -180,18 +180,18 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "run")
     for options, reason in (
         (
-            ExportOptions(str(folder), tmp_path / "out", format="gguf"),
+            ExportOptions(tmp_path / "out", str(folder), format="gguf"),
             "GGUF has no name for the pre-tokenizer of the vocabulary byte",
         ),
         (
-            ExportOptions(str(folder), tmp_path / "out", dtype="int8"),
+            ExportOptions(tmp_path / "out", str(folder), dtype="int8"),
             "invalid --dtype 'int8': expected float32, bfloat16, float16",
         ),
         (
-            ExportOptions(str(folder), tmp_path / "out", format="onnx"),
+            ExportOptions(tmp_path / "out", str(folder), format="onnx"),
             "invalid --format 'onnx': expected safetensors, gguf",
         ),
-        (ExportOptions(str(folder), tmp_path / "out.gguf"), "add --format gguf"),
+        (ExportOptions(tmp_path / "out.gguf", str(folder)), "add --format gguf"),
     ):
         with pytest.raises(UserError, match=reason):
             run(options)
@@ -204,7 +204,7 @@ def test_numbers_past_float16_are_refused(tmp_path: Path) -> None:
         model.transformer.wpe.weight[0, 0] = 1e5
     write_model(tmp_path, model, tokenizer_named("bpe:512"))
     with pytest.raises(UserError, match=r"transformer.wpe.weight has values that are not finite in float16"):
-        run(ExportOptions(str(tmp_path), tmp_path / "out", "float16"))
+        run(ExportOptions(tmp_path / "out", str(tmp_path), "float16"))
 
 
 def test_weights_that_are_damaged_are_not_said_to_be_out_of_range(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_weights_that_are_damaged_are_not_said_to_be_out_of_range(tmp_path: Path
         model.transformer.wpe.weight[0, 0] = torch.nan
     write_model(tmp_path, model, tokenizer_named("bpe:512"))
     with pytest.raises(UserError, match=r"transformer.wpe.weight has values that are not finite, so it is damaged"):
-        run(ExportOptions(str(tmp_path), tmp_path / "out", "float16"))
+        run(ExportOptions(tmp_path / "out", str(tmp_path), "float16"))
 
 
 # ---- GGUF ----
@@ -227,7 +227,7 @@ def test_transformers_own_gguf_reader_gives_the_same_logits(
     tokenizer = tokenizer_named("bpe:512")
     shape = replace(SMALL, bias=plain, tie_weights=plain, block_size=block_size)
     folder, model = saved(tmp_path / "run", shape, tokenizer)
-    run(ExportOptions(str(folder), tmp_path / "out", dtype, "gguf"))
+    run(ExportOptions(tmp_path / "out", str(folder), dtype, "gguf"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "README.md"}
     # Its reader knows no context length for this architecture; the card says what to add.
     more = {} if block_size == 1024 else {"n_positions": block_size}
@@ -236,7 +236,7 @@ def test_transformers_own_gguf_reader_gives_the_same_logits(
     ids = torch.randint(0, tokenizer.vocab_size, (2, 24))
     torch.testing.assert_close(logits_of(twin, ids), model.logits(ids), atol=TOLERANCE[dtype], rtol=0)
     assert (twin.config.n_layer, twin.config.n_head, twin.config.eos_token_id) == (2, 2, tokenizer.end_of_text)
-    run(ExportOptions(str(folder), tmp_path / "alone.gguf", dtype, "gguf"))
+    run(ExportOptions(tmp_path / "alone.gguf", str(folder), dtype, "gguf"))
     assert ModelCard.load(tmp_path / "out" / "README.md").data.library_name == "gguf"
 
 
@@ -245,7 +245,7 @@ def test_transformers_own_gguf_reader_gives_the_same_logits(
 def test_the_ggufs_tokenizer_gives_the_same_ids(tmp_path: Path, name: str) -> None:
     tokenizer = tokenizer_named(name)
     write_model(tmp_path, LanguageModel(SMALL, tokenizer.vocab_size), tokenizer)
-    run(ExportOptions(str(tmp_path), tmp_path / "out", format="gguf"))
+    run(ExportOptions(tmp_path / "out", str(tmp_path), format="gguf"))
     twin = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     for text in prose():
         text = text.replace("<|endoftext|>", "")

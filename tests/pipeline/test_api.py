@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,11 +67,14 @@ def test_text_is_generated_as_by_sample(model: "pipeline.Model", capsys: pytest.
     assert text == model.generate("AB", max_new_tokens=12, temperature=0.9, top_k=5, seed=3)
     assert len(model.generate(max_new_tokens=3, seed=1)) <= 3
     assert model.generate("A", max_new_tokens=30, seed=1, stop=["C"]).find("C") == -1
+    assert model.generate("A", max_new_tokens=30, seed=1, stop="C").find("C") == -1
 
 
 def test_an_unknown_or_wrong_option_is_named(model: "pipeline.Model") -> None:
     with pytest.raises(UserError, match="unknown option max_tokens: expected some of max_new_tokens, min_p"):
         model.generate("A", max_tokens=3)
+    with pytest.raises(UserError, match="invalid dtype 'int8': expected auto, float32"):
+        pipeline.load("latest", dtype="int8")
     with pytest.raises(UserError, match="top-k -1"):
         model.generate("A", top_k=-1)
 
@@ -114,6 +118,8 @@ def test_ids_of_every_kind_are_taken(model: "pipeline.Model") -> None:
         ([-1, 2], "ids from -1 to 2"),
         ([[1, 2]], r"shape \(1, 2\)"),
         ([0.5, 1.0], "type float64"),
+        ([[1], [1, 2]], "rows of different lengths"),
+        (torch.tensor([1.0, 2.0], requires_grad=True), "type float32"),
     ],
 )
 def test_what_are_not_ids_is_named(model: "pipeline.Model", ids: object, message: str) -> None:
@@ -131,6 +137,11 @@ def test_documents_by_number_across_shards(tmp_path: Path) -> None:
     assert list(dataset) == every
     assert [dataset[-number] for number in range(1, 5)] == every[::-1]
     assert dataset.tokenizer.name == "byte"
+    assert dataset[np.int64(3)] == every[3]
+    assert repr(dataset) == f"Dataset(folder={tmp_path / 'd'!r})"
+    for other in (slice(2), 1.0, "a"):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            dataset[other]
     for number in (4, -5):
         with pytest.raises(IndexError, match=f"document {number} of 4"):
             dataset[number]
@@ -178,6 +189,13 @@ def test_training_returns_the_run_with_its_metrics_as_columns(tiny: Path) -> Non
     assert pipeline.load(run.folder).folder.name == "step_00000004"
     with pytest.raises(UserError, match=r"unknown key train\.steps"):
         pipeline.train(tiny / "mine.toml", **{"train.steps": 4})
+
+
+def test_training_in_a_thread_leaves_signals_to_the_program_around_it(tiny: Path) -> None:
+    (tiny / "mine.toml").write_text(to_toml(tiny_config(tiny)))
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(pipeline.train, tiny / "mine.toml", **{"train.max_steps": np.int64(2)}).result()
+    assert run.metrics["step"] == [1, 2]
 
 
 # ---- its page ----

@@ -13,6 +13,8 @@ import pytest
 import pipeline
 from pipeline import log
 from pipeline.cli import main as cli
+from pipeline.cli import models
+from pipeline.cli.command import Command
 from pipeline.config.keys import SECTIONS, help_rows
 from pipeline.config.load import preset_files
 
@@ -97,9 +99,9 @@ def test_the_programs_help_has_each_command_in_a_group_with_a_complete_sentence(
         assert line.endswith(".") and len(line.split()) > 4
 
 
-def test_bare_program_and_bare_group_show_their_help() -> None:
-    for words in ((), ("submit",)):
-        bare, asked = run(*words), run(*words, "--help")
+def test_bare_program_bare_group_and_the_word_help_show_a_page() -> None:
+    for words, page in (((), ()), (("submit",), ("submit",)), (("help",), ()), (("help", "merge"), ("merge",))):
+        bare, asked = run(*words), run(*page, "--help")
         assert (bare.returncode, bare.stdout) == (0, asked.stdout)
 
 
@@ -125,6 +127,13 @@ def test_completion_knows_commands_options_and_config_keys_without_a_heavy_impor
             assert f"plain,{wanted}" in python("-m", "pipeline", **asked).stdout.splitlines()
 
 
+@pytest.mark.parametrize("words", ["train mine", "prepare my-te", "inspect da", "sample --ckpt ru", "export --to ou"])
+def test_completion_leaves_paths_to_the_shell(words: str) -> None:
+    count = str(len(words.split()))
+    asked = {"COMP_WORDS": f"pipeline {words}", "COMP_CWORD": count, "_PIPELINE_COMPLETE": "bash_complete"}
+    assert python("-m", "pipeline", **asked).stdout.startswith("file,")
+
+
 def test_version() -> None:
     done = run("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"pipeline {pipeline.__version__}\n", "")
@@ -137,6 +146,29 @@ def test_train_prints_its_runs_folder_whatever_its_other_options_without_a_heavy
     assert not (tmp_path / "here").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"), [(models.sample, []), (models.evaluate, []), (models.export, ["--to", "there"])]
+)
+def test_the_newest_checkpoint_is_taken_by_default(command: Command, arguments: list[str]) -> None:
+    assert command.parse(arguments)["options"].ckpt == "latest"
+
+
+def test_an_option_that_is_not_given_has_the_stages_default_and_a_list_may_be_repeated() -> None:
+    from sample.options import SampleOptions
+
+    assert models.sample.parse([])["options"] == SampleOptions()
+    given = models.sample.parse(["--prompt", "a", "--prompt", "b", "--top-k", "0", "--json"])["options"]
+    assert given == SampleOptions(prompts=["a", "b"], top_k=0, json=True)
+    assert models.evaluate.parse(["--tasks", "a, b,"])["options"].tasks == ("a", "b")
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_what_runs_on_ranks_checks_the_nodes_before_torch_is_imported(command: str) -> None:
+    code = f"from pipeline import launch\nlaunch.check_nodes = lambda: print('checked')\n{HELP}"
+    done = python("-c", code, command, *(["--print-run-dir"] if command == "train" else ["--split", "test"]))
+    assert done.stdout.splitlines()[0] == "checked"
+
+
 # ---- what the user can fix ----
 
 
@@ -147,7 +179,9 @@ def test_train_prints_its_runs_folder_whatever_its_other_options_without_a_heavy
         (["train", "--reusme", "auto"], "No such option", "pipeline train"),
         (["prepare"], "Missing argument 'SOURCE...'", "pipeline prepare"),
         (["prepare", "a", "--name"], "Option '--name' requires an argument", "pipeline prepare"),
-        (["sample"], "Missing option '--ckpt'", "pipeline sample"),
+        (["export"], "Missing option '--to'", "pipeline export"),
+        (["sample", "--bad-rows", "skip"], "No such option", "pipeline sample"),
+        (["prepare", "--ckpt", "latest"], "No such option", "pipeline prepare"),
         (["doctor"], "Missing option '--slurm'", "pipeline doctor"),
         (["submit", "trian"], "No such command 'trian'", "pipeline submit"),
         (
@@ -173,6 +207,11 @@ def test_train_prints_its_runs_folder_whatever_its_other_options_without_a_heavy
         (
             ["train", "--max-steps", "200"],
             "No such option '--max-steps': config keys are given as SECTION.KEY=VALUE (did you mean train.max_steps=VALUE?)",
+            "pipeline train",
+        ),
+        (
+            ["train", "--lr", "3e-4"],  # though --help is near
+            "No such option '--lr': config keys are given as SECTION.KEY=VALUE (did you mean optimizer.lr=VALUE?)",
             "pipeline train",
         ),
         (

@@ -9,7 +9,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tree import SOURCES, text, tree
 
 from pipeline.budget import accumulation_steps
@@ -171,7 +173,7 @@ def test_every_key_is_in_the_docs() -> None:
 
 
 def test_every_other_name_leads_to_a_key_of_ours() -> None:
-    for program in (other_names.NANOGPT, other_names.HUGGING_FACE, other_names.LITGPT):
+    for program in (other_names.NANOGPT, other_names.OTHERS):
         for name, key in program.items():
             assert key in KEYS, f"{name}: there is no key {key}"
             assert name not in {known.partition(".")[2] for known in KEYS} or key.endswith(f".{name}")
@@ -245,6 +247,12 @@ def test_a_python_config_is_not_run_and_its_names_are_translated(tmp_path: Path)
     assert "max_iters -> train.max_steps" in message_of(config=write(tmp_path, "not (python", "broken.py"))
 
 
+def test_a_python_config_of_a_recipe_we_have_is_answered_with_our_preset(tmp_path: Path) -> None:
+    config = write(tmp_path, "max_iters = 5000", "train_shakespeare_char.py")
+    wanted = "is not run (did you mean shakespeare-char?): write its values as section.key=value, or into a TOML file "
+    assert message_of(config=config).endswith(f"{wanted}(max_iters -> train.max_steps)")
+
+
 def test_keys_at_the_top_of_a_file_are_named_with_their_section(tmp_path: Path) -> None:
     assert message_of(config=write(tmp_path, "lr = 3e-4\nmax_iters = 5\nzzz = 1")).split("; ") == [
         "lr = 0.0003 is not under a [section] (did you mean optimizer.lr?)",
@@ -254,6 +262,27 @@ def test_keys_at_the_top_of_a_file_are_named_with_their_section(tmp_path: Path) 
 
 
 # ---- values ----
+
+
+def test_a_byte_order_mark_and_spaces_around_the_equals_sign_do_no_harm(tmp_path: Path) -> None:
+    file = write(tmp_path, "\ufeff[train]\nmax_steps = 5")
+    config = load_config(file, ["optimizer.lr = 1e-3"])
+    assert (config.train.max_steps, config.optimizer.lr) == (5, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [("train.max_steps", np.int64(5), 5), ("optimizer.lr", np.float32(0.5), 0.5), ("model.bias", np.bool_(False), False),
+     ("optimizer.betas", np.array([0.5, 0.75]), (0.5, 0.75)), ("train.max_steps", torch.tensor(5), 5)],
+)  # fmt: skip
+def test_a_number_of_numpy_or_torch_is_one_of_python(key: str, value: Any, wanted: Any) -> None:
+    assert value_of(load_config("gpt2-124m", [override(key, value)]), key) == wanted
+
+
+@pytest.mark.parametrize("value", [None, {1}, object(), [{}], float("nan"), 1j])
+def test_a_python_value_that_no_key_takes_is_refused_in_a_line(value: Any) -> None:
+    with pytest.raises(UserError, match=r"^optimizer\.lr=.*: expected a number > 0$"):
+        load_config("gpt2-124m", [override("optimizer.lr", value)])
 
 
 @pytest.mark.parametrize(

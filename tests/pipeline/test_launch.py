@@ -364,8 +364,10 @@ def complaints(stderr: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_first_node_that_does_not_resolve_is_one_line_that_names_it(cluster: Cluster) -> None:
-    code, stderr = srun(cluster, *train(cluster, "quickstart"), tasks=1, MASTER_ADDR="")
+@pytest.mark.parametrize("command", [["train", "quickstart"], ["eval"]], ids=" ".join)
+def test_a_first_node_that_does_not_resolve_is_one_line_that_names_it(cluster: Cluster, command: list[str]) -> None:
+    ours = [cluster.environment["PYTHON"], "-m", "pipeline", *command]
+    code, stderr = srun(cluster, *ours, tasks=1, MASTER_ADDR="")
     assert (code, len(complaints(stderr))) == (2, 1), stderr
     assert "error: node n1 cannot resolve 'n1', where the ranks meet" in stderr
     assert "set MASTER_ADDR" in stderr
