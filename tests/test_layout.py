@@ -17,6 +17,7 @@ from tree import (
     ROOT,
     SOURCES,
     STAGES,
+    comments_per_100,
     functions,
     imports,
     imports_outside_functions,
@@ -51,7 +52,7 @@ ORDER = {
 }  # fmt: skip
 # Code lines a package may hold: without blanks, comments and docstrings.
 CEILINGS = {
-    "pipeline": 4200, "prepare": 3300, "train": 1800, "observe": 1400, "slurm": 600, "sample": 500, "score": 400, "export": 250,
+    "pipeline": 4200, "prepare": 3300, "train": 1800, "observe": 1400, "slurm": 800, "sample": 500, "score": 500, "export": 500,
 }  # fmt: skip
 # Rooms of `pipeline` that answer before torch is there; and the whole of prepare.
 WITHOUT_TORCH = (
@@ -63,7 +64,9 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shel
 MOST_ENTRIES = 14  # modules and packages at one level
 MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 60
-EXEMPT_FROM_FILE_LINES: set[str] = set()
+MOST_POSITIONAL = 4
+CALLS_BY_POSITION = {"F.layer_norm", "multiply", "ask"}  # torch's own, and a command line of words
+LEAST_COMMENTS_PER_100 = 6.0  # lines with a comment, by 100 code lines
 
 # What only an architecture's own files may name, and where else it may stand: the registries, the export formats.
 ARCHITECTURE_FILES = ("pipeline/model/gpt2.py", "pipeline/checkpoint/layout_gpt2.py", "export/")
@@ -200,7 +203,7 @@ def test_a_level_holds_few_entries() -> None:
 @every_source
 def test_a_file_fits_a_sitting(path: Path) -> None:
     lines = len(text(path).splitlines())
-    assert lines <= MOST_FILE_LINES or str(path) in EXEMPT_FROM_FILE_LINES, f"{path} has {lines} lines"
+    assert lines <= MOST_FILE_LINES, f"{path} has {lines} lines"
 
 
 @every_source
@@ -234,6 +237,22 @@ def test_every_function_is_annotated(path: Path) -> None:
 def test_every_function_fits_a_screen(path: Path) -> None:
     for function in functions(path):
         assert length(function) <= MOST_FUNCTION_LINES, f"{path}:{function.lineno} has {length(function)} lines"
+
+
+@every_source
+def test_a_call_passes_few_positional_arguments(path: Path) -> None:
+    """Beyond four nobody knows which is which: options travel by name. Sequences of things alike are no options."""
+    for call in (node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        if not name.startswith("logger.") and name not in CALLS_BY_POSITION:
+            found = [argument for argument in call.args if not isinstance(argument, ast.Starred)]
+            assert len(found) <= MOST_POSITIONAL, f"{path}:{call.lineno} {name}: pass the options by name"
+
+
+def test_the_code_says_why() -> None:
+    assert comments_per_100() >= LEAST_COMMENTS_PER_100, (
+        "say why where the next line is not obvious, with a number or a source"
+    )
 
 
 @every_source

@@ -37,11 +37,9 @@ def find_checkpoint(ckpt: str, run_dir: Path | None, runs: Path = RUNS) -> Path:
     if ckpt not in ("latest", "best"):
         return find_model_folder(ckpt)
     run_dir = run_dir or newest_run(runs)
-    if run_dir is None:
-        raise UserError(f"no checkpoint under {runs}/: train first, or name a folder with --ckpt PATH")
-    folder = pointed_folder(run_dir / "checkpoints", ckpt)
+    folder = pointed_folder(run_dir / "checkpoints", ckpt) if run_dir else None
     if folder is None:
-        raise UserError(f"{run_dir} has no checkpoint {ckpt}: train first, or name a folder with --ckpt PATH")
+        raise UserError(f"no checkpoint {ckpt} in {run_dir or runs}: train first, or name a folder with --ckpt PATH")
     return folder
 
 
