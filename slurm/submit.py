@@ -96,10 +96,7 @@ def prepare(arguments: list[str], *, dataset: Path, tasks: int, job: Job, dry_ru
             logger.info("then, with the id that sbatch prints: sbatch --dependency=afterany:JOB %s", command)
         return
     first_id = last_id = script.submit()
-    lines = [
-        f"job {first_id} ({job.job_name}) is in the queue",
-        f"follow   tail -F {script.log(first_id)}",
-    ]
+    lines = [f"job {first_id} ({job.job_name}) is in the queue", f"follow   tail -F {script.log(first_id)}"]
     if tasks > 1:
         merge = fill("merge.sbatch", replace(job, array="", job_name=f"{job.job_name}-merge"), [str(dataset)])
         try:
