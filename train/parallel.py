@@ -51,21 +51,16 @@ def mesh_of(strategy: str, world: World) -> DeviceMesh | None:
 def to_device(
     model: LanguageModel, world: World, mesh: DeviceMesh | None, *, dtype: torch.dtype, compiled: bool
 ) -> None:
-    """Move the model from the CPU to the device: all of it or, with a mesh, this rank's shard."""
-    if mesh is not None:
-        shard(model, mesh, dtype=dtype, compiled=compiled)
-        return
-    model.to(world.device)
-    if compiled:
-        model.compile()
+    """Move the model from the CPU to the device: all of it or, with a mesh, this rank's shard of
+    every parameter, block by block, so that no device ever holds the full model.
 
-
-def shard(model: LanguageModel, mesh: DeviceMesh, *, dtype: torch.dtype, compiled: bool) -> None:
-    """Keep this rank's shard of every parameter: block by block, so that no device ever holds the
-    full model.
-
-    Raises UserError for float16.
+    Raises UserError for shards in float16.
     """
+    if mesh is None:
+        model.to(world.device)
+        if compiled:
+            model.compile()
+        return
     if dtype == torch.float16:
         # One rank may overflow where the others do not, and only all of them together may skip the
         # step.

@@ -35,7 +35,7 @@ from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 from pipeline.runs import RunFolder
 from pipeline.vocabulary.tokenizer import Tokenizer
-from train.optimizer.adamw import AdamW
+from train.optimizer.groups import AdamW
 from train.spikes import StepGuard
 
 
@@ -104,7 +104,7 @@ class Saver:
         self._thread.shutdown()
 
     def _allocate(self, state: State) -> None:
-        for kind, tensors in (("weights", state.weights), ("optimizer", state.optimizer)):
+        for kind, tensors in vars(state).items():
             for name, tensor in tensors.items():
                 self._buffer(f"{kind}.{name}", tensor).zero_()
 

@@ -138,7 +138,7 @@ def copies(config: Config, world: World) -> float:
     model = LanguageModel(config.model, vocab_size=257)
     mesh = parallel.mesh_of("hsdp", world)
     assert mesh is not None
-    parallel.shard(model, mesh, dtype=torch.float32, compiled=False)
+    parallel.to_device(model, world, mesh, dtype=torch.float32, compiled=False)
     parallel.replicate(model, world)
     first: Any = next(model.parameters())
     return float(first.detach().to_local()[0, 0])
@@ -215,8 +215,10 @@ def test_nodes_of_different_sizes_cannot_hold_copies(monkeypatch: pytest.MonkeyP
 
 def test_float16_is_refused_in_parts(tiny: Path) -> None:
     model = LanguageModel(tiny_config(tiny).model, vocab_size=257)
+    world = World(rank=0, size=2, local_size=2, device=torch.device("cpu"))
+    mesh: Any = object()  # refused before anything is done with it
     with pytest.raises(UserError, match=r"float16 needs parallel.strategy=ddp.*run.dtype=bfloat16"):
-        parallel.shard(model, None, dtype=torch.float16, compiled=False)  # type: ignore[arg-type]
+        parallel.to_device(model, world, mesh, dtype=torch.float16, compiled=False)
 
 
 def test_one_rank_needs_no_shards(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:

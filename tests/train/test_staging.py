@@ -92,24 +92,24 @@ def test_each_dataset_of_a_mixture_has_a_copy(tmp_path: Path) -> None:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The shards that are copied, by name."""
+    """The files that are copied, by name."""
     names: list[str] = []
-    real = staging.copy_shard
+    real = staging.copy_file
 
-    def counted(one: staging.Staging, shard: Any, *rest: Any) -> None:
-        names.append(shard.file)
-        real(one, shard, *rest)
+    def counted(source: Path, *rest: Any) -> str:
+        names.append(source.name)
+        return real(source, *rest)
 
-    monkeypatch.setattr(staging, "copy_shard", counted)
+    monkeypatch.setattr(staging, "copy_file", counted)
     return names
 
 
 def test_a_whole_copy_is_taken_as_it_is(tiny: Path, copies: list[str]) -> None:
     config = tiny_config(tiny)
     staged(config, tiny / "local")
-    assert copies == ["train_00000.bin", "val_00000.bin"]
+    assert copies == ["train_00000.bin", "val_00000.bin", "manifest.json"]
     staged(config, tiny / "local")
-    assert len(copies) == 2
+    assert len(copies) == 3
 
 
 @pytest.mark.parametrize("damage", ["shard gone", "shard cut", "no mark", "another's mark", "manifest gone", "begun"])
@@ -169,7 +169,7 @@ def test_a_second_job_of_the_node_waits_and_takes_the_first_ones_copy(
     found: list[Path] = []
     second = threading.Thread(target=lambda: found.append(staged(config, local).sources[0].folder))
     one = staging.Staging(tiny / "data" / "tiny", load_manifest(tiny / "data" / "tiny"), target_of(config, local))
-    with one_writer(local, f".{one.target.name}.lock"):
+    with one_writer(local, staging.LOCK):
         second.start()
         second.join(timeout=3 * files.POLL_INTERVAL_S)
         assert second.is_alive() and not copies  # it stands at the lock
@@ -179,7 +179,7 @@ def test_a_second_job_of_the_node_waits_and_takes_the_first_ones_copy(
         folder.rename(one.target)
     second.join(timeout=60)
     assert found == [one.target]
-    assert len(copies) == 2  # the first one's
+    assert len(copies) == 3  # the first one's
 
 
 # --- what cannot be ---

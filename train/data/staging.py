@@ -4,8 +4,8 @@
         .staged               the full fingerprint, written last: a folder that has it is complete,
                               and every hash matched
 
-Each node copies once: a second job there waits for the first, and a later one uses the copy if its
-marker and the sizes of its files are right. Bytes are not hashed again then: `pipeline verify` does
+One process of a node copies at a time: a second job there waits for the first, and a later one uses
+the copy if its marker and the sizes of its files are right. Bytes are not hashed again then: `pipeline verify` does
 that. Only damaged copies are ever removed, as sites wipe such disks when a job ends. Checkpoints
 and the run's folder are not staged, and a copy has the fingerprint of the original, so a run may
 resume with or without this.
@@ -23,14 +23,14 @@ import xxhash
 from pipeline.config.keys import Config
 from pipeline.dataset import foreign
 from pipeline.dataset.mixture import Mixture
-from pipeline.dataset.shards import MANIFEST_NAME, Manifest, Shard, check_sizes
+from pipeline.dataset.shards import MANIFEST_NAME, Manifest
 from pipeline.errors import UserError
 from pipeline.files import HASH_BLOCK_BYTES, one_writer, publish, sync
 from pipeline.log import ProgressReport, logger
 from pipeline.machine.ranks import World
 from pipeline.vocabulary.specs import vocabulary_file
 
-MARKER = ".staged"
+MARKER, LOCK = ".staged", ".stage.lock"
 FINGERPRINT_DIGITS = 12
 # How much later than the fastest node the slowest may finish: terabytes from a busy file system.
 PATIENCE = timedelta(hours=12)
@@ -44,28 +44,22 @@ class Staging:
     manifest: Manifest
     target: Path
 
-    @property
-    def small_files(self) -> list[Path]:
-        """What is next to the shards, if it exists: the vocabulary's file, then the manifest."""
-        names = (vocabulary_file(self.manifest.tokenizer["name"]), MANIFEST_NAME)
-        return [self.source / name for name in names if name and (self.source / name).is_file()]
-
-    @property
-    def bytes(self) -> int:
-        paths = [*(self.source / shard.file for shard in self.manifest.shards), *self.small_files]
-        return sum(path.stat().st_size for path in paths)
+    def sizes(self, folder: Path) -> dict[str, int]:
+        """Bytes of each file of the dataset as it is in `folder`: the shards, then the vocabulary's
+        file and the manifest, where the source has them. Raises OSError if one is missing.
+        """
+        small = [vocabulary_file(self.manifest.tokenizer["name"]), MANIFEST_NAME]
+        names = [shard.file for shard in self.manifest.shards]
+        names += [name for name in small if name and (self.source / name).is_file()]
+        return {name: (folder / name).stat().st_size for name in names}
 
     def is_complete(self) -> bool:
         """Whether the copy exists with its marker, and each file has its size."""
-        marker = self.target / MARKER
-        if not marker.is_file() or marker.read_text(encoding="ascii", errors="replace") != self.manifest.fingerprint:
-            return False
         try:
-            check_sizes(self.target, self.manifest)
-        except UserError:
+            marker = (self.target / MARKER).read_text(encoding="ascii", errors="replace")
+            return marker == self.manifest.fingerprint and self.sizes(self.target) == self.sizes(self.source)
+        except (FileNotFoundError, NotADirectoryError):
             return False
-        copies = {path: self.target / path.name for path in self.small_files}
-        return all(copy.is_file() and copy.read_bytes() == path.read_bytes() for path, copy in copies.items())
 
 
 def stage(mixture: Mixture, config: Config, world: World, *, into: Path, dry_run: bool) -> Mixture:
@@ -88,39 +82,40 @@ def stage(mixture: Mixture, config: Config, world: World, *, into: Path, dry_run
     # Collectives give up after half an hour, and a copy may take longer.
     with world.fail_together(PATIENCE):
         if world.local_rank == 0:
-            copy_missing(stagings, dry_run)
-    staged = mixture
+            copy_missing(stagings, into, dry_run)
     with world.fail_together():
-        if not dry_run:
-            staged = Mixture(config, [staging.target for staging in stagings])
-    return staged
+        mixture = mixture if dry_run else Mixture(config, [staging.target for staging in stagings])
+    return mixture
 
 
-def copy_missing(stagings: list[Staging], dry_run: bool) -> None:
+def copy_missing(stagings: list[Staging], into: Path, dry_run: bool) -> None:
     """Copy what is missing, or log what would be copied. Raises UserError, also for errors of the
     disk.
     """
     try:
-        for number, staging in enumerate(stagings):
-            if staging.is_complete():
-                logger.info("stage: %s exists already", staging.target)
-            elif dry_run:
-                check_space(stagings[number:])
+        missing = [staging for staging in stagings if not staging.is_complete()]
+        if dry_run:
+            check_space(missing, into)
+            for staging in missing:
                 logger.info("stage: %s would be copied to %s", staging.source, staging.target)
-            else:
-                copy(staging, stagings[number:])
+        elif missing:
+            # Another job's copy of a terabyte may take hours: waiting is still cheaper than a
+            # second one, and only a single writer knows how much space will be left.
+            with one_writer(into, LOCK, patience_s=math.inf):
+                missing = [staging for staging in missing if not staging.is_complete()]
+                check_space(missing, into)
+                for staging in missing:
+                    copy(staging)
     except OSError as error:
         raise UserError(
-            f"cannot stage to {error.filename or stagings[0].target.parent}: {error.strerror}: "
-            "choose another folder for --stage, or omit it"
+            f"cannot stage to {error.filename or into}: {error.strerror}: choose another folder for --stage, or omit it"
         ) from None
 
 
-def check_space(stagings: list[Staging]) -> None:
-    """Raises UserError where the disk has no room for what is still to be copied."""
-    into = stagings[0].target.parent
+def check_space(missing: list[Staging], into: Path) -> None:
+    """Raises UserError where the disk has no room for what is to be copied."""
     nearest = next(folder for folder in (into, *into.parents) if folder.exists())
-    needed = sum(staging.bytes for staging in stagings if not staging.is_complete())
+    needed = sum(sum(staging.sizes(staging.source).values()) for staging in missing)
     free = shutil.disk_usage(nearest).free
     if needed > free:
         raise UserError(
@@ -129,46 +124,44 @@ def check_space(stagings: list[Staging]) -> None:
         )
 
 
-def copy(staging: Staging, remaining: list[Staging]) -> None:
-    """Make the copy, unless another job has done so meanwhile. `remaining`: this one and those
-    after it.
-    """
-    # Another job's copy of a terabyte may take hours: waiting is still cheaper than a second one.
-    with one_writer(staging.target.parent, f".{staging.target.name}.lock", patience_s=math.inf):
-        if staging.is_complete():
-            return
-        partial = staging.target.with_name(f".{staging.target.name}.partial")
-        for leftover in (partial, staging.target):  # of a process that was killed; a copy that lost files
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        check_space(remaining)
-        try:
-            partial.mkdir()
-            fill(staging, partial)
-            publish(partial, staging.target)
-        except BaseException:  # Ctrl-C too
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk should not stay full
-            raise
+def copy(staging: Staging) -> None:
+    """Make the copy: under another name until it is complete, so that it is all there or not."""
+    partial = staging.target.with_name(f".{staging.target.name}.partial")
+    for leftover in (partial, staging.target):  # of a process that was killed; a copy that lost files
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    try:
+        partial.mkdir()
+        fill(staging, partial)
+        publish(partial, staging.target)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk should not stay full
+        raise
 
 
 def fill(staging: Staging, folder: Path) -> None:
-    with ProgressReport(f"stage {staging.source.name}", staging.bytes / 1e6, "MB") as report:
-        for shard in staging.manifest.shards:
-            copy_shard(staging, shard, folder / shard.file, report)
-    for path in staging.small_files:
-        (folder / path.name).write_bytes(path.read_bytes())
-        sync(folder / path.name)
+    """Copy every file into `folder`, then write the marker. Raises UserError for a damaged shard."""
+    expected = {shard.file: shard.hash for shard in staging.manifest.shards}
+    sizes = staging.sizes(staging.source)
+    megabytes = sum(sizes.values()) / 1e6
+    with ProgressReport(f"stage {staging.source.name}", megabytes, "MB") as report:
+        for name in sizes:
+            found = copy_file(staging.source / name, folder / name, report)
+            if staging.manifest.is_foreign:
+                found = foreign.sample_hash(folder / name)
+            if found != expected.get(name, found):
+                raise UserError(
+                    f"{staging.source / name} is damaged: its hash is {found}, expected {expected[name]} "
+                    f"from {MANIFEST_NAME}: {staging.manifest.remedy}"
+                )
     # Last: a copy without it is started over.
     (folder / MARKER).write_text(staging.manifest.fingerprint, encoding="ascii")
     sync(folder / MARKER)
-    logger.info("stage: %s is at %s (%.1f MB)", staging.source, staging.target, staging.bytes / 1e6)
+    logger.info("stage: %s is at %s (%.1f MB)", staging.source, staging.target, megabytes)
 
 
-def copy_shard(staging: Staging, shard: Shard, target: Path, report: ProgressReport) -> None:
-    """Copy a shard, hashing its bytes on the way. Raises UserError where the hash is not that in
-    the manifest.
-    """
-    source = staging.source / shard.file
+def copy_file(source: Path, target: Path, report: ProgressReport) -> str:
+    """Copy a file to the disk, and return the hash of its bytes, which are read once."""
     state = xxhash.xxh3_128()
     with source.open("rb") as reader, target.open("wb") as writer:
         while block := reader.read(HASH_BLOCK_BYTES):
@@ -176,8 +169,4 @@ def copy_shard(staging: Staging, shard: Shard, target: Path, report: ProgressRep
             writer.write(block)
             report.advance(len(block) / 1e6)
     sync(target)
-    found = foreign.sample_hash(target) if staging.manifest.is_foreign else state.hexdigest()
-    if found != shard.hash:
-        raise UserError(
-            f"{source} is damaged: its hash is {found}, expected {shard.hash} from {MANIFEST_NAME}: {staging.manifest.remedy}"
-        )
+    return state.hexdigest()

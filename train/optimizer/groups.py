@@ -1,9 +1,22 @@
 """Which parameters decay, and which optimizer updates them."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pipeline.config.keys import OptimizerConfig
-from train.optimizer.adamw import AdamW
+
+
+class AdamW(torch.optim.AdamW):
+    """Fused AdamW (Loshchilov and Hutter 2019), and what a checkpoint has to know of its state."""
+
+    def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The parameter's state before its first step, as torch creates it: same strides, sharding
+        and device.
+        """
+        # The fused kernel counts steps on the device, in float32.
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        return {"step": step, **moments}
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
