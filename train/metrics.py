@@ -13,7 +13,6 @@ from pipeline.dataset.mixture import Mixture
 from pipeline.log import logger
 from pipeline.runs import RunFolder, Status
 from train.evaluation import ValLoss
-from train.spikes import StepResult
 
 Row = dict[str, Any]
 # Readers of status.json take a run for dead when it is much older.
@@ -28,7 +27,7 @@ class Metrics:
         and inf become null.
         """
 
-    def write_bad_step(self, row: Row, result: StepResult) -> None:
+    def write_bad_step(self, row: Row) -> None:
         """Append to bad_steps.jsonl the samples of a step that did not reach the weights."""
 
     def write_text(self, name: str, text: str, step: int) -> None:
@@ -68,11 +67,9 @@ class FileMetrics(Metrics):
                     self._tensorboard.add_scalar(name, value, row["step"])
             self._tensorboard.flush()  # or a kill would lose up to two minutes of rows that metrics.jsonl has
 
-    def write_bad_step(self, row: Row, result: StepResult) -> None:
-        why = {"reason": result.outcome.value, "loss": str(result.loss), "grad_norm": str(result.grad_norm)}
-        # As text, since what is worth knowing here is inf or nan.
+    def write_bad_step(self, row: Row) -> None:
         with self._folder.bad_steps.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | why) + "\n")
+            file.write(json.dumps(row) + "\n")
 
     def write_text(self, name: str, text: str, step: int) -> None:
         if self._tensorboard is not None:
@@ -83,9 +80,8 @@ class FileMetrics(Metrics):
     def write_status(self, status: Status) -> None:
         self._written_at = time.monotonic()
         if (before := self._folder.read_status()) is not None:
-            step_s = before.step_s if status.step_s is None else status.step_s
-            last_save_s = before.last_save_s if status.last_save_s is None else status.last_save_s
-            status = replace(status, step_s=step_s, last_save_s=last_save_s)
+            unknown = {name: value for name, value in vars(before).items() if getattr(status, name) is None}
+            status = replace(status, **unknown)
         self._folder.write_status(status)
 
     def keep_alive(self, status: Status) -> None:
@@ -134,11 +130,6 @@ class Throughput:
         return row
 
 
-def step_columns(step: int, tokens: int, result: StepResult, lr: float) -> Row:
-    """What every row has."""
-    return {"step": step, "tokens": tokens, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
-
-
 def val_columns(val_loss: ValLoss, mixture: Mixture, samples: int) -> Row:
     """The loss on the val split and, in a mixture, each source's loss and what the first `samples`
     samples took of it.
@@ -154,10 +145,8 @@ def _summary_writer(folder: RunFolder, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        logger.warning(
-            "tensorboard is not installed, so %s stays empty: pip install tensorboard, or set log.tensorboard=false",
-            folder.tensorboard,
-        )
+        how = "pip install tensorboard, or set log.tensorboard=false"
+        logger.warning("tensorboard is not installed, so %s stays empty: %s", folder.tensorboard, how)
         return None
     # purge_step: TensorBoard hides what an earlier start wrote past the resumed step.
     return SummaryWriter(folder.tensorboard, purge_step=first_step + 1)

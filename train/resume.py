@@ -46,9 +46,7 @@ def candidates(checkpoints: Path, resume: str) -> list[Path]:
             "restore it, or choose another run.name"
         )
     if not found and resume == "must":
-        raise UserError(
-            f"nothing to resume: {checkpoints} has no checkpoint, and checkpoint.resume=must forbids a fresh start"
-        )
+        raise UserError(f"nothing to resume: no {checkpoints}/step_*; checkpoint.resume=must forbids a fresh start")
     if found and resume == "never":
         raise UserError(
             f"{checkpoints.parent} has checkpoints up to {found[0].name}, and checkpoint.resume=never forbids resuming: "
@@ -98,11 +96,8 @@ def check_same_run(saved: Description, config: Config, mixture: Mixture) -> None
         )
     before, now = _flat(to_dict(from_dict(saved.config))), _flat(to_dict(config))
     changed = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items() if before.get(key) != value]
-    fixed = [change for change in changed if change.split()[0] in FIXED_KEYS]
-    if fixed:
-        raise UserError(
-            f"{config.run_dir} cannot resume with {', '.join(fixed)}: set them back, or choose another run.name"
-        )
+    if fixed := ", ".join(change for change in changed if change.split()[0] in FIXED_KEYS):
+        raise UserError(f"{config.run_dir} cannot resume with {fixed}: set them back, or choose another run.name")
     if changed:
         logger.info("changed since the checkpoint: %s", ", ".join(changed))
 

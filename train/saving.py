@@ -119,15 +119,15 @@ class Saver:
         logger.info("saved %s in %.2f s; training waited %.3f s for the copy", folder, self.last_save_s, stall_s)
 
     def _copy(self, state: State) -> State:
-        def copied(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-            return {
+        copies: dict[str, dict[str, Tensor]] = {}
+        for kind, tensors in vars(state).items():
+            copies[kind] = {
                 # Of a sharded state one tensor at a time is gathered, so that no GPU holds the full
                 # model.
                 name: self._buffer(f"{kind}.{name}", tensor).copy_(whole(tensor), non_blocking=tensor.is_cuda)
                 for name, tensor in tensors.items()
             }
-
-        return State(copied(state.weights, "weights"), copied(state.optimizer, "optimizer"))
+        return State(**copies)
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self._buffers:

@@ -45,9 +45,7 @@ class StopRequest:
         try:
             self._deadline = float(deadline)
         except ValueError:
-            raise UserError(
-                f"invalid PIPELINE_DEADLINE {deadline!r}: expected seconds since 1970, as `date +%s` prints"
-            ) from None
+            raise UserError(f"invalid PIPELINE_DEADLINE {deadline!r}: expected Unix time, as of `date +%s`") from None
         past_s = time.time() - self._deadline
         if past_s > EXIT_MARGIN_S:
             if launch.rank() == 0:

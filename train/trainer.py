@@ -22,7 +22,7 @@ from pipeline.vocabulary.specs import from_spec
 from train import parallel
 from train.data.batches import Prefetcher, model_inputs
 from train.evaluation import Evaluation, ValLoss
-from train.metrics import Metrics, Row, Throughput, step_columns, val_columns
+from train.metrics import Metrics, Row, Throughput, val_columns
 from train.optimizer.groups import build_optimizer
 from train.optimizer.schedule import learning_rate
 from train.preview import Preview, Previews
@@ -200,13 +200,12 @@ class Trainer:
         """Record the samples of a step that left the weights alone. Raises Diverged after too many
         in a row.
         """
+        # As text, since what is worth knowing here is inf or nan.
+        why, loss, norm = result.outcome.value, str(result.loss), str(result.grad_norm)
         if self.world.is_first:
-            why = result.outcome.value
-            logger.warning(
-                "step %d skipped (%s): loss %s, gradient norm %s", self.step, why, result.loss, result.grad_norm
-            )
+            logger.warning("step %d skipped (%s): loss %s, gradient norm %s", self.step, why, loss, norm)
         row = {"step": self.step, "first_sample": self.first_sample, "samples": self.samples_per_step}
-        metrics.write_bad_step(row, result)
+        metrics.write_bad_step(row | {"reason": why, "loss": loss, "grad_norm": norm})
         bad_steps = self.guard.bad_steps
         if bad_steps >= self.config.train.max_bad_steps:
             raise Diverged(
@@ -217,7 +216,8 @@ class Trainer:
     def row(self, result: StepResult, val_loss: ValLoss | None) -> Row:
         """A row of metrics.jsonl; the speeds are those since the last row."""
         lr = self.optimizer.param_groups[0]["lr"]
-        row = step_columns(self.step, self.step * self.config.train.tokens_per_step, result, lr)
+        tokens = self.step * self.config.train.tokens_per_step
+        row: Row = {"step": self.step, "tokens": tokens, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
         row |= self.throughput.columns(self.batches.waited_s)
         self.batches.waited_s = 0.0
         if val_loss is not None:

@@ -107,9 +107,8 @@ def copy_missing(stagings: list[Staging], into: Path, dry_run: bool) -> None:
                 for staging in missing:
                     copy(staging)
     except OSError as error:
-        raise UserError(
-            f"cannot stage to {error.filename or into}: {error.strerror}: choose another folder for --stage, or omit it"
-        ) from None
+        reason = f"{error.filename or into}: {error.strerror}"
+        raise UserError(f"cannot stage to {reason}: choose another folder for --stage, or omit it") from None
 
 
 def check_space(missing: list[Staging], into: Path) -> None:
