@@ -12,7 +12,7 @@ from pipeline.log import logger
 from slurm import sbatch
 
 # The variables of a job's environment that hold for the cluster and not for that job alone.
-OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_WORKING_CLUSTER")
+OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_WORKING_CLUSTER"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,8 @@ class Job:
         """GPUs on each node, of any type."""
         count = sbatch.gpu_count(self.gpus_per_node)
         if count is None:
-            raise UserError(
-                f"invalid --gpus-per-node {self.gpus_per_node!r}: expected N or TYPE:N, such as 8 or h100:4"
-            )
+            given = self.gpus_per_node
+            raise UserError(f"invalid --gpus-per-node {given!r}: expected N or TYPE:N, such as 8 or h100:4")
         return count
 
     @property
@@ -138,8 +137,5 @@ def _environment() -> dict[str, str]:
     """
     if "SLURM_JOB_ID" not in os.environ:
         return dict(os.environ)
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("SLURM_", "MASTER_")) or name in OF_THE_CLUSTER
-    }
+    of_this_job = {name for name in os.environ if name.startswith(("SLURM_", "MASTER_"))} - OF_THE_CLUSTER
+    return {name: value for name, value in os.environ.items() if name not in of_this_job}

@@ -43,18 +43,14 @@ def train(arguments: list[str], *, config_arguments: list[str], stage: str | Non
         faults.append(f"invalid --stage {stage!r}: expected an absolute path on the nodes' disks, or '$VARIABLE'")
     job = _completed(job, runs)
     script = fill("train.sbatch", job, arguments, max(map(_measured_lead_s, runs), default=0))
-    faults += [
-        *checks.job_faults(job, checks.OF_TRAIN, script, dry_run),
-        *checks.unwritable([Path(), *(run.run_dir for run in runs)]),
-        *checks.duplicates(script, runs),
-        *(fault for run in _distinct(runs) for fault in checks.run_faults(run, job)),
-    ]
+    faults += checks.job_faults(job, checks.OF_TRAIN, script, dry_run)
+    faults += checks.unwritable([Path(), *(run.run_dir for run in runs)])
+    faults += checks.duplicates(script, runs)
+    faults += (fault for run in _distinct(runs) for fault in checks.run_faults(run, job))
     _raise_or_warn(faults, script)
     if script.cpus < job.ranks_per_node:
-        logger.warning(
-            "warning: %d core(s) for the %d ranks of a node: each trains and reads its data on less than one; raise "
-            "--cpus-per-task", script.cpus, job.ranks_per_node,
-        )  # fmt: skip
+        crowded = f"{script.cpus} core(s) for the {job.ranks_per_node} ranks of a node"
+        logger.warning("warning: %s: each gets less than one, for training and data; raise --cpus-per-task", crowded)
     for run in _distinct(runs):
         logger.info("%s", "\n".join(_arithmetic(run, job)))
     if dry_run:
@@ -80,11 +76,8 @@ def prepare(arguments: list[str], *, dataset: Path, tasks: int, job: Job, dry_ru
     """
     job = replace(job, job_name=job.job_name or dataset.name, array=f"0-{tasks - 1}" if tasks > 1 else "")
     script = fill("prepare.sbatch", job, arguments)
-    faults = [
-        *checks.job_faults(job, checks.OF_PREPARE, script, dry_run),
-        *checks.unwritable([Path(), dataset]),
-        *checks.duplicates(script, []),
-    ]
+    faults = list(checks.job_faults(job, checks.OF_PREPARE, script, dry_run))
+    faults += [*checks.unwritable([Path(), dataset]), *checks.duplicates(script, [])]
     if holding := holder(dataset):
         faults.append(f"{dataset} is being written by {holding}: wait for it, or choose another --name")
     _raise_or_warn(faults, script)
