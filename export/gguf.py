@@ -41,7 +41,15 @@ def write(path: Path, model: LanguageModel, tokenizer: Tokenizer, *, name: str, 
     vocabulary = vocabulary_of(tokenizer)
     kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[str(dtype).removeprefix("torch.")]
     writer = gguf.GGUFWriter(path, "gpt2")
-    _describe(writer, name, model)
+    config = model.config
+    writer.add_name(name)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    # GPT-2's multilayer perceptron is four times as wide as the model.
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(LAYER_NORM_EPSILON)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     _add_vocabulary(writer, vocabulary, tokenizer.end_of_text)
     _add_tensors(writer, model, kind)
@@ -70,18 +78,6 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
         tokens[number] = token
     special = {int(entry["id"]) for entry in tokenizer.document.get("added_tokens", ())}
     return Vocabulary(tokens, [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs], special)
-
-
-def _describe(writer: Any, name: str, model: LanguageModel) -> None:
-    config = model.config
-    writer.add_name(name)
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(config.n_embd)
-    # GPT-2's multilayer perceptron is four times as wide as the model.
-    writer.add_feed_forward_length(4 * config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(LAYER_NORM_EPSILON)
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary, end_of_text: int) -> None:

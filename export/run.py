@@ -58,9 +58,7 @@ def run(options: ExportOptions) -> None:
             # GGUF has the name and the shape in its metadata.
             card = model_card(name, model, tokenizer, dtype=options.dtype, saved=saved, file=gguf_file)
             (partial / CARD).write_text(card, encoding="utf-8")
-    logger.info(
-        f"{folder} -> {options.to}: {parameters(model.config, model.vocab_size):,} parameters in {options.dtype}"
-    )
+    logger.info(f"{folder} -> {options.to}: {parameters(model.config, model.vocab_size):,} parameters, {options.dtype}")
 
 
 def _check_options(options: ExportOptions) -> None:
@@ -87,12 +85,11 @@ def _write_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer, dtyp
 def _check_range(model: LanguageModel, dtype: torch.dtype) -> None:
     # float16 ends at 65,504; casting would turn larger weights into infinities without a word.
     for name, parameter in model.named_parameters():
+        fault = f"{name} has values that are not finite"
         if not parameter.isfinite().all():
-            raise UserError(f"{name} has values that are not finite, so it is damaged: use another checkpoint")
+            raise UserError(f"{fault}, so it is damaged: use another checkpoint")
         if not parameter.to(dtype).isfinite().all():
-            raise UserError(
-                f"{name} has values that are not finite in {str(dtype).removeprefix('torch.')}: try --dtype bfloat16"
-            )
+            raise UserError(f"{fault} in {str(dtype).removeprefix('torch.')}: try --dtype bfloat16")
 
 
 @contextmanager

@@ -75,19 +75,11 @@ def describe_dataset(path: Path) -> dict[str, Any]:
     for split, counts in count_splits(folder, manifest).items():
         splits[split] = describe_counts(counts, tokenizer)
         splits[split]["shards"] = len(manifest.splits[split])
-        splits[split]["beginnings"] = [
-            describe_beginning(folder, manifest, document, tokenizer) for document in counts.first
-        ]
+        splits[split]["beginnings"] = [describe_beginning(folder, manifest, found, tokenizer) for found in counts.first]
     recorded = ("program", "dtype", "end_of_text", "sources", "options", "val_rule", "skipped", "unusual", "statistics")
     identity = {"kind": "shard"} if path.is_file() else {"kind": "dataset", "fingerprint": manifest.fingerprint}
-    return {
-        "path": str(path),
-        **identity,
-        "note": note,
-        "tokenizer": vocabulary(manifest.tokenizer),
-        **{name: getattr(manifest, name) for name in recorded},
-        "splits": splits,
-    }
+    described = {"path": str(path), **identity, "note": note, "tokenizer": vocabulary(manifest.tokenizer)}
+    return described | {name: getattr(manifest, name) for name in recorded} | {"splits": splits}
 
 
 def vocabulary(spec: dict[str, Any]) -> dict[str, Any]:

@@ -119,9 +119,8 @@ class Verification:
     def _verify_folder(self) -> None:
         """The vocabulary, and files that are not in the manifest."""
         if self.manifest.is_foreign:
-            self.remarks.append(
-                f"{self.manifest.program} records no hashes: damage is found only if it gives ids outside the vocabulary"
-            )
+            missed = "damage is found only if it gives ids outside the vocabulary"
+            self.remarks.append(f"{self.manifest.program} records no hashes: {missed}")
             return
         try:
             self.token_bytes = from_spec(self.manifest.tokenizer, self.folder).token_bytes()

@@ -46,21 +46,16 @@ class SampleOptions(Choice):
 
 def check_options(options: SampleOptions) -> None:
     """Raises UserError with all options that are invalid whatever the checkpoint."""
-    temperature, penalty = options.temperature, options.repetition_penalty
+    temperature_fits = options.temperature == 0 or MIN_TEMPERATURE <= options.temperature < float("inf")
+    penalty_fits = MIN_PENALTY <= options.repetition_penalty <= MAX_PENALTY
     ranges = {
         "num_samples": (options.num_samples >= 1, "1 or more"),
         "max_new_tokens": (options.max_new_tokens >= 1, "1 or more"),
-        "temperature": (
-            temperature == 0 or MIN_TEMPERATURE <= temperature < float("inf"),
-            f"0 (the likeliest token), or at least {MIN_TEMPERATURE}",
-        ),
+        "temperature": (temperature_fits, f"0 (the likeliest token), or at least {MIN_TEMPERATURE}"),
         "top_k": (options.top_k >= 0, "0 (off) or more"),
         "top_p": (0 < options.top_p <= 1, "more than 0 and at most 1 (off)"),
         "min_p": (0 <= options.min_p <= 1, "0 (off) to 1"),
-        "repetition_penalty": (
-            MIN_PENALTY <= penalty <= MAX_PENALTY,
-            f"{MIN_PENALTY} to {MAX_PENALTY}; 1 is off, and 1.2 is a lot",
-        ),
+        "repetition_penalty": (penalty_fits, f"{MIN_PENALTY} to {MAX_PENALTY}; 1 is off, and 1.2 is a lot"),
         "seed": (0 <= (options.seed or 0) < 1 << 63, "0 to 2**63 - 1"),
     }
     faults = [

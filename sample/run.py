@@ -120,14 +120,8 @@ class Writer:
         sys.stdout.flush()
 
     def _put_object(self, prompt: str | None, text: Continuation) -> None:
-        document = {
-            "prompt": prompt or "",
-            "text": text.text,
-            "token_ids": text.token_ids,
-            "log_probabilities": text.log_probabilities,
-            "finish_reason": text.finish_reason,
-        }
-        sys.stdout.write(json.dumps(document) + "\n")
+        found = {name: getattr(text, name) for name in ("text", "token_ids", "log_probabilities", "finish_reason")}
+        sys.stdout.write(json.dumps({"prompt": prompt or "", **found}) + "\n")
         sys.stdout.flush()
 
     def _note_window(self, prompt: int, drawn: int) -> None:

@@ -42,9 +42,7 @@ def check_options(options: EvalOptions) -> None:
     if not options.tasks and (options.task_dir is not None or options.limit is not None):
         raise UserError("--task-dir and --limit apply to tasks only: name tasks with --tasks")
     if options.task_dir is not None and not options.task_dir.is_dir():
-        raise UserError(
-            f"invalid --task-dir {options.task_dir}: not a folder; expected one with the YAML files of tasks"
-        )
+        raise UserError(f"invalid --task-dir {options.task_dir}: not a folder; expected one with YAML files of tasks")
     # lm-eval's model for Hugging Face folders imports transformers and accelerate, its extras.
     if options.tasks and not all(map(importlib.util.find_spec, ("lm_eval", "transformers", "accelerate"))):
         raise UserError("--tasks requires EleutherAI's lm-evaluation-harness: pip install 'gpt-pipeline[eval]'")

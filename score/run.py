@@ -135,16 +135,10 @@ def score_datasets(subject: Subject, datasets: list[Dataset], split: str, stride
     """The figures of their mean, null without a dataset, then those of each dataset."""
     scores = [score_dataset(subject, dataset, split, stride) for dataset in datasets]
     mean = mean_score(scores, [dataset.weight for dataset in datasets]) if scores else None
-    return {
-        "dataset": " + ".join(dataset.name for dataset in datasets) or None,
-        "split": split,
-        "stride": stride,
-        **figures(mean),
-        "datasets": [
-            {"dataset": dataset.name, "share": dataset.weight, **figures(score)}
-            for dataset, score in zip(datasets, scores, strict=True)
-        ],
-    }
+    names = " + ".join(dataset.name for dataset in datasets) or None
+    scored = zip(datasets, scores, strict=True)
+    rows = [{"dataset": dataset.name, "share": dataset.weight, **figures(score)} for dataset, score in scored]
+    return {"dataset": names, "split": split, "stride": stride, **figures(mean), "datasets": rows}
 
 
 def score_dataset(subject: Subject, dataset: Dataset, split: str, stride: int) -> Score:
@@ -154,30 +148,25 @@ def score_dataset(subject: Subject, dataset: Dataset, split: str, stride: int) -
     tokens = len(reader) - 1
     if dataset.manifest.is_foreign:
         return Score(loss, tokens)
-    return Score(
-        loss=loss,
-        tokens=tokens,
-        documents=dataset.manifest.count(split, "documents"),
-        bytes_per_token=dataset.manifest.count(split, "bytes") / tokens,
-    )
+    documents, text_bytes = (dataset.manifest.count(split, what) for what in ("documents", "bytes"))
+    return Score(loss, tokens, documents, bytes_per_token=text_bytes / tokens)
 
 
 def figures(score: Score | None) -> dict[str, Any]:
     return {name: getattr(score, name, None) for name in FIGURES}
 
 
-def score_tasks(subject: Subject, tasks: Any, options: EvalOptions) -> dict[str, Any]:
+def score_tasks(subject: Subject, tasks: Any, options: EvalOptions) -> Any:
     """The metrics of every task, on every rank; the first one computes them while the others wait.
 
     The harness could share requests among GPUs of one machine, but neither among CPU processes nor
     among machines.
     """
     world = subject.scorer.world
-    scores: dict[str, Any] = {}
+    scores = None
     with world.fail_together(PATIENCE):
         if world.is_first:
             from score.harness import score_tasks
 
             scores = score_tasks(tasks, subject.folder, subject.scorer, options)
-    scores = world.gather(scores)[0]
-    return scores
+    return world.gather(scores)[0]
