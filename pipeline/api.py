@@ -233,8 +233,7 @@ def train(config: str | Path = "quickstart", **changes: Any) -> "Run":
     from sample.preview import preview
     from train.run import run
 
-    reason = run(resolved, preview=preview)
-    return Run(resolved.run_dir, resolved, reason)
+    return Run(resolved.run_dir, resolved, stopped=run(resolved, preview=preview))
 
 
 @dataclass(frozen=True)

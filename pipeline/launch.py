@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -147,12 +148,9 @@ def _welcome(port: int, guests: int, patience_s: float) -> None:
                 connection, _ = listener.accept()
             except TimeoutError:
                 return
-            with connection:
+            with connection, suppress(OSError):
                 connection.settimeout(RETRY_S)
-                try:
-                    connection.recv(1)  # the guest closes first: the side that does so keeps the port busy for a while
-                except OSError:
-                    continue
+                connection.recv(1)  # the guest closes first: the side that does so keeps the port busy for a while
 
 
 def _reach(host: str, port: int, patience_s: float) -> None:
