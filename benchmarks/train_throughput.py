@@ -71,7 +71,7 @@ def main() -> None:
         folder = Path(name)
         prepare(PrepareOptions(["stdlib"], data_dir=str(folder / "data"), tokenizer="byte"))
         config = config_in(folder, (options.turns + 1) * options.steps)
-        trainer, _ = assemble(config, World(0, 1, 1, torch.device("cpu")), Mixture(config))
+        trainer, _ = assemble(config, World(device=torch.device("cpu")), Mixture(config))
         plain = PlainLoop(trainer)
         ratios, ours_s, plain_s, gaps = [], [], [], []
         for turn in range(options.turns + 1):

@@ -130,9 +130,7 @@ class Model:
 
         given = torch.from_numpy(as_ids(ids, self.tokenizer.vocab_size)).to(self._decoder.device)
         if len(given) < 2:
-            raise UserError(
-                f"the loss needs at least two ids, one to predict from and one to predict: found {len(given)}"
-            )
+            raise UserError(f"the loss needs at least two ids, one to predict the other from: found {len(given)}")
         # Windows as `pipeline eval` takes them by default: each id but the first is scored exactly
         # once.
         total, block_size = 0.0, self.model.config.block_size
@@ -177,9 +175,8 @@ class Dataset:
         # Only this document's shard is scanned, not the whole split.
         starts, lengths = self._documents(shard)
         start, length = (int(column[number - self._first_documents[shard]]) for column in (starts, lengths))
-        return decoded(
-            self.tokenizer, map_shard(self.folder, self.manifest, self._shards[shard])[start : start + length]
-        )
+        ids = map_shard(self.folder, self.manifest, self._shards[shard])
+        return decoded(self.tokenizer, ids[start : start + length])
 
     def windows(self, block_size: int) -> Iterator[npt.NDArray[np.int64]]:
         """The split in order, as arrays of block_size + 1 ids: a block of inputs, and the target
@@ -214,11 +211,8 @@ class Dataset:
         """
         if shard not in self._found:
             finder = DocumentFinder(self.manifest)
-            path = self.folder / self._shards[shard].file
-            parts = [
-                finder.feed(np.frombuffer(block, self.manifest.dtype))
-                for block in blocks(path, self.manifest.header_bytes)
-            ]
+            content = blocks(self.folder / self._shards[shard].file, self.manifest.header_bytes)
+            parts = [finder.feed(np.frombuffer(block, self.manifest.dtype)) for block in content]
             start, length = finder.rest()
             if length:  # where end-of-text stands before each document, none ends the last one
                 parts.append((np.array([start]), np.array([length])))
@@ -239,8 +233,7 @@ def train(config: str | Path = "quickstart", **changes: Any) -> "Run":
     from sample.preview import preview
     from train.run import run
 
-    reason = run(resolved, preview=preview)
-    return Run(resolved.run_dir, resolved, reason)
+    return Run(resolved.run_dir, resolved, stopped=run(resolved, preview=preview))
 
 
 @dataclass(frozen=True)

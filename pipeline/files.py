@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
 from typing import Any, TextIO, get_args, get_origin
@@ -147,12 +147,9 @@ def holder(folder: Path, name: str = ".lock") -> str:
     """The process that has locked `folder`, as `one_writer` recorded it; empty where none has, or
     it cannot be read.
     """
-    try:
-        with (folder / name).open(encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released immediately, with the file
-            except BlockingIOError:
-                return file.read().strip() or "another process"
-    except OSError:
-        pass
+    with suppress(OSError), (folder / name).open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released immediately, with the file
+        except BlockingIOError:
+            return file.read().strip() or "another process"
     return ""

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -147,12 +148,9 @@ def _welcome(port: int, guests: int, patience_s: float) -> None:
                 connection, _ = listener.accept()
             except TimeoutError:
                 return
-            with connection:
+            with connection, suppress(OSError):
                 connection.settimeout(RETRY_S)
-                try:
-                    connection.recv(1)  # the guest closes first: the side that does so keeps the port busy for a while
-                except OSError:
-                    continue
+                connection.recv(1)  # the guest closes first: the side that does so keeps the port busy for a while
 
 
 def _reach(host: str, port: int, patience_s: float) -> None:
@@ -207,25 +205,16 @@ def cores_per_rank() -> int | None:
 def _claimed() -> Placement:
     if "RANK" not in os.environ and _number("SLURM_STEP_NUM_TASKS", 1) > 1:
         return _of_srun()
-    return Placement(
-        rank=_number("RANK", 0),
-        size=_number("WORLD_SIZE", 1),
-        local_rank=_number("LOCAL_RANK", 0),
-        local_size=_number("LOCAL_WORLD_SIZE", 1),
-    )
+    local_rank, local_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+    return Placement(_number("RANK", 0), _number("WORLD_SIZE", 1), local_rank=local_rank, local_size=local_size)
 
 
 def _of_srun() -> Placement:
     """Ranks count node by node. SLURM_PROCID does so too, but not under --distribution=cyclic."""
     counts = tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
     node, local_rank = _number("SLURM_NODEID", 0), _number("SLURM_LOCALID", 0)
-    return Placement(
-        rank=sum(counts[:node]) + local_rank,
-        size=sum(counts),
-        local_rank=local_rank,
-        local_size=counts[node],
-        by_srun=True,
-    )
+    before = sum(counts[:node])
+    return Placement(before + local_rank, sum(counts), local_rank=local_rank, local_size=counts[node], by_srun=True)
 
 
 def _refuse_two_launchers() -> None:
@@ -254,8 +243,7 @@ def _refuse_two_launchers() -> None:
 
 def _refuse_mpi() -> None:
     """Processes of mpirun that SLURM counts differently would each train alone, into one folder."""
-    variables = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
-    for size, rank_ in variables:
+    for size, rank_ in (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")):
         # srun --mpi=pmi2 sets PMI_SIZE too, to the number of its tasks.
         processes = _number(size, 1)
         if "RANK" in os.environ or processes in (1, _number("SLURM_STEP_NUM_TASKS", 1)):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 from pipeline import launch
 
@@ -80,11 +80,8 @@ class ProgressReport:
     def __enter__(self) -> Self:
         if sys.stderr.isatty() and logger.level <= logging.INFO:
             # transient: the bar disappears at its end, and the log lines above it stay.
-            title, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
-            columns = title, BarColumn(), TaskProgressColumn(), note
-            self._bar = Progress(
-                *columns, TimeRemainingColumn(), console=console, transient=True, redirect_stdout=False
-            )
+            columns = BarColumn(), TaskProgressColumn(), "{task.fields[note]}", TimeRemainingColumn()
+            self._bar = Progress("{task.description}", *columns, console=console, transient=True, redirect_stdout=False)
             self._task = self._bar.add_task(self.title, total=self.total, completed=int(self.done), note="")
             self._bar.start()
         return self

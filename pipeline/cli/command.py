@@ -76,15 +76,13 @@ class Command(Page):
 
     def _with_options(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """The fields of the options class as one parameter, `options`, and the others as they are."""
-        kind, parameters = resolve_name(self.options), parameters.copy()
-        given = {entry: parameters.pop(entry.name, None) for entry in fields(kind)}
-        # None stands for an option that was not given: the class's default holds.
-        values = {
-            entry.name: list(value) if get_origin(entry.type) is list else value
-            for entry, value in given.items()
-            if value is not None
-        }
-        return {"options": kind(**values), **parameters}
+        kind, others, values = resolve_name(self.options), parameters.copy(), {}
+        for entry in fields(kind):
+            value = others.pop(entry.name, None)
+            # None stands for an option that was not given: the class's default holds.
+            if value is not None:
+                values[entry.name] = list(value) if get_origin(entry.type) is list else value
+        return {"options": kind(**values), **others}
 
     def parse(self, arguments: Iterable[str]) -> dict[str, Any]:
         """The parameters that the command's function would be called with."""
@@ -143,12 +141,8 @@ def parameter_of(entry: "Field[Any]", shown: Shown) -> click.Parameter:
     """
     kind, many = _type_of(entry.type)
     required = entry.default is entry.default_factory  # both MISSING
-    settings: dict[str, Any] = {
-        "type": PATH if kind is Path else kind,
-        "metavar": METAVARS.get(kind),
-        "required": required,
-    }
-    settings |= {"help": shown} if isinstance(shown, str) else shown
+    settings: dict[str, Any] = {"type": PATH if kind is Path else kind, "metavar": METAVARS.get(kind)}
+    settings |= {"required": required} | ({"help": shown} if isinstance(shown, str) else shown)
     if many and required:
         return Argument([entry.name], nargs=-1, **settings)
     names = [settings.pop("flag", "--" + entry.name.replace("_", "-")), entry.name]

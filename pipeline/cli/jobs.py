@@ -10,15 +10,10 @@ from pipeline.cli.command import Argument, Command, Group, Shown
 AT_LEAST_1 = click.IntRange(min=1)
 JOB: dict[str, Shown] = {
     "time": "Time limit of each start: minutes, h:mm:ss or days-h:mm:ss.",
-    "cpus_per_task": {
-        "type": AT_LEAST_1, "help": "Cores of each node; by default the script's number, or 4 for each GPU if that is more."
-    },
+    "cpus_per_task": {"type": AT_LEAST_1, "help": "Cores of each node; by default the script's, at least 4 for each GPU."},
     "partition": "Partition to run in.",
     "account": "Account to charge.",
-    "others": {
-        "flag": "--sbatch", "metavar": "OPTION=VALUE",
-        "help": "Any other option of sbatch, such as qos=long or mem=0; may be repeated.",
-    },
+    "others": {"flag": "--sbatch", "metavar": "OPTION=VALUE", "help": "Another option of sbatch (qos=long); may be repeated."},
 }  # fmt: skip
 # Options that are not ours are arguments: those of the command that the job runs.
 PASSED_ON = {"ignore_unknown_options": True}
@@ -39,9 +34,7 @@ def submit() -> None:
         # Required, although a job has a default: on a cluster each is somebody's decision.
         "nodes": {"type": AT_LEAST_1, "required": True, "help": "Number of nodes."},
         "gpus_per_node": {"metavar": "[TYPE:]N", "required": True, "help": "GPUs of each node, 0 for none."},
-        "array": {
-            "metavar": "IDS", "help": "Several runs: 0-7, 1,3,5 or 0-15%4; %a in the arguments is the number of each."
-        },
+        "array": {"metavar": "IDS", "help": "Several runs: 0-7, 1,3,5 or 0-15%4; %a in arguments is the number of each."},
         "after": {"metavar": "JOB", "help": "Wait until this job has succeeded; its dataset need not exist yet."},
         "job_name": "By default the run's name.",
     },
@@ -72,9 +65,7 @@ def train(options: Any, arguments: tuple[str, ...], dry_run: bool) -> None:
 @click.argument(
     "arguments", cls=Argument, metavar="SOURCE... [OPTION]...", nargs=-1, required=True, help="As for pipeline prepare."
 )
-@click.option(
-    "--tasks", type=AT_LEAST_1, default=1, metavar="N", help="Jobs that share the work; one more joins their parts."
-)
+@click.option("--tasks", type=AT_LEAST_1, default=1, metavar="N", help="Jobs to share it; one more joins their parts.")
 @dry_run_option
 def prepare(options: Any, arguments: tuple[str, ...], tasks: int, dry_run: bool) -> None:
     """Submit a preparation, or several jobs that share a dataset.

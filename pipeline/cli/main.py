@@ -18,7 +18,6 @@ from pipeline.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_USER, Diverged
 
 # A full disk, a quota, missing permission, a name too long: not bugs of ours.
 FAULTS_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-SHELLS = ("bash", "zsh", "fish")
 COMPLETION_VARIABLE = "_PIPELINE_COMPLETE"  # by which a shell asks for completions
 
 
@@ -88,7 +87,7 @@ def _print_completion(context: click.Context, parameter: click.Parameter, shell:
 )  # fmt: skip
 @click.version_option(pipeline.__version__, message="pipeline %(version)s", help="Print the version.")
 @click.option(
-    "--show-completion", metavar="SHELL", type=click.Choice(SHELLS), is_eager=True, expose_value=False,
+    "--show-completion", metavar="SHELL", type=click.Choice(["bash", "zsh", "fish"]), is_eager=True, expose_value=False,
     callback=_print_completion, help="Print the completion script of bash, zsh or fish.",
 )  # fmt: skip
 def app() -> None:

@@ -9,7 +9,7 @@ from click.shell_completion import CompletionItem
 
 from pipeline import launch, log
 from pipeline.cli.command import PATH, Argument, Command, write_lines
-from pipeline.config.keys import KEYS, SECTIONS, Config, help_rows
+from pipeline.config.keys import KEYS, SECTIONS, help_rows
 from pipeline.config.load import DEFAULT_CONFIG, config_from_arguments, load_config, preset_files
 from pipeline.config.other_names import did_you_mean, keys_for
 from pipeline.errors import UserError
@@ -48,16 +48,6 @@ def config_arguments(arguments: Sequence[str], resume: str | None) -> list[str]:
     return [*arguments, *([] if resume is None else [f"checkpoint.resume={resume}"])]
 
 
-def config_of(arguments: list[str]) -> Config:
-    """The config of a run. Where it has faults, the first rank reports them for all."""
-    try:
-        return config_from_arguments(arguments)
-    except UserError:
-        if launch.rank():  # it read the same arguments as rank 0
-            launch.leave_to_first()
-        raise
-
-
 def key_hint(error: click.NoSuchOption) -> str:
     """What to type for an option that `train` does not have, where it is the name of a config key;
     else nothing.
@@ -92,7 +82,12 @@ def train(
     Each process of torchrun, or task of srun, is a rank. A run that was stopped or killed is
     resumed by the same command.
     """
-    config = config_of(config_arguments(arguments, resume))
+    try:
+        config = config_from_arguments(config_arguments(arguments, resume))
+    except UserError:
+        if launch.rank():  # it read the same arguments as rank 0
+            launch.leave_to_first()
+        raise
     if print_run_dir:
         click.echo(config.run_dir.absolute())
         return

@@ -65,16 +65,13 @@ def _contradictions(config: Config) -> list[str]:
     if 0 < optimizer.lr < optimizer.min_lr:
         faults.append(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
     if 0 < schedule.decay_steps < schedule.warmup_steps:
-        faults.append(
-            f"schedule.warmup_steps={schedule.warmup_steps} is above schedule.decay_steps={schedule.decay_steps}"
-        )
+        warmup, decay = schedule.warmup_steps, schedule.decay_steps
+        faults.append(f"schedule.warmup_steps={warmup} is above schedule.decay_steps={decay}")
     if config.eval.sample_prompt and not config.eval.every_steps:
         faults.append("eval.sample_prompt needs evaluations, and eval.every_steps=0 turns them off")
     resume = config.checkpoint.resume
     if resume not in ("auto", "must", "never") and not CHECKPOINT_NAME.fullmatch(resume):
         faults.append(f"checkpoint.resume={resume!r}: expected auto, must, never or a name such as step_00001000")
-    if config.run.name and not RUN_NAME.fullmatch(config.run.name):
-        faults.append(
-            f"run.name={config.run.name!r}: expected letters, digits, '.', '_' and '-', at most 64 characters"
-        )
+    if (name := config.run.name) and not RUN_NAME.fullmatch(name):
+        faults.append(f"run.name={name!r}: expected letters, digits, '.', '_' and '-', at most 64 characters")
     return faults

@@ -173,9 +173,7 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {section.name: section.type for section in fields(Config)}  # type: ignore[misc]
-KEYS: dict[str, Any] = {
-    f"{section}.{entry.name}": entry for section, kind in SECTIONS.items() for entry in fields(kind)
-}
+KEYS: dict[str, Any] = {f"{name}.{entry.name}": entry for name, kind in SECTIONS.items() for entry in fields(kind)}
 
 
 def help_rows(section: str) -> Iterator[tuple[str, str]]:

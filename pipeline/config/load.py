@@ -119,14 +119,13 @@ def find_config(name_or_path: str) -> Path:
         return presets[name_or_path.removesuffix(".toml")]
     meant = preset_for(name_or_path, presets)
     hint = f" (did you mean {meant}?)" if meant else ""
-    if path.is_file():
-        names = translated(path.read_text(encoding="utf-8", errors="replace"))
-        raise UserError(
-            f"{path} is a Python config, as nanoGPT has them, which is not run{hint}: write its values as "
-            f"section.key=value, or into a TOML file ({names})"
-        )
+    if not path.is_file():
+        known = ", ".join(presets)
+        raise UserError(f"no config {name_or_path!r}{hint}: expected a TOML file or one of the presets {known}")
+    names = translated(path.read_text(encoding="utf-8", errors="replace"))
     raise UserError(
-        f"no config {name_or_path!r}{hint}: expected a TOML file or one of the presets {', '.join(presets)}"
+        f"{path} is a Python config, as nanoGPT has them, which is not run{hint}: write its values as "
+        f"section.key=value, or into a TOML file ({names})"
     )
 
 

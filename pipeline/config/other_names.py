@@ -1,58 +1,17 @@
-"""What other programs call our keys, presets and models: for "did you mean", and for the table in
-README.md.
-
-Only names that differ from ours are listed: `n_layer` is `model.n_layer`, and is found without a
-table.
-"""
+"""What other programs call our keys, presets and models (other_names.toml), for "did you mean"."""
 
 import ast
 import difflib
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.config.keys import KEYS
 
-NANOGPT = {
-    "out_dir": "run.dir", "wandb_run_name": "run.name", "eval_interval": "eval.every_steps",
-    "eval_iters": "eval.batches", "log_interval": "log.every_steps", "batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.tokens_per_step", "max_iters": "train.max_steps",
-    "learning_rate": "optimizer.lr", "beta1": "optimizer.betas", "beta2": "optimizer.betas",
-    "warmup_iters": "schedule.warmup_steps", "lr_decay_iters": "schedule.decay_steps", "decay_lr": "optimizer.min_lr",
-}  # fmt: skip
-# Of Hugging Face's TrainingArguments and model configs, and of LitGPT.
-OTHERS = {
-    "output_dir": "run.dir", "run_name": "run.name", "per_device_train_batch_size": "train.micro_batch_size",
-    "global_batch_size": "train.tokens_per_step", "num_train_epochs": "train.max_steps", "steps": "train.max_steps",
-    "optim": "optimizer.name", "adam_beta1": "optimizer.betas", "adam_beta2": "optimizer.betas",
-    "max_grad_norm": "optimizer.grad_clip", "max_norm": "optimizer.grad_clip", "lr_scheduler_type": "schedule.kind",
-    "lr_warmup_steps": "schedule.warmup_steps", "eval_steps": "eval.every_steps",
-    "save_steps": "checkpoint.every_steps", "save_interval": "checkpoint.every_steps",
-    "save_total_limit": "checkpoint.keep", "resume_from_checkpoint": "checkpoint.resume",
-    "logging_steps": "log.every_steps", "bf16": "run.dtype", "fp16": "run.dtype", "precision": "run.dtype",
-    "torch_compile": "run.compile", "gradient_checkpointing": "model.activation_checkpointing",
-    "num_hidden_layers": "model.n_layer", "num_attention_heads": "model.n_head", "hidden_size": "model.n_embd",
-    "n_positions": "model.block_size", "n_ctx": "model.block_size", "max_position_embeddings": "model.block_size",
-    "context_length": "model.block_size", "resid_pdrop": "model.dropout", "tie_word_embeddings": "model.tie_weights",
-    "model_name_or_path": "model.init_from", "initial_checkpoint_dir": "model.init_from",
-}  # fmt: skip
-OTHER_NAMES = NANOGPT | OTHERS
-# What the value has to become, where it cannot be taken over.
-NOTES = {
-    **dict.fromkeys(("beta1", "beta2", "adam_beta1", "adam_beta2"), "[beta1, beta2]"),
-    **dict.fromkeys(
-        ("gradient_accumulation_steps", "global_batch_size"), "sequences of a step over all ranks x block_size"
-    ),
-    **dict.fromkeys(("bf16", "fp16", "precision"), "float32, bfloat16 or float16"),
-    "decay_lr": "equal to optimizer.lr for a constant rate",
-    "num_train_epochs": "epochs x tokens of the dataset / train.tokens_per_step",
-    "torch_compile": "on", "gradient_checkpointing": "block",
-}  # fmt: skip
-PRESETS = {
-    "gpt2": "gpt2-124m", "gpt2-small": "gpt2-124m", "gpt2-medium": "gpt2-350m", "gpt2-large": "gpt2-774m",
-    "gpt2-xl": "gpt2-1558m", "train-gpt2": "gpt2-124m", "train-shakespeare-char": "shakespeare-char",
-    "shakespeare": "shakespeare-char",
-}  # fmt: skip
-HUB_MODELS = {name: f"hf:openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+NANOGPT: dict[str, str] = _TABLES["nanogpt"]
+OTHER_NAMES: dict[str, str] = NANOGPT | _TABLES["others"]
+NOTES, PRESETS, HUB_MODELS = _TABLES["notes"], _TABLES["presets"], _TABLES["hub_models"]
 
 
 def keys_for(name: str) -> list[str]:

@@ -7,7 +7,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,15 +30,11 @@ NETWORK_SETTINGS = ("NCCL_", "GLOO_", "TORCH_")
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among the ranks. `local_rank` and `local_size`: among those on this machine."""
+class World(Placement):
+    """This process among the ranks, with its device, and what the ranks exchange small values in."""
 
-    rank: int
-    size: int
-    local_size: int
-    device: torch.device
-    local_rank: int = 0
-    store: Store | None = None
+    device: torch.device = field(kw_only=True)
+    store: Store | None = field(default=None, kw_only=True)
 
     @property
     def is_first(self) -> bool:
@@ -118,17 +114,12 @@ def start(device_name: str) -> World:
     device = _own_device(device_name, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return World(
-        rank=place.rank, size=place.size, local_size=place.local_size, local_rank=place.local_rank, device=device,
-        store=_join(place, device) if place.size > 1 else None,
-    )  # fmt: skip
+    return World(**vars(place), device=device, store=_join(place, device) if place.size > 1 else None)
 
 
 def _join(place: Placement, device: torch.device) -> Store:
     if device.type == "mps":
-        raise UserError(
-            f"mps supports one process, found {place.size} ranks: use run.device=cpu, or start without torchrun"
-        )
+        raise UserError(f"mps supports one process, found {place.size} ranks: use run.device=cpu, or one process")
     backend = "nccl" if device.type == "cuda" else "gloo"
     settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(NETWORK_SETTINGS)]
     if settings:
