@@ -5,8 +5,8 @@ network.
 from pipeline.errors import UserError
 from prepare.encoding.vocabulary import check_name, learns_from_corpus, open_vocabulary
 from prepare.sources.hub import fetch_hub
+from prepare.sources.local import Shakespeare
 from prepare.sources.names import hub_source
-from prepare.sources.pinned import Shakespeare
 from prepare.storage.files import is_url, shown
 
 
@@ -23,7 +23,7 @@ def run(source: str, tokenizer: str) -> dict[str, str]:
     if hub := hub_source(source):
         fetch_hub(hub)
     elif source == "shakespeare":
-        _ = Shakespeare().path
+        _ = Shakespeare(text_field="").path
     elif is_url(source):
         raise UserError(f"{shown(source)} is not a dataset of the Hub: download it with any tool and name the file")
     else:

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import UserError
 from prepare.encoding.vocabulary import check_name
 from prepare.unfinished.journal import Share
+
+# Recorded in the manifest: a dataset prepared with others of these is another dataset.
+DETERMINE_BYTES = ("tokenizer", "text_field", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup")
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,8 @@ def _task_faults(options: PrepareOptions) -> Iterator[str]:
 
 def choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
     """The options that determine the bytes of the dataset."""
-    return {
-        "tokenizer": check_name(options.tokenizer),
-        "text_field": options.text_field,
-        "val_fraction": fraction,
-        "shard_tokens": options.shard_tokens,
-        "limit_docs": options.limit_docs,
-        "seed": options.seed,
-        "dedup": options.dedup,
-    }
+    chosen = replace(options, tokenizer=check_name(options.tokenizer), val_fraction=fraction)
+    return {name: getattr(chosen, name) for name in DETERMINE_BYTES}
 
 
 def default_fraction(file_bytes: int | None) -> float:

@@ -39,9 +39,7 @@ def run(options: PrepareOptions) -> Path:
     dataset = dataset_folder(options)
     corpus = open_corpus(options.sources, options.text_field, dataset)
     with Workers(options.workers or available_cores()) as workers:
-        preparation = Preparation(
-            options=options, share=share, corpus=corpus, journal=Journal(dataset), workers=workers
-        )
+        preparation = Preparation(options, share, corpus, journal=Journal(dataset), workers=workers)
         if preparation.journal.is_publishing():  # a kill interrupted it after all work was done
             with one_writer(dataset):
                 preparation.journal.finish_publishing()

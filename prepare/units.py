@@ -47,7 +47,6 @@ class LongDocument(Protocol):
         """Its UTF-8 text from the beginning, on every call, in blocks that may end inside a
         character.
         """
-        ...
 
 
 Document = bytes | LongDocument | Refused
@@ -57,15 +56,12 @@ class Unit(Protocol):
     @property
     def size(self) -> int:
         """Bytes of text, as near as they are known before reading."""
-        ...
 
     def documents(self) -> Iterator[tuple[int, Document]]:
         """Each document with its position, for `locate`. Bytes are valid UTF-8, and may be empty."""
-        ...
 
     def locate(self, position: int) -> str:
         """The position of a document in words: a file, and the byte or row in it."""
-        ...
 
 
 class Item(Protocol):
@@ -78,15 +74,12 @@ class Item(Protocol):
         """Bytes of text, as near as they are known before reading: for progress, and to share the
         work.
         """
-        ...
 
     def units(self) -> Iterator[Unit]:
         """The same units in the same order every time."""
-        ...
 
     def locate(self, position: int) -> str:
         """As `locate` of its units."""
-        ...
 
 
 # The number of workers must not matter here: parts, and so a resumed preparation, are numbered by

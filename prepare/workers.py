@@ -72,6 +72,4 @@ class Workers:
 
 def available_cores() -> int:
     """The cores this process may use: under SLURM fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -39,9 +39,7 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
             "the corpus is empty: no source has a document with text in it" + (f" ({reasons})" if reasons else "")
         )
     rule = find_rule(parts, tokenizer, plan.options["val_fraction"], duplicates)
-    assembly = Assembly(
-        parts=journal.folder, folder=journal.staged, vocab_size=tokenizer.vocab_size, rule=rule, duplicates=duplicates
-    )
+    assembly = Assembly(journal.folder, journal.staged, tokenizer.vocab_size, rule=rule, duplicates=duplicates)
     layouts = lay_out_shards(parts, assembly, plan.options["shard_tokens"])
     shards = _write_shards(assembly, layouts, workers)
     # The last moment at which a change of a source would make the dataset differ from what its

@@ -11,18 +11,8 @@ from prepare.units import LONG_BYTES, STDIN_SPOOL, Document, OneUnit, utf8
 
 
 @dataclass(frozen=True)
-class FileText:
-    """A file as a long document; a compressed one is decompressed each time it is read."""
-
-    path: str
-
-    def blocks(self) -> Iterator[bytes]:
-        return text_blocks(self.path)
-
-
-@dataclass(frozen=True)
 class TextFile(OneUnit):
-    """A file that is one document."""
+    """A file that is one document; a long one is read, and decompressed, each time it is needed."""
 
     path: str
     size: int
@@ -32,9 +22,12 @@ class TextFile(OneUnit):
         for block in text_blocks(self.path):
             held += block
             if len(held) > LONG_BYTES:
-                yield 0, FileText(self.path)
+                yield 0, self
                 return
         yield 0, utf8(bytes(held))
+
+    def blocks(self) -> Iterator[bytes]:
+        return text_blocks(self.path)
 
     def locate(self, position: int) -> str:
         return shown(self.path)

@@ -29,16 +29,8 @@ REFUSED = "refused by the tokenizer"
 ENDS_ANYWHERE = ("char", "byte")
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A document that is in the part, and what the manifest reports as unusual about it."""
-
-    unusual: str | None = None
-
-
-# Made once: nearly every document gives the first.
-AS_USUAL = Kept()
-SPLIT_INSIDE_WORD = Kept("cut inside a word")
+# What is unusual about a document that is kept.
+SPLIT_INSIDE_WORD = "cut inside a word"
 
 
 @dataclass(frozen=True)
@@ -91,8 +83,8 @@ class UnitEncoder:
                 if isinstance(result, Refused):
                     report(summary.skipped, result.reason, job.work.locate(position))
                     continue
-                if result.unusual:
-                    report(summary.unusual, result.unusual, job.work.locate(position))
+                if result:
+                    report(summary.unusual, result, job.work.locate(position))
                 kept += 1
                 if kept == job.limit:
                     break
@@ -102,7 +94,8 @@ class UnitEncoder:
             writer.discard()
             raise
 
-    def _write(self, document: Document, writer: PartWriter) -> Kept | Refused:
+    def _write(self, document: Document, writer: PartWriter) -> str | Refused | None:
+        """Why the document is skipped, or what is unusual about it; None for nearly every one."""
         if isinstance(document, Refused):
             return document
         if not isinstance(document, bytes) or len(document) > PIECE_CHARACTERS:
@@ -116,9 +109,9 @@ class UnitEncoder:
         except ValueError:
             return Refused(REFUSED)
         writer.end_document(len(document), xxhash.xxh3_128_digest(document, self._seed))
-        return AS_USUAL
+        return None
 
-    def _write_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> Kept | Refused:
+    def _write_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> str | Refused | None:
         digest = xxhash.xxh3_128(seed=self._seed)
         size = 0
 
@@ -142,7 +135,7 @@ class UnitEncoder:
             return Refused(EMPTY)
         writer.end_document(size, digest.digest())
         same_ids = count == 1 or self._tokenizer.name in ENDS_ANYWHERE or (all_safe and self._ends_with_words)
-        return AS_USUAL if same_ids else SPLIT_INSIDE_WORD
+        return None if same_ids else SPLIT_INSIDE_WORD
 
 
 def encode(arguments: tuple[EncodingOptions, UnitJob]) -> Summary:

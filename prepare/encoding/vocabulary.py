@@ -19,7 +19,7 @@ from pipeline.vocabulary.specs import TIKTOKEN_NAMES, unknown_name
 from pipeline.vocabulary.tokenizer import END_OF_TEXT, JSON_FILE, Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 from prepare.encoding.pieces import blocks_of, pieces
-from prepare.storage.assets import assets
+from prepare.storage.files import assets
 from prepare.units import Item, Refused
 
 # The 256 bytes and end-of-text; five times the largest vocabulary in use.

@@ -74,10 +74,8 @@ class _Missing:
 
 
 def _encode_missing(journal: Journal, plan: Plan, missing: _Missing, workers: Workers, *, use_gigatoken: bool) -> None:
-    seed, spec = plan.options["seed"], plan.tokenizer
-    options = EncodingOptions(
-        tokenizer=spec, parts=journal.folder, vocabulary=journal.staged, seed=seed, use_gigatoken=use_gigatoken
-    )
+    seed = plan.options["seed"]
+    options = EncodingOptions(plan.tokenizer, journal.folder, journal.staged, seed=seed, use_gigatoken=use_gigatoken)
     total = None if missing.total_bytes is None else missing.total_bytes / 1e6
     documents = tokens = 0
     with ProgressReport("encode", total, "MB", done=missing.done_bytes / 1e6) as progress:

@@ -14,9 +14,8 @@ from typing import Any
 from pipeline.errors import UserError
 from prepare.sources.hub import open_hub
 from prepare.sources.items import Source
-from prepare.sources.local import Stdin, open_files, open_stdlib
+from prepare.sources.local import Shakespeare, Stdin, open_files, open_stdlib
 from prepare.sources.names import SOURCE_KINDS, did_you_mean, hub_source
-from prepare.sources.pinned import Shakespeare
 from prepare.sources.remote import RemoteFiles, list_remote
 from prepare.storage.files import is_url
 from prepare.units import STDIN_SPOOL, Item, unit_bytes
@@ -76,12 +75,12 @@ def _open_source(source: str, text_field: str, folder: Path) -> Source:
     if source == "stdlib":
         return open_stdlib(text_field)
     if source == "shakespeare":
-        return Shakespeare()
+        return Shakespeare(text_field)
     if source == "-":
         return Stdin(text_field, folder / STDIN_SPOOL)
     # A file:// URL is read as the path it holds: it can be hashed, and needs no fsspec.
     if is_url(source) and not source.startswith("file://"):
-        return RemoteFiles(source, list_remote(source), text_field)
+        return RemoteFiles(text_field, source, list_remote(source))
     found = open_files(source.removeprefix("file://"), text_field)
     if found is None:
         raise UserError(

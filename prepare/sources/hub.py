@@ -20,39 +20,38 @@ from pipeline.errors import UserError, one_line
 from pipeline.files import write_atomic
 from pipeline.log import ProgressReport, logger
 from prepare.documents.parquet import MOST_ROWS
-from prepare.sources.items import Source, SourceFile, items_of
-from prepare.storage.assets import assets
+from prepare.sources.items import Source
+from prepare.storage.files import assets
 from prepare.units import NULL, SMALLEST_UNIT_BYTES, Item, Refused, Texts, encoded, grouped, no_field, no_text
 
 
 @dataclass(frozen=True)
+class HubName:
+    """A dataset of the Hub: as the user typed it, or with its config and commit."""
+
+    repository: str
+    config: str | None
+    revision: str | None
+
+
+@dataclass(frozen=True)
 class HubParquet(Source):
-    """Parquet files of a Hub repository in the local cache; `names` are their paths in the
-    repository.
-    """
+    """Parquet files in the local cache, by their paths in the repository."""
 
-    paths: list[Path]
-    names: list[str]
-    text_field: str
-    about: dict[str, Any]
-
-    def items(self, unit_bytes: int) -> list[Item]:
-        files = (SourceFile(str(path), path.stat().st_size) for path in self.paths)
-        return items_of(files, self.text_field, unit_bytes)
+    dataset: HubName
+    paths: dict[str, Path]
 
     def files(self) -> list[Path]:
-        return self.paths
+        return list(self.paths.values())
 
     def stamps(self) -> dict[str, Any]:
-        return {
-            f"{self.about['repository']}/{name}": [self.about["revision"], path.stat().st_size]
-            for name, path in zip(self.names, self.paths, strict=True)
-        }
+        repository, revision = self.dataset.repository, self.dataset.revision
+        return {f"{repository}/{name}": [revision, path.stat().st_size] for name, path in self.paths.items()}
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         return [
-            {**self.about, "path": name, "bytes": path.stat().st_size, "hash": hash_of(path)}
-            for name, path in zip(self.names, self.paths, strict=True)
+            {**asdict(self.dataset), "path": name, "bytes": path.stat().st_size, "hash": hash_of(path)}
+            for name, path in self.paths.items()
         ]
 
 
@@ -62,9 +61,8 @@ class HubStream(Source):
     into units.
     """
 
+    dataset: HubName
     builder: Any
-    text_field: str
-    about: dict[str, Any]
 
     size = 0
 
@@ -72,28 +70,25 @@ class HubStream(Source):
         return [self]
 
     def units(self) -> Iterator[Texts]:
-        def size_of(text: bytes | Refused) -> int:
-            return len(text) if isinstance(text, bytes) else 0
-
         first = 0
-        for texts, size in grouped(self._texts(), size_of, SMALLEST_UNIT_BYTES, most=MOST_ROWS):
-            yield Texts(texts, size, source=self.about["repository"], first=first)
+        for texts, size in grouped(self._texts(), _text_bytes, SMALLEST_UNIT_BYTES, most=MOST_ROWS):
+            yield Texts(texts, size, source=self.dataset.repository, first=first)
             first += len(texts)
 
     def locate(self, position: int) -> str:
-        return f"{self.about['repository']} row {position}"
+        return f"{self.dataset.repository} row {position}"
 
     def file_bytes(self) -> int | None:
         return None
 
     def stamps(self) -> dict[str, Any]:
-        return {self.about["repository"]: self.about["revision"]}
+        return {self.dataset.repository: self.dataset.revision}
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
-        return [self.about]
+        return [asdict(self.dataset)]
 
     def _texts(self) -> Iterator[bytes | Refused]:
-        repository = self.about["repository"]
+        repository = self.dataset.repository
         try:
             for number, row in enumerate(self.builder.as_streaming_dataset(split="train"), start=1):
                 where = f"dataset {repository} row {number}"
@@ -109,11 +104,8 @@ class HubStream(Source):
             raise _hub_fault(repository, error) from None
 
 
-@dataclass(frozen=True)
-class HubName:
-    repository: str
-    config: str | None
-    revision: str | None
+def _text_bytes(text: bytes | Refused) -> int:
+    return len(text) if isinstance(text, bytes) else 0
 
 
 def parse_name(source: str) -> HubName:
@@ -128,63 +120,6 @@ class Unreachable(UserError):
     """The Hub could not be asked, or does not know the dataset; the cache may have it all the same."""
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The Parquet files of a train split at one commit: all that must be known of a dataset to find
-    it in the cache.
-
-    Kept there by what the user typed, so that an interrupted download is not taken for the complete
-    split.
-    """
-
-    repository: str
-    config: str
-    revision: str
-    files: list[str]
-
-    @staticmethod
-    def load(name: HubName) -> "Listing | None":
-        path = _listing_path(name.repository, name.config, name.revision)
-        try:
-            return Listing(**json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError):  # absent or damaged: the Hub knows it
-            return None
-
-    def save(self, name: HubName) -> None:
-        # A branch moves, so the commit is found by its hash as well; the same for a config that was
-        # not named.
-        content = json.dumps(asdict(self)).encode()
-        for config, revision in product({name.config, self.config}, {name.revision, self.revision}):
-            path = _listing_path(self.repository, config, revision)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, content)
-
-    def open(self, text_field: str) -> HubParquet:
-        """Downloads what the cache lacks. Raises UserError."""
-        from huggingface_hub import hf_hub_download
-
-        _quiet()
-        paths = []
-        with ProgressReport(f"download {self.repository}", total=len(self.files), unit="files") as report:
-            for file in self.files:
-                try:
-                    path = hf_hub_download(self.repository, file, repo_type="dataset", revision=self.revision)
-                except Exception as error:  # what the Hub, the network and the cache raise has no common kind
-                    raise UserError(
-                        f"{file} of dataset {self.repository} is not in the cache and could not be downloaded "
-                        f"({_cause(error)}): run pipeline fetch hf:{self.repository}:{self.config}@{self.revision} "
-                        "on a machine with a network"
-                    ) from None
-                paths.append(Path(path))
-                report.advance(1)
-        about = {"repository": self.repository, "config": self.config, "revision": self.revision}
-        return HubParquet(paths, self.files, text_field, about)
-
-
-def _listing_path(repository: str, config: str | None, revision: str | None) -> Path:
-    return assets() / "datasets" / quote(f"{repository}:{config or ''}@{revision or ''}.json", safe="")
-
-
 def open_hub(source: str, text_field: str) -> HubParquet | HubStream:
     """Parquet repositories become local files in Hugging Face's cache; any other kind is streamed
     through `datasets`.
@@ -192,36 +127,86 @@ def open_hub(source: str, text_field: str) -> HubParquet | HubStream:
     from huggingface_hub import constants
 
     name = parse_name(source)
-    known = Listing.load(name)
-    if known and name.revision == known.revision:  # a commit never changes, so the Hub need not be asked
-        return known.open(text_field)
-    if constants.HF_HUB_OFFLINE:
-        return known.open(text_field) if known else _open_snapshot(name, text_field)
+    known = _load_listing(name)
+
+    def cached() -> HubParquet | HubStream:
+        return _open_parquet(*known, text_field) if known else _open_snapshot(name, text_field)
+
+    # A commit never changes, so the Hub need not be asked for the files of one that is known.
+    if constants.HF_HUB_OFFLINE or (known and name.revision == known[0].revision):
+        return cached()
     try:
         return _open_online(name, text_field)
     except Unreachable as fault:
         logger.info("%s; looking in the cache", fault)
         try:
-            return known.open(text_field) if known else _open_snapshot(name, text_field)
+            return cached()
         except Unreachable:
             raise fault from None
 
 
-def _open_online(name: HubName, text_field: str) -> HubParquet | HubStream:
-    builder = _load_builder(name, name.repository)
-    urls = _train_files(builder, name.repository)
+def _load_listing(typed: HubName) -> tuple[HubName, list[str]] | None:
+    """What a name was resolved to, and the Parquet files of its train split: all that must be known
+    of a dataset to find it in the cache.
+    """
+    try:
+        listing = json.loads(_listing_path(typed).read_bytes())
+        return HubName(listing["repository"], listing["config"], listing["revision"]), listing["files"]
+    except (OSError, ValueError, TypeError, KeyError):  # absent or damaged: the Hub knows it
+        return None
+
+
+def _save_listing(typed: HubName, found: HubName, files: list[str]) -> None:
+    # By what the user typed; and, as a branch moves, by the commit; the same for a config that was
+    # not named.
+    content = json.dumps({**asdict(found), "files": files}).encode()
+    for config, revision in product({typed.config, found.config}, {typed.revision, found.revision}):
+        path = _listing_path(HubName(found.repository, config, revision))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+
+
+def _listing_path(name: HubName) -> Path:
+    file = f"{name.repository}:{name.config or ''}@{name.revision or ''}.json"
+    return assets() / "datasets" / quote(file, safe="")
+
+
+def _open_parquet(name: HubName, files: list[str], text_field: str) -> HubParquet:
+    """Downloads what the cache lacks. Raises UserError."""
+    from huggingface_hub import hf_hub_download
+
+    _quiet()
+    paths = {}
+    with ProgressReport(f"download {name.repository}", total=len(files), unit="files") as report:
+        for file in files:
+            try:
+                path = hf_hub_download(name.repository, file, repo_type="dataset", revision=name.revision)
+            except Exception as error:  # what the Hub, the network and the cache raise has no common kind
+                raise UserError(
+                    f"{file} of dataset {name.repository} is not in the cache and could not be downloaded "
+                    f"({_cause(error)}): run pipeline fetch hf:{name.repository}:{name.config}@{name.revision} "
+                    "on a machine with a network"
+                ) from None
+            paths[file] = Path(path)
+            report.advance(1)
+    return HubParquet(text_field, name, paths)
+
+
+def _open_online(typed: HubName, text_field: str) -> HubParquet | HubStream:
+    builder, urls = _load_builder(typed, typed.repository)
     # `datasets` resolves a branch to its commit: hf://datasets/ORG/NAME@COMMIT/data/train-0.parquet
-    found = [re.fullmatch("hf://datasets/[^@]+@([0-9a-f]{40})/(.+)", url) for url in urls]
-    commit = found[0][1] if found[0] else name.revision
-    if commit and all(found) and all(url.endswith(".parquet") for url in urls):
-        listing = Listing(name.repository, builder.config.name, commit, files=[each[2] for each in found if each])
-        listing.save(name)  # before the download: if that is interrupted, the list says what is missing
-        return listing.open(text_field)
-    about = {"repository": name.repository, "config": builder.config.name, "revision": commit}
-    return HubStream(builder, text_field, about)
+    parts = [re.fullmatch("hf://datasets/[^@]+@([0-9a-f]{40})/(.+)", url) for url in urls]
+    name = HubName(typed.repository, builder.config.name, parts[0][1] if parts[0] else typed.revision)
+    if not name.revision or not all(parts) or not all(url.endswith(".parquet") for url in urls):
+        return HubStream(text_field, name, builder)
+    files = [each[2] for each in parts if each]
+    # Before the download: if that is interrupted, the list says what is missing, and the files that
+    # are there are not taken for the complete split.
+    _save_listing(typed, name, files)
+    return _open_parquet(name, files, text_field)
 
 
-def _open_snapshot(name: HubName, text_field: str) -> HubParquet | HubStream:
+def _open_snapshot(typed: HubName, text_field: str) -> HubParquet | HubStream:
     """What another program, such as `hf download`, brought into the cache.
 
     Raises Unreachable if it did not.
@@ -230,21 +215,19 @@ def _open_snapshot(name: HubName, text_field: str) -> HubParquet | HubStream:
 
     _quiet()
     try:
-        found = snapshot_download(name.repository, repo_type="dataset", revision=name.revision, local_files_only=True)
-    except Exception as error:  # as in Listing.open
+        found = snapshot_download(typed.repository, repo_type="dataset", revision=typed.revision, local_files_only=True)
+    except Exception as error:  # as in _open_parquet
         raise Unreachable(
-            f"dataset {name.repository} is not complete in Hugging Face's cache ({_cause(error)}): "
-            f"run pipeline fetch hf:{name.repository} on a machine with a network"
+            f"dataset {typed.repository} is not complete in Hugging Face's cache ({_cause(error)}): "
+            f"run pipeline fetch hf:{typed.repository} on a machine with a network"
         ) from None
     root = Path(found).resolve()
-    logger.info("%s: using the copy in the cache, %s", name.repository, root)
-    builder = _load_builder(HubName(name.repository, name.config, None), str(root))
-    urls = _train_files(builder, name.repository)
-    about = {"repository": name.repository, "config": builder.config.name, "revision": root.name}
+    logger.info("%s: using the copy in the cache, %s", typed.repository, root)
+    builder, urls = _load_builder(HubName(typed.repository, typed.config, None), str(root))
+    name = HubName(typed.repository, builder.config.name, root.name)
     if not all(url.endswith(".parquet") for url in urls):
-        return HubStream(builder, text_field, about)
-    names = [Path(url).relative_to(root).as_posix() for url in urls]
-    return HubParquet([Path(url) for url in urls], names, text_field, about)
+        return HubStream(text_field, name, builder)
+    return HubParquet(text_field, name, {Path(url).relative_to(root).as_posix(): Path(url) for url in urls})
 
 
 def fetch_hub(source: str) -> None:
@@ -255,23 +238,16 @@ def fetch_hub(source: str) -> None:
 
     found = open_hub(source, text_field="")
     if isinstance(found, HubStream):
-        repository, revision = found.about["repository"], found.about["revision"]
+        name = found.dataset
         try:
-            snapshot_download(repository, repo_type="dataset", revision=revision)
-        except Exception as error:  # as in Listing.open
-            raise _hub_fault(repository, error) from None
+            snapshot_download(name.repository, repo_type="dataset", revision=name.revision)
+        except Exception as error:  # as in _open_parquet
+            raise _hub_fault(name.repository, error) from None
 
 
-def _train_files(builder: Any, repository: str) -> list[str]:
-    data_files = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
-    if not data_files.get("train"):
-        raise UserError(f"dataset {repository} has no split 'train', its splits are: {', '.join(data_files)}")
-    return data_files["train"]
-
-
-def _load_builder(name: HubName, path: str) -> Any:
-    """What `datasets` knows of the data files in a repository, which `path` names, or in its local
-    copy there.
+def _load_builder(name: HubName, path: str) -> tuple[Any, list[str]]:
+    """The reader that `datasets` chooses for a repository, or for its local copy at `path`, and the
+    files of its train split.
     """
     try:
         import datasets
@@ -282,9 +258,13 @@ def _load_builder(name: HubName, path: str) -> Any:
         datasets.disable_progress_bars()
     _quiet()
     try:
-        return datasets.load_dataset_builder(path, name=name.config, revision=name.revision)
+        builder = datasets.load_dataset_builder(path, name=name.config, revision=name.revision)
     except Exception as error:  # datasets lets through what the Hub, the network and its parsers raise
         raise _hub_fault(name.repository, error) from None
+    files = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+    if not files.get("train"):
+        raise UserError(f"dataset {name.repository} has no split 'train', its splits are: {', '.join(files)}")
+    return builder, files["train"]
 
 
 def _quiet() -> None:

@@ -1,5 +1,8 @@
-"""Sources on this machine: files, folders and globs of them, the standard library, and stdin."""
+"""Sources that are files of this machine: files, folders and globs of them, the standard library, a
+copy of stdin, and Tiny Shakespeare in Hugging Face's cache.
+"""
 
+import hashlib
 import json
 import os
 import sys
@@ -12,12 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
-from pipeline.files import hash_bytes, hash_file
+from pipeline.files import hash_bytes, hash_file, write_atomic
 from prepare.documents.lines import split_lines
 from prepare.formats import READABLE, format_of
-from prepare.sources.items import Source, SourceFile, items_of
+from prepare.sources.items import Source
 from prepare.sources.names import is_glob
 from prepare.storage.compressed import BYTE_ORDER_MARK
+from prepare.storage.files import StoredFile, assets, blocks
 from prepare.units import BLOCK_BYTES, Item
 
 Name = TypeVar("Name", str, Path)
@@ -27,6 +31,13 @@ MOST_FILES_LISTED = 1000
 # Left out of the corpus `stdlib`: installed packages, tests, and folders of tables or that differ
 # between versions.
 STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
+# Pinned by its commit and its content.
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
+    "/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE_BYTES = 1_115_394
 
 
 @dataclass(frozen=True)
@@ -37,13 +48,8 @@ class Files(Source):
     """
 
     paths: list[Path]
-    text_field: str
     root: Path | None = None
     about: dict[str, Any] = field(default_factory=dict)
-
-    def items(self, unit_bytes: int) -> list[Item]:
-        files = (SourceFile(str(path), path.stat().st_size) for path in self.paths)
-        return items_of(files, self.text_field, unit_bytes)
 
     def files(self) -> list[Path]:
         return self.paths
@@ -61,6 +67,7 @@ class Files(Source):
         return [{"path": str(self.root), **self.about, **total}]
 
 
+@dataclass(frozen=True)
 class Stdin(Source):
     """Standard input, kept in a file so that it can be read more than once, and by several
     processes.
@@ -69,8 +76,7 @@ class Stdin(Source):
     a document.
     """
 
-    def __init__(self, text_field: str, spool: Path) -> None:
-        self.text_field, self.spool = text_field, spool
+    spool: Path
 
     def items(self, unit_bytes: int) -> list[Item]:
         with self._spooled.open("rb") as file:  # opening it reads stdin to its end
@@ -95,19 +101,50 @@ class Stdin(Source):
         return self.spool
 
 
+@dataclass(frozen=True)
+class Shakespeare(Source):
+    """Tiny Shakespeare, downloaded when it is first needed."""
+
+    def stored(self) -> list[StoredFile]:
+        return [StoredFile(str(self.path), SHAKESPEARE_BYTES)]
+
+    def file_bytes(self) -> int:
+        return SHAKESPEARE_BYTES
+
+    def stamps(self) -> dict[str, Any]:
+        return {"shakespeare": SHAKESPEARE_SHA256}
+
+    def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
+        about = {"path": "shakespeare", "url": SHAKESPEARE_URL}
+        return [{**about, "bytes": SHAKESPEARE_BYTES, "sha256": SHAKESPEARE_SHA256}]
+
+    @cached_property
+    def path(self) -> Path:
+        # Hashed on every use (a few ms), so a damaged copy is replaced and not trained on.
+        path = assets() / "shakespeare" / "input.txt"
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
+            return path
+        content = b"".join(blocks(SHAKESPEARE_URL))
+        if (found := hashlib.sha256(content).hexdigest()) != SHAKESPEARE_SHA256:
+            raise UserError(f"{SHAKESPEARE_URL} changed: its SHA-256 is {found}, expected {SHAKESPEARE_SHA256}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+        return path
+
+
 def open_files(source: str, text_field: str) -> Files | None:
     """The files that a path or a glob names; None if it is neither."""
     path = Path(source)
     if path.is_file():
         if not format_of(path.name):
             raise UserError(f"{source} has no known suffix: expected one of {READABLE}")
-        return Files([path], text_field)
+        return Files(text_field, [path])
     if path.is_dir():
-        return Files(readable(_walk(path), f"the folder {source}"), text_field, root=path)
+        return Files(text_field, readable(_walk(path), f"the folder {source}"), root=path)
     if is_glob(source):
         # Path.glob takes no absolute pattern.
         found = sorted(path for match in glob(source, recursive=True) if (path := Path(match)).is_file())  # noqa: PTH207
-        return Files(readable(found, f"the glob {source}"), text_field)
+        return Files(text_field, readable(found, f"the glob {source}"))
     return None
 
 
@@ -115,7 +152,7 @@ def open_stdlib(text_field: str) -> Files:
     root = Path(sysconfig.get_path("stdlib"))
     sources = [path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py"]
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    return Files(sources, text_field, root=root, about={"path": "stdlib", "python": python})
+    return Files(text_field, sources, root=root, about={"path": "stdlib", "python": python})
 
 
 def _walk(folder: Path, without: Set[str] = frozenset()) -> list[Path]:

@@ -13,11 +13,10 @@ from typing import Any
 
 from pipeline.errors import UserError, one_line
 from prepare.formats import READABLE, format_of
-from prepare.sources.items import Source, SourceFile, items_of
+from prepare.sources.items import Source
 from prepare.sources.local import readable
 from prepare.sources.names import is_glob
-from prepare.storage.files import Remote, describe, filesystem, is_web, name_of, reading, remote_file, shown
-from prepare.units import Item
+from prepare.storage.files import StoredFile, describe, filesystem, is_web, name_of, reading, remote_file, shown
 
 
 @dataclass(frozen=True)
@@ -25,27 +24,22 @@ class RemoteFiles(Source):
     """The files that a URL named when the corpus was opened."""
 
     source: str
-    remotes: list[Remote]
-    text_field: str
+    remotes: list[StoredFile]
 
-    def items(self, unit_bytes: int) -> list[Item]:
-        files = (SourceFile(remote.url, remote.size, remote.ranges) for remote in self.remotes)
-        return items_of(files, self.text_field, unit_bytes)
-
-    def file_bytes(self) -> int:
-        return sum(remote.size for remote in self.remotes)
+    def stored(self) -> list[StoredFile]:
+        return self.remotes
 
     def stamps(self) -> dict[str, Any]:
-        return {shown(remote.url): [remote.size, remote.etag] for remote in self.remotes}
+        return {shown(file.path): [file.size, file.etag] for file in self.remotes}
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         """Raises UserError if the files changed since the corpus was opened."""
         if list_remote(self.source) != self.remotes:
             raise UserError(f"{shown(self.source)} changed while it was read: prepare it again")
-        return [{"path": shown(remote.url), "bytes": remote.size, "etag": remote.etag} for remote in self.remotes]
+        return [{"path": shown(file.path), "bytes": file.size, "etag": file.etag} for file in self.remotes]
 
 
-def list_remote(source: str) -> list[Remote]:
+def list_remote(source: str) -> list[StoredFile]:
     """The readable files that a URL names, sorted: the file, those below the folder, or those that
     a glob matches.
     """

@@ -28,13 +28,26 @@ EXTRAS = {"s3": "s3", "s3a": "s3"}
 
 
 @dataclass(frozen=True)
-class Remote:
-    """What a server reports of a file. Without `ranges` it can only be read from its beginning."""
+class StoredFile:
+    """A path or URL, and what is known of the file before it is read; `etag` is the server's.
 
-    url: str
+    Without `ranges`, which some web servers do not serve, it can only be read from its beginning.
+    """
+
+    path: str
     size: int
-    etag: str | None
-    ranges: bool
+    etag: str | None = None
+    ranges: bool = True
+
+
+def assets() -> Path:
+    """The folder in Hugging Face's cache for what does not come from the Hub.
+
+    It moves with HF_HOME and HF_ASSETS_CACHE, as all of the cache does; it may not exist yet.
+    """
+    from huggingface_hub import constants
+
+    return Path(constants.HF_ASSETS_CACHE) / "gpt-pipeline"
 
 
 def is_url(source: str) -> bool:
@@ -87,7 +100,7 @@ def blocks(path: str, begin: int = 0, end: int | None = None) -> Iterator[bytes]
             begin += len(block)
 
 
-def describe(url: str) -> Remote:
+def describe(url: str) -> StoredFile:
     """Raises OSError where there is no such file."""
     if is_web(url):
         return _describe_web(url)
@@ -95,10 +108,10 @@ def describe(url: str) -> Remote:
     return remote_file(url, _with_retries(url, lambda: system.info(name)))
 
 
-def remote_file(url: str, info: dict[str, Any]) -> Remote:
+def remote_file(url: str, info: dict[str, Any]) -> StoredFile:
     known = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "updated", "mtime")
     etag = next((str(info[key]).strip('"') for key in known if info.get(key)), None)
-    return Remote(url, int(info.get("size") or 0), etag, ranges=True)
+    return StoredFile(url, int(info.get("size") or 0), etag)
 
 
 def is_web(url: str) -> bool:
@@ -137,9 +150,6 @@ class _RangeFile(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = offset + (0, self._at, self._size)[whence]
@@ -213,7 +223,7 @@ def _web_range(url: str) -> Callable[[int, int], bytes]:
     return lambda begin, end: bytes(_answer("GET", url, headers={"Range": f"bytes={begin}-{end - 1}"}).content)
 
 
-def _describe_web(url: str) -> Remote:
+def _describe_web(url: str) -> StoredFile:
     """By a request for its first byte: URLs signed for GET refuse HEAD, and only an answer proves
     that ranges work.
     """
@@ -223,7 +233,7 @@ def _describe_web(url: str) -> Remote:
     total = headers.get("Content-Range", "").rpartition("/")[2]
     ranges = answer.status_code == PARTIAL_CONTENT and total.isdecimal()
     size = int(total) if ranges else int(headers.get("Content-Length", 0))
-    return Remote(url, size if answer.ok else 0, etag and etag.strip('"'), ranges)
+    return StoredFile(url, size if answer.ok else 0, etag and etag.strip('"'), ranges)
 
 
 def _web_stream(url: str) -> BinaryIO:

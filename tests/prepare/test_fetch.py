@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.vocabulary.byte_pair import GPT2_RANKS
 from prepare import fetch
 from prepare.run import PrepareOptions, run
-from prepare.sources import pinned
+from prepare.sources import local
 from prepare.storage import files as storage
 
 
@@ -213,11 +213,11 @@ def test_shakespeare_is_known_by_its_content(tmp_path: Path, assets: Path, monke
     monkeypatch.setattr(storage, "PAUSES_S", ())
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
         Thread(target=server.serve_forever, args=(0.01,)).start()
-        monkeypatch.setattr(pinned, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
+        monkeypatch.setattr(local, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
         with pytest.raises(UserError, match=r"input\.txt changed: its SHA-256 is \w+, expected 86c4e6aa"):
             documents(tmp_path, "shakespeare")
         sha256 = hashlib.sha256(text.encode()).hexdigest()
-        monkeypatch.setattr(pinned, "SHAKESPEARE_SHA256", sha256)
+        monkeypatch.setattr(local, "SHAKESPEARE_SHA256", sha256)
         fetch.run("shakespeare", "gpt2")
         server.shutdown()
     assert documents(tmp_path, "shakespeare") == [text]
