@@ -18,9 +18,8 @@ import numpy.typing as npt
 import orjson
 
 from pipeline.config.keys import Config
-from pipeline.dataset.order import Samples
 from pipeline.dataset.shards import Manifest, TokenReader, load_manifest
-from pipeline.dataset.windows import Loader, Windows
+from pipeline.dataset.windows import Loader, Samples, Windows
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes
 from pipeline.vocabulary.specs import check_same_vocabulary
