@@ -7,8 +7,8 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import check_types, read_limited
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
-from pipeline.vocabulary.char_byte_word import ByteTokenizer, CharTokenizer, WordTokenizer, read_words
-from pipeline.vocabulary.tokenizer import JSON_FILE, MAX_VOCABULARY_BYTES, RANKS_FILE, WORDS_FILE, Tokenizer
+from pipeline.vocabulary.char_byte_word import WORDS_FILE, ByteTokenizer, CharTokenizer, WordTokenizer, read_words
+from pipeline.vocabulary.tokenizer import JSON_FILE, MAX_VOCABULARY_BYTES, RANKS_FILE, Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 
 TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
