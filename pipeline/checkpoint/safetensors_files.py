@@ -55,9 +55,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         # A plain name: an index must not lead out of its folder.
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name)):
-            raise UserError(
-                f"{folder / INDEX} names the file {str(name)[:80]!r}, expected names of .safetensors next to it"
-            )
+            raise UserError(f"{folder / INDEX} names the file {str(name)[:80]!r}, expected .safetensors next to it")
         if not (folder / name).is_file():
             raise UserError(f"{folder / INDEX} names {name}, which does not exist: copy the folder again")
     return [folder / name for name in names]

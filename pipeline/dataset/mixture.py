@@ -132,13 +132,9 @@ def check_compatible(sources: list[Source]) -> None:
         )
         same = first_with.setdefault(source.manifest.fingerprint, source.folder)
         if same is not source.folder:
-            raise UserError(
-                f"data.mixture has {same} and {source.folder}, which hold the same tokens: list it once, with one weight"
-            )
+            raise UserError(f"data.mixture has {same} and {source.folder}, which hold the same tokens: list it once")
         if not source.turns:
-            raise UserError(
-                f"data.mixture gives {source.name!r} less than one sample in {PERIOD:,}: raise its weight, or remove it"
-            )
+            raise UserError(f"data.mixture gives {source.name!r} less than one sample in {PERIOD:,}: raise its weight")
 
 
 def apportion(weights: list[float]) -> list[int]:

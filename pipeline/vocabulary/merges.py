@@ -85,18 +85,14 @@ def read_ranks(table: bytes) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            shown = line[:40].decode(errors="replace")
-            raise UserError(
-                f"the .tiktoken file has the line {shown!r}: expected a base64 token and its rank"
-            ) from None
+            text = line[:40].decode(errors="replace")
+            raise UserError(f"the .tiktoken file has the line {text!r}: expected a base64 token and its rank") from None
     ids = set(ranks.values())
     if len(ids) != len(lines) or min(ids, default=0) < 0 or max(ids, default=0) >= MAX_IDS:
         raise UserError(f"the .tiktoken file has a token or rank twice, or a rank that is not in 0 .. {MAX_IDS - 1}")
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise UserError(
-            f"the .tiktoken file has no token for byte 0x{missing[0]:02x}: expected one for each of the 256"
-        )
+    absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if absent:
+        raise UserError(f"the .tiktoken file has no token for byte 0x{absent[0]:02x}: expected one for each of the 256")
     if _are_too_long(ranks):
         raise UserError(f"the .tiktoken file has tokens of up to {max(map(len, ranks)):,} bytes: expected shorter ones")
     return dict(sorted(ranks.items(), key=lambda item: item[1]))

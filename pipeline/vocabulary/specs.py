@@ -56,10 +56,8 @@ def check_same_vocabulary(
     )
     # A vocabulary that was learned, or read from a file, is in the folder; its name alone would not
     # find it.
-    tokenizer = expected["name"] if expected["name"] in ("gpt2", "byte") else of
-    raise UserError(
-        f"{dataset} has the vocabulary {found}, but {of} has {wanted}: prepare the text with --tokenizer {tokenizer}"
-    )
+    name = expected["name"] if expected["name"] in ("gpt2", "byte") else of
+    raise UserError(f"{dataset} has the vocabulary {found}, but {of} has {wanted}: prepare with --tokenizer {name}")
 
 
 def vocabulary_file(name: str) -> str | None:
