@@ -50,9 +50,7 @@ def find_model_folder(name: str) -> Path:
     if name.startswith("hf:"):
         return _hub_folder(name)
     if not Path(name).is_dir():
-        raise UserError(
-            f"no checkpoint at {name}{hub_hint(name)}: expected a checkpoint folder, hf:ORG/NAME, latest or best"
-        )
+        raise UserError(f"no checkpoint at {name}{hub_hint(name)}: expected a folder, hf:ORG/NAME, latest or best")
     return Path(name)
 
 
@@ -60,9 +58,9 @@ def _hub_folder(name: str) -> Path:
     parts = _HUB_NAME.fullmatch(name)
     if parts is None or ".." in name:
         raise UserError(f"invalid Hub model {name!r}: expected hf:ORG/NAME[@REVISION], such as hf:gpt2")
-    repository, revision = parts["repository"], parts["revision"]
+    repo, revision = parts["repository"], parts["revision"]
     try:
-        return _snapshot(repository, revision, cached=False)
+        return _snapshot(repo, revision, cached=False)
     except Exception as error:  # the Hub, the network and the cache each raise their own kinds
         cause = error.__cause__ or error
     # A full disk has nothing to do with the Hub: its own line says what to do.
@@ -70,31 +68,26 @@ def _hub_folder(name: str) -> Path:
         raise cause
     reason = f"{type(cause).__name__}: {one_line(cause)[:MOST_CAUSE_CHARACTERS]}"
     try:
-        folder = _snapshot(repository, revision, cached=True)
+        folder = _snapshot(repo, revision, cached=True)
     except Exception:
         raise UserError(
-            f"model {repository} is not in the cache and could not be downloaded ({reason}): "
-            f"check its name and the network, or fetch it with: hf download {repository}"
+            f"model {repo} is not in the cache and could not be downloaded ({reason}): "
+            f"check its name and the network, or fetch it with: hf download {repo}"
         ) from None
     # An interrupted download leaves a snapshot with some of its files.
     if not any(folder.glob("model*.safetensors")):
-        raise UserError(
-            f"the download of {repository} is incomplete, its weights are missing ({reason}): fix that first"
-        )
+        raise UserError(f"the download of {repo} is incomplete, its weights are missing ({reason}): fix that first")
     logger.info("%s could not be downloaded (%s); using the cached files", name, reason)
     return folder
 
 
-def _snapshot(repository: str, revision: str | None, cached: bool) -> Path:
-    import huggingface_hub
+def _snapshot(repo: str, revision: str | None, cached: bool) -> Path:
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     # Its warnings about retries would repeat what the final error says.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     if not sys.stderr.isatty():
         disable_progress_bars()
-    return Path(
-        huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=cached
-        )
-    )
+    folder = snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=cached)
+    return Path(folder)

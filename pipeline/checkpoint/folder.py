@@ -22,9 +22,9 @@ import orjson
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 import pipeline
-from pipeline.checkpoint.convert import to_folder
 from pipeline.checkpoint.layouts import layout_of
 from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer
 from pipeline.checkpoint.safetensors_files import WEIGHTS
@@ -172,6 +172,37 @@ def write_model(
     (folder / CONFIG).write_bytes(dump_json(document))
     for name, content in (tokenizer_files(tokenizer) | tokenizer.files()).items():
         (folder / name).write_bytes(content)
+
+
+# ---- a parameter in the model <-> its tensor in the folder ----
+
+
+def to_folder(model: LanguageModel, name: str, tensor: Tensor) -> Tensor:
+    """A parameter, or a tensor of its shape such as one of Adam's moments, as the folder stores it:
+    complete, so all ranks must call this where it is sharded.
+    """
+    layout, tensor = layout_of(model.config), whole(tensor.detach())
+    if name in layout.vocabulary_rows:
+        tensor = tensor[: model.vocab_size]
+    elif name.endswith(layout.transposed):
+        tensor = tensor.t()
+    # safetensors stores no strides.
+    return tensor.contiguous()
+
+
+def from_folder(model: LanguageModel, name: str, stored: Tensor) -> Tensor:
+    """The inverse of `to_folder`, padding rows zero. Rows that the folder has beyond the model's
+    vocabulary, or beyond its block size, are dropped.
+    """
+    layout = layout_of(model.config)
+    if name in layout.vocabulary_rows:
+        return pad(stored[: model.vocab_size], (0, 0, 0, model.padded_vocab_size - model.vocab_size))
+    if name in layout.position_rows:
+        return stored[: model.config.block_size]
+    return stored.t() if name.endswith(layout.transposed) else stored
+
+
+# ---- files and descriptions ----
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor], **options: Any) -> None:

@@ -75,7 +75,5 @@ def check_options(document: dict[str, Any], options: dict[str, tuple[Any, ...]],
         found = document.get(name, values[0])
         # 1 == True == 1.0 in Python, but not to Hugging Face.
         if not any(found == value and type(found) is type(value) for value in values):
-            expected = " or ".join(map(repr, values))
-            raise UserError(
-                f"{path} has {name}={reprlib.repr(found)}, expected {expected}: nothing else is implemented"
-            )
+            known = " or ".join(map(repr, values))
+            raise UserError(f"{path} has {name}={reprlib.repr(found)}, expected {known}: nothing else is implemented")

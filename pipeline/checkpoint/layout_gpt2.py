@@ -16,14 +16,10 @@ HEAD = "lm_head.weight"
 POSITIONS = "transformer.wpe.weight"
 # What config.json may say besides sizes.
 _OPTIONS: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (LAYER_NORM_EPSILON,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "quantization_config": (None,),
-    "tie_word_embeddings": (True, False),
-}
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (LAYER_NORM_EPSILON,),
+    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    "quantization_config": (None,), "tie_word_embeddings": (True, False),
+}  # fmt: skip
 
 
 class GPT2Layout(Layout):
@@ -36,25 +32,16 @@ class GPT2Layout(Layout):
 
     def config_json(self, config: ModelConfig, vocab_size: int, end_of_text: int, dtype: str) -> dict[str, Any]:
         return {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": self.model_type,
-            "vocab_size": vocab_size,
-            "n_positions": config.block_size,
-            "n_embd": config.n_embd,
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
+            "architectures": ["GPT2LMHeadModel"], "model_type": self.model_type,
+            "vocab_size": vocab_size, "n_positions": config.block_size,
+            "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head,
             "n_inner": None,  # stands for 4 n_embd
             "activation_function": "gelu_new",
-            "embd_pdrop": config.dropout,
-            "attn_pdrop": config.dropout,
-            "resid_pdrop": config.dropout,
-            "layer_norm_epsilon": LAYER_NORM_EPSILON,
-            "initializer_range": INIT_STD,
-            "tie_word_embeddings": config.tie_weights,
-            "bos_token_id": end_of_text,
-            "eos_token_id": end_of_text,
+            "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "resid_pdrop": config.dropout,
+            "layer_norm_epsilon": LAYER_NORM_EPSILON, "initializer_range": INIT_STD,
+            "tie_word_embeddings": config.tie_weights, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
             "dtype": dtype,
-        }
+        }  # fmt: skip
 
     def model_config(self, document: dict[str, Any], path: str) -> tuple[ModelConfig, int]:
         check_options(document, _OPTIONS, path)

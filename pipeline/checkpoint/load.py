@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.convert import from_folder
-from pipeline.checkpoint.folder import TRAINING_STATE
+from pipeline.checkpoint.folder import TRAINING_STATE, from_folder
 from pipeline.checkpoint.layouts import layout_of
 from pipeline.checkpoint.open import OpenModel, open_model, open_weights
 from pipeline.checkpoint.safetensors_files import Stored, check_tensors, open_tensors

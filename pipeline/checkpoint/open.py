@@ -60,9 +60,8 @@ def open_model(folder: Path, verify: bool = True) -> OpenModel:
         tokenizer = _foreign_tokenizer(folder, vocab_rows)
     else:
         raise UserError(f"{folder} is not a checkpoint: it has neither {DESCRIPTION} nor a Hugging Face {CONFIG}")
-    return OpenModel(
-        folder, config, tokenizer, tensors=open_weights(folder, config, vocab_rows), description=description
-    )
+    tensors = open_weights(folder, config, vocab_rows)
+    return OpenModel(folder, config, tokenizer, tensors=tensors, description=description)
 
 
 def open_weights(folder: Path, config: ModelConfig, vocab_rows: int) -> dict[str, Stored]:
@@ -108,8 +107,6 @@ def _foreign_tokenizer(folder: Path, rows: int) -> Tokenizer:
             f"{MOST_PADDING_ROWS} more; the files are of different models"
         )
     if padding:
-        logger.info(
-            "%s: %d rows beyond its vocabulary of %d tokens are left out", folder, padding, tokenizer.vocab_size
-        )
+        logger.info("%s: %d rows beyond its vocabulary of %d tokens are ignored", folder, padding, tokenizer.vocab_size)
     # By content: under its published name it matches datasets prepared with it.
     return BytePairTokenizer("gpt2") if is_gpt2(tokenizer) else tokenizer

@@ -37,9 +37,7 @@ def pointed_folder(checkpoints: Path, pointer: str) -> Path | None:
     """
     folder = read_pointer(checkpoints, pointer)
     if folder is not None and not folder.is_dir():
-        raise UserError(
-            f"{checkpoints / pointer} names {folder.name}, which does not exist: write the name of a folder next to it"
-        )
+        raise UserError(f"{checkpoints / pointer} names {folder.name}, which does not exist: name a folder next to it")
     return folder
 
 

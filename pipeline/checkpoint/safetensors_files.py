@@ -15,6 +15,7 @@ import orjson
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipeline.checkpoint.layout import Shapes
 from pipeline.errors import UserError
 from pipeline.files import read_limited
 
@@ -55,9 +56,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         # A plain name: an index must not lead out of its folder.
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name)):
-            raise UserError(
-                f"{folder / INDEX} names the file {str(name)[:80]!r}, expected names of .safetensors next to it"
-            )
+            raise UserError(f"{folder / INDEX} names the file {str(name)[:80]!r}, expected .safetensors next to it")
         if not (folder / name).is_file():
             raise UserError(f"{folder / INDEX} names {name}, which does not exist: copy the folder again")
     return [folder / name for name in names]
@@ -84,9 +83,7 @@ def open_tensors(files: Iterable[Path], rename: Callable[[str], str] = str) -> d
     return stored
 
 
-def check_tensors(
-    where: Path, expected: dict[str, tuple[int, ...]], found: dict[str, Stored], ignored: Collection[str] = ()
-) -> None:
+def check_tensors(where: Path, expected: Shapes, found: dict[str, Stored], ignored: Collection[str] = ()) -> None:
     """Raises UserError unless `found` is what is expected, in shape and type, and nothing else but
     `ignored`.
     """
@@ -94,12 +91,8 @@ def check_tensors(
     faults = {
         "missing": sorted(expected.keys() - found.keys()),
         "unknown": sorted(found.keys() - expected.keys() - set(ignored)),
-        "of another shape": [
-            f"{name} is {tensor.shape}, expected {shape}" for name, tensor, shape in pairs if tensor.shape != shape
-        ],
-        "not float32, bfloat16 or float16": [
-            f"{name} is {tensor.dtype}" for name, tensor, _ in pairs if tensor.dtype not in READABLE
-        ],
+        "of another shape": [f"{name} is {t.shape}, expected {shape}" for name, t, shape in pairs if t.shape != shape],
+        "not float32, bfloat16 or float16": [f"{name} is {t.dtype}" for name, t, _ in pairs if t.dtype not in READABLE],
     }
     listed = [
         f"{fault}: {', '.join(names[:MOST_LISTED])}{' ...' if len(names) > MOST_LISTED else ''}"

@@ -102,9 +102,7 @@ def token_count(path: Path, program: str) -> int:
         why = f"{ID_BYTES} an id"
     wanted = HEADER_BYTES[program] + ID_BYTES * tokens
     if found != wanted:
-        raise UserError(
-            f"{path} has {found} bytes, expected {wanted} ({why}): it is truncated or damaged, fetch it again"
-        )
+        raise UserError(f"{path} has {found} bytes, expected {wanted} ({why}): truncated or damaged, fetch it again")
     if not tokens:
         raise UserError(f"{path} holds no ids: fetch or write it again")
     return tokens

@@ -18,9 +18,8 @@ import numpy.typing as npt
 import orjson
 
 from pipeline.config.keys import Config
-from pipeline.dataset.order import Samples
 from pipeline.dataset.shards import Manifest, TokenReader, load_manifest
-from pipeline.dataset.windows import Loader, Windows
+from pipeline.dataset.windows import Loader, Samples, Windows
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes
 from pipeline.vocabulary.specs import check_same_vocabulary
@@ -133,13 +132,9 @@ def check_compatible(sources: list[Source]) -> None:
         )
         same = first_with.setdefault(source.manifest.fingerprint, source.folder)
         if same is not source.folder:
-            raise UserError(
-                f"data.mixture has {same} and {source.folder}, which hold the same tokens: list it once, with one weight"
-            )
+            raise UserError(f"data.mixture has {same} and {source.folder}, which hold the same tokens: list it once")
         if not source.turns:
-            raise UserError(
-                f"data.mixture gives {source.name!r} less than one sample in {PERIOD:,}: raise its weight, or remove it"
-            )
+            raise UserError(f"data.mixture gives {source.name!r} less than one sample in {PERIOD:,}: raise its weight")
 
 
 def apportion(weights: list[float]) -> list[int]:

@@ -20,7 +20,7 @@ from pipeline.vocabulary.tokenizer import TokenIds
 
 Positions = npt.NDArray[np.int64]
 Advance = Callable[[int], None]
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 BLOCK_BYTES = 1 << 20  # with its intermediate arrays it stays in a core's cache
 # numpy and xxhash release the interpreter's lock: one thread does about 1 GB/s, and few disks feed
@@ -62,9 +62,7 @@ class DocumentFinder:
         return self._start, self.position - self._start
 
 
-def each_shard(
-    shards: list[Shard], report: ProgressReport, work: Callable[[Shard, Advance], Result]
-) -> Iterator[Result]:
+def each_shard(shards: list[Shard], report: ProgressReport, work: Callable[[Shard, Advance], T]) -> Iterator[T]:
     """`work(shard, advance)` for every shard, in threads; results in the order of the shards.
 
     `work` calls `advance` with the size of each block it has done, which raises once the caller has

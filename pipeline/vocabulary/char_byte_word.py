@@ -9,17 +9,10 @@ import numpy.typing as npt
 
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes
-from pipeline.vocabulary.tokenizer import (
-    END_OF_TEXT,
-    UNKNOWN,
-    WORDS_FILE,
-    TokenIds,
-    TokenTable,
-    refuse_surrogates,
-    spec_of,
-    token_dtype,
-)
+from pipeline.vocabulary.tokenizer import END_OF_TEXT, TokenIds, TokenTable, refuse_surrogates, spec_of, token_dtype
 
+UNKNOWN = "<|unk|>"
+WORDS_FILE = "vocabulary.json"
 UNICODE_CODE_POINTS = 0x110000
 # A word with its combining marks (\p{M}), a newline, or any other character but a space.
 WORD_PATTERN = r"[\p{L}\p{M}\p{N}_]+|\n|[^\s\p{L}\p{M}\p{N}_]"

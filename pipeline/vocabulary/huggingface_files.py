@@ -10,13 +10,14 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.files import read_limited
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
-from pipeline.vocabulary.char_byte_word import WORD_PATTERN, ByteTokenizer, CharTokenizer, WordTokenizer
+from pipeline.vocabulary.char_byte_word import UNKNOWN, WORD_PATTERN, ByteTokenizer, CharTokenizer, WordTokenizer
 from pipeline.vocabulary.merges import PUBLISHED, Merges, merges_of, published_for, symbols
-from pipeline.vocabulary.tokenizer import END_OF_TEXT, JSON_FILE, MAX_VOCABULARY_BYTES, UNKNOWN, Tokenizer
+from pipeline.vocabulary.tokenizer import END_OF_TEXT, JSON_FILE, MAX_VOCABULARY_BYTES, Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer, json_fingerprint, vocabulary_in
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"  # GPT-2's two files, older than tokenizer.json
+Json = dict[str, Any]
 # End-of-text tokens to look for if the folder names none, those meant for whole documents first.
 END_OF_TEXT_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 
@@ -138,15 +139,10 @@ def _document_of_pairs(folder: Path) -> bytes:
     vocab, config = _next_to(folder / JSON_FILE, VOCAB_FILE), _next_to(folder / JSON_FILE, TOKENIZER_CONFIG)
     lines = read_limited(folder / MERGES_FILE, MAX_VOCABULARY_BYTES).decode(errors="replace").split("\n")
     pairs = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
-    special = [token for token in vocab if token in END_OF_TEXT_TOKENS or token == config.get("eos_token")]
-    document = {
-        "version": "1.0",
-        "added_tokens": [_added_token(token, vocab[token]) for token in special],
-        "pre_tokenizer": _byte_level(True) | {"add_prefix_space": bool(config.get("add_prefix_space", False))},
-        "decoder": _byte_level(True),
-        "model": {"type": "BPE", "vocab": vocab, "merges": pairs},
-    }
-    return json.dumps(document).encode()
+    special = {token: i for token, i in vocab.items() if token in (*END_OF_TEXT_TOKENS, config.get("eos_token"))}
+    model = {"type": "BPE", "vocab": vocab, "merges": pairs}
+    pre_tokenizer = _byte_level(True) | {"add_prefix_space": bool(config.get("add_prefix_space", False))}
+    return _tokenizer_json(special, model, pre_tokenizer, _byte_level(True))
 
 
 # ---- writing ----
@@ -174,13 +170,8 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
             content, about = _word_json(tokenizer), {"unk_token": UNKNOWN}
         case _:
             raise AssertionError(f"{tokenizer.name} cannot be written as a tokenizer.json")
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end_of_text,
-        "eos_token": end_of_text,
-        **about,
-        "clean_up_tokenization_spaces": False,
-    }
+    ends = {"bos_token": end_of_text, "eos_token": end_of_text}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **ends, **about, "clean_up_tokenization_spaces": False}
     return {JSON_FILE: content, TOKENIZER_CONFIG: json.dumps(config).encode()}
 
 
@@ -204,7 +195,7 @@ def _byte_level_json(tokenizer: Tokenizer, pre_tokenizer: dict[str, Any], ranks:
         "vocab": {**{symbols(token): rank for token, rank in ranks.items()}, END_OF_TEXT: tokenizer.end_of_text},
         "merges": [[symbols(left), symbols(right)] for left, right in merges],
     }
-    return _tokenizer_json(tokenizer, model, pre_tokenizer, _byte_level(True))
+    return _tokenizer_json({END_OF_TEXT: tokenizer.end_of_text}, model, pre_tokenizer, _byte_level(True))
 
 
 def _char_json(tokenizer: CharTokenizer) -> bytes:
@@ -212,7 +203,7 @@ def _char_json(tokenizer: CharTokenizer) -> bytes:
     # The unknown token is not in the vocabulary, so that unknown characters are refused.
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": ""}
     split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-    return _tokenizer_json(tokenizer, model, split, {"type": "Fuse"})
+    return _tokenizer_json({END_OF_TEXT: tokenizer.end_of_text}, model, split, {"type": "Fuse"})
 
 
 def _word_json(tokenizer: WordTokenizer) -> bytes:
@@ -220,25 +211,15 @@ def _word_json(tokenizer: WordTokenizer) -> bytes:
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": UNKNOWN}
     # Inverted, what the pattern matches is kept, and the spaces between are removed.
     split = {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Removed", "invert": True}
-    return _tokenizer_json(tokenizer, model, split, {"type": "WordPiece", "prefix": "##", "cleanup": True})
+    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    return _tokenizer_json({END_OF_TEXT: tokenizer.end_of_text}, model, split, decoder)
 
 
-def _tokenizer_json(
-    tokenizer: Tokenizer, model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dict[str, Any]
-) -> bytes:
-    document = {
-        "version": "1.0",
-        "added_tokens": [_added_token(END_OF_TEXT, tokenizer.end_of_text)],
-        "pre_tokenizer": pre_tokenizer,
-        "decoder": decoder,
-        "model": model,
-    }
-    return json.dumps(document).encode()
-
-
-def _added_token(content: str, token_id: int) -> dict[str, Any]:
+def _tokenizer_json(special: dict[str, int], model: Json, pre_tokenizer: Json, decoder: Json) -> bytes:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": token_id, "content": content, "special": True, **flags}
+    added = [{"id": i, "content": token, "special": True, **flags} for token, i in special.items()]
+    parts = {"added_tokens": added, "pre_tokenizer": pre_tokenizer, "decoder": decoder, "model": model}
+    return json.dumps({"version": "1.0", **parts}).encode()
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:

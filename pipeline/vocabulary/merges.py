@@ -6,10 +6,12 @@ has for it, which `merges_of` finds out.
 """
 
 import base64
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ MAX_SQUARED_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Published:
-    """What belongs to one of OpenAI's rank tables.
+    """What belongs to one of OpenAI's rank tables (published.toml).
 
     `pattern` is tiktoken's; `plain` finds the same words in the regular expressions of Hugging
     Face's library too, where {1,3}+ repeats the group and $ matches at the end of a line.
@@ -41,32 +43,9 @@ class Published:
     vocab_size: int
 
 
-_O200K = (
-    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
-    r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
-    r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-)
-# vocab_size is tiktoken's n_vocab; in cl100k_base and o200k_base it counts ids that stand for
-# nothing.
 PUBLISHED = {
-    "gpt2": Published(
-        50_256,
-        # Radford et al. 2019, with possessive quantifiers: the same words, found faster.
-        r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
-        r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
-        end_of_text=50_256,
-        vocab_size=50_257,
-    ),
-    "cl100k_base": Published(
-        100_256,
-        r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
-        r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s""",
-        r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
-        r"""|\s+\z|\s*[\r\n]|\s+(?!\S)|\s""",
-        end_of_text=100_257,
-        vocab_size=100_277,
-    ),
-    "o200k_base": Published(199_998, _O200K, _O200K, end_of_text=199_999, vocab_size=200_019),
+    name: Published(**fields)
+    for name, fields in tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8")).items()
 }
 
 # In tokenizer.json files since Llama 3. At the end of a text it splits a newline from the spaces
@@ -106,18 +85,14 @@ def read_ranks(table: bytes) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            shown = line[:40].decode(errors="replace")
-            raise UserError(
-                f"the .tiktoken file has the line {shown!r}: expected a base64 token and its rank"
-            ) from None
+            text = line[:40].decode(errors="replace")
+            raise UserError(f"the .tiktoken file has the line {text!r}: expected a base64 token and its rank") from None
     ids = set(ranks.values())
     if len(ids) != len(lines) or min(ids, default=0) < 0 or max(ids, default=0) >= MAX_IDS:
         raise UserError(f"the .tiktoken file has a token or rank twice, or a rank that is not in 0 .. {MAX_IDS - 1}")
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise UserError(
-            f"the .tiktoken file has no token for byte 0x{missing[0]:02x}: expected one for each of the 256"
-        )
+    absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if absent:
+        raise UserError(f"the .tiktoken file has no token for byte 0x{absent[0]:02x}: expected one for each of the 256")
     if _are_too_long(ranks):
         raise UserError(f"the .tiktoken file has tokens of up to {max(map(len, ranks)):,} bytes: expected shorter ones")
     return dict(sorted(ranks.items(), key=lambda item: item[1]))

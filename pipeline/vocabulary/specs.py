@@ -7,8 +7,8 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import check_types, read_limited
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
-from pipeline.vocabulary.char_byte_word import ByteTokenizer, CharTokenizer, WordTokenizer, read_words
-from pipeline.vocabulary.tokenizer import JSON_FILE, MAX_VOCABULARY_BYTES, RANKS_FILE, WORDS_FILE, Tokenizer
+from pipeline.vocabulary.char_byte_word import WORDS_FILE, ByteTokenizer, CharTokenizer, WordTokenizer, read_words
+from pipeline.vocabulary.tokenizer import JSON_FILE, MAX_VOCABULARY_BYTES, RANKS_FILE, Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 
 TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
@@ -56,10 +56,8 @@ def check_same_vocabulary(
     )
     # A vocabulary that was learned, or read from a file, is in the folder; its name alone would not
     # find it.
-    tokenizer = expected["name"] if expected["name"] in ("gpt2", "byte") else of
-    raise UserError(
-        f"{dataset} has the vocabulary {found}, but {of} has {wanted}: prepare the text with --tokenizer {tokenizer}"
-    )
+    name = expected["name"] if expected["name"] in ("gpt2", "byte") else of
+    raise UserError(f"{dataset} has the vocabulary {found}, but {of} has {wanted}: prepare with --tokenizer {name}")
 
 
 def vocabulary_file(name: str) -> str | None:

@@ -17,11 +17,10 @@ import numpy.typing as npt
 from pipeline.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-UNKNOWN = "<|unk|>"
 
 # Of a file that is read into memory: twice the largest tokenizer.json in use.
 MAX_VOCABULARY_BYTES = 1 << 26
-RANKS_FILE, JSON_FILE, WORDS_FILE = "vocabulary.tiktoken", "tokenizer.json", "vocabulary.json"
+RANKS_FILE, JSON_FILE = "vocabulary.tiktoken", "tokenizer.json"
 
 TokenIds = npt.NDArray[np.unsignedinteger[Any]]
 

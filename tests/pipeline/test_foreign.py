@@ -72,7 +72,7 @@ IDS = ids_of(2)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (put(TRAIN, llm_c(IDS)[:-2]), f"{TRAIN} has 1182 bytes, expected 1184 (its header says 80 ids): it is truncated"),
+        (put(TRAIN, llm_c(IDS)[:-2]), f"{TRAIN} has 1182 bytes, expected 1184 (its header says 80 ids): truncated or damaged"),
         (put(TRAIN, llm_c(IDS) + b"1"), f"{TRAIN} has 1185 bytes, expected 1184 (its header says 80 ids)"),
         (put(TRAIN, llm_c(IDS)[:700]), f"{TRAIN} has 700 bytes, expected 1184 (its header says 80 ids)"),
         (put(TRAIN, llm_c(IDS[:0])), f"{TRAIN} holds no ids"),
@@ -94,7 +94,7 @@ def test_llm_cs_shards_that_are_not_whole_are_refused(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (put("train.bin", IDS.tobytes()[:-1]), "train.bin has 159 bytes, expected 158 (2 an id): it is truncated"),
+        (put("train.bin", IDS.tobytes()[:-1]), "train.bin has 159 bytes, expected 158 (2 an id): truncated or damaged"),
         (put("val.bin", b""), "val.bin holds no ids"),
         (put("val.bin", llm_c(IDS)), "mixes formats: val.bin has llm.c's header, train.bin has none"),
         (put("val.bin", b"\x93NUMPY\x01\x00 more"), "val.bin is a NumPy .npy file, expected bare uint16 ids"),

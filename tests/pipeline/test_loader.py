@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from conftest import write_shard
 
-from pipeline.dataset.order import permute
 from pipeline.dataset.shards import Manifest, TokenReader
-from pipeline.dataset.windows import Loader, check_length, evaluation_starts, windows_at
+from pipeline.dataset.windows import Loader, check_length, evaluation_starts, permute, windows_at
 from pipeline.errors import UserError
 
 

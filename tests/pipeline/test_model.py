@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.budget import parameters
-from pipeline.checkpoint.convert import from_folder, to_folder
+from pipeline.checkpoint.folder import from_folder, to_folder
 from pipeline.checkpoint.layout_gpt2 import GPT2Layout
 from pipeline.config.keys import ModelConfig
 from pipeline.config.load import load_config

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pipeline.checkpoint.convert import to_folder
+from pipeline.checkpoint.folder import to_folder
 from pipeline.checkpoint.layout_gpt2 import GPT2Layout
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_config, write_dataset, write_documents
 
-from pipeline.checkpoint.convert import to_folder
+from pipeline.checkpoint.folder import to_folder
 from pipeline.checkpoint.layout_gpt2 import GPT2Layout
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
