@@ -8,6 +8,7 @@ from prepare.sources.hub import fetch_hub
 from prepare.sources.local import Shakespeare
 from prepare.sources.names import hub_source
 from prepare.storage.files import is_url, shown
+from prepare.units import Reading
 
 
 def run(source: str, tokenizer: str) -> dict[str, str]:
@@ -23,7 +24,7 @@ def run(source: str, tokenizer: str) -> dict[str, str]:
     if hub := hub_source(source):
         fetch_hub(hub)
     elif source == "shakespeare":
-        _ = Shakespeare(text_field="").path
+        _ = Shakespeare(Reading()).path
     elif is_url(source):
         raise UserError(f"{shown(source)} is not a dataset of the Hub: download it with any tool and name the file")
     else:

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.errors import UserError
 from prepare.encoding.vocabulary import check_name
 from prepare.unfinished.journal import Share
+from prepare.units import Reading
 
 # Recorded in the manifest: a dataset prepared with others of these is another dataset.
 DETERMINE_BYTES = ("tokenizer", "text_field", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup")
@@ -29,6 +30,10 @@ class PrepareOptions:
     task_id: int | None = None
     tasks: int | None = None
     force: bool = False
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.text_field)
 
 
 def check(options: PrepareOptions) -> Share:

@@ -24,7 +24,7 @@ from prepare.sources.local import stamped_hash
 from prepare.sources.names import default_name, hub_source, is_named
 from prepare.storage.files import is_url
 from prepare.unfinished.journal import Journal, Plan, tasks_of
-from prepare.units import STDIN_SPOOL
+from prepare.units import STDIN_SPOOL, Reading
 from prepare.workers import Workers, available_cores
 
 # Hashing releases the interpreter lock; two threads keep up with a disk and leave the cores to the
@@ -37,7 +37,7 @@ def run(options: PrepareOptions) -> Path:
     started = time.monotonic()
     share = check(options)
     dataset = dataset_folder(options)
-    corpus = open_corpus(options.sources, options.text_field, dataset)
+    corpus = open_corpus(options.sources, options.reading, dataset)
     with Workers(options.workers or available_cores()) as workers:
         preparation = Preparation(options, share, corpus, journal=Journal(dataset), workers=workers)
         if preparation.journal.is_publishing():  # a kill interrupted it after all work was done
@@ -62,7 +62,7 @@ def merge(dataset: Path, workers: int | None = None) -> None:
         return
     # The sources are named relative to the folder in which the tasks ran.
     with one_writer(dataset), chdir(plan.working_folder), Workers(workers or available_cores()) as pool:
-        corpus = open_corpus(plan.sources, plan.options["text_field"], dataset)
+        corpus = open_corpus(plan.sources, Reading(plan.options["text_field"]), dataset)
         _check_complete(journal, plan)
         finish(journal, plan, corpus, pool)
 
@@ -84,7 +84,7 @@ def check_before(options: PrepareOptions, tasks: int) -> Path:
     dataset = dataset_folder(options)
     local = [source for source in options.sources if not (hub_source(source) or is_named(source) or is_url(source))]
     if local:
-        open_corpus(local, options.text_field, dataset)
+        open_corpus(local, options.reading, dataset)
     return dataset
 
 

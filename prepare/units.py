@@ -34,6 +34,13 @@ LONE_SURROGATE = "lone surrogate"
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How the user wants the text of every source to be read."""
+
+    text_field: str = "text"
+
+
+@dataclass(frozen=True)
 class Refused:
     """A document that is skipped, counted and reported, such as one that is not UTF-8."""
 

@@ -148,5 +148,19 @@ def _summary_writer(folder: RunFolder, first_step: int) -> Any:
         how = "pip install tensorboard, or set log.tensorboard=false"
         logger.warning("tensorboard is not installed, so %s stays empty: %s", folder.tensorboard, how)
         return None
+    _wait_for_new_name(folder)
     # purge_step: TensorBoard hides what an earlier start wrote past the resumed step.
     return SummaryWriter(folder.tensorboard, purge_step=first_step + 1)
+
+
+def _wait_for_new_name(folder: RunFolder) -> None:
+    """Until a new event file's name sorts after the earlier ones: at most a second.
+
+    TensorBoard reads a folder's files in the order of their names, which begin with the second of
+    their creation. Of two of the same second the process numbers would decide, and the older file
+    could hide the newer one's steps.
+    """
+    seconds = [int(path.name.split(".")[3]) for path in folder.tensorboard.glob("events.out.tfevents.*")]
+    # A clock that was set back is not waited for.
+    if int(time.time()) in seconds:
+        time.sleep(1 - time.time() % 1)

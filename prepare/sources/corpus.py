@@ -18,7 +18,7 @@ from prepare.sources.local import Shakespeare, Stdin, open_files, open_stdlib
 from prepare.sources.names import SOURCE_KINDS, did_you_mean, hub_source
 from prepare.sources.remote import RemoteFiles, list_remote
 from prepare.storage.files import is_url
-from prepare.units import STDIN_SPOOL, Item, unit_bytes
+from prepare.units import STDIN_SPOOL, Item, Reading, unit_bytes
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Corpus:
         return [entry for source in self.sources for entry in source.record(hash_of)]
 
 
-def open_corpus(sources: list[str], text_field: str, folder: Path) -> Corpus:
+def open_corpus(sources: list[str], reading: Reading, folder: Path) -> Corpus:
     """Resolve what the user typed; `folder` keeps a copy of stdin.
 
     Raises UserError for what does not exist.
@@ -65,23 +65,23 @@ def open_corpus(sources: list[str], text_field: str, folder: Path) -> Corpus:
         raise UserError(f"no source given: expected {SOURCE_KINDS}")
     if sources.count("-") > 1:
         raise UserError("stdin (-) is given twice as a source: it can be read only once")
-    return Corpus([_open_source(source, text_field, folder) for source in sources])
+    return Corpus([_open_source(source, reading, folder) for source in sources])
 
 
-def _open_source(source: str, text_field: str, folder: Path) -> Source:
+def _open_source(source: str, reading: Reading, folder: Path) -> Source:
     hub = hub_source(source)
     if hub is not None:
-        return open_hub(hub, text_field)
+        return open_hub(hub, reading)
     if source == "stdlib":
-        return open_stdlib(text_field)
+        return open_stdlib(reading)
     if source == "shakespeare":
-        return Shakespeare(text_field)
+        return Shakespeare(reading)
     if source == "-":
-        return Stdin(text_field, folder / STDIN_SPOOL)
+        return Stdin(reading, folder / STDIN_SPOOL)
     # A file:// URL is read as the path it holds: it can be hashed, and needs no fsspec.
     if is_url(source) and not source.startswith("file://"):
-        return RemoteFiles(text_field, source, list_remote(source))
-    found = open_files(source.removeprefix("file://"), text_field)
+        return RemoteFiles(reading, source, list_remote(source))
+    found = open_files(source.removeprefix("file://"), reading)
     if found is None:
         raise UserError(
             f"no source {source!r}{did_you_mean(source)}: not a file, folder or named corpus; expected {SOURCE_KINDS}"

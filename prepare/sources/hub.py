@@ -22,7 +22,7 @@ from pipeline.log import ProgressReport, logger
 from prepare.documents.parquet import MOST_ROWS
 from prepare.sources.items import Source
 from prepare.storage.files import assets
-from prepare.units import NULL, SMALLEST_UNIT_BYTES, Item, Refused, Texts, encoded, grouped, no_field, no_text
+from prepare.units import NULL, SMALLEST_UNIT_BYTES, Item, Reading, Refused, Texts, encoded, grouped, no_field, no_text
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ class HubStream(Source):
         try:
             for number, row in enumerate(self.builder.as_streaming_dataset(split="train"), start=1):
                 where = f"dataset {repository} row {number}"
-                if self.text_field not in row:
-                    raise UserError(no_field(where, self.text_field, row))
-                text = row[self.text_field]
+                if self.reading.text_field not in row:
+                    raise UserError(no_field(where, self.reading.text_field, row))
+                text = row[self.reading.text_field]
                 if text is not None and not isinstance(text, str):
-                    raise UserError(no_text(where, self.text_field, text))
+                    raise UserError(no_text(where, self.reading.text_field, text))
                 yield Refused(NULL) if text is None else encoded(text)
         except UserError:
             raise
@@ -120,7 +120,7 @@ class Unreachable(UserError):
     """The Hub could not be asked, or does not know the dataset; the cache may have it all the same."""
 
 
-def open_hub(source: str, text_field: str) -> HubParquet | HubStream:
+def open_hub(source: str, reading: Reading) -> HubParquet | HubStream:
     """Parquet repositories become local files in Hugging Face's cache; any other kind is streamed
     through `datasets`.
     """
@@ -130,13 +130,13 @@ def open_hub(source: str, text_field: str) -> HubParquet | HubStream:
     known = _load_listing(name)
 
     def cached() -> HubParquet | HubStream:
-        return _open_parquet(*known, text_field) if known else _open_snapshot(name, text_field)
+        return _open_parquet(*known, reading) if known else _open_snapshot(name, reading)
 
     # A commit never changes, so the Hub need not be asked for the files of one that is known.
     if constants.HF_HUB_OFFLINE or (known and name.revision == known[0].revision):
         return cached()
     try:
-        return _open_online(name, text_field)
+        return _open_online(name, reading)
     except Unreachable as fault:
         logger.info("%s; looking in the cache", fault)
         try:
@@ -171,7 +171,7 @@ def _listing_path(name: HubName) -> Path:
     return assets() / "datasets" / quote(file, safe="")
 
 
-def _open_parquet(name: HubName, files: list[str], text_field: str) -> HubParquet:
+def _open_parquet(name: HubName, files: list[str], reading: Reading) -> HubParquet:
     """Downloads what the cache lacks. Raises UserError."""
     from huggingface_hub import hf_hub_download
 
@@ -189,24 +189,24 @@ def _open_parquet(name: HubName, files: list[str], text_field: str) -> HubParque
                 ) from None
             paths[file] = Path(path)
             report.advance(1)
-    return HubParquet(text_field, name, paths)
+    return HubParquet(reading, name, paths)
 
 
-def _open_online(typed: HubName, text_field: str) -> HubParquet | HubStream:
+def _open_online(typed: HubName, reading: Reading) -> HubParquet | HubStream:
     builder, urls = _load_builder(typed, typed.repository)
     # `datasets` resolves a branch to its commit: hf://datasets/ORG/NAME@COMMIT/data/train-0.parquet
     parts = [re.fullmatch("hf://datasets/[^@]+@([0-9a-f]{40})/(.+)", url) for url in urls]
     name = HubName(typed.repository, builder.config.name, parts[0][1] if parts[0] else typed.revision)
     if not name.revision or not all(parts) or not all(url.endswith(".parquet") for url in urls):
-        return HubStream(text_field, name, builder)
+        return HubStream(reading, name, builder)
     files = [each[2] for each in parts if each]
     # Before the download: if that is interrupted, the list says what is missing, and the files that
     # are there are not taken for the complete split.
     _save_listing(typed, name, files)
-    return _open_parquet(name, files, text_field)
+    return _open_parquet(name, files, reading)
 
 
-def _open_snapshot(typed: HubName, text_field: str) -> HubParquet | HubStream:
+def _open_snapshot(typed: HubName, reading: Reading) -> HubParquet | HubStream:
     """What another program, such as `hf download`, brought into the cache.
 
     Raises Unreachable if it did not.
@@ -226,8 +226,8 @@ def _open_snapshot(typed: HubName, text_field: str) -> HubParquet | HubStream:
     builder, urls = _load_builder(HubName(typed.repository, typed.config, None), str(root))
     name = HubName(typed.repository, builder.config.name, root.name)
     if not all(url.endswith(".parquet") for url in urls):
-        return HubStream(text_field, name, builder)
-    return HubParquet(text_field, name, {Path(url).relative_to(root).as_posix(): Path(url) for url in urls})
+        return HubStream(reading, name, builder)
+    return HubParquet(reading, name, {Path(url).relative_to(root).as_posix(): Path(url) for url in urls})
 
 
 def fetch_hub(source: str) -> None:
@@ -236,7 +236,7 @@ def fetch_hub(source: str) -> None:
     """
     from huggingface_hub import snapshot_download
 
-    found = open_hub(source, text_field="")
+    found = open_hub(source, Reading())
     if isinstance(found, HubStream):
         name = found.dataset
         try:

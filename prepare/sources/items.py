@@ -12,7 +12,7 @@ from prepare.documents.parquet import split_rows
 from prepare.documents.streams import Stream
 from prepare.formats import Format, compression_of, format_of
 from prepare.storage.files import StoredFile, name_of
-from prepare.units import Batch, Item, grouped
+from prepare.units import Batch, Item, Reading, grouped
 
 # English compresses to about a third: for progress, and to share the work.
 USUAL_EXPANSION = 3
@@ -22,7 +22,7 @@ USUAL_EXPANSION = 3
 class Source:
     """What the user named, as files; one of another kind overrides `items` and `file_bytes`."""
 
-    text_field: str
+    reading: Reading
 
     def files(self) -> list[Path]:
         """The local files whose hashes `record` needs."""
@@ -34,7 +34,7 @@ class Source:
 
     def items(self, unit_bytes: int) -> list[Item]:
         """The source in pieces, in order; their units hold about so much text."""
-        return items_of(self.stored(), self.text_field, unit_bytes)
+        return items_of(self.stored(), self.reading, unit_bytes)
 
     def file_bytes(self) -> int | None:
         """None for a stream."""
@@ -51,25 +51,25 @@ class Source:
         raise NotImplementedError
 
 
-def items_of(files: Iterable[StoredFile], text_field: str, unit_bytes: int) -> list[Item]:
+def items_of(files: Iterable[StoredFile], reading: Reading, unit_bytes: int) -> list[Item]:
     """The items of the files in their order; small neighbours share a unit."""
-    items = (item for file in files for item in _items(file, text_field, unit_bytes))
+    items = (item for file in files for item in _items(file, reading, unit_bytes))
     groups = grouped(items, lambda item: item.size, unit_bytes)
     return [group[0] if len(group) == 1 else Batch(group, size) for group, size in groups]
 
 
-def _items(file: StoredFile, text_field: str, unit_bytes: int) -> Iterator[Item]:
+def _items(file: StoredFile, reading: Reading, unit_bytes: int) -> Iterator[Item]:
     name = name_of(file.path)
     size = file.size * USUAL_EXPANSION if compression_of(name) else file.size
     match format_of(name):
         case Format.PARQUET:
-            yield from split_rows(file.path, file.size, text_field, unit_bytes)
+            yield from split_rows(file.path, file.size, reading.text_field, unit_bytes)
         case Format.TEXT:
             yield TextFile(file.path, size)
         # What can be read from any byte is split here, and its units read themselves; the rest is a
         # stream.
         case Format.JSON_LINES if file.ranges and not compression_of(name):
-            yield from split_lines(file.path, file.size, text_field, unit_bytes)
+            yield from split_lines(file.path, file.size, reading.text_field, unit_bytes)
         case format:
             assert format is not None  # only readable files come here
-            yield Stream(file.path, format, text_field, size)
+            yield Stream(file.path, format, reading.text_field, size)

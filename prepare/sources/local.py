@@ -22,7 +22,7 @@ from prepare.sources.items import Source
 from prepare.sources.names import is_glob
 from prepare.storage.compressed import BYTE_ORDER_MARK
 from prepare.storage.files import StoredFile, assets, blocks
-from prepare.units import BLOCK_BYTES, Item
+from prepare.units import BLOCK_BYTES, Item, Reading
 
 Name = TypeVar("Name", str, Path)
 # Folders with more files are recorded in the manifest as one entry.
@@ -81,7 +81,7 @@ class Stdin(Source):
     def items(self, unit_bytes: int) -> list[Item]:
         with self._spooled.open("rb") as file:  # opening it reads stdin to its end
             head = file.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
-        text_field = self.text_field if _is_json_object(head) else None
+        text_field = self.reading.text_field if _is_json_object(head) else None
         return list(split_lines(str(self._spooled), self._spooled.stat().st_size, text_field, unit_bytes))
 
     def files(self) -> list[Path]:
@@ -132,27 +132,27 @@ class Shakespeare(Source):
         return path
 
 
-def open_files(source: str, text_field: str) -> Files | None:
+def open_files(source: str, reading: Reading) -> Files | None:
     """The files that a path or a glob names; None if it is neither."""
     path = Path(source)
     if path.is_file():
         if not format_of(path.name):
             raise UserError(f"{source} has no known suffix: expected one of {READABLE}")
-        return Files(text_field, [path])
+        return Files(reading, [path])
     if path.is_dir():
-        return Files(text_field, readable(_walk(path), f"the folder {source}"), root=path)
+        return Files(reading, readable(_walk(path), f"the folder {source}"), root=path)
     if is_glob(source):
         # Path.glob takes no absolute pattern.
         found = sorted(path for match in glob(source, recursive=True) if (path := Path(match)).is_file())  # noqa: PTH207
-        return Files(text_field, readable(found, f"the glob {source}"))
+        return Files(reading, readable(found, f"the glob {source}"))
     return None
 
 
-def open_stdlib(text_field: str) -> Files:
+def open_stdlib(reading: Reading) -> Files:
     root = Path(sysconfig.get_path("stdlib"))
     sources = [path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py"]
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    return Files(text_field, sources, root=root, about={"path": "stdlib", "python": python})
+    return Files(reading, sources, root=root, about={"path": "stdlib", "python": python})
 
 
 def _walk(folder: Path, without: Set[str] = frozenset()) -> list[Path]:

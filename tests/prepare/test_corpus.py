@@ -13,11 +13,11 @@ from pipeline.errors import UserError
 from prepare.sources import corpus as corpora
 from prepare.sources.corpus import Corpus, open_corpus
 from prepare.sources.names import default_name
-from prepare.units import Document, Refused, Unit
+from prepare.units import Document, Reading, Refused, Unit
 
 
 def opened(tmp_path: Path, *sources: object, field: str = "text") -> Corpus:
-    return open_corpus([str(source) for source in sources], field, tmp_path / "dataset")
+    return open_corpus([str(source) for source in sources], Reading(field), tmp_path / "dataset")
 
 
 def units(corpus: Corpus) -> list[Unit]:

@@ -29,6 +29,7 @@ READ_ALL = """
 import resource, sys
 from pathlib import Path
 from prepare.sources.corpus import open_corpus
+from prepare.units import Reading
 import orjson, zstandard, prepare.documents.parquet, pyarrow.parquet, pyarrow.compute
 def peak():
     status = Path("/proc/self/status")
@@ -36,7 +37,7 @@ def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return next(int(line.split()[1]) / 1e3 for line in status.open() if line.startswith("VmHWM"))
 before, size = peak(), 0
-for item in open_corpus([sys.argv[1]], "text", Path(sys.argv[2])).items():
+for item in open_corpus([sys.argv[1]], Reading(), Path(sys.argv[2])).items():
     for unit in item.units():
         for _, document in unit.documents():
             for block in [document] if isinstance(document, bytes) else document.blocks():

@@ -73,3 +73,22 @@ def test_every_peak_is_found_by_its_own_name_first() -> None:
     names = list(PEAK_FLOPS)
     for position, name in enumerate(names):
         assert not any(earlier in name for earlier in names[:position]), f"{name} is shadowed"
+
+
+def test_a_run_resumed_within_the_same_second_keeps_one_curve(tmp_path: Path) -> None:
+    """The killed start's events sort last by their name: they must not hide what the resumed one wrote."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = FileMetrics(RunFolder(tmp_path), 0, tensorboard=True)
+    for step in (1, 2, 3):
+        first.write({"step": step, "loss": float(step)})
+    first.close()
+    (events,) = (tmp_path / "tb").iterdir()
+    second = int(time.time())
+    events.rename(events.with_name(f"events.out.tfevents.{second:010d}.zzz.1.0"))
+    resumed = FileMetrics(RunFolder(tmp_path), 2, tensorboard=True)
+    for step in (3, 4, 5):
+        resumed.write({"step": step, "loss": 10.0 * step})
+    resumed.close()
+    found = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in found] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
