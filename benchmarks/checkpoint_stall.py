@@ -7,6 +7,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ def main() -> None:
         checkpoints = Path(folder)
         for _ in range(arguments.turns):
             started = time.perf_counter()
-            write_checkpoint(checkpoints, State.of(model, optimizer), model, tokenizer, description=description)
+            state = deepcopy(State.of(model, optimizer))
+            write_checkpoint(checkpoints, state, model, tokenizer, description=description)
             waited.append(time.perf_counter() - started)
             started = time.perf_counter()
             saver.start(

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.errors import UserError
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
-from pipeline.model.sharding import whole
+from pipeline.model.sharding import gather
 
 
 def mesh_of(strategy: str, world: World) -> DeviceMesh | None:
@@ -123,9 +123,7 @@ def whole_model(model: LanguageModel, world: World) -> LanguageModel | None:
     copy = LanguageModel.uninitialised(model.config, model.vocab_size) if world.is_first else None
     copies = dict(copy.named_parameters()) if copy else {}
     for name, parameter in model.named_parameters():
-        gathered = whole(parameter.detach())  # a collective, so on every rank and in the same order
-        if copy:
-            copies[name].detach().copy_(gathered)
+        gather(parameter.detach(), copies[name].detach() if copy else None)
     return copy
 
 

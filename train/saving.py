@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,11 +34,13 @@ from pipeline.errors import UserError
 from pipeline.log import logger
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
-from pipeline.model.sharding import whole
+from pipeline.model.sharding import gather
 from pipeline.runs import RunFolder
 from pipeline.vocabulary.tokenizer import Tokenizer
 from train.optimizer.groups import AdamW
 from train.spikes import StepGuard
+
+ALIGNMENT_BYTES = 64  # of each tensor in the memory of the copies: a cache line
 
 
 class Saver:
@@ -45,7 +49,7 @@ class Saver:
     def __init__(self) -> None:
         self.last_save_s: float | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._buffers: dict[str, Tensor] = {}  # the copies; every save uses the same memory
+        self._copies: State | None = None  # every save uses the same memory
         self._allocation: Future[None] | None = None
         self._save: Future[None] | None = None  # the one handed to the thread last
 
@@ -104,9 +108,9 @@ class Saver:
         self._thread.shutdown()
 
     def _allocate(self, state: State) -> None:
-        for kind, tensors in vars(state).items():
-            for name, tensor in tensors.items():
-                self._buffer(f"{kind}.{name}", tensor).zero_()
+        for tensors in vars(self._memory_for(state)).values():
+            for copy in tensors.values():
+                copy.zero_()
 
     def _write(self, copy: State, write: Callable[[State], Path], stall_s: float) -> None:
         started = time.monotonic()
@@ -119,21 +123,47 @@ class Saver:
         logger.info("saved %s in %.2f s; training waited %.3f s for the copy", folder, self.last_save_s, stall_s)
 
     def _copy(self, state: State) -> State:
-        copies: dict[str, dict[str, Tensor]] = {}
+        copies = self._memory_for(state)
         for kind, tensors in vars(state).items():
-            copies[kind] = {
-                # Of a sharded state one tensor at a time is gathered, so that no GPU holds the full
-                # model.
-                name: self._buffer(f"{kind}.{name}", tensor).copy_(whole(tensor), non_blocking=tensor.is_cuda)
-                for name, tensor in tensors.items()
-            }
-        return State(**copies)
+            for name, tensor in tensors.items():
+                gather(tensor, vars(copies)[kind][name])
+        return copies
 
-    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
-        if name not in self._buffers:
-            # From a GPU only a copy to pinned memory runs while the GPU does other work.
-            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return self._buffers[name]
+    def _memory_for(self, state: State) -> State:
+        """Tensors as in `state`, complete and on the CPU, which a save may overwrite."""
+        if self._copies is None or _shapes(self._copies) != _shapes(state):
+            self._copies = None  # freed first: there are never two
+            self._copies = State(**{kind: _new_copies(tensors) for kind, tensors in vars(state).items()})
+        return self._copies
+
+
+def _shapes(state: State) -> dict[str, dict[str, torch.Size]]:
+    return {kind: {name: tensor.shape for name, tensor in tensors.items()} for kind, tensors in vars(state).items()}
+
+
+def _new_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Uninitialised tensors of the same shapes and types, all in one piece of CPU memory."""
+    ends = list(accumulate(-(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for tensor in tensors.values()))
+    memory = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        _pin(memory)
+    return {
+        name: memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for (name, tensor), begin in zip(tensors.items(), (0, *ends), strict=False)
+    }
+
+
+def _pin(memory: Tensor) -> None:
+    """From a GPU only a copy to pinned memory runs while the GPU does other work.
+
+    torch's allocator of pinned memory would round the size up to a power of two.
+    """
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    error = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if error:
+        logger.warning(
+            "checkpoints are copied to memory that is not pinned (CUDA error %d): training waits longer", error
+        )
 
 
 @dataclass
@@ -163,8 +193,8 @@ class Checkpoints:
         return self.world.is_first and not self.saver.busy and self.run.save_now.is_file()
 
     def reserve(self) -> None:
-        """Have the saver get its memory: after the first step, when the optimizer has its state."""
-        if self.world.is_first and not self.saver.reserved:
+        """Have the saver get its memory: after the first good step, when the optimizer has its state."""
+        if self.world.is_first and not self.saver.reserved and any(self.optimizer.state.values()):
             self.saver.reserve(State.of(self.model, self.optimizer))
 
     def save(self, step: int, val_loss: float | None) -> None:

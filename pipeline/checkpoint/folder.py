@@ -32,7 +32,7 @@ from pipeline.errors import UserError
 from pipeline.files import check_types, hash_bytes, hash_file, is_plain_name, publish, read_limited, sync, write_atomic
 from pipeline.log import logger
 from pipeline.model.language_model import LanguageModel
-from pipeline.model.sharding import whole
+from pipeline.model.sharding import gather
 from pipeline.vocabulary.huggingface_files import tokenizer_files
 from pipeline.vocabulary.specs import check_spec
 from pipeline.vocabulary.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ class State:
         tensor, in the same order.
         """
         for tensor in (*self.weights.values(), *self.optimizer.values()):
-            whole(tensor)
+            gather(tensor, None)
 
 
 def write_checkpoint(
@@ -108,15 +108,17 @@ def write_checkpoint(
     """Write `checkpoints/step_NNNNNNNN` and point `latest`, and with `best` that too, at it.
     Returns the folder.
 
-    Of `model` only the shape is used: training may have changed its tensors since `state` was
-    copied.
+    `state` is a copy, on the CPU, which is overwritten: its memory takes the folder's layout. Of
+    `model` only the shape is used: training may have changed its tensors since.
     """
     final = checkpoints / folder_name(description.step)
     partial = checkpoints / f".{final.name}.partial"
     # A killed save may have left one.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_model(partial, model, tokenizer, tensors=state.weights)
+    layout = layout_of(model.config)
+    weights = {layout.stored_name(name): _in_place(model, name, tensor) for name, tensor in state.weights.items()}
+    write_model(partial, model, tokenizer, tensors=weights)
     _save_tensors(partial / TRAINING_STATE, _optimizer_in_folder_layout(model, state.optimizer))
     write_description(partial, description)
     if final.is_dir():  # the run resumed from an earlier step and has come this far again
@@ -151,14 +153,15 @@ def write_model(
     dtype: torch.dtype = torch.float32,
     tensors: dict[str, Tensor] | None = None,
 ) -> None:
-    """The files that Hugging Face reads: config, weights (`tensors`, by default the model's) and
-    tokenizer; and the file that our tokenizer reads, where that is another one.
+    """The files that Hugging Face reads: config, weights (`tensors` as the folder stores them, by
+    default the model's) and tokenizer; and the file that our tokenizer reads, where that is another
+    one.
     """
     layout, config = layout_of(model.config), model.config
-    parameters = {
+    parameters = tensors or {
         # One by one: no GPU has room for all the copies.
-        layout.stored_name(name): to_folder(model, name, tensor).to("cpu", dtype)
-        for name, tensor in (tensors or dict(model.named_parameters())).items()
+        layout.stored_name(name): to_folder(model, name, parameter.detach()).contiguous().to("cpu", dtype)
+        for name, parameter in model.named_parameters()
     }
     # What the folder has and the model has not is zero: a bias of zero is no bias.
     zeros = {
@@ -178,16 +181,23 @@ def write_model(
 
 
 def to_folder(model: LanguageModel, name: str, tensor: Tensor) -> Tensor:
-    """A parameter, or a tensor of its shape such as one of Adam's moments, as the folder stores it:
-    complete, so all ranks must call this where it is sharded.
+    """A view of a parameter, or of a tensor of its shape such as one of Adam's moments, as the
+    folder stores it.
     """
-    layout, tensor = layout_of(model.config), whole(tensor.detach())
+    layout = layout_of(model.config)
     if name in layout.vocabulary_rows:
-        tensor = tensor[: model.vocab_size]
-    elif name.endswith(layout.transposed):
-        tensor = tensor.t()
-    # safetensors stores no strides.
-    return tensor.contiguous()
+        return tensor[: model.vocab_size]
+    return tensor.t() if name.endswith(layout.transposed) else tensor
+
+
+def _in_place(model: LanguageModel, name: str, tensor: Tensor) -> Tensor:
+    """`to_folder` in the memory of `tensor`, contiguous, as safetensors stores no strides: a second
+    copy of all transposed matrices took another 8 bytes a parameter.
+    """
+    stored = to_folder(model, name, tensor)
+    if stored.is_contiguous():
+        return stored
+    return tensor.view(-1).copy_(stored.reshape(-1)).view(stored.shape)
 
 
 def from_folder(model: LanguageModel, name: str, stored: Tensor) -> Tensor:
@@ -292,8 +302,7 @@ def _optimizer_in_folder_layout(model: LanguageModel, state: dict[str, Tensor]) 
     layout, stored = layout_of(model.config), {}
     for key, tensor in state.items():
         kind, _, name = key.partition(".")
-        in_layout = to_folder(model, name, tensor) if tensor.ndim else tensor
-        stored[f"{kind}.{layout.stored_name(name)}"] = in_layout.cpu()
+        stored[f"{kind}.{layout.stored_name(name)}"] = _in_place(model, name, tensor) if tensor.ndim else tensor
     return stored
 
 

@@ -2,8 +2,14 @@
 complete ones only.
 """
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+# Elements of one message while shards travel to rank 0, which receives one at a time: 64 MB of
+# float32.
+MESSAGE_ELEMENTS = 1 << 24
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -11,6 +17,42 @@ def whole(tensor: Tensor) -> Tensor:
     order.
     """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(tensor: Tensor, target: Tensor | None) -> None:
+    """Copy the complete tensor into `target`, which rank 0 passes and no other rank does. Every
+    rank must call this, in the same order.
+
+    Unlike `whole` it leaves the complete tensor on rank 0 alone, and on its device one message.
+    """
+    if not isinstance(tensor, DTensor):
+        if target is not None:
+            target.copy_(tensor, non_blocking=tensor.is_cuda)
+        return
+    group = tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
+    ranks = dist.get_process_group_ranks(group)
+    # Other groups hold copies of the same shards (hsdp).
+    if ranks[0] != 0:
+        return
+    local = tensor.to_local().flatten()
+    if target is None:
+        for message in _messages(local):
+            dist.send(message, ranks[0], group)
+        return
+    # FSDP2 shards rows, as torch.chunk divides them: the last shards may be smaller, or empty.
+    rows = -(-tensor.shape[0] // len(ranks))
+    shards = [target[rank * rows : (rank + 1) * rows].flatten() for rank in range(len(ranks))]
+    shards[0].copy_(local, non_blocking=local.is_cuda)
+    for rank, shard in zip(ranks[1:], shards[1:], strict=True):
+        for piece in _messages(shard):
+            message = torch.empty_like(piece, device=local.device)
+            dist.recv(message, rank, group)
+            piece.copy_(message, non_blocking=local.is_cuda)
+
+
+def _messages(shard: Tensor) -> tuple[Tensor, ...]:
+    """A flat shard in messages; none for an empty one."""
+    return torch.split(shard, MESSAGE_ELEMENTS) if shard.numel() else ()
 
 
 def part(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def saved(
 ) -> tuple[Path, LanguageModel]:
     tokenizer = tokenizer or ByteTokenizer()
     model, optimizer = trained_model(config, tokenizer.vocab_size)
-    state = State.of(model, optimizer)
+    state = deepcopy(State.of(model, optimizer))
     about = description(model, tokenizer, step)
     return write_checkpoint(folder, state, model, tokenizer, description=about), model
 
@@ -128,7 +129,7 @@ def test_no_padding_row_is_saved(tmp_path: Path) -> None:
 
 def test_optimizer_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     model, optimizer = trained_model()
-    state = State.of(model, optimizer)
+    state = deepcopy(State.of(model, optimizer))
     about = description(model, ByteTokenizer())
     folder = write_checkpoint(tmp_path, state, model, ByteTokenizer(), description=about)
     twin = LanguageModel(SMALL, 257)
@@ -392,7 +393,7 @@ def test_going_back_leaves_later_checkpoints_behind_whole(tmp_path: Path) -> Non
 def test_an_optimizer_that_never_stepped_comes_back(tmp_path: Path) -> None:
     model = LanguageModel(SMALL, 257)
     optimizer = build_optimizer(model, Config().optimizer)
-    state = State.of(model, optimizer)
+    state = deepcopy(State.of(model, optimizer))
     about = description(model, ByteTokenizer())
     folder = write_checkpoint(tmp_path, state, model, ByteTokenizer(), description=about)
     load_optimizer(optimizer, model, folder)

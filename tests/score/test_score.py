@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def save(folder: Path, model: LanguageModel, tokenizer: Tokenizer, **data: Any) 
     """A checkpoint of ours, of step 3, whose config has `data`."""
     config = from_dict({"model": asdict(model.config), "data": data})
     description = Description(3, 300, to_dict(config), tokenizer.spec(), "d")
-    state = State.of(model, torch.optim.AdamW(model.parameters()))
+    state = deepcopy(State.of(model, torch.optim.AdamW(model.parameters())))
     return write_checkpoint(folder, state, model, tokenizer, description=description)
 
 

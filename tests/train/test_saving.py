@@ -1,12 +1,14 @@
 """Saving beside training: the copy is of one moment, one save is in flight at most, and a failure is loud."""
 
 import logging
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 from test_train_run import rows, status
 from test_trainer import trainer_of
 
@@ -164,3 +166,50 @@ def test_rows_do_not_depend_on_when_it_was_saved(tiny: Path) -> None:
     run(often)
     run(seldom)
     assert [row["loss"] for row in rows(often)] == [row["loss"] for row in rows(seldom)]
+
+
+MEASURE = """
+import sys, torch
+from dataclasses import replace
+from pathlib import Path
+from pipeline.checkpoint.folder import Description, State, write_checkpoint
+from pipeline.config.keys import Config, ModelConfig
+from pipeline.config.load import to_dict
+from pipeline.model.language_model import LanguageModel
+from pipeline.vocabulary.char_byte_word import ByteTokenizer
+from train.optimizer.groups import build_optimizer
+from train.saving import Saver
+
+def kilobytes(field):
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
+
+def peak_bytes_per_parameter(config):
+    model, tokenizer = LanguageModel(config.model, 257), ByteTokenizer()
+    optimizer = build_optimizer(model, config.optimizer)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    model(ids, ids).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    description = Description(step=1, tokens=8, config=to_dict(config), tokenizer=tokenizer.spec(), dataset="")
+    saver, folder = Saver(), Path(sys.argv[1])
+    before = kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
+    write = lambda state: write_checkpoint(folder, state, model, tokenizer, description=description)
+    saver.start(State.of(model, optimizer), write)
+    saver.wait()
+    saver.close()
+    return (kilobytes("VmHWM") - before) * 1024 / sum(p.numel() for p in model.parameters())
+
+config = Config(model=ModelConfig(n_layer=1, n_head=8, n_embd=512, block_size=64))
+peak_bytes_per_parameter(config)  # imports
+print(peak_bytes_per_parameter(replace(config, model=replace(config.model, n_layer=24))))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak of memory")
+def test_a_save_takes_the_memory_of_one_copy(tmp_path: Path) -> None:
+    """Weights and two moments are 12 bytes a parameter; the folder's layout takes no second copy."""
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert 11 < float(found) <= 12.5, found
