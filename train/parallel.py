@@ -95,8 +95,9 @@ def replicate(model: LanguageModel, world: World) -> LanguageModel | Distributed
     if world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    # Gradients that are views of the buckets that travel: one copy of them less in memory.
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # Gradients that are views of the buckets that travel: one copy of them less in memory. The
+    # model's one buffer, a mask, never changes.
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def reduce_gradients(model: nn.Module, now: bool) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import torch
 import xxhash
+from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.machine.ranks import World
@@ -18,8 +19,7 @@ def check_replicas(model: LanguageModel, world: World, step: int) -> None:
     that names the ranks and a parameter. A model that is sharded over all ranks has no replicas to
     compare.
 
-    Each rank sends one number while all is well. Hashing runs at memory speed: XXH3 takes 0.1 s for
-    124M weights.
+    Each rank sends one number while all is well.
     """
     count = parts(next(model.parameters()))
     if world.size == count:
@@ -42,8 +42,19 @@ def check_replicas(model: LanguageModel, world: World, step: int) -> None:
 
 
 def parameter_hashes(model: LanguageModel) -> dict[str, int]:
-    """XXH3 of every parameter's bytes."""
+    """A hash of the bits of each parameter of this rank.
+
+    Each row's is made on the device, so that 8 bytes a row leave it and not the weights. torch's is
+    an exclusive or, which no order of the elements changes: it tells the rows apart, not the
+    elements of a row.
+    """
     return {
-        name: xxhash.xxh3_64_intdigest(part(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().data)
+        name: xxhash.xxh3_64_intdigest(_row_hashes(part(parameter.detach())).cpu().numpy().data)
         for name, parameter in model.named_parameters()
     }
+
+
+def _row_hashes(weights: Tensor) -> Tensor:
+    # As integers: 0.0 and -0.0 are equal numbers, and a NaN equals nothing.
+    bits = weights.contiguous().view(torch.int32)
+    return torch.hash_tensor(bits.unsqueeze(1) if bits.ndim == 1 else bits.flatten(1), 1)
