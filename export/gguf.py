@@ -18,9 +18,9 @@ from pipeline.checkpoint.layout_gpt2 import POSITIONS, GPT2Layout
 from pipeline.errors import UserError
 from pipeline.model.constants import LAYER_NORM_EPSILON
 from pipeline.model.language_model import LanguageModel
-from pipeline.vocabulary.huggingface_files import tokenizer_files
+from pipeline.vocabulary.huggingface_files import tokenizer_json
 from pipeline.vocabulary.merges import PUBLISHED
-from pipeline.vocabulary.tokenizer import JSON_FILE, Tokenizer
+from pipeline.vocabulary.tokenizer import Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 
 
@@ -63,8 +63,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """Raises UserError unless GPT-2's pattern and the merges alone give the ids of every text."""
     # The tokenizer.json of any vocabulary shows whether its ids are those of merges alone.
     if not isinstance(tokenizer, JsonTokenizer):
-        content = tokenizer_files(tokenizer)[JSON_FILE]
-        tokenizer = JsonTokenizer(tokenizer.name, content, tokenizer.end_of_text)
+        tokenizer = JsonTokenizer(tokenizer.name, tokenizer_json(tokenizer), tokenizer.end_of_text)
     pairs = tokenizer.document["model"].get("merges", ())
     found = tokenizer.merges
     # Each merge makes one token; llama.cpp would never find a token that no merge makes.

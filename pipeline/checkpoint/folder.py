@@ -173,7 +173,7 @@ def write_model(
     dtype_name = str(dtype).removeprefix("torch.")
     document = layout.config_json(config, model.vocab_size, tokenizer.end_of_text, dtype_name)
     (folder / CONFIG).write_bytes(dump_json(document))
-    for name, content in (tokenizer_files(tokenizer) | tokenizer.files()).items():
+    for name, content in (tokenizer_files(tokenizer, config.block_size) | tokenizer.files()).items():
         (folder / name).write_bytes(content)
 
 

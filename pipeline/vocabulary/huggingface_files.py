@@ -148,31 +148,38 @@ def _document_of_pairs(folder: Path) -> bytes:
 # ---- writing ----
 
 
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """File name -> content, for `AutoTokenizer.from_pretrained`: text gives the same ids there.
+def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
+    """File name -> content, for `AutoTokenizer.from_pretrained`: text gives the same ids there, and
+    a warning where it is longer than the model's `block_size`.
 
     Two things differ in transformers: it finds a special token written out in a text, and joins the
     words of `word` by other rules.
     """
-    end_of_text, about = END_OF_TEXT, {"unk_token": END_OF_TEXT}
+    end_of_text = tokenizer.decode_bytes([tokenizer.end_of_text]).decode()
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+        "bos_token": end_of_text, "eos_token": end_of_text, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    if not isinstance(tokenizer, JsonTokenizer):  # transformers would add an unknown token that its file does not have
+        config["unk_token"] = UNKNOWN if isinstance(tokenizer, WordTokenizer) else END_OF_TEXT
+    return {JSON_FILE: tokenizer_json(tokenizer), TOKENIZER_CONFIG: json.dumps(config).encode()}
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> bytes:
+    """The vocabulary as Hugging Face's tokenizer.json."""
     match tokenizer:
         case JsonTokenizer():
-            content = tokenizer.content
-            (end_of_text,) = (token for token, i in tokenizer.vocabulary().items() if i == tokenizer.end_of_text)
-            about = {}  # transformers would add an unknown token that the file does not have
+            return tokenizer.content
         case BytePairTokenizer():
-            content = _byte_pair_json(tokenizer)
+            return _byte_pair_json(tokenizer)
         case ByteTokenizer():
-            content = _byte_level_json(tokenizer, _byte_level(False), {bytes([byte]): byte for byte in range(256)})
+            return _byte_level_json(tokenizer, _byte_level(False), {bytes([byte]): byte for byte in range(256)})
         case CharTokenizer():
-            content = _char_json(tokenizer)
+            return _char_json(tokenizer)
         case WordTokenizer():
-            content, about = _word_json(tokenizer), {"unk_token": UNKNOWN}
+            return _word_json(tokenizer)
         case _:
             raise AssertionError(f"{tokenizer.name} cannot be written as a tokenizer.json")
-    ends = {"bos_token": end_of_text, "eos_token": end_of_text}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **ends, **about, "clean_up_tokenization_spaces": False}
-    return {JSON_FILE: content, TOKENIZER_CONFIG: json.dumps(config).encode()}
 
 
 @cache  # finding the merges of 100,256 ranks takes a second, and every checkpoint needs them

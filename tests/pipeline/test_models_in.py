@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.files import hash_bytes
 from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
-from pipeline.vocabulary.huggingface_files import tokenizer_files
+from pipeline.vocabulary.huggingface_files import tokenizer_files, tokenizer_json
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 from prepare.encoding.vocabulary import open_vocabulary
 
@@ -41,7 +41,7 @@ def foreign(folder: Path, shard_size: str = "1GB", **changes: Any) -> Any:
 
 
 def with_vocabulary(folder: Path, name: str = "bpe:512") -> None:
-    for file, content in tokenizer_files(tokenizer_named(name)).items():
+    for file, content in tokenizer_files(tokenizer_named(name), 64).items():
         (folder / file).write_bytes(content)
 
 
@@ -131,7 +131,7 @@ def test_rows_of_another_vocabulary_are_refused(tmp_path: Path, rows: int) -> No
 
 def test_vocab_and_merges_say_the_same_as_a_tokenizer_json(tmp_path: Path) -> None:
     foreign(tmp_path)
-    document = json.loads(tokenizer_files(tokenizer_named("bpe:512"))["tokenizer.json"])
+    document = json.loads(tokenizer_json(tokenizer_named("bpe:512")))
     (tmp_path / "vocab.json").write_text(json.dumps(document["model"]["vocab"] | {"<|endoftext|>": 511}))
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in document["model"]["merges"]]
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")

@@ -23,9 +23,13 @@ def random_texts() -> list[str]:
 
 
 def twin_of(name: str, folder: Path) -> "transformers.PreTrainedTokenizerBase":
-    for file, content in tokenizer_files(tokenizer_named(name)).items():
+    for file, content in tokenizer_files(tokenizer_named(name), 64).items():
         (folder / file).write_bytes(content)
     return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_transformers_knows_how_much_the_model_reads(tmp_path: Path) -> None:
+    assert twin_of("byte", tmp_path).model_max_length == 64
 
 
 LARGE = ("cl100k_base", "o200k_base")  # a second each, to find their merges
@@ -90,7 +94,7 @@ def test_an_unknown_character_is_refused_there_too(tmp_path: Path) -> None:
 def test_a_table_with_tokens_that_no_merge_makes_is_the_same_to_transformers(tmp_path: Path) -> None:
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b" whole": 257, b"xyz": 258, b"abc": 259}
     ours = BytePairTokenizer("odd.tiktoken", write_ranks(ranks))
-    for file, content in tokenizer_files(ours).items():
+    for file, content in tokenizer_files(ours, 64).items():
         (tmp_path / file).write_bytes(content)
     twin = transformers.AutoTokenizer.from_pretrained(tmp_path)
     again = open_vocabulary(str(tmp_path))
