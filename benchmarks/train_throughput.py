@@ -22,7 +22,7 @@ from pipeline.model.language_model import LanguageModel
 from prepare.run import PrepareOptions
 from prepare.run import run as prepare
 from train.optimizer.schedule import learning_rate
-from train.run import assemble
+from train.run import assemble, initialise
 from train.trainer import Trainer
 
 
@@ -72,6 +72,7 @@ def main() -> None:
         prepare(PrepareOptions(["stdlib"], data_dir=str(folder / "data"), tokenizer="byte"))
         config = config_in(folder, (options.turns + 1) * options.steps)
         trainer, _ = assemble(config, World(device=torch.device("cpu")), Mixture(config))
+        initialise(trainer)
         plain = PlainLoop(trainer)
         ratios, ours_s, plain_s, gaps = [], [], [], []
         for turn in range(options.turns + 1):

@@ -12,17 +12,15 @@ PyTorch's FSDP2: a block's weights are gathered only while it computes.
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import UserError
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
-from pipeline.model.sharding import gather
+from pipeline.model.sharding import gather, scatter
 
 
 def mesh_of(strategy: str, world: World) -> DeviceMesh | None:
@@ -48,16 +46,16 @@ def mesh_of(strategy: str, world: World) -> DeviceMesh | None:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def to_device(
+def allocate(
     model: LanguageModel, world: World, mesh: DeviceMesh | None, *, dtype: torch.dtype, compiled: bool
 ) -> None:
-    """Move the model from the CPU to the device: all of it or, with a mesh, this rank's shard of
-    every parameter, block by block, so that no device ever holds the full model.
+    """Give a model without memory its uninitialised weights on the device: all of them or, with a
+    mesh, this rank's shard of every parameter.
 
     Raises UserError for shards in float16.
     """
     if mesh is None:
-        model.to(world.device)
+        model.allocate(world.device)
         if compiled:
             model.compile()
         return
@@ -78,21 +76,23 @@ def to_device(
         fully_shard(block, mesh=mesh, mp_policy=in_blocks)
     # Embeddings, head and last norm: what no block took.
     fully_shard(model, mesh=mesh)
+    model.allocate(world.device)
+
+
+def distribute(complete: LanguageModel | None, model: LanguageModel) -> None:
+    """Give every rank's replica or shards the weights of rank 0's `complete` model, on the CPU; the
+    others have None. All ranks call it.
+
+    So one rank reads a checkpoint, and no other one needs host memory for the model.
+    """
+    weights = dict(complete.named_parameters()) if complete else {}
+    for name, parameter in model.named_parameters():
+        scatter(parameter.detach(), weights[name].detach() if complete else None)
 
 
 def replicate(model: LanguageModel, world: World) -> LanguageModel | DistributedDataParallel:
-    """What to call in training, once every replica or shard has its weights. Replicas start as
-    copies of rank 0's.
-    """
-    if isinstance(model, FSDPModule):
-        for parameter in model.parameters():
-            assert isinstance(parameter, DTensor)
-            # Of two mesh dimensions (hsdp) the first goes over the nodes: their shards are replicas
-            # of each other.
-            if parameter.device_mesh.ndim == 2:
-                dist.broadcast(parameter.to_local().detach(), group=parameter.device_mesh.get_group(0), group_src=0)
-        return model
-    if world.size == 1:
+    """What to call in training, once every replica or shard has its weights."""
+    if isinstance(model, FSDPModule) or world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     # Gradients that are views of the buckets that travel: one copy of them less in memory. The

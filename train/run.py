@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from pipeline import launch
 from pipeline.budget import data_arithmetic, parameters, step_arithmetic
 from pipeline.checkpoint.find import find_model_folder
-from pipeline.checkpoint.load import load_initial_weights
+from pipeline.checkpoint.load import load_initial_weights, load_weights
 from pipeline.checkpoint.pointers import set_aside_after
 from pipeline.config.keys import Config
 from pipeline.config.load import to_dict, to_toml
@@ -78,8 +78,7 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
         # Only rank 0 looks at the checkpoints: another one might see an older state of a network
         # disk.
         start = world.gather(start)[0]
-        with world.fail_together():
-            initialise(trainer, start)
+        initialise(trainer, start)
         world.check_agreement("the step", trainer.step)
         check_replicas(trainer.model, world, trainer.step)
         if dry_run:
@@ -98,10 +97,8 @@ def assemble(
     compiled, why_compiled = should_compile(config.run.compile, world.device)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    # The same on all ranks: each draws the full model's weights and keeps its shard.
-    torch.manual_seed(config.run.seed)
-    model = LanguageModel(config.model, mixture.tokenizer["vocab_size"])
-    parallel.to_device(model, world, mesh, dtype=dtype, compiled=compiled)
+    model = LanguageModel.without_memory(config.model, mixture.tokenizer["vocab_size"])
+    parallel.allocate(model, world, mesh, dtype=dtype, compiled=compiled)
     trainer = Trainer(config, world, mixture, model=model, dtype=dtype, preview=preview)
     introduction = [
         f"run {config.run_dir}: {world.size} rank(s) on {world.device.type}, {threads} thread(s) each",
@@ -131,15 +128,36 @@ def notes(config: Config, mixture: Mixture) -> list[str]:
     return lines
 
 
-def initialise(trainer: Trainer, start: Path | None) -> None:
-    """Load the weights of a checkpoint, or those the config names, or keep the random ones."""
-    config = trainer.config
+def initialise(trainer: Trainer, start: Path | None = None) -> None:
+    """Give all ranks the weights of a checkpoint with its state, those the config names, or random
+    ones. All ranks call it together.
+    """
+    config, world, complete = trainer.config, trainer.world, None
+    with world.fail_together():
+        if world.is_first:
+            complete = initial_model(config, trainer.mixture, start)
+    parallel.distribute(complete, trainer.model)
     if start is not None:
         trainer.step = trainer.checkpoints.restore(start)
         logger.info("from %s: step %d of %d", start, trainer.step, config.train.max_steps)
     elif config.model.init_from:
-        load_initial_weights(trainer.model, trainer.mixture.tokenizer, find_model_folder(config.model.init_from))
         logger.info("initial weights: %s", config.model.init_from)
+
+
+def initial_model(config: Config, mixture: Mixture, start: Path | None) -> LanguageModel:
+    """On the CPU, the model of a checkpoint, or of the folder that the config names, or a random
+    one.
+    """
+    vocab_size = mixture.tokenizer["vocab_size"]
+    if start is None and not config.model.init_from:
+        torch.manual_seed(config.run.seed)
+        return LanguageModel(config.model, vocab_size)
+    model = LanguageModel.uninitialised(config.model, vocab_size)
+    if start is not None:
+        load_weights(model, start)
+    else:
+        load_initial_weights(model, mixture.tokenizer, find_model_folder(config.model.init_from))
+    return model
 
 
 def train(trainer: Trainer, folder: RunFolder) -> str:

@@ -27,7 +27,7 @@ from pipeline.checkpoint.folder import (
     read_description,
     write_checkpoint,
 )
-from pipeline.checkpoint.load import load_optimizer, load_weights
+from pipeline.checkpoint.load import open_optimizer, read_optimizer
 from pipeline.config.keys import Config
 from pipeline.config.load import to_dict
 from pipeline.errors import UserError
@@ -230,12 +230,18 @@ class Checkpoints:
         )  # fmt: skip
 
     def restore(self, folder: Path) -> int:
-        """Load a verified checkpoint, and return its step. What it does not hold follows from the
-        seed and the step.
+        """Restore what a verified checkpoint holds besides the weights, and return its step. The
+        rest follows from the seed and the step. Rank 0 reads, and all ranks call it together.
         """
-        description = read_description(folder)
-        load_weights(self.model, folder)
-        load_optimizer(self.optimizer, self.model, folder)
+        found, tensors = None, None
+        with self.world.fail_together():
+            if self.world.is_first:
+                found = read_description(folder)
+                tensors = open_optimizer(self.optimizer, self.model, folder)
+        description: Description
+        description, has_state = self.world.gather((found, bool(tensors)))[0]
+        if has_state:
+            read_optimizer(self.optimizer, self.model, tensors)
         if description.scaler:  # empty where the run was not in float16
             self.scaler.load_state_dict(description.scaler)
         self.guard.restore(description.grad_norms, description.bad_steps)

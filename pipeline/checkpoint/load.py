@@ -17,7 +17,7 @@ from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
 from pipeline.machine.device import check_memory
 from pipeline.model.language_model import LanguageModel
-from pipeline.model.sharding import part_for
+from pipeline.model.sharding import scatter
 from pipeline.vocabulary.huggingface_files import fingerprints
 from pipeline.vocabulary.specs import check_same_vocabulary
 from pipeline.vocabulary.tokenizer import Tokenizer
@@ -79,38 +79,43 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
     _read_weights(model, open_weights(folder, model.config, model.vocab_size))
 
 
-@torch.no_grad()
-def load_optimizer(optimizer: Restorable, model: LanguageModel, folder: Path) -> None:
-    """Fill the optimizer's state from a folder's training_state.safetensors, which is empty before
-    the first good step.
+def open_optimizer(optimizer: Restorable, model: LanguageModel, folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder's training_state.safetensors, none before the first good step. Raises
+    UserError unless they are those of this optimizer.
     """
     path = folder / TRAINING_STATE
     tensors = open_tensors([path])
-    if not tensors:
-        return
-    layout, parameters = layout_of(model.config), dict(model.named_parameters())
+    layout = layout_of(model.config)
     shapes = layout.shapes(model.config, model.vocab_size)
-    # The optimizer's own tensors, so that strides, types and sharding are those of its steps.
-    states = {name: optimizer.initial_state(parameter) for name, parameter in parameters.items()}
     expected = {
         f"{kind}.{layout.stored_name(name)}": shapes[layout.stored_name(name)] if value.ndim else ()
-        for name, state in states.items()
-        for kind, value in state.items()
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.initial_state(parameter).items()
     }
-    check_tensors(path, expected, tensors)
-    for name, state in states.items():
+    if tensors:
+        check_tensors(path, expected, tensors)
+    return tensors
+
+
+def read_optimizer(optimizer: Restorable, model: LanguageModel, tensors: dict[str, Stored] | None) -> None:
+    """Fill the optimizer's state on every rank from what rank 0 opened; the others pass None. All
+    ranks call it. One tensor at a time is complete, on rank 0.
+    """
+    layout = layout_of(model.config)
+    for name, parameter in model.named_parameters():
+        # The optimizer's own tensors, so that strides, types and sharding are those of its steps.
+        state = optimizer.initial_state(parameter)
         for kind, value in state.items():
-            stored = tensors[f"{kind}.{layout.stored_name(name)}"].read()
-            value.copy_(part_for(value, from_folder(model, name, stored)) if value.ndim else stored)
-        optimizer.state[parameters[name]] = state
+            stored = None if tensors is None else tensors[f"{kind}.{layout.stored_name(name)}"].read()
+            scatter(value, from_folder(model, name, stored) if stored is not None and value.ndim else stored)
+        optimizer.state[parameter] = state
 
 
 @torch.no_grad()
 def _read_weights(model: LanguageModel, tensors: dict[str, Stored]) -> None:
     layout = layout_of(model.config)
     for name, parameter in model.named_parameters():
-        stored = tensors[layout.stored_name(name)].read()
-        parameter.copy_(part_for(parameter, from_folder(model, name, stored)))
+        parameter.copy_(from_folder(model, name, tensors[layout.stored_name(name)].read()))
 
 
 def _check_same_model(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> None:

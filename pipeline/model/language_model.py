@@ -40,17 +40,27 @@ class LanguageModel(nn.Module):
         # Children come before their parents, so a block may rescale what its matrices drew.
         self.apply(self.transformer.init_weights)
         self.tie_and_mask()
+        self.zero_padding()
+
+    @classmethod
+    def without_memory(cls, config: ModelConfig, vocab_size: int) -> Self:
+        """A model on the meta device: shapes and types alone."""
+        with torch.device("meta"):
+            return cls(config, vocab_size)
 
     @classmethod
     def uninitialised(cls, config: ModelConfig, vocab_size: int) -> Self:
         """A model on the CPU whose weights are about to be read: drawing random ones would take
         seconds at 1558M.
         """
-        with torch.device("meta"):
-            model = cls(config, vocab_size)
-        model.to_empty(device="cpu")
-        model.tie_and_mask()
+        model = cls.without_memory(config, vocab_size)
+        model.allocate(torch.device("cpu"))
         return model
+
+    def allocate(self, device: torch.device) -> None:
+        """Give a model without memory, or the shards of one, uninitialised weights on `device`."""
+        self.to_empty(device=device)
+        self.tie_and_mask()
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -58,19 +68,21 @@ class LanguageModel(nn.Module):
         return self.transformer.blocks
 
     def tie_and_mask(self) -> None:
-        """Tie the head, zero the padding rows and give them the logit -inf; again wherever memory
-        was replaced.
+        """Tie the head, and give the padding rows the logit -inf; again wherever memory was
+        replaced.
         """
-        embedding = self.transformer.token_embedding
         if self.config.tie_weights:
-            self.lm_head.weight = embedding.weight
-        with torch.no_grad():
-            embedding.weight[self.vocab_size :] = 0
-            self.lm_head.weight[self.vocab_size :] = 0
-            if self.logit_bias is not None:
-                # Added by the same matrix product that makes the logits, so masking the padding
-                # costs nothing.
-                self.logit_bias.zero_()[self.vocab_size :] = -torch.inf
+            self.lm_head.weight = self.transformer.token_embedding.weight
+        if self.logit_bias is not None:
+            # Added by the same matrix product that makes the logits, so masking the padding costs
+            # nothing.
+            self.logit_bias.zero_()[self.vocab_size :] = -torch.inf
+
+    @torch.no_grad()
+    def zero_padding(self) -> None:
+        """A checkpoint leaves the padding rows out, and a resume has them zero."""
+        self.transformer.token_embedding.weight[self.vocab_size :] = 0
+        self.lm_head.weight[self.vocab_size :] = 0
 
     def forward(self, ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats of predicting `targets` (B, T) from `ids` (B, T): a float32

@@ -65,11 +65,18 @@ def parts(tensor: Tensor) -> int:
     return int(tensor.device_mesh.shape[-1]) if isinstance(tensor, DTensor) else 1
 
 
-def part_for(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """A complete `tensor` sharded as `parameter` is. Each rank slices its own part; nothing is
-    communicated.
+@torch.no_grad()
+def scatter(target: Tensor, tensor: Tensor | None) -> None:
+    """Fill `target` on every rank, its shard where it is sharded, from the complete `tensor`, which
+    rank 0 passes and no other rank does. Every rank must call this, in the same order.
     """
-    if not isinstance(parameter, DTensor):
-        return tensor
-    # Without a source rank torch assumes that all ranks hold the same tensor, and broadcasts nothing.
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    if isinstance(target, DTensor):
+        # The others pass a tensor as well, but only its shape is looked at.
+        complete = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        complete = complete if tensor is None else complete.copy_(tensor)
+        target.copy_(distribute_tensor(complete, target.device_mesh, target.placements, src_data_rank=0))
+        return
+    if tensor is not None:
+        target.copy_(tensor)
+    if dist.is_initialized():
+        dist.broadcast(target, 0)

@@ -25,7 +25,7 @@ def small_model(config: ModelConfig = SMALL, vocab_size: int = VOCAB_SIZE) -> La
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.tie_and_mask()
+    model.zero_padding()
     return model.eval()
 
 

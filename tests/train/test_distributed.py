@@ -173,3 +173,28 @@ def test_ranks_that_do_not_divide_the_batch_are_told_what_does_once(tiny: Path) 
     assert result.returncode != 0
     assert "x 2 rank(s) = 64 tokens; set train.tokens_per_step=64 or 128" in result.stderr
     assert result.stderr.count("does not divide") == 1
+
+
+ONLY_RANK_0_READS = """
+import os
+if os.environ.get("RANK", "0") != "0":
+    from pipeline.checkpoint import load
+    from pipeline.model.language_model import LanguageModel
+    make = LanguageModel.__init__
+    def made(self, *arguments):
+        make(self, *arguments)
+        assert all(parameter.is_meta for parameter in self.parameters()), "a complete model in host memory"
+    def never(*arguments):
+        raise AssertionError("this rank reads a checkpoint")
+    LanguageModel.__init__, load.open_weights, load.open_tensors = made, never, never
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_one_rank_holds_a_complete_model_and_reads_the_checkpoint(tiny: Path, strategy: str) -> None:
+    (tiny / "sitecustomize.py").write_text(ONLY_RANK_0_READS)
+    config = tiny_config(tiny, parallel={"strategy": strategy})
+    for max_steps in (5, 10):
+        part = replace(config, train=replace(config.train, max_steps=max_steps))
+        rows, _ = trained(part, tiny, ranks=2, PYTHONPATH=f"{tiny}:{ROOT}")
+    assert rows[-1]["step"] == 10

@@ -25,7 +25,7 @@ from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 from train import parallel
-from train.run import assemble, run
+from train.run import assemble, initialise, run
 from train.trainer import Trainer
 
 TWO_NODES = "import os\nif 'RANK' in os.environ: os.environ['LOCAL_WORLD_SIZE'] = '2'\n"
@@ -88,6 +88,7 @@ def tell(config: Config) -> dict[str, Any]:
     mixture = Mixture(config)
     mesh = parallel.mesh_of("fsdp", world)
     trainer, _ = assemble(config, world, mixture, mesh=mesh)
+    initialise(trainer)
     trainer.replicate()
     with ReductionCount() as reductions:
         trainer.train_step()
@@ -102,6 +103,7 @@ def tell(config: Config) -> dict[str, Any]:
     findings["val_loss"] = trainer.evaluation.run(trainer.model).mean
     findings["sharded_after_evaluation"] = [parameter.to_local().numel() for parameter in trainer.model.parameters()]
     rounded, _ = assemble(replace(config, run=replace(config.run, dtype="bfloat16")), world, mixture, mesh=mesh)
+    initialise(rounded)
     findings["bfloat16"] = [
         rounded.train_step().loss,
         {str(p.dtype) for p in rounded.model.parameters()} == {"torch.float32"},
@@ -133,13 +135,12 @@ def bad_step(trainer: Trainer) -> list[bool]:
 
 
 def copies(config: Config, world: World) -> float:
-    """Under hsdp with nodes of one rank: the first weight of a model that each rank began from another seed."""
-    torch.manual_seed(world.rank)
-    model = LanguageModel(config.model, vocab_size=257)
+    """Under hsdp with nodes of one rank: the first weight of a model that rank 0 has drawn."""
+    model = LanguageModel.without_memory(config.model, vocab_size=257)
     mesh = parallel.mesh_of("hsdp", world)
     assert mesh is not None
-    parallel.to_device(model, world, mesh, dtype=torch.float32, compiled=False)
-    parallel.replicate(model, world)
+    parallel.allocate(model, world, mesh, dtype=torch.float32, compiled=False)
+    parallel.distribute(LanguageModel(config.model, vocab_size=257) if world.is_first else None, model)
     first: Any = next(model.parameters())
     return float(first.detach().to_local()[0, 0])
 
@@ -191,8 +192,9 @@ def test_all_ranks_get_one_val_loss_and_one_bfloat16_loss(told: Any) -> None:
     (first, second), config = told
     assert first["val_loss"] == second["val_loss"]
     world = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
-    alone = assemble(config, world, Mixture(config))[0].train_step().loss
-    assert first["bfloat16"] == second["bfloat16"] == [pytest.approx(alone, rel=5e-3), True]
+    alone, _ = assemble(config, world, Mixture(config))
+    initialise(alone)
+    assert first["bfloat16"] == second["bfloat16"] == [pytest.approx(alone.train_step().loss, rel=5e-3), True]
 
 
 @pytest.mark.slow
@@ -218,7 +220,7 @@ def test_float16_is_refused_in_parts(tiny: Path) -> None:
     world = World(rank=0, size=2, local_size=2, device=torch.device("cpu"))
     mesh: Any = object()  # refused before anything is done with it
     with pytest.raises(UserError, match=r"float16 needs parallel.strategy=ddp.*run.dtype=bfloat16"):
-        parallel.to_device(model, world, mesh, dtype=torch.float16, compiled=False)
+        parallel.allocate(model, world, mesh, dtype=torch.float16, compiled=False)
 
 
 def test_one_rank_needs_no_shards(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:

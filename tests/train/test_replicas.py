@@ -71,19 +71,18 @@ def test_a_rank_that_strays_ends_the_run_with_one_line(tiny: Path, steps: str, e
         "import os, sys, torch\n"
         "if os.environ.get('RANK') == '1':\n"
         "    import train.run, train.trainer\n"
-        "    assemble, step = train.run.assemble, train.trainer.Trainer.train_step\n"
+        "    initialise, step = train.run.initialise, train.trainer.Trainer.train_step\n"
         "    def stray(trainer):\n"
         f"        if trainer.step in {steps}:\n"
         "            with torch.no_grad(): trainer.model.transformer.ln_f.weight[0] += 1e-6\n"
-        "    def assembled(*arguments, **options):\n"
-        "        trainer, lines = assemble(*arguments, **options)\n"
+        "    def initialised(trainer, start):\n"
+        "        initialise(trainer, start)\n"
         "        stray(trainer)\n"
-        "        return trainer, lines\n"
         "    def stepped(trainer):\n"
         "        result = step(trainer)\n"
         "        stray(trainer)\n"
         "        return result\n"
-        "    train.run.assemble, train.trainer.Trainer.train_step = assembled, stepped\n"
+        "    train.run.initialise, train.trainer.Trainer.train_step = initialised, stepped\n"
     )
     config = tiny_config(tiny, parallel={"check_every_steps": every})
     result: subprocess.CompletedProcess[str] = run_program(

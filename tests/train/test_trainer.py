@@ -22,7 +22,7 @@ from pipeline.errors import Diverged
 from pipeline.machine.ranks import World
 from pipeline.runs import RunFolder
 from train.metrics import FileMetrics, Metrics
-from train.run import assemble
+from train.run import assemble, initialise
 from train.spikes import Outcome
 from train.stop import StopRequest
 from train.trainer import Trainer
@@ -34,7 +34,9 @@ ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 def trainer_of(config: Config) -> Trainer:
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    return assemble(config, ALONE, Mixture(config))[0]
+    trainer, _ = assemble(config, ALONE, Mixture(config))
+    initialise(trainer)
+    return trainer
 
 
 def trained(config: Config, steps: int) -> tuple[Trainer, list[float]]:
