@@ -11,8 +11,10 @@ runs/<name>/config.toml           the resolved config
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from enum import StrEnum
+from math import inf
 from pathlib import Path
 
 from pipeline.files import write_atomic
@@ -30,14 +32,23 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Status:
-    """status.json. `step_s`, `last_save_s`: seconds that the last step and the last checkpoint
-    took, None before the first.
+    """status.json. `step_s`, `first_step_s`, `eval_s`, `last_save_s`: seconds that the last step, this
+    start's first one (with compiling), the last evaluation and the last checkpoint took. None is unknown.
     """
 
     state: State
     step: int
     reason: str = ""
+    updated_at: str = field(default="", compare=False)  # UTC, ISO 8601
+    loss: float | None = None
+    val_loss: float | None = None
+    lr: float | None = None
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    exit_code: int | None = None  # once it has ended
     step_s: float | None = None
+    first_step_s: float | None = None
+    eval_s: float | None = None
     last_save_s: float | None = None
 
 
@@ -52,15 +63,27 @@ class RunFolder:
         self.save_now = path / "save-now"
 
     def write_status(self, status: Status) -> None:
-        write_atomic(self.status, json.dumps(asdict(status)).encode() + b"\n")
+        """Dated now. On a full disk the old file is overwritten: a reader finds how the run ended."""
+        document = asdict(status) | {"updated_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        # NaN is not JSON.
+        finite = {name: None if value in (inf, -inf) or value != value else value for name, value in document.items()}
+        content = json.dumps(finite).encode() + b"\n"
+        try:
+            write_atomic(self.status, content)
+        except OSError:
+            if status.state is State.RUNNING or not self.status.is_file():
+                raise
+            with self.status.open("r+b") as file:
+                file.write(content)
+                file.truncate()
 
     def read_status(self) -> Status | None:
         """status.json; None where it is missing or damaged."""
         try:
             found = json.loads(self.status.read_bytes())
-            # Runs of earlier versions did not record these.
-            timing = found.get("step_s"), found.get("last_save_s")
-            return Status(State(found["state"]), int(found["step"]), str(found["reason"]), *timing)
+            # Earlier versions recorded less, and later ones may record more.
+            known = {entry.name: found[entry.name] for entry in fields(Status) if entry.name in found}
+            return Status(**known | {"state": State(found["state"]), "step": int(found["step"])})
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 

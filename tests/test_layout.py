@@ -41,8 +41,8 @@ ORDER = {
         "options", "preparation", "run",
     ),
     "train": (
-        "data", "optimizer", "parallel", "replicas", "resume", "spikes", "evaluation", "metrics", "preview", "saving",
-        "stop", "trainer", "run",
+        "data", "optimizer", "parallel", "replicas", "resume", "spikes", "evaluation", "metrics", "preview", "stop", "saving",
+        "trainer", "memory", "run",
     ),
     "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
     "score": ("options", "loss", "harness", "tables", "run"),

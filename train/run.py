@@ -15,16 +15,18 @@ from pipeline.checkpoint.pointers import set_aside_after
 from pipeline.config.keys import Config
 from pipeline.config.load import to_dict, to_toml
 from pipeline.dataset.mixture import Mixture
-from pipeline.errors import EXIT_INTERRUPTED, Diverged
+from pipeline.errors import EXIT_INTERRUPTED
 from pipeline.files import one_writer, write_atomic
 from pipeline.log import also_to_file, logger
 from pipeline.machine import ranks
 from pipeline.machine.device import pick_dtype, share_threads, should_compile
-from pipeline.machine.ranks import World
+from pipeline.machine.ranks import START_S, World
+from pipeline.machine.watch import Fault
 from pipeline.model.language_model import LanguageModel
 from pipeline.runs import RunFolder, State
 from train import parallel, resume
 from train.data.staging import stage
+from train.memory import explained
 from train.metrics import FileMetrics, Metrics
 from train.preview import Preview
 from train.replicas import check_replicas
@@ -43,17 +45,20 @@ def run(config: Config, *, dry_run: bool = False, stage_to: Path | None = None, 
     `stage_to`: the folder on each node's local disk for copies of the datasets; `preview`:
     continues eval.sample_prompt.
     """
-    world = ranks.start(config.run.device)
-    try:
-        return run_on(world, config, dry_run=dry_run, stage_to=stage_to, preview=preview)
-    finally:
-        ranks.stop()
+    world = ranks.start(config.run.device, config.parallel.timeout_s)
+    reason = run_on(world, config, dry_run=dry_run, stage_to=stage_to, preview=preview)
+    # After an error the ranks do not part in order: what it refers to, or a rank that is gone, would
+    # keep this one waiting.
+    world.watch.close()
+    ranks.stop()
+    return reason
 
 
 def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None, preview: Preview | None) -> str:
     """`run`, on ranks that have found each other. A function, so that nothing refers to the trainer
     and its process group when the ranks part: with a reference, a rank may hang at its end.
     """
+    world.watch.enter("start-up", max(START_S, config.parallel.timeout_s))
     folder = RunFolder(config.run_dir)
     with world.fail_together():
         mixture = Mixture(config)
@@ -72,6 +77,7 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
             if world.is_first and not dry_run:
                 patience_s = LAST_START_S if launch.was_requeued() else 0.0
                 stack.enter_context(one_writer(folder.path, patience_s=patience_s))
+                stack.enter_context(trainer.status)
                 stack.enter_context(also_to_file(folder.log))
             logger.info("%s", introduction)
             start = resume.start_point(config, mixture, dry_run) if world.is_first else None
@@ -144,30 +150,41 @@ def initialise(trainer: Trainer, start: Path | None) -> None:
 
 def train(trainer: Trainer, folder: RunFolder) -> str:
     """To the last step, or to a reason to stop, which is returned; status.json tells how it ended."""
-    metrics = open_metrics(trainer, folder)
-    saver, state, reason = trainer.checkpoints.saver, State.FAILED, ""
+    world, saver, metrics = trainer.world, trainer.checkpoints.saver, Metrics()
+    world.watch.before_exit = lambda fault: record_fault(trainer, fault)
     try:
-        with StopRequest() as stop:
-            reason = trainer.fit(metrics, stop)
-        state = State.STOPPED if reason else State.DONE
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, Diverged):  # all ranks exit, and the first has yet to report why
-            launch.outlive_others()
+        with world.fail_together():
+            metrics = open_metrics(trainer, folder)
+        with StopRequest(looks=world.local_rank == 0) as stop:
+            try:
+                reason = trainer.fit(metrics, stop)
+            except Exception as error:
+                raise world.watch.settle(explained(error, trainer)) from None
+    except KeyboardInterrupt:
+        if saver.busy:
+            logger.warning("interrupted twice: the checkpoint being written is dropped")
+            trainer.status.end(State.FAILED, "KeyboardInterrupt", EXIT_INTERRUPTED)
+            os._exit(EXIT_INTERRUPTED)  # "now" does not wait for a disk to take gigabytes
         raise
     finally:
         trainer.batches.close()
-        metrics.write_status(trainer.status(state, reason))
         metrics.close()
-        if reason.startswith("KeyboardInterrupt") and saver.busy:
-            logger.warning("interrupted twice: the checkpoint being written is dropped")
-            os._exit(EXIT_INTERRUPTED)  # "now" does not wait for a disk to take gigabytes
         saver.close()
-    trainer.world.barrier()
+    state = State.STOPPED if reason else State.DONE
+    world.barrier()
     for name, (tokens, epochs) in trainer.mixture.progress(trainer.first_sample).items():
         logger.info("data %s: %s tokens seen, %.2f epoch(s)", name, f"{tokens:,}", epochs)
     logger.info("%s at step %d%s", state, trainer.step, f": {reason}" if reason else "")
+    if world.is_first:
+        trainer.status.end(state, reason, 0)
     return reason
+
+
+def record_fault(trainer: Trainer, fault: Fault) -> None:
+    """What rank 0 does before all ranks exit or, where that one is gone, the rank that found out."""
+    if trainer.world.is_first:
+        trainer.save_alone()
+    trainer.status.end(State.FAILED, str(fault), fault.code)
 
 
 def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
@@ -181,5 +198,4 @@ def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
     set_aside_after(folder.checkpoints, trainer.step)
     metrics = FileMetrics(folder, trainer.step, trainer.config.log.tensorboard)
     write_atomic(folder.config, to_toml(trainer.config).encode())
-    metrics.write_status(trainer.status(State.RUNNING))
     return metrics

@@ -28,7 +28,7 @@ from pipeline.checkpoint.folder import (
 from pipeline.checkpoint.load import load_optimizer, load_weights
 from pipeline.config.keys import Config
 from pipeline.config.load import to_dict
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.log import logger
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
@@ -37,6 +37,7 @@ from pipeline.runs import RunFolder
 from pipeline.vocabulary.tokenizer import Tokenizer
 from train.optimizer.groups import AdamW
 from train.spikes import StepGuard
+from train.stop import FileRequest
 
 
 class Saver:
@@ -67,6 +68,11 @@ class Saver:
     def failed(self) -> bool:
         return self._save is not None and self._save.done() and self._save.exception() is not None
 
+    def check(self) -> None:
+        """Raises what went wrong with the last save, if that has ended."""
+        if self.failed:
+            self.wait()
+
     def start(self, state: State, write: Callable[[State], Path]) -> None:
         """Copy `state`, then have `write` put the copy on the disk while the caller continues.
 
@@ -94,7 +100,7 @@ class Saver:
             self._save.result()
         except OSError as error:
             raise UserError(
-                f"a checkpoint could not be written: {error}; fix that and start again: the run resumes from the one before"
+                f"a checkpoint could not be written, the one before is intact: {reason_of(error)}"
             ) from error
 
     def close(self) -> None:
@@ -110,11 +116,7 @@ class Saver:
 
     def _write(self, copy: State, write: Callable[[State], Path], stall_s: float) -> None:
         started = time.monotonic()
-        try:
-            folder = write(copy)
-        except Exception as error:
-            logger.error("a checkpoint could not be written: %s", error)  # now: training asks after its current step
-            raise
+        folder = write(copy)
         self.last_save_s = time.monotonic() - started
         logger.info("saved %s in %.2f s; training waited %.3f s for the copy", folder, self.last_save_s, stall_s)
 
@@ -150,6 +152,10 @@ class Checkpoints:
     dataset: str
     best_val_loss: float = float("inf")
     saver: Saver = field(default_factory=Saver)
+    last_step: int = 0  # of the checkpoint started last, or restored
+
+    def __post_init__(self) -> None:
+        self.save_now = FileRequest(self.run.save_now)
 
     @property
     def run(self) -> RunFolder:
@@ -160,7 +166,7 @@ class Checkpoints:
         """Whether the user asks for one by creating `save-now`; not while the save in flight may be
         about to remove it.
         """
-        return self.world.is_first and not self.saver.busy and self.run.save_now.is_file()
+        return self.world.is_first and not self.saver.busy and self.save_now.exists()
 
     def reserve(self) -> None:
         """Have the saver get its memory: after the first step, when the optimizer has its state."""
@@ -174,19 +180,20 @@ class Checkpoints:
         best = val_loss is not None and val_loss < self.best_val_loss
         if val_loss is not None and best:
             self.best_val_loss = val_loss
+        self.last_step = step
         state = State.of(self.model, self.optimizer)
         if not self.world.is_first:
             state.hand_in()
             return
         description = self.describe(step, val_loss)
-        requested = self.run.save_now.is_file()
+        requested = self.save_now.exists()
 
         def write(state: State) -> Path:
             folder = write_checkpoint(
                 self.run.checkpoints, state, self.model, self.tokenizer, description=description, best=best
             )
             if requested:
-                self.run.save_now.unlink(missing_ok=True)
+                self.save_now.remove()
             prune_checkpoints(self.run.checkpoints, self.config.checkpoint.keep)
             return folder
 
@@ -210,7 +217,20 @@ class Checkpoints:
             self.scaler.load_state_dict(description.scaler)
         self.guard.restore(description.grad_norms, description.bad_steps)
         self.best_val_loss = best_val_loss(self.run.checkpoints)
+        self.last_step = description.step
         return description.step
+
+    def save_rest(self, step: int) -> None:
+        """Before a run ends by a fault: the steps since the last checkpoint, waited for. A failure is logged
+        alone, as the fault matters more.
+        """
+        if step > self.last_step:
+            self.save(step, None)
+        if self.world.is_first and not self.saver.failed:
+            try:
+                self.saver.wait()
+            except UserError as error:
+                logger.warning("%s", error)
 
     def wait(self) -> None:
         """Until rank 0 has written the last one. All ranks call it together, and a failure ends all

@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 import pipeline
 from pipeline.checkpoint.layouts import layout_of
 from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer
-from pipeline.checkpoint.safetensors_files import WEIGHTS
+from pipeline.checkpoint.safetensors_files import WEIGHTS, as_os_error
 from pipeline.errors import UserError
 from pipeline.files import check_types, hash_bytes, hash_file, is_plain_name, publish, read_limited, sync, write_atomic
 from pipeline.log import logger
@@ -116,9 +116,13 @@ def write_checkpoint(
     # A killed save may have left one.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_model(partial, model, tokenizer, tensors=state.weights)
-    _save_tensors(partial / TRAINING_STATE, _optimizer_in_folder_layout(model, state.optimizer))
-    write_description(partial, description)
+    try:
+        write_model(partial, model, tokenizer, tensors=state.weights)
+        _save_tensors(partial / TRAINING_STATE, _optimizer_in_folder_layout(model, state.optimizer))
+        write_description(partial, description)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # or a full disk has no room for status.json either
+        raise
     if final.is_dir():  # the run resumed from an earlier step and has come this far again
         replaced = checkpoints / f".{final.name}.replaced.partial"
         shutil.rmtree(replaced, ignore_errors=True)
@@ -209,7 +213,8 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor], **options: Any) -> Non
     """safetensors writes mode 0600; who may read the rest of the folder may read this file too."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, **options)
+    with as_os_error(path):
+        save_file(tensors, path, **options)
     path.chmod(mode)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.machine.gpus import PEAK_FLOPS
 from pipeline.runs import RunFolder, State, Status
-from train.metrics import FileMetrics, Throughput
+from train.metrics import FileMetrics, LiveStatus, Throughput
 
 
 def metrics_in(folder: Path) -> FileMetrics:
@@ -51,18 +51,40 @@ def test_throughput_counts_training_seconds_only(monkeypatch: pytest.MonkeyPatch
     assert throughput.tokens_per_s == 0, "a row's speeds are those since the last one"
 
 
-def test_a_status_keeps_the_times_of_an_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics, folder = metrics_in(tmp_path), RunFolder(tmp_path)
-    metrics.write_status(Status(State.STOPPED, 5, "SIGTERM", step_s=0.5, last_save_s=2.0))
-    metrics.write_status(Status(State.RUNNING, 5))
-    assert folder.read_status() == Status(State.RUNNING, 5, step_s=0.5, last_save_s=2.0)
-    metrics.keep_alive(Status(State.RUNNING, 6))
-    assert folder.read_status() == Status(State.RUNNING, 5, step_s=0.5, last_save_s=2.0), "written a moment ago"
-    later = time.monotonic() + 16
-    monkeypatch.setattr("time.monotonic", lambda: later)
-    metrics.keep_alive(Status(State.RUNNING, 7, step_s=0.25))
-    assert folder.read_status() == Status(State.RUNNING, 7, step_s=0.25, last_save_s=2.0)
-    metrics.close()
+def test_a_status_keeps_the_times_of_an_earlier_start_and_is_rewritten_while_nothing_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_status(Status(State.STOPPED, 5, "SIGTERM", exit_code=0, step_s=0.5, last_save_s=2.0))
+    monkeypatch.setattr("train.metrics.STATUS_INTERVAL_S", 0.05)
+    with LiveStatus(folder) as live:
+        assert folder.read_status() == Status(State.RUNNING, 5, step_s=0.5, last_save_s=2.0)
+        live.step_ended(6, 10, 0.25)
+        while folder.read_status().step != 6:
+            time.sleep(0.01)
+        found = folder.read_status()
+        assert (found.step_s, found.first_step_s, found.last_save_s) == (0.25, 0.25, 2.0)
+        assert found.eta_s == pytest.approx(1.0, rel=0.5)
+        live.end(State.DONE, "", 0)
+        live.end(State.FAILED, "later", 1)
+    assert (folder.read_status().state, folder.read_status().exit_code) == (State.DONE, 0)
+    assert folder.read_status().updated_at.endswith("+00:00")
+
+
+def test_a_status_that_cannot_be_replaced_on_a_full_disk_still_says_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_status(Status(State.RUNNING, 5))
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("pipeline.runs.write_atomic", full)
+    with pytest.raises(OSError, match="No space"):
+        folder.write_status(Status(State.RUNNING, 6))
+    folder.write_status(Status(State.FAILED, 6, "full", loss=float("nan")))
+    assert folder.read_status() == Status(State.FAILED, 6, "full")
 
 
 def test_mfu_is_unknown_without_a_peak() -> None:

@@ -1,0 +1,298 @@
+"""Faults of the machine, the data and other ranks, for real where they can be had: one true line, the exit code, what is left on disk."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, overrides, tiny_config
+from test_kills import last_row
+from test_train_run import status
+
+from pipeline.checkpoint.folder import read_description, verify_files
+from pipeline.checkpoint.pointers import pointed_folder, step_of
+from pipeline.config.keys import Config
+
+pytestmark = pytest.mark.slow
+RANK = "import os, pathlib, sys, time\nRANK = os.environ.get('RANK', '0')\n"
+# Three shards' worth of what may go wrong inside a rank, at a step, by replacing what it calls.
+AT_STEP = """
+from train import trainer
+class Once:
+    done = False
+def at(step, action):
+    real = trainer.Trainer.micro_batch
+    def micro_batch(self, number):
+        found = real(self, number)
+        if self.step == step and number == self.accumulation - 1: action(self)
+        return found
+    trainer.Trainer.micro_batch = micro_batch
+"""
+
+
+def launch(config: Config, folder: Path, ranks: int = 1, inject: str = "", **popen: Any) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    (folder / "sitecustomize.py").write_text(inject and IN_PIPELINE.format(text=RANK + inject))
+    variables = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1"} | popen.pop("env", {})
+    command = [*launcher, "pipeline", "train", "quickstart", *overrides(config)]
+    return subprocess.Popen(command, cwd=folder, env=variables, stderr=subprocess.PIPE, text=True, **popen)
+
+
+# torchrun itself starts Python too, and is not to be hit.
+IN_PIPELINE = """
+import sys
+if 'pipeline' in sys.orig_argv and 'torch.distributed.run' not in sys.orig_argv:
+    exec({text!r})
+"""
+
+
+def ended(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, str]:
+    _, log = process.communicate(timeout=timeout)
+    return process.returncode, log
+
+
+def error_lines(log: str) -> list[str]:
+    """What the ranks say, without torchrun's own report."""
+    return [
+        line
+        for line in log.splitlines()
+        if line.startswith(("error:", "[rank")) and "error:" in line and "ChildF" not in line
+    ]
+
+
+def saved_step(config: Config) -> int:
+    """Of `latest`, every byte of which is as it was written."""
+    folder = pointed_folder(config.run_dir / "checkpoints", "latest")
+    assert folder is not None
+    verify_files(folder, read_description(folder))
+    return step_of(folder)
+
+
+def assert_failed(config: Config, reason: str, code: int = 2) -> dict[str, Any]:
+    found = status(config)
+    assert (found["state"], found["exit_code"]) == ("failed", code), found
+    assert reason in found["reason"], found
+    assert f"error: {found['reason']}" in (config.run_dir / "log.txt").read_text(), "the log says the same"
+    return found
+
+
+# ---- one rank's fault, told by all ----
+
+
+def faulty(folder: Path, **sections: dict[str, Any]) -> Config:
+    train = {"max_steps": 60, "tokens_per_step": 256, "micro_batch_size": 2}
+    return tiny_config(
+        folder, train=train | sections.pop("train", {}), checkpoint={"every_steps": 5} | sections.pop("checkpoint", {}),
+        eval={"every_steps": 0} | sections.pop("eval", {}), **sections,
+    )  # fmt: skip
+
+
+DATA = """
+from train.data import batches
+from pipeline.errors import UserError
+real = batches.Prefetcher._make
+def make(self, first):
+    if RANK == '{rank}' and first >= 17 * 16: raise {error}
+    return real(self, first)
+batches.Prefetcher._make = make
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_an_id_beyond_the_vocabulary_on_one_rank_of_four_is_saved_and_told(tiny: Path, strategy: str) -> None:
+    """The damaged id is in the shard itself; which rank reads it first follows from the seed."""
+    ids = np.fromfile(tiny / "data/tiny/train_00000.bin", dtype="<u2")
+    ids[12_000] = 60_000
+    ids.tofile(tiny / "data/tiny/train_00000.bin")
+    config = faulty(tiny, parallel={"strategy": strategy}, train={"max_steps": 200})
+    code, log = ended(launch(config, tiny, ranks=4))
+    assert code != 0
+    assert len(error_lines(log)) == 1 and "holds id 60000, but its vocabulary has" in error_lines(log)[0], log
+    assert "Traceback (most recent call last)" not in log.split("torch/distributed")[0], log
+    found = assert_failed(config, "holds id 60000")
+    assert found["step"] == saved_step(config) > 0
+
+
+@pytest.mark.parametrize("error", ["OSError(116, 'Stale file handle', 'shard')", "KeyError('ours')"])
+def test_a_data_error_of_rank_2_is_saved_and_told_by_all(tiny: Path, error: str) -> None:
+    config = faulty(tiny)
+    code, log = ended(launch(config, tiny, 4, DATA.format(rank=2, error=error)))
+    assert code != 0
+    ours = "KeyError" in error
+    assert_failed(
+        config, "rank 2: " + ("KeyError: 'ours'" if ours else "Stale file handle: shard"), code=1 if ours else 2
+    )
+    assert saved_step(config) == 17
+    assert ours or (len(error_lines(log)) == 1 and "[rank 2] error: Stale file handle" in log), log
+    assert "Connection closed" not in log
+
+
+OOM = """
+import torch
+from pipeline.model import language_model
+real = language_model.LanguageModel.forward
+def forward(self, *args, **kwargs):
+    if RANK == '{rank}' and self.training and len(args[0]) > 2 and pathlib.Path('full').exists():
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79 GiB')
+    return real(self, *args, **kwargs)
+language_model.LanguageModel.forward = forward
+from train import trainer
+step = trainer.Trainer.train_step
+def train_step(self):
+    if self.step == 7: pathlib.Path('full').touch()
+    return step(self)
+trainer.Trainer.train_step = train_step
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_out_of_memory_says_which_micro_batch_fits_and_all_ranks_leave_with_it(tiny: Path, ranks: int) -> None:
+    """A stand-in for a GPU, on the last rank alone: it has room for two sequences, of four."""
+    config = faulty(tiny, train={"micro_batch_size": 4})
+    code, log = ended(launch(config, tiny, ranks, OOM.format(rank=ranks - 1)))
+    assert code == (2 if ranks == 1 else 1), log
+    line = error_lines(log)
+    assert len(line) == 1 and "train.micro_batch_size=2, the largest that fits" in line[0], log
+    assert "or set model.activation_checkpointing=block" in line[0]
+    assert_failed(config, "step 7 with train.micro_batch_size=4")
+    assert saved_step(config) == 7
+    assert "(exitcode: 1)" not in log and "SIGKILL" not in log, "every rank exits with 2"
+
+
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGQUIT", "SIGXCPU"])
+def test_a_closed_terminal_and_its_like_save_and_exit(tiny: Path, number: str) -> None:
+    config = faulty(tiny, train={"max_steps": 100_000}, checkpoint={"every_steps": 100_000})
+    process = launch(config, tiny)
+    wait_for_step(config, process, 3)
+    process.send_signal(getattr(signal, number))
+    code, log = ended(process)
+    assert code == 0, log
+    assert (status(config)["state"], status(config)["reason"], status(config)["exit_code"]) == ("stopped", number, 0)
+    assert saved_step(config) == status(config)["step"]
+
+
+def wait_for_step(config: Config, process: subprocess.Popen[str], step: int) -> None:
+    while last_row(config) < step:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+
+
+def test_what_nohup_ignores_stays_ignored(tiny: Path) -> None:
+    config = faulty(tiny, train={"max_steps": 100_000})
+    process = launch(config, tiny, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for_step(config, process, 3)
+    process.send_signal(signal.SIGHUP)
+    wait_for_step(config, process, last_row(config) + 20)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 0 and status(config)["reason"] == "SIGTERM"
+
+
+def test_nohup_torchrun_saves_when_its_terminal_closes(tiny: Path) -> None:
+    """torchrun heeds the signal itself in spite of nohup, and passes it on."""
+    config = faulty(tiny, train={"max_steps": 100_000}, checkpoint={"every_steps": 100_000})
+    process = launch(config, tiny, 2, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for_step(config, process, 3)
+    process.send_signal(signal.SIGHUP)
+    _, log = ended(process)
+    assert (status(config)["state"], status(config)["reason"]) == ("stopped", "SIGHUP"), log
+    assert saved_step(config) == status(config)["step"]
+
+
+# ---- disks ----
+
+
+@pytest.fixture
+def small_disk(tiny: Path) -> Iterator[Path]:
+    """`runs` on a disk of 1 MiB."""
+    disk = tiny / "runs"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("needs the right to mount a disk")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+FILL = """
+from train import trainer
+step = trainer.Trainer.train_step
+def train_step(self):
+    if self.step == 12 and RANK == '0':
+        with open('runs/filler', 'wb', buffering=0) as file:
+            try:
+                while True: file.write(b'0' * 512)
+            except OSError: pass
+    return step(self)
+trainer.Trainer.train_step = train_step
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_too_small_for_the_weights_is_one_line_and_leaves_the_step_before(small_disk: Path, ranks: int) -> None:
+    config = faulty(small_disk.parent, checkpoint={"keep": 100})
+    code, log = ended(launch(config, small_disk.parent, ranks))
+    assert code == (2 if ranks == 1 else 1), log
+    assert "Traceback" not in log or ranks > 1, log
+    line = error_lines(log)
+    assert len(line) == 1 and "could not be written, the one before is intact: No space left on device" in line[0], log
+    assert_failed(config, "No space left on device")
+    assert saved_step(config) >= 5 and not list((config.run_dir / "checkpoints").glob(".*"))
+    assert "SIGKILL" not in log
+
+
+@pytest.mark.parametrize("log_", [{"tensorboard": False}, {"tensorboard": True}])
+def test_a_disk_that_fills_up_is_one_line_whatever_is_written_first(small_disk: Path, log_: dict[str, bool]) -> None:
+    config = faulty(small_disk.parent, log=log_, checkpoint={"every_steps": 10})
+    code, log = ended(launch(config, small_disk.parent, 1, FILL))
+    assert code == 2 and "Traceback" not in log, log
+    assert len(error_lines(log)) == 1 and "No space left on device" in error_lines(log)[0], log
+    found = status(config)
+    assert (found["state"], found["exit_code"]) == ("failed", 2)
+    assert "No space left on device" in found["reason"]
+    assert saved_step(config) == 10
+
+
+@pytest.mark.parametrize("limit", [3_000, 60_000], ids=["metrics.jsonl", "weights"])
+def test_a_file_size_limit_is_one_line(tiny: Path, limit: int) -> None:
+    config = faulty(tiny, checkpoint={"every_steps": 30})
+    process = launch(config, tiny, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    code, log = ended(process)
+    assert code == 2 and "Traceback" not in log, log
+    assert len(error_lines(log)) == 1 and "File too large" in error_lines(log)[0] and "ulimit -f" in log, log
+    assert status(config)["state"] == "failed" and "File too large" in status(config)["reason"]
+
+
+@pytest.mark.parametrize(
+    "name", ["status.json", "log.txt", "metrics.jsonl", "config.toml", "tb", "checkpoints", "bad_steps.jsonl"]
+)
+def test_a_run_folder_in_which_something_else_has_a_files_name_is_one_line(tiny: Path, name: str) -> None:
+    config = faulty(tiny, log={"tensorboard": True}, train={"max_steps": 6, "max_bad_steps": 100})
+    if name in ("tb", "checkpoints"):
+        config.run_dir.mkdir(parents=True)
+        (config.run_dir / name).write_text("a file")
+    else:
+        (config.run_dir / name).mkdir(parents=True)
+    inject = (
+        "from train.spikes import StepGuard, Outcome\nStepGuard.judge = lambda *_: Outcome.SPIKE\n"
+        * name.startswith("bad")
+    )
+    code, log = ended(launch(config, tiny, 1, inject))
+    assert code == 2 and "Traceback" not in log, log
+    assert len(error_lines(log)) == 1, log
+
+
+def test_a_run_folder_on_a_read_only_disk_is_one_line(small_disk: Path) -> None:
+    config = faulty(small_disk.parent)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    code, log = ended(launch(config, small_disk.parent, 2))
+    assert code != 0 and len(error_lines(log)) == 1 and "Read-only file system" in log, log
