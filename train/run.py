@@ -58,7 +58,7 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
     """`run`, on ranks that have found each other. A function, so that nothing refers to the trainer
     and its process group when the ranks part: with a reference, a rank may hang at its end.
     """
-    world.watch.enter("start-up", max(START_S, config.parallel.timeout_s))
+    world.start_watch(max(START_S, config.parallel.timeout_s))
     folder = RunFolder(config.run_dir)
     with world.fail_together():
         mixture = Mixture(config)

@@ -5,6 +5,7 @@ works for one, as a no-op.
 import datetime
 import gc
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,13 @@ class World(Placement):
         if failure is not None:
             raise failure
 
+    def start_watch(self, limit_s: float) -> None:
+        """Look out for ranks that fail or hang. All call it together; `limit_s`: of what they do first."""
+        self.watch.enter("start-up", limit_s)
+        start = self.gather(time.time_ns())[0]  # a store may still have what an earlier start wrote
+        if self.store is not None:
+            self.watch.start(PrefixStore(f"watch {start}", self.store))
+
     def leave_to(self, speaker: int, code: int, reason: str) -> None:
         """Every rank exits but `speaker`, which reports why. No rank exits before all ignore
         SIGTERM: the line would be lost.
@@ -126,8 +134,7 @@ def start(device_name: str, timeout_s: float = START_S) -> World:
     if place.size == 1:
         return World(**vars(place), device=device)
     store = _join(place, device, datetime.timedelta(seconds=max(timeout_s, START_S)))
-    watch = Watch(place, PrefixStore("watch", store))
-    return World(**vars(place), device=device, store=PrefixStore("world", store), watch=watch)
+    return World(**vars(place), device=device, store=PrefixStore("world", store), watch=Watch(place))
 
 
 def _join(place: Placement, device: torch.device, timeout: datetime.timedelta) -> Store:

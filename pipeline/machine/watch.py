@@ -72,9 +72,9 @@ class Phase:
 
 
 class Watch:
-    """Of one rank. Without a store, as in a run of one process, it never ends anything by itself."""
+    """Of one rank. Unless it was started, as for a run of one process, it never ends anything by itself."""
 
-    def __init__(self, place: Placement | None = None, store: Store | None = None) -> None:
+    def __init__(self, place: Placement | None = None) -> None:
         self.place = place or Placement()
         self.phase = Phase("start-up", math.inf)
         # What this rank does before all exit for a fault, such as saving; the run sets it.
@@ -85,12 +85,15 @@ class Watch:
         self._known: Fault | None = None
         self._ended = self._first_is_absent = False
         self._answered, self._answered_at = 0, -math.inf
-        # A client and a thread for it alone: another client may be waiting in the main thread, and
-        # a store whose process is stopped never answers.
-        self._store = cast(Any, store).clone() if store is not None else None
+        self._store: Store | None = None
+        # A thread for it alone: a store whose process is stopped never answers.
         self._asking = ThreadPoolExecutor(1, "watch")
-        if store is not None:
-            threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def start(self, store: Store) -> None:
+        """Begin to watch, through a store that no earlier start has used."""
+        # A client for it alone: another one may be waiting in the main thread.
+        self._store = cast(Any, store).clone()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def enter(self, doing: str, limit_s: float, *, waits: bool = True) -> None:
         """Before each part of the main thread's work."""
@@ -117,11 +120,9 @@ class Watch:
             self.before_exit(fault)
             return error
         launch.outlive_others()
-        if (
-            isinstance(error, RuntimeError)
-            and BROKEN_LINK.search(str(error))
-            and not self._await(lambda store: store.check(["fault"]), GRACE_S)
-        ):
+        # Another rank may be about to post what broke the connection.
+        broken = isinstance(error, RuntimeError) and BROKEN_LINK.search(str(error))
+        if broken and not self._await(lambda store: store.check(["fault"]), GRACE_S):
             reason = self._call_roll(even_busy=True) or "lost the connection to another rank"
             error = Failure(f"{reason} ({str(error).splitlines()[0]}); {RETRY}")
             fault = Fault(self.place.rank, error.code, str(error))
@@ -160,7 +161,8 @@ class Watch:
                 time.sleep(GRACE_S)
             else:
                 self._end(fault)
-                (logger.error if fault.rank == self.place.rank else record)(f"error: {fault}")
+                with suppress(OSError):
+                    (logger.error if fault.rank == self.place.rank else record)(f"error: {fault}")
         launch.end_process(fault.code)
 
     def _end(self, fault: Fault) -> None:
@@ -169,7 +171,10 @@ class Watch:
         if not is_first and not self._first_is_absent:
             self._await(lambda store: store.check(["recorded"]), RECORD_S)
         if is_first or (self._first_is_absent and fault.rank == self.place.rank):
-            self.before_exit(fault)
+            try:
+                self.before_exit(fault)
+            except Exception as error:  # the fault is worth more
+                logger.warning("%s", reason_of(error))
             self._ask(lambda store: store.set("recorded", "1"))
 
     # ---- what ranks tell each other ----
@@ -180,13 +185,15 @@ class Watch:
         """
         roll = self._ask(lambda store: store.add("rolls", 1)) or 0
         self._answer(roll)
-        self._await(lambda store: store.add(f"answers {roll}", 0) >= self.place.size, ANSWER_S)
         keys = {rank: f"answer {roll} {rank}" for rank in range(self.place.size)}
+        self._await(lambda store: store.check(list(keys.values())), ANSWER_S)
         found = self._ask(lambda store: {r: store.get(key) for r, key in keys.items() if store.check([key])}) or {}
         answers: dict[int, dict[str, Any]] = {rank: json.loads(answer) for rank, answer in found.items()}
         absent = [rank for rank in range(self.place.size) if rank not in answers]
         busy = {rank: answer for rank, answer in answers.items() if not answer["waits"]}
         self._first_is_absent = 0 in absent
+        if self.place.rank in absent:  # the store is gone too
+            return ""
         if absent:
             ranks = f"rank(s) {', '.join(map(str, absent))} of {self.place.size}"
             reason = f"{ranks} did not respond: stopped, killed, or the node is lost"
@@ -208,7 +215,6 @@ class Watch:
             stack += distributed_c._dump_fr_trace_json(onlyActive=True).decode(errors="replace")[:MOST_TRACE_CHARACTERS]
         answer = json.dumps(asdict(self.phase) | {"late": self.phase.is_late, "stack": stack})
         self._ask(lambda store: store.set(f"answer {roll} {self.place.rank}", answer))
-        self._ask(lambda store: store.add(f"answers {roll}", 1))
         self._answered, self._answered_at = roll, time.monotonic()
 
     def _post(self, fault: Fault) -> Fault:
