@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import xxhash
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeline.budget import accumulation_steps, flops_per_token
@@ -17,7 +18,7 @@ from pipeline.machine.gpus import peak_flops
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
-from pipeline.runs import State, Status
+from pipeline.runs import Position, State, Status
 from pipeline.vocabulary.specs import from_spec
 from train import parallel
 from train.data.batches import Prefetcher, model_inputs
@@ -85,6 +86,22 @@ class Trainer:
         gradients are averaged.
         """
         self.wrapped = parallel.replicate(self.model, self.world)
+        if isinstance(self.wrapped, DistributedDataParallel):
+            self.settle_buckets()
+
+    def settle_buckets(self) -> None:
+        """Two throw-away passes. After its first backward pass DDP sorts gradients into new buckets,
+        by the order in which they came, and so adds them up in another order: a resumed run of 3 or
+        more ranks would take its first step with other rounding than the run that went through.
+        """
+        windows = torch.zeros(self.config.train.micro_batch_size, self.config.model.block_size + 1, dtype=torch.long)
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # for dropout
+            for _ in range(2):
+                with autocast(self.world.device, self.dtype):
+                    loss = self.wrapped(*model_inputs(windows, self.config, self.mixture, self.world.device))
+                loss.backward()
+                self.optimizer.zero_grad(set_to_none=True)
 
     def train_step(self) -> StepResult:
         """One optimizer step over `tokens_per_step` tokens; one that is not finite, or a spike,
@@ -131,21 +148,27 @@ class Trainer:
         return model_inputs(windows, self.config, self.mixture, self.world.device)
 
     @property
+    def position(self) -> Position:
+        """How far the run is, the trunk included where it is a branch."""
+        return self.checkpoints.began_at.at(self.step, self.config)
+
+    @property
     def samples_per_step(self) -> int:
         return self.config.train.tokens_per_step // self.config.model.block_size
 
     @property
     def first_sample(self) -> int:
         """The global sample at which the current step's batch begins."""
-        return self.step * self.samples_per_step
+        return self.position.sample
 
     def fit(self, metrics: Metrics, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged."""
         max_steps, reason = self.config.train.max_steps, ""
         with ProgressReport("train", max_steps, "steps", done=self.step) as progress:
+            self.throughput.start()
             while self.step < max_steps and not reason:
-                with self.throughput.timed():
-                    result = self.train_step()
+                result = self.train_step()
+                self.throughput.lap()
                 if result.outcome is not Outcome.TAKEN:
                     self.report_bad_step(result, metrics)
                 self.checkpoints.reserve()
@@ -166,19 +189,26 @@ class Trainer:
             self.checkpoints.wait()  # raises the error of the save
         if config.parallel.check_every_steps and self.step % config.parallel.check_every_steps == 0:
             check_replicas(self.model, self.world, self.step)
-        planned = self.is_due(config.checkpoint.every_steps)
+        keep_every_steps = config.checkpoint.keep_every_steps
+        permanent = keep_every_steps and self.step % keep_every_steps == 0
+        planned = bool(permanent) or self.is_due(config.checkpoint.every_steps)
         evaluating = False
         if config.eval.every_steps and not agreed.reason:  # a run that stops in a hurry is not evaluated
             # Every planned checkpoint is, so that `best` can compare them.
             evaluating = planned or self.is_due(config.eval.every_steps)
-        val_loss = self.evaluation.run(self.model) if evaluating else None
+        val_loss = None
+        if evaluating:
+            with self.throughput.paused():
+                val_loss = self.evaluation.run(self.model)
         if evaluating or self.is_due(config.log.every_steps):
             metrics.write(self.row(result, val_loss))
         if evaluating:
-            self.previews.show(self.model, self.step, metrics)
+            with self.throughput.paused():
+                self.previews.show(self.model, self.step, metrics)
         # After the row: a crash in between drops nothing, as a resume writes the row again.
         if planned or agreed.reason or agreed.save_now:
-            self.checkpoints.save(self.step, None if val_loss is None else val_loss.mean)
+            with self.throughput.paused():
+                self.checkpoints.save(self.step, None if val_loss is None else val_loss.mean)
         metrics.keep_alive(self.status(State.RUNNING))
         return agreed.reason
 
@@ -208,15 +238,19 @@ class Trainer:
         metrics.write_bad_step(row | {"reason": why, "loss": loss, "grad_norm": norm})
         bad_steps = self.guard.bad_steps
         if bad_steps >= self.config.train.max_bad_steps:
+            good = self.step - bad_steps + 1
+            kept = "no step reached the weights"
+            if good:
+                kept = f"the weights of step {good} were kept: {self.checkpoints.save_last_good(good)}"
             raise Diverged(
                 f"{bad_steps} steps in a row, up to step {self.step}, had a loss or gradient that is not finite, or a spike: "
-                f"the weights of step {self.step - bad_steps + 1} were kept; try a lower optimizer.lr or a longer warmup"
+                f"{kept}; try a lower optimizer.lr or a longer warmup"
             )
 
     def row(self, result: StepResult, val_loss: ValLoss | None) -> Row:
         """A row of metrics.jsonl; the speeds are those since the last row."""
         lr = self.optimizer.param_groups[0]["lr"]
-        tokens = self.step * self.config.train.tokens_per_step
+        tokens = self.position.tokens
         row: Row = {"step": self.step, "tokens": tokens, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
         row |= self.throughput.columns(self.batches.waited_s)
         self.batches.waited_s = 0.0
