@@ -90,6 +90,14 @@ def flops_per_token(model: ModelConfig, vocab_size: int) -> int:
     return 6 * multiplied + 12 * model.n_layer * model.n_embd * model.block_size
 
 
+def most_checkpoints(config: Config) -> int:
+    """How many a run's folder may hold: the newest, the permanent, the best and the one being
+    written.
+    """
+    every = config.checkpoint.keep_every_steps
+    return config.checkpoint.keep + (config.train.max_steps // every if every else 0) + 2
+
+
 def checkpoint_bytes(model: ModelConfig, vocab_size: int) -> int:
     """Size of one checkpoint on disk, but for tokenizer and descriptions."""
     return CHECKPOINT_BYTES_PER_PARAMETER * parameters(model, vocab_size)

@@ -5,6 +5,7 @@ within a filesystem, and a synced folder keeps the new name across a power failu
 """
 
 import fcntl
+import itertools
 import os
 import socket
 import time
@@ -49,6 +50,12 @@ def write_atomic(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
     publish(partial, path)
+
+
+def unused_name(path: Path) -> Path:
+    """`path`, or with the first of `_2`, `_3`, ... after its stem that nothing has yet."""
+    numbered = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def read_limited(path: Path, most_bytes: int) -> bytes:

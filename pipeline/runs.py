@@ -7,17 +7,20 @@ runs/<name>/config.toml           the resolved config
             bad_steps.jsonl       one row per step that did not reach the weights
             log.txt, tb/          the log with timestamps; TensorBoard
             checkpoints/          step_NNNNNNNN/ folders, and `latest` and `best`, which name one of them
+            left_behind_*.jsonl   rows past the checkpoint to which the run went back
             save-now              created by the user: a checkpoint is saved after the current step, and it is removed
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from enum import StrEnum
-from math import inf
 from pathlib import Path
+from typing import Self
 
-from pipeline.files import write_atomic
+from pipeline.config.keys import Config
+from pipeline.files import unused_name, write_atomic
 
 
 class State(StrEnum):
@@ -52,6 +55,22 @@ class Status:
     last_save_s: float | None = None
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: completed steps, the next global sample of its data, tokens seen. With the
+    seed, all that the data order and the counts need.
+    """
+
+    step: int = 0
+    sample: int = 0
+    tokens: int = 0
+
+    def at(self, step: int, config: Config) -> Self:
+        """Where a run that begins here is at `step`."""
+        tokens = (step - self.step) * config.train.tokens_per_step
+        return type(self)(step, self.sample + tokens // config.model.block_size, self.tokens + tokens)
+
+
 class RunFolder:
     """The files in the folder of one run; none needs to exist."""
 
@@ -66,7 +85,10 @@ class RunFolder:
         """Dated now. On a full disk the old file is overwritten: a reader finds how the run ended."""
         document = asdict(status) | {"updated_at": datetime.now(UTC).isoformat(timespec="seconds")}
         # NaN is not JSON.
-        finite = {name: None if value in (inf, -inf) or value != value else value for name, value in document.items()}
+        finite = {
+            name: None if value in (math.inf, -math.inf) or value != value else value
+            for name, value in document.items()
+        }
         content = json.dumps(finite).encode() + b"\n"
         try:
             write_atomic(self.status, content)
@@ -87,10 +109,12 @@ class RunFolder:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
-    def drop_rows_after(self, step: int) -> None:
-        """Forget what was recorded past `step`, where a run resumes: one curve, no step twice."""
-        _drop_rows_after(self.metrics, step)
-        _drop_rows_after(self.bad_steps, step - 1)  # a bad step's row has the number of steps before it
+    def drop_rows_after(self, step: int, keep: bool = False) -> None:
+        """Remove what was recorded past `step`, where a run resumes: one curve, no step twice. With
+        `keep` into files next to it.
+        """
+        _drop_rows_after(self.metrics, step, keep)
+        _drop_rows_after(self.bad_steps, step - 1, keep)  # a bad step's row has the number of steps before it
 
 
 def newest_run(runs: Path) -> Path | None:
@@ -100,10 +124,14 @@ def newest_run(runs: Path) -> Path | None:
     return pointers[-1].parents[1] if pointers else None
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def _drop_rows_after(path: Path, step: int, keep: bool) -> None:
     if path.is_file():
         content = path.read_bytes()
-        kept = b"".join(row + b"\n" for row in content.splitlines() if _step_of(row) <= step)
+        rows = [(_step_of(row), row + b"\n") for row in content.splitlines()]
+        kept = b"".join(row for of, row in rows if of <= step)
+        dropped = b"".join(row for of, row in rows if step < of < math.inf)
+        if keep and dropped:
+            write_atomic(unused_name(path.with_name(f"left_behind_{path.name}")), dropped)
         if kept != content:
             write_atomic(path, kept)
 
@@ -113,4 +141,4 @@ def _step_of(row: bytes) -> float:
     try:
         return float(json.loads(row)["step"])
     except (ValueError, KeyError, TypeError):  # not JSON, or not even UTF-8
-        return float("inf")
+        return math.inf

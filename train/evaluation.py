@@ -27,8 +27,8 @@ class ValLoss:
 
 
 class Evaluation:
-    """`eval.batches` micro-batches, spread evenly over the val split of each source. `last_s`:
-    seconds the last one took.
+    """The loss on `eval.tokens` tokens, rounded up to whole windows, spread evenly over the val
+    split of each source. `last_s`: seconds the last one took.
     """
 
     def __init__(self, config: Config, world: World, mixture: Mixture, dtype: torch.dtype) -> None:
@@ -36,7 +36,7 @@ class Evaluation:
         self.last_s = 0.0
         self.fault: Exception | None = None  # in reading the data, which other ranks may not have
         self.readers = [TokenReader(source.folder, source.manifest, "val") for source in mixture.sources]
-        windows = config.eval.batches * config.train.micro_batch_size
+        windows = math.ceil(config.eval.tokens / config.model.block_size)
         self.starts = [
             evaluation_starts(reader, config.model.block_size, windows) if config.eval.every_steps else []
             for reader in self.readers

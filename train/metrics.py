@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Self
 
+import torch
+
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import code_of, reason_of
 from pipeline.log import logger
@@ -149,16 +151,29 @@ class Throughput:
     def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> None:
         self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
         self.last_step_s = 0.0
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds, self._lap_began = 0, 0.0, 0.0
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Times one step. A step ends by reading its loss, so the device's work is included."""
-        started = time.perf_counter()
-        yield
-        self.last_step_s = time.perf_counter() - started
+    def start(self) -> None:
+        """The first step begins."""
+        self._lap_began = time.perf_counter()
+
+    def lap(self) -> None:
+        """A step's loss was read. The optimizer's kernels may still run, and are waited for in the
+        next lap: so laps follow each other without a gap.
+        """
+        now = time.perf_counter()
+        self.last_step_s, self._lap_began = now - self._lap_began, now
         self._steps += 1
         self._seconds += self.last_step_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside is not training."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the optimizer's kernels are
+        began = time.perf_counter()
+        yield
+        self._lap_began += time.perf_counter() - began
 
     @property
     def tokens_per_s(self) -> float:

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from pipeline import launch
 from pipeline.budget import data_arithmetic, parameters, step_arithmetic
 from pipeline.checkpoint.find import find_model_folder
+from pipeline.checkpoint.folder import choose_best
 from pipeline.checkpoint.load import load_initial_weights
-from pipeline.checkpoint.pointers import set_aside_after
 from pipeline.config.keys import Config
 from pipeline.config.load import to_dict, to_toml
 from pipeline.dataset.mixture import Mixture
@@ -19,8 +19,9 @@ from pipeline.errors import EXIT_INTERRUPTED
 from pipeline.files import one_writer, write_atomic
 from pipeline.log import also_to_file, logger
 from pipeline.machine import ranks
-from pipeline.machine.device import pick_dtype, share_threads, should_compile
-from pipeline.machine.ranks import START_S, World
+from pipeline.machine.device import device_name, pick_dtype, share_threads, should_compile
+from pipeline.machine.gpus import format_peak
+from pipeline.machine.ranks import World
 from pipeline.machine.watch import Fault
 from pipeline.model.language_model import LanguageModel
 from pipeline.runs import RunFolder, State
@@ -58,7 +59,7 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
     """`run`, on ranks that have found each other. A function, so that nothing refers to the trainer
     and its process group when the ranks part: with a reference, a rank may hang at its end.
     """
-    world.start_watch(max(START_S, config.parallel.timeout_s))
+    world.start_watch(config.parallel.timeout_s)
     folder = RunFolder(config.run_dir)
     with world.fail_together():
         mixture = Mixture(config)
@@ -113,6 +114,7 @@ def assemble(
         f"run {config.run_dir}: {world.size} rank(s) on {world.device.type}, {threads} thread(s) each",
         f"parallel {parallel.format_strategy(config.parallel.strategy, mesh, world)}",
         f"dtype {str(dtype).removeprefix('torch.')}: {why_dtype}; compile {'on' if compiled else 'off'}: {why_compiled}",
+        format_peak(device_name(world.device)),
         f"model: {parameters(config.model, model.vocab_size):,} parameters, "
         f"vocabulary {model.vocab_size:,} ({mixture.tokenizer['name']})",
         step_arithmetic(config, world.size),
@@ -137,12 +139,12 @@ def notes(config: Config, mixture: Mixture) -> list[str]:
     return lines
 
 
-def initialise(trainer: Trainer, start: Path | None) -> None:
+def initialise(trainer: Trainer, start: resume.Start | None) -> None:
     """Load the weights of a checkpoint, or those the config names, or keep the random ones."""
     config = trainer.config
     if start is not None:
-        trainer.step = trainer.checkpoints.restore(start)
-        logger.info("from %s: step %d of %d", start, trainer.step, config.train.max_steps)
+        trainer.step = trainer.checkpoints.restore(start.folder, start.began_at)
+        logger.info("from %s: step %d of %d", start.folder, trainer.step, config.train.max_steps)
     elif config.model.init_from:
         load_initial_weights(trainer.model, trainer.mixture.tokenizer, find_model_folder(config.model.init_from))
         logger.info("initial weights: %s", config.model.init_from)
@@ -193,9 +195,9 @@ def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
     """
     if not trainer.world.is_first:
         return Metrics()
-    # Later checkpoints are of a path that the run is about to leave, by checkpoint.resume or
-    # `latest`.
-    set_aside_after(folder.checkpoints, trainer.step)
+    resume.enter(folder, trainer.step, trainer.config.checkpoint.resume)
+    # Now: the best may be one of those just set aside.
+    trainer.checkpoints.best_val_loss = choose_best(folder.checkpoints, trainer.config.eval.tokens)
     metrics = FileMetrics(folder, trainer.step, trainer.config.log.tensorboard)
     write_atomic(folder.config, to_toml(trainer.config).encode())
     return metrics

@@ -8,10 +8,11 @@ The copy is what makes the checkpoint one moment's: the optimizer changes its te
 the next step.
 """
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from pipeline.checkpoint.folder import (
     Description,
     State,
-    best_val_loss,
+    folder_name,
     prune_checkpoints,
     read_description,
     write_checkpoint,
@@ -33,11 +34,14 @@ from pipeline.log import logger
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
-from pipeline.runs import RunFolder
+from pipeline.runs import Position, RunFolder
 from pipeline.vocabulary.tokenizer import Tokenizer
 from train.optimizer.groups import AdamW
 from train.spikes import StepGuard
 from train.stop import FileRequest
+
+# A save is given twice the time that the last one took; before any was made, this many seconds.
+FIRST_SAVE_S = 30.0
 
 
 class Saver:
@@ -150,7 +154,8 @@ class Checkpoints:
     guard: StepGuard
     tokenizer: Tokenizer
     dataset: str
-    best_val_loss: float = float("inf")
+    best_val_loss: float = math.inf  # of those on the disk; rank 0 alone looks there
+    began_at: Position = field(default_factory=Position)  # zero, or where the run branched from another
     saver: Saver = field(default_factory=Saver)
     last_step: int = 0  # of the checkpoint started last, or restored
 
@@ -168,6 +173,11 @@ class Checkpoints:
         """
         return self.world.is_first and not self.saver.busy and self.save_now.exists()
 
+    @property
+    def save_s(self) -> float:
+        """Seconds that a save may take."""
+        return 2 * (FIRST_SAVE_S if self.saver.last_save_s is None else self.saver.last_save_s)
+
     def reserve(self) -> None:
         """Have the saver get its memory: after the first step, when the optimizer has its state."""
         if self.world.is_first and not self.saver.reserved:
@@ -177,7 +187,7 @@ class Checkpoints:
         """Have rank 0 write a checkpoint while training continues; `latest` will name it, and
         `best` if it is the best.
         """
-        best = val_loss is not None and val_loss < self.best_val_loss
+        best = val_loss is not None and math.isfinite(val_loss) and val_loss < self.best_val_loss
         if val_loss is not None and best:
             self.best_val_loss = val_loss
         self.last_step = step
@@ -194,21 +204,34 @@ class Checkpoints:
             )
             if requested:
                 self.save_now.remove()
-            prune_checkpoints(self.run.checkpoints, self.config.checkpoint.keep)
+            keep = self.config.checkpoint
+            prune_checkpoints(self.run.checkpoints, keep.keep, keep.keep_every_steps)
             return folder
 
         self.saver.start(state, write)
 
     def describe(self, step: int, val_loss: float | None) -> Description:
         return Description(
-            step=step, tokens=step * self.config.train.tokens_per_step, config=to_dict(self.config),
-            tokenizer=self.tokenizer.spec(), dataset=self.dataset, val_loss=val_loss,
+            step=step, tokens=self.began_at.at(step, self.config).tokens, config=to_dict(self.config),
+            tokenizer=self.tokenizer.spec(), dataset=self.dataset, began_at=asdict(self.began_at), val_loss=val_loss,
             scaler=self.scaler.state_dict(), bad_steps=self.guard.bad_steps, grad_norms=self.guard.norms,
         )  # fmt: skip
 
-    def restore(self, folder: Path) -> int:
-        """Load a verified checkpoint, and return its step. What it does not hold follows from the
-        seed and the step.
+    def save_last_good(self, step: int) -> Path:
+        """The checkpoint of the last step that reached the weights, from which they have not changed
+        since: written, and waited for, unless the run has it. All ranks call it together.
+        """
+        self.wait()  # it may be in flight
+        folder = self.run.checkpoints / folder_name(step)
+        if not self.world.gather(folder.is_dir())[0]:
+            self.guard.bad_steps = 0
+            self.save(step, None)
+            self.wait()
+        return folder
+
+    def restore(self, folder: Path, began_at: Position) -> int:
+        """Load a verified checkpoint into a run that began at a position, and return its step. What
+        it does not hold follows from the seed and the step.
         """
         description = read_description(folder)
         load_weights(self.model, folder)
@@ -216,8 +239,7 @@ class Checkpoints:
         if description.scaler:  # empty where the run was not in float16
             self.scaler.load_state_dict(description.scaler)
         self.guard.restore(description.grad_norms, description.bad_steps)
-        self.best_val_loss = best_val_loss(self.run.checkpoints)
-        self.last_step = description.step
+        self.last_step, self.began_at = description.step, began_at
         return description.step
 
     def save_rest(self, step: int) -> None:

@@ -8,6 +8,7 @@ import torch
 import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeline.budget import accumulation_steps, flops_per_token
@@ -17,10 +18,10 @@ from pipeline.errors import Diverged
 from pipeline.log import ProgressReport, logger
 from pipeline.machine.device import autocast, device_name
 from pipeline.machine.gpus import peak_flops
-from pipeline.machine.ranks import START_S, World
+from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
-from pipeline.runs import RunFolder
+from pipeline.runs import Position, RunFolder
 from pipeline.vocabulary.specs import from_spec
 from train import parallel
 from train.data.batches import Prefetcher, model_inputs
@@ -33,9 +34,6 @@ from train.replicas import check_replicas
 from train.saving import Checkpoints
 from train.spikes import Outcome, StepGuard, StepResult
 from train.stop import StopRequest
-
-# A save is given twice the time that the last one took; before any was made, this many seconds.
-FIRST_SAVE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,22 @@ class Trainer:
         gradients are averaged.
         """
         self.wrapped = parallel.replicate(self.model, self.world)
+        if isinstance(self.wrapped, DistributedDataParallel):
+            self.settle_buckets()
+
+    def settle_buckets(self) -> None:
+        """Two throw-away passes. After its first backward pass DDP sorts gradients into new buckets,
+        by the order in which they came, and so adds them up in another order: a resumed run of 3 or
+        more ranks would take its first step with other rounding than the run that went through.
+        """
+        windows = torch.zeros(self.config.train.micro_batch_size, self.config.model.block_size + 1, dtype=torch.long)
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # for dropout
+            for _ in range(2):
+                with autocast(self.world.device, self.dtype):
+                    loss = self.wrapped(*model_inputs(windows, self.config, self.mixture, self.world.device))
+                loss.backward()
+                self.optimizer.zero_grad(set_to_none=True)
 
     def train_step(self) -> StepResult:
         """One optimizer step over `tokens_per_step` tokens; one that is not finite, or a spike,
@@ -149,13 +163,19 @@ class Trainer:
             # ranks, and after a resume.
             seed = self.config.run.seed, self.step, position
             torch.manual_seed(xxhash.xxh3_64_intdigest(b"dropout:%d:%d:%d" % seed))
-        self.world.watch.enter(f"reading the data of step {self.step}", self.step_limit_s, waits=False)
+        brief = self.throughput.last_step_s > 0  # the first step of a start compiles
+        self.world.watch.enter(f"reading the data of step {self.step}", waits=False, brief=brief)
         # For a batch that cannot be made, as the other ranks expect this one in their collectives.
         windows = torch.zeros(size, self.config.model.block_size + 1, dtype=torch.long)
         with self.noticing():
             windows = self.batches.batch(self.first_sample + position * size)
-        self.world.watch.enter(f"step {self.step}", self.step_limit_s)
+        self.world.watch.enter(f"step {self.step}", brief=brief)
         return model_inputs(windows, self.config, self.mixture, self.world.device)
+
+    @property
+    def position(self) -> Position:
+        """How far the run is, the trunk included where it is a branch."""
+        return self.checkpoints.began_at.at(self.step, self.config)
 
     @property
     def samples_per_step(self) -> int:
@@ -164,17 +184,7 @@ class Trainer:
     @property
     def first_sample(self) -> int:
         """The global sample at which the current step's batch begins."""
-        return self.step * self.samples_per_step
-
-    @property
-    def start_limit_s(self) -> float:
-        """How long ranks wait for each other where one may compile, load, or write gigabytes."""
-        return max(START_S, self.config.parallel.timeout_s)
-
-    @property
-    def step_limit_s(self) -> float:
-        # The first step of a start compiles.
-        return self.config.parallel.timeout_s if self.throughput.last_step_s else self.start_limit_s
+        return self.position.sample
 
     @contextmanager
     def noticing(self) -> Iterator[None]:
@@ -204,13 +214,14 @@ class Trainer:
     def fit(self, metrics: Metrics, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged."""
         max_steps, before = self.config.train.max_steps, self.status.now
-        needed_s = before.first_step_s + self.save_s if before.first_step_s else 0.0
+        needed_s = before.first_step_s + self.checkpoints.save_s if before.first_step_s else 0.0
         # The clock of one rank decides.
         reason: str = self.world.gather(stop.deadline_reason(needed_s))[0]
         with ProgressReport("train", max_steps, "steps", done=self.step) as progress:
+            self.throughput.start()
             while self.step < max_steps and not reason:
-                with self.throughput.timed():
-                    result = self.train_step()
+                result = self.train_step()
+                self.throughput.lap()
                 if result.outcome is not Outcome.TAKEN:
                     self.report_bad_step(result, metrics)
                 self.checkpoints.reserve()
@@ -220,7 +231,7 @@ class Trainer:
                 tokens_per_s = self.config.train.tokens_per_step / self.throughput.last_step_s
                 with self.noticing():
                     progress.advance(1, f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
-        self.world.watch.enter("the last save", self.start_limit_s)
+        self.world.watch.enter("the last save")
         self.checkpoints.wait()
         with self.world.fail_together():
             if self.fault is not None:
@@ -233,10 +244,12 @@ class Trainer:
         """
         config = self.config
         agreed = self.agree(stop)
-        self.world.watch.enter(f"what follows step {self.step}", self.start_limit_s, waits=False)
+        self.world.watch.enter(f"what follows step {self.step}", waits=False)
         if config.parallel.check_every_steps and self.step % config.parallel.check_every_steps == 0:
             check_replicas(self.model, self.world, self.step)
-        planned = self.is_due(config.checkpoint.every_steps)
+        keep_every_steps = config.checkpoint.keep_every_steps
+        permanent = keep_every_steps and self.step % keep_every_steps == 0
+        planned = bool(permanent) or self.is_due(config.checkpoint.every_steps)
         evaluating = False
         if config.eval.every_steps and not agreed.reason:  # a run that stops in a hurry is not evaluated
             # Every planned checkpoint is, so that `best` can compare them.
@@ -244,17 +257,22 @@ class Trainer:
         if evaluating and agreed.in_haste:
             evaluating = False
             logger.warning("step %d is not evaluated: the deadline is near", self.step)
-        val_loss = self.evaluation.run(self.model) if evaluating else None
-        self.fault = self.fault or self.evaluation.fault
+        val_loss = None
+        if evaluating:
+            with self.throughput.paused():
+                val_loss = self.evaluation.run(self.model)
+            self.fault = self.fault or self.evaluation.fault
         with self.noticing():
             if evaluating or self.is_due(config.log.every_steps):
                 metrics.write(self.row(result, val_loss))
             if evaluating:
-                self.previews.show(self.model, self.step, metrics)
+                with self.throughput.paused():
+                    self.previews.show(self.model, self.step, metrics)
         self.report(result, val_loss)
         # After the row: a crash in between drops nothing, as a resume writes the row again.
         if planned or agreed.reason or agreed.save_now:
-            self.checkpoints.save(self.step, None if val_loss is None else val_loss.mean)
+            with self.throughput.paused():
+                self.checkpoints.save(self.step, None if val_loss is None else val_loss.mean)
         return agreed.reason
 
     def report(self, result: StepResult, val_loss: ValLoss | None) -> None:
@@ -269,15 +287,9 @@ class Trainer:
     def is_due(self, every_steps: int) -> bool:
         return self.step % every_steps == 0 or self.step == self.config.train.max_steps
 
-    @property
-    def save_s(self) -> float:
-        """Seconds that a save may take."""
-        last_save_s = self.checkpoints.saver.last_save_s
-        return 2 * (FIRST_SAVE_S if last_save_s is None else last_save_s)
-
     def agree(self, stop: StopRequest) -> Agreement:
         """Every rank gets the same answer: what one of them noticed, all of them do."""
-        needed_s = self.throughput.last_step_s + self.save_s
+        needed_s = self.throughput.last_step_s + self.checkpoints.save_s
         reason = stop.reason(needed_s)
         in_haste = stop.deadline_reason(needed_s + self.evaluation.last_s + self.previews.last_s)
         # One all-reduce per step for all three: a second one would cost as much again in latency.
@@ -301,15 +313,20 @@ class Trainer:
             metrics.write_bad_step(row | {"reason": why, "loss": loss, "grad_norm": norm})
         bad_steps = self.guard.bad_steps
         if bad_steps >= self.config.train.max_bad_steps:
-            raise Diverged(
-                f"{bad_steps} steps in a row, up to step {self.step}, had a loss or gradient that is not finite, or a spike: "
-                f"the weights of step {self.step - bad_steps + 1} were kept; try a lower optimizer.lr or a longer warmup"
-            )
+            good = self.step - bad_steps + 1
+            kept = "no step reached the weights"
+            if good:
+                kept = f"the weights of step {good} were kept: {self.checkpoints.save_last_good(good)}"
+            with self.world.fail_together():
+                raise Diverged(
+                    f"{bad_steps} steps in a row, up to step {self.step}, had a loss or gradient that is not finite, or a "
+                    f"spike: {kept}; try a lower optimizer.lr or a longer warmup"
+                )
 
     def row(self, result: StepResult, val_loss: ValLoss | None) -> Row:
         """A row of metrics.jsonl; the speeds are those since the last row."""
         lr = self.optimizer.param_groups[0]["lr"]
-        tokens = self.step * self.config.train.tokens_per_step
+        tokens = self.position.tokens
         row: Row = {"step": self.step, "tokens": tokens, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
         row |= self.throughput.columns(self.batches.waited_s)
         self.batches.waited_s = 0.0

@@ -23,11 +23,8 @@ from pipeline.errors import EXIT_USER, UserError, as_failure, code_of, reason_of
 from pipeline.launch import Placement
 from pipeline.log import logger
 from pipeline.machine.device import memory_failure, pick_device
-from pipeline.machine.watch import Watch
+from pipeline.machine.watch import START_S, Watch
 
-# How long ranks wait for each other at least until the first step has ended: the slowest node imports
-# torch from a shared filesystem, and that step compiles.
-START_S = 1800.0
 # Logged before the ranks meet: one of them is often why they meet at one site and hang at another.
 NETWORK_SETTINGS = ("NCCL_", "GLOO_", "TORCH_")
 
@@ -94,12 +91,11 @@ class World(Placement):
         if failure is not None:
             raise failure
 
-    def start_watch(self, limit_s: float) -> None:
-        """Look out for ranks that fail or hang. All call it together; `limit_s`: of what they do first."""
-        self.watch.enter("start-up", limit_s)
+    def start_watch(self, timeout_s: float) -> None:
+        """Look out for ranks that fail, or take longer than `timeout_s` for a step. All call it together."""
         start = self.gather(time.time_ns())[0]  # a store may still have what an earlier start wrote
         if self.store is not None:
-            self.watch.start(PrefixStore(f"watch {start}", self.store))
+            self.watch.start(PrefixStore(f"watch {start}", self.store), timeout_s)
 
     def leave_to(self, speaker: int, code: int, reason: str) -> None:
         """Every rank exits but `speaker`, which reports why. No rank exits before all ignore

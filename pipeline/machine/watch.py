@@ -32,6 +32,9 @@ from pipeline.errors import EXIT_RETRY, Failure, Left, code_of, reason_of
 from pipeline.launch import Placement
 from pipeline.log import logger, record
 
+# How long ranks wait for each other at least but in a step: the slowest node loads torch from a shared
+# filesystem, the first step compiles, a save writes gigabytes.
+START_S = 1800.0
 BEAT_S = 1.0
 ANSWER_S = 5.0  # how long the store, or a rank, may take to answer
 GRACE_S = 3.0  # for a main thread to notice by itself that a collective failed
@@ -76,6 +79,7 @@ class Watch:
 
     def __init__(self, place: Placement | None = None) -> None:
         self.place = place or Placement()
+        self.timeout_s = math.inf  # of a step but the first
         self.phase = Phase("start-up", math.inf)
         # What this rank does before all exit for a fault, such as saving; the run sets it.
         self.before_exit: Callable[[Fault], None] = lambda fault: None
@@ -89,15 +93,17 @@ class Watch:
         # A thread for it alone: a store whose process is stopped never answers.
         self._asking = ThreadPoolExecutor(1, "watch")
 
-    def start(self, store: Store) -> None:
+    def start(self, store: Store, timeout_s: float) -> None:
         """Begin to watch, through a store that no earlier start has used."""
+        self.timeout_s = timeout_s
+        self.enter("start-up")
         # A client for it alone: another one may be waiting in the main thread.
         self._store = cast(Any, store).clone()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
-    def enter(self, doing: str, limit_s: float, *, waits: bool = True) -> None:
-        """Before each part of the main thread's work."""
-        self.phase = Phase(doing, limit_s, waits)
+    def enter(self, doing: str, *, waits: bool = True, brief: bool = False) -> None:
+        """Before each part of the main thread's work. `brief`: it takes no longer than a step does."""
+        self.phase = Phase(doing, self.timeout_s if brief else max(START_S, self.timeout_s), waits)
 
     def check(self) -> None:
         """After a collective: raises Failure where its result is void, as the ranks are ending."""
