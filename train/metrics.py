@@ -213,8 +213,15 @@ def _summary_writer(folder: RunFolder, first_step: int) -> Any:
         logger.warning("tensorboard is not installed, so %s stays empty: %s", folder.tensorboard, how)
         return None
     _wait_for_new_name(folder)
+    threading.excepthook = _without_disk_errors
     # purge_step: TensorBoard hides what an earlier start wrote past the resumed step.
     return SummaryWriter(folder.tensorboard, purge_step=first_step + 1)
+
+
+def _without_disk_errors(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread prints the traceback of an error that our next flush raises too."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def _wait_for_new_name(folder: RunFolder) -> None:

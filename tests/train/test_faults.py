@@ -1,4 +1,4 @@
-"""Faults of the machine, the data and other ranks, for real where they can be had: one true line, the exit code, what is left on disk."""
+"""Faults of the machine, the data and other ranks: one true line, the exit code, and what is left on disk."""
 
 import os
 import resource
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, overrides, tiny_config
-from test_kills import last_row
+from test_kills import last_row, ranks_of
 from test_train_run import status
 
 from pipeline.checkpoint.folder import read_description, verify_files
@@ -296,3 +296,128 @@ def test_a_run_folder_on_a_read_only_disk_is_one_line(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     code, log = ended(launch(config, small_disk.parent, 2))
     assert code != 0 and len(error_lines(log)) == 1 and "Read-only file system" in log, log
+
+
+# ---- ranks that hang or are gone ----
+
+SLEEP = """
+from train.data import batches
+real = batches.Prefetcher._make
+def make(self, first):
+    while RANK == '2' and first >= 20 * 16: time.sleep(0.1)
+    return real(self, first)
+batches.Prefetcher._make = make
+"""
+
+
+def hanging(folder: Path) -> Config:
+    return faulty(
+        folder, train={"max_steps": 100_000}, checkpoint={"every_steps": 100_000}, parallel={"timeout_s": 6.0}
+    )
+
+
+def test_a_rank_that_sleeps_in_its_data_is_named_with_every_ranks_stack(tiny: Path) -> None:
+    config = hanging(tiny)
+    code, log = ended(launch(config, tiny, 4, SLEEP))
+    assert code != 0
+    found = assert_failed(config, "rank 2 of 4 has spent more than 6 s in reading the data of step 20", code=75)
+    assert "the run resumes from its last checkpoint" in found["reason"]
+    assert len(error_lines(log)) == 1, log
+    assert "rank(s) 2, in reading the data of step 20" in log and "in batch" in log
+    assert saved_step(config) == 20
+    assert "exitcode  : 75" in log and "exitcode  : 1 " not in log
+
+
+@pytest.mark.parametrize("victim", [2, 0])
+def test_a_stopped_rank_is_named(tiny: Path, victim: int) -> None:
+    config = hanging(tiny)
+    process = launch(config, tiny, 4)
+    wait_for_step(config, process, 5)
+    stopped = ranks_of(process)[victim]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        code, log = ended(process)
+    finally:
+        if process.poll() is None:
+            os.kill(stopped, signal.SIGKILL)
+    assert code != 0
+    assert f"rank(s) {victim} of 4 did not respond" in status(config)["reason"], log
+    assert (status(config)["state"], status(config)["exit_code"]) == ("failed", 75)
+    assert len(error_lines(log)) == 1, log
+    assert victim == 0 or saved_step(config) == status(config)["step"] >= 5
+
+
+def test_a_killed_rank_is_named_and_the_rest_saved(tiny: Path) -> None:
+    config = hanging(tiny)
+    process = launch(config, tiny, 4)
+    wait_for_step(config, process, 5)
+    os.kill(ranks_of(process)[2], signal.SIGKILL)
+    code, log = ended(process)
+    assert code != 0
+    found = assert_failed(config, "rank(s) 2 of 4 did not respond", code=75)
+    assert saved_step(config) == found["step"] >= 5
+    assert "Traceback (most recent call last)" not in log.split("torch/distributed")[0], log
+
+
+# ---- two at a time, and in odd places ----
+
+ATTACKS = {
+    "two data errors": (
+        "from train.data import batches\nreal = batches.Prefetcher._make\ndef make(self, first):\n"
+        "    if RANK in '13' and first >= 16 * 16: raise OSError(5, 'Input/output error', 'shard' + RANK)\n"
+        "    return real(self, first)\nbatches.Prefetcher._make = make\n",
+        "Input/output error: shard1",
+        2,
+    ),
+    "out of memory and a data error": (
+        "import torch\nfrom train import trainer\nreal = trainer.Trainer.micro_batch\ndef micro_batch(self, number):\n"
+        "    if self.step == 16 and RANK == '1': raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "    if self.step == 16 and RANK == '3': self.fault = OSError(5, 'Input/output error', 'shard3')\n"
+        "    return real(self, number)\ntrainer.Trainer.micro_batch = micro_batch\n",
+        "rank 1: cpu is out of memory",
+        2,
+    ),
+    "evaluation cannot read": (
+        "from train import evaluation\nreal = evaluation.windows_at\ndef windows_at(*a):\n"
+        "    if RANK == '2': raise OSError(5, 'Input/output error', 'val')\n    return real(*a)\n"
+        "evaluation.windows_at = windows_at\n",
+        "rank 2: Input/output error: val",
+        2,
+    ),
+    "the preview fails": (
+        "from train import preview\n"
+        "def show(self, *a): raise RuntimeError('the preview')\n"
+        "if RANK == '0': preview.Previews.show = show\n",
+        "RuntimeError: the preview",
+        1,
+    ),
+    "a bug in the backward pass": (
+        "from train import trainer\nreal = trainer.Trainer.micro_batch\ndef micro_batch(self, number):\n"
+        "    if self.step == 16 and RANK == '1': raise KeyError('ours')\n    return real(self, number)\n"
+        "trainer.Trainer.micro_batch = micro_batch\n",
+        "rank 1: KeyError: 'ours'",
+        1,
+    ),
+    "the disk is full when it saves for a fault": (
+        "from train import saving\nfrom train.data import batches\nreal = batches.Prefetcher._make\n"
+        "def make(self, first):\n    if RANK == '2' and first >= 17 * 16: raise OSError(5, 'Input/output error', 'shard')\n"
+        "    return real(self, first)\nbatches.Prefetcher._make = make\nwrite = saving.write_checkpoint\n"
+        "def full(checkpoints, *a, description, **k):\n"
+        "    if description.step > 15: raise OSError(28, 'No space left on device', 'weights')\n"
+        "    return write(checkpoints, *a, description=description, **k)\nsaving.write_checkpoint = full\n",
+        "rank 2: Input/output error: shard",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_ends_all_ranks_with_the_first_reason(tiny: Path, attack: str) -> None:
+    inject, reason, code = ATTACKS[attack]
+    config = faulty(tiny, eval={"every_steps": 15})
+    started = time.monotonic()
+    launched, log = ended(launch(config, tiny, 4, inject))
+    assert launched != 0
+    assert_failed(config, reason, code)
+    assert saved_step(config) >= 15
+    assert time.monotonic() - started < 90 and "SIGKILL" not in log and "Connection closed" not in log, log
