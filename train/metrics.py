@@ -170,7 +170,7 @@ class Throughput:
     def paused(self) -> Iterator[None]:
         """What runs inside is not training."""
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the optimizer's kernels are
+            torch.cuda.synchronize()  # what is queued still is
         began = time.perf_counter()
         yield
         self._lap_began += time.perf_counter() - began

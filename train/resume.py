@@ -167,13 +167,14 @@ def enter(run: RunFolder, step: int, resume: str) -> None:
     """Bring a run's folder to the step at which it starts. What it recorded and saved past that is
     kept under other names, for another path leads on from here.
     """
-    folders = checkpoint_folders(run.checkpoints)
-    if not folders:
+    folders = {step_of(folder): folder for folder in checkpoint_folders(run.checkpoints)}
+    if step not in folders:
         run.drop_rows_after(0)  # of a start that ended before its first checkpoint
-    elif step_of(folders[-1]) > step:
-        run.drop_rows_after(step, keep=True)
-        # First: should the rest be cut off, the next start finds the run back at this step.
-        set_pointer(run.checkpoints, "latest", next(folder for folder in folders if step_of(folder) == step))
+    else:
+        run.drop_rows_after(step, keep=step < max(folders))
+        # First: should the rest be cut off, the next start finds the run at this step.
+        if _latest_step(run.checkpoints) != step:
+            set_pointer(run.checkpoints, "latest", folders[step])
         set_aside_after(run.checkpoints, step)
     # Last, as the next start of the same command then goes on instead.
     if CHECKPOINT_NAME.fullmatch(resume) and not is_on_branch(run.checkpoints, resume):
@@ -183,7 +184,9 @@ def enter(run: RunFolder, step: int, resume: str) -> None:
 def check_same_run(saved: Description, config: Config, mixture: Mixture) -> None:
     """Raises UserError where resuming would not be the same run."""
     changed = changes(saved, config)
-    if not config.run.branch_from:  # needed at the first start only
+    # Needed at the first start only: later ones may omit it, as may have those before.
+    omitted = saved.began_at.get("step") and not saved.config["run"].get("branch_from")
+    if omitted or not config.run.branch_from:
         changed.pop("run.branch_from", None)
     fixed = [change for name, change in changed.items() if name in FIXED_KEYS]
     if saved.dataset != mixture.fingerprint:

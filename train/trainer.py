@@ -95,11 +95,9 @@ class Trainer:
         gradients are averaged.
         """
         self.wrapped = parallel.replicate(self.model, self.world)
-        if isinstance(self.wrapped, DistributedDataParallel):
-            self.settle_buckets()
 
     def settle_buckets(self) -> None:
-        """Two throw-away passes. After its first backward pass DDP sorts gradients into new buckets,
+        """Two throw-away passes, which leave no trace. After its first backward pass DDP sorts gradients into new buckets,
         by the order in which they came, and so adds them up in another order: a resumed run of 3 or
         more ranks would take its first step with other rounding than the run that went through.
         """
@@ -219,6 +217,8 @@ class Trainer:
         reason: str = self.world.gather(stop.deadline_reason(needed_s))[0]
         with ProgressReport("train", max_steps, "steps", done=self.step) as progress:
             self.throughput.start()
+            if isinstance(self.wrapped, DistributedDataParallel) and self.step < max_steps:
+                self.settle_buckets()  # the first lap has it, as it compiles
             while self.step < max_steps and not reason:
                 result = self.train_step()
                 self.throughput.lap()

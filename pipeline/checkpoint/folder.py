@@ -228,7 +228,7 @@ def choose_best(checkpoints: Path, eval_tokens: int) -> float:
     """
     losses = {}
     for folder in checkpoint_folders(checkpoints):
-        with suppress(UserError):  # a damaged one cannot be the best
+        with suppress(UserError, OSError):  # a damaged one cannot be the best
             description = read_description(folder)
             comparable = from_dict(description.config).eval.tokens == eval_tokens
             if comparable and description.val_loss is not None and math.isfinite(description.val_loss):

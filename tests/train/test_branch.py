@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import overrides, run_program, tiny_config, write_dataset, write_documents
+from conftest import die_at, overrides, run_program, tiny_config, write_dataset, write_documents
 from test_train_run import assert_identical, curve, final_tensors, renamed, rows, status
 
 from pipeline.checkpoint.folder import choose_best, hash_of_description, read_description
 from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder
 from pipeline.config.keys import Config, WeightedDataset
 from pipeline.errors import Diverged, UserError
+from pipeline.runs import RunFolder
+from train.resume import enter
 from train.run import run
 
 
@@ -104,6 +106,16 @@ def test_going_back_to_the_newest_sets_nothing_aside(trunk: Config) -> None:
     assert steps(config) == [5, 10, 12] and not list(config.run_dir.glob("**/left_behind*"))
 
 
+def test_a_named_checkpoint_past_latest_becomes_latest(trunk: Config) -> None:
+    """A kill right after finds the run there, and not before it."""
+    config = changed(copy_of(trunk, "ahead"), checkpoint={"resume": "step_00000010"})
+    (config.run_dir / "checkpoints" / "latest").write_text("step_00000005\n")
+    enter(RunFolder(config.run_dir), 10, "step_00000010")
+    run(config)
+    assert status(config)["step"] == 10 and steps(config) == [5, 10]
+    assert len(rows(config)) == 10
+
+
 def test_the_best_is_chosen_among_what_remains(trunk: Config) -> None:
     """A branch that never gets as low as the one left has a best all the same."""
     config = copy_of(trunk, "best")
@@ -154,6 +166,25 @@ def test_a_checkpoint_of_the_version_before_eval_tokens_is_resumed(trunk: Config
     assert read_description(checkpoint(config, 10)).config["eval"]["tokens"] == 4 * 2 * 16 == config.eval.tokens
     run(changed(config, train={"max_steps": 12}))
     assert steps(config) == [5, 10, 12]
+
+
+def test_going_back_may_be_killed_at_any_moment(trunk: Config) -> None:
+    """The next start of the same command finds the run at the step or goes back to it, and loses nothing of the rest."""
+    straight = changed(copy_of(trunk, "unkilled"), checkpoint={"resume": "step_00000005"})
+    run(straight)
+    for operation in range(1, 100):
+        config = changed(copy_of(trunk, "kill"), checkpoint={"resume": "step_00000005"})
+        folder = RunFolder(config.run_dir)
+        survived = die_at(operation, lambda at=folder, config=config: enter(at, 5, config.checkpoint.resume))  # type: ignore[misc]
+        run(config)
+        assert_identical(config, straight)
+        left = [path for path in folder.checkpoints.glob("left_behind_*") if path.is_dir()]
+        assert [path.name for path in left] == ["left_behind_step_00000010"]
+        kept = "".join(path.read_text() for path in sorted(config.run_dir.glob("left_behind_metrics*.jsonl")))
+        assert [json.loads(row) for row in kept.splitlines()][:5] == rows(trunk)[5:]
+        if survived:
+            break
+    assert operation > 5
 
 
 # ---- what a start says ----
@@ -289,7 +320,9 @@ def test_a_branch_resumes_without_its_trunk_and_goes_back_inside_itself(trunk: C
     run(changed(config, checkpoint={"resume": "step_00000007"}))
     for name, tensor in final_tensors(config).items():
         assert torch.equal(tensor, wanted[name]), name
-    run(changed(config, run={"branch_from": ""}, checkpoint={"resume": "must"}))
+    run(changed(config, run={"branch_from": ""}, checkpoint={"resume": "must"}, train={"max_steps": 12}))
+    run(changed(config, train={"max_steps": 14}))
+    assert steps(config)[-1] == 14 and not list((config.run_dir / "checkpoints").glob("damaged_*"))
 
 
 def test_a_branch_of_a_branch_counts_from_the_first_trunk(trunk: Config) -> None:
