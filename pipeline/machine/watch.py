@@ -119,11 +119,11 @@ class Watch:
         """Ends the run on every rank for an error that this one may be the only one to have. Returns
         what to raise: the error, or Left where another rank's came first.
         """
-        if self.is_agreed:
+        if self.is_agreed or self._ended:
             return error
         fault = Fault(self.place.rank, code_of(error), reason_of(error))
         if self._store is None:
-            self.before_exit(fault)
+            self._end(fault)
             return error
         launch.outlive_others()
         # Another rank may be about to post what broke the connection.
@@ -143,7 +143,7 @@ class Watch:
         while not self._closed.wait(BEAT_S):
             # Should a library keep the interpreter's lock, this thread stops too; this timer needs
             # no lock, and prints the stacks.
-            if self.phase.limit_s < math.inf:
+            with suppress(AttributeError, ValueError, RuntimeError):  # a notebook's stderr is no file
                 faulthandler.dump_traceback_later(self.phase.limit_s)
             rolls = self._ask(lambda store: store.add("rolls", 0))
             if rolls is not None and rolls > self._answered:
@@ -181,7 +181,8 @@ class Watch:
                 self.before_exit(fault)
             except Exception as error:  # the fault is worth more
                 logger.warning("%s", reason_of(error))
-            self._ask(lambda store: store.set("recorded", "1"))
+            if self._store is not None:
+                self._ask(lambda store: store.set("recorded", "1"))
 
     # ---- what ranks tell each other ----
 
