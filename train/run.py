@@ -188,6 +188,7 @@ def train(trainer: Trainer, folder: RunFolder) -> str:
 def record_fault(trainer: Trainer, fault: Fault) -> None:
     """What rank 0 does before all ranks exit or, where that one is gone, the rank that found out."""
     if trainer.world.is_first:
+        trainer.status.update(step=trainer.step)
         trainer.save_alone()
     trainer.status.end(State.FAILED, str(fault), fault.code)
 
