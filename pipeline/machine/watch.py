@@ -120,11 +120,12 @@ class Watch:
         """Ends the run on every rank for an error that this one may be the only one to have. Returns
         what to raise: the error, or Left where another rank's came first.
         """
-        if self.is_agreed or self._ended:
+        if self.is_agreed:
             return error
         fault = Fault(self.place.rank, code_of(error), reason_of(error))
         if self._store is None:
             self._end(fault)
+            self.is_agreed = True
             return error
         launch.outlive_others()
         # Another rank may be about to post what broke the connection.
@@ -136,6 +137,7 @@ class Watch:
         fault = self._post(fault)
         with self._ending:  # where the watching thread came first, it ends the process
             self._end(fault)
+        self.is_agreed = True
         return error if fault.rank == self.place.rank else Left(fault.code, str(fault))
 
     # ---- the watching thread ----
@@ -166,11 +168,11 @@ class Watch:
         with self._ending:
             if self._ended:  # by the main thread, which is about to exit
                 time.sleep(GRACE_S)
-            else:
-                self._end(fault)
-                with suppress(OSError):
-                    (logger.error if fault.rank == self.place.rank else record)(f"error: {fault}")
-        launch.end_process(fault.code)
+                launch.end_process(fault.code)
+            self._end(fault)
+            with suppress(OSError):
+                (logger.error if fault.rank == self.place.rank else record)(f"error: {fault}")
+            launch.end_process(fault.code)  # with the lock, for which the main thread may be waiting
 
     def _end(self, fault: Fault) -> None:
         self._ended = True
