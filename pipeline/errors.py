@@ -57,12 +57,13 @@ def as_failure(error: BaseException) -> Failure | None:
     """
     if isinstance(error, Failure):
         return error
-    if not isinstance(error, OSError) or error.errno is None or error.errno in _CALLS_GONE_WRONG:
+    if not isinstance(error, OSError) or error.errno in _CALLS_GONE_WRONG:
         return None
     # Of a rename, the name that people know is the second one.
     where = error.filename2 or error.filename or "while writing"
-    remedy = _REMEDIES.get(error.errno, "check the path and its disk, or choose another path")
-    return UserError(f"{error.strerror}: {where}; {remedy}, then run the command again")
+    remedy = _REMEDIES.get(error.errno or 0, "check the path and its disk, or choose another path")
+    # Libraries such as numpy raise it without a number.
+    return UserError(f"{error.strerror or one_line(error)}: {where}; {remedy}, then run the command again")
 
 
 def code_of(error: BaseException) -> int:

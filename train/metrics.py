@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -55,9 +56,12 @@ class FileMetrics(Metrics):
     def write(self, row: Row) -> None:
         # json would write NaN, which is not JSON.
         row = {name: value if math.isfinite(value or 0) else None for name, value in row.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
+        with _writing(self._folder.metrics):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        if self._tensorboard is None:
+            return
+        with _writing(self._folder.tensorboard):
             for name, value in row.items():
                 if name != "step" and value is not None:
                     self._tensorboard.add_scalar(name, value, row["step"])
@@ -203,6 +207,16 @@ def val_columns(val_loss: ValLoss, mixture: Mixture, samples: int) -> Row:
         for (name, (tokens, epochs)), loss in zip(mixture.progress(samples).items(), val_loss.by_source, strict=True):
             row |= {f"val_loss_{name}": loss, f"tokens_{name}": tokens, f"epochs_{name}": epochs}
     return row
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Adds the path to an OSError, of which a file that is open already says nothing."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _summary_writer(folder: RunFolder, first_step: int) -> Any:

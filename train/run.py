@@ -47,7 +47,10 @@ def run(config: Config, *, dry_run: bool = False, stage_to: Path | None = None, 
     continues eval.sample_prompt.
     """
     world = ranks.start(config.run.device, config.parallel.timeout_s)
-    reason = run_on(world, config, dry_run=dry_run, stage_to=stage_to, preview=preview)
+    try:
+        reason = run_on(world, config, dry_run=dry_run, stage_to=stage_to, preview=preview)
+    except Exception as error:
+        raise world.watch.settle(error) from None
     # After an error the ranks do not part in order: what it refers to, or a rank that is gone, would
     # keep this one waiting.
     world.watch.close()
@@ -160,6 +163,7 @@ def train(trainer: Trainer, folder: RunFolder) -> str:
         with StopRequest(looks=world.local_rank == 0) as stop:
             try:
                 reason = trainer.fit(metrics, stop)
+                world.barrier()
             except Exception as error:
                 raise world.watch.settle(explained(error, trainer)) from None
     except KeyboardInterrupt:
@@ -173,7 +177,6 @@ def train(trainer: Trainer, folder: RunFolder) -> str:
         metrics.close()
         saver.close()
     state = State.STOPPED if reason else State.DONE
-    world.barrier()
     for name, (tokens, epochs) in trainer.mixture.progress(trainer.first_sample).items():
         logger.info("data %s: %s tokens seen, %.2f epoch(s)", name, f"{tokens:,}", epochs)
     logger.info("%s at step %d%s", state, trainer.step, f": {reason}" if reason else "")
@@ -185,6 +188,7 @@ def train(trainer: Trainer, folder: RunFolder) -> str:
 def record_fault(trainer: Trainer, fault: Fault) -> None:
     """What rank 0 does before all ranks exit or, where that one is gone, the rank that found out."""
     if trainer.world.is_first:
+        trainer.status.update(step=trainer.step)
         trainer.save_alone()
     trainer.status.end(State.FAILED, str(fault), fault.code)
 

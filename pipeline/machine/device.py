@@ -12,7 +12,7 @@ import shutil
 import torch
 
 from pipeline import launch
-from pipeline.errors import UserError, one_line
+from pipeline.errors import Failure, UserError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,7 +106,8 @@ def check_memory(device: torch.device, needed: int, what: str, remedy: str) -> N
 
 def memory_failure(error: Exception, device: torch.device, remedy: str = "") -> UserError | None:
     """The line for an `error` that says the device, or the machine, is out of memory; None for others."""
-    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+    by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if isinstance(error, Failure) or not (by_type or OUT_OF_MEMORY.search(str(error))):
         return None
     remedy = remedy or "use a smaller model, or parallel.strategy=fsdp on more GPUs"
     return UserError(f"{device} is out of memory ({one_line(error)[:MOST_CAUSE_CHARACTERS]}): {remedy}")

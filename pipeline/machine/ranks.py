@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,8 @@ class World(Placement):
         long the slowest may take, if that is longer than collectives wait.
         """
         failure: Exception | None = None
+        if patience is not None:
+            self.watch.phase = replace(self.watch.phase, limit_s=patience.total_seconds())
         try:
             yield
         except Exception as error:
@@ -83,6 +85,7 @@ class World(Placement):
             traceback.clear_frames(error.__traceback__)  # which hold memory, and what should end before the process
         if patience is not None:
             self._await_all(patience)
+            self.watch.enter("start-up")
         found = self.gather(failure and (code_of(failure), reason_of(failure)))
         failed = [rank for rank, fault in enumerate(found) if fault is not None]
         if failed:

@@ -55,7 +55,8 @@ class Fault:
     reason: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank}: {self.reason}" if self.rank else self.reason
+        # A retry is for a rank that is late or lost, which the reason names itself.
+        return f"rank {self.rank}: {self.reason}" if self.rank and self.code != EXIT_RETRY else self.reason
 
 
 @dataclass(frozen=True)
@@ -123,18 +124,20 @@ class Watch:
             return error
         fault = Fault(self.place.rank, code_of(error), reason_of(error))
         if self._store is None:
-            self.before_exit(fault)
+            self._end(fault)
+            self.is_agreed = True
             return error
         launch.outlive_others()
         # Another rank may be about to post what broke the connection.
         broken = isinstance(error, RuntimeError) and BROKEN_LINK.search(str(error))
         if broken and not self._await(lambda store: store.check(["fault"]), GRACE_S):
-            reason = self._call_roll(even_busy=True) or "lost the connection to another rank"
-            error = Failure(f"{reason} ({str(error).splitlines()[0]}); {RETRY}")
+            reason = self._call_roll(lost=True) or f"lost the connection to another rank ({str(error).splitlines()[0]})"
+            error = Failure(f"{reason}; {RETRY}")
             fault = Fault(self.place.rank, error.code, str(error))
         fault = self._post(fault)
         with self._ending:  # where the watching thread came first, it ends the process
             self._end(fault)
+        self.is_agreed = True
         return error if fault.rank == self.place.rank else Left(fault.code, str(fault))
 
     # ---- the watching thread ----
@@ -143,7 +146,7 @@ class Watch:
         while not self._closed.wait(BEAT_S):
             # Should a library keep the interpreter's lock, this thread stops too; this timer needs
             # no lock, and prints the stacks.
-            if self.phase.limit_s < math.inf:
+            with suppress(AttributeError, ValueError, RuntimeError):  # a notebook's stderr is no file
                 faulthandler.dump_traceback_later(self.phase.limit_s)
             rolls = self._ask(lambda store: store.add("rolls", 0))
             if rolls is not None and rolls > self._answered:
@@ -165,11 +168,11 @@ class Watch:
         with self._ending:
             if self._ended:  # by the main thread, which is about to exit
                 time.sleep(GRACE_S)
-            else:
-                self._end(fault)
-                with suppress(OSError):
-                    (logger.error if fault.rank == self.place.rank else record)(f"error: {fault}")
-        launch.end_process(fault.code)
+                launch.end_process(fault.code)
+            self._end(fault)
+            with suppress(OSError):
+                (logger.error if fault.rank == self.place.rank else record)(f"error: {fault}")
+            launch.end_process(fault.code)  # with the lock, for which the main thread may be waiting
 
     def _end(self, fault: Fault) -> None:
         self._ended = True
@@ -181,13 +184,14 @@ class Watch:
                 self.before_exit(fault)
             except Exception as error:  # the fault is worth more
                 logger.warning("%s", reason_of(error))
-            self._ask(lambda store: store.set("recorded", "1"))
+            if self._store is not None:
+                self._ask(lambda store: store.set("recorded", "1"))
 
     # ---- what ranks tell each other ----
 
-    def _call_roll(self, even_busy: bool = False) -> str:
-        """Ask every rank what it is doing. Returns who keeps the others waiting; empty while one is
-        busy and not late, unless `even_busy`.
+    def _call_roll(self, lost: bool = False) -> str:
+        """Ask every rank what it is doing. Returns who keeps the others waiting, or with `lost` who is
+        gone; empty where that is nobody, as while one is busy and not late.
         """
         roll = self._ask(lambda store: store.add("rolls", 1)) or 0
         self._answer(roll)
@@ -203,13 +207,13 @@ class Watch:
         if absent:
             ranks = f"rank(s) {', '.join(map(str, absent))} of {self.place.size}"
             reason = f"{ranks} did not respond: stopped, killed, or the node is lost"
-        elif even_busy or any(not answer["late"] for answer in busy.values()):
+        elif lost or any(not answer["late"] for answer in busy.values()):
             return ""
         else:
             named = [f"rank {rank} of {self.place.size} has spent" for rank in busy] or ["all ranks have spent"]
             doing = next(iter((busy or answers).values()))
             reason = f"{', '.join(named)} more than {doing['limit_s']:.0f} s in {doing['doing']} (parallel.timeout_s)"
-        for stack in {answer["stack"]: None for answer in answers.values()}:
+        for stack in {} if lost else {answer["stack"]: None for answer in answers.values()}:
             same = [str(rank) for rank, answer in answers.items() if answer["stack"] == stack]
             logger.warning("rank(s) %s, in %s:\n%s", ", ".join(same), answers[int(same[0])]["doing"], stack)
         return reason
