@@ -15,6 +15,7 @@ from prepare.assembly.splits import dropped, find_rule
 from prepare.sources.corpus import Corpus
 from prepare.unfinished.journal import Journal, Plan
 from prepare.unfinished.parts import Part, merge_reports, read_summary, report
+from prepare.units import MISSING
 from prepare.workers import Workers
 
 DUPLICATE = "duplicate"
@@ -33,6 +34,8 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
         duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
         if (marks := dropped(duplicates, 0, documents)).any():
             report(skipped, DUPLICATE, f"document {int(marks.argmax())} of the corpus, from 0", int(marks.sum()))
+    if MISSING in skipped:
+        corpus.check_field()
     if documents == 0:
         reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in skipped.items())
         raise UserError(

@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes, hash_file, write_atomic
 from prepare.documents.lines import split_lines
-from prepare.formats import READABLE, format_of
+from prepare.documents.streams import Stream
+from prepare.formats import READABLE, Format, format_of
 from prepare.sources.items import Source
 from prepare.sources.names import is_glob
-from prepare.storage.compressed import BYTE_ORDER_MARK
+from prepare.storage.compressed import BYTE_ORDER_MARK, recognized_blocks
 from prepare.storage.files import StoredFile, assets, blocks
 from prepare.units import BLOCK_BYTES, Item, Reading
 
@@ -82,6 +83,8 @@ class Stdin(Source):
         with self._spooled.open("rb") as file:  # opening it reads stdin to its end
             head = file.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
         text_field = self.reading.text_field if _is_json_object(head) else None
+        if text_field is None and self.reading.document_separator:
+            return [Stream(str(self._spooled), Format.TEXT, self.reading, size=self._spooled.stat().st_size)]
         return list(split_lines(str(self._spooled), self._spooled.stat().st_size, text_field, unit_bytes))
 
     def files(self) -> list[Path]:
@@ -96,8 +99,7 @@ class Stdin(Source):
     @cached_property
     def _spooled(self) -> Path:
         with self.spool.open("wb") as file:
-            while block := sys.stdin.buffer.read(BLOCK_BYTES):
-                file.write(block)
+            file.writelines(recognized_blocks(sys.stdin.buffer, "stdin"))
         return self.spool
 
 
