@@ -48,6 +48,9 @@ def each_field(
         names = next(reader, None)
     except csv.Error as error:
         raise UserError(f"the header of {name} is not CSV: {one_line(error)}") from None
+    except Unreadable as fault:
+        yield 1, fault.refused
+        return
     if names is None:
         return
     if names.count(text_field) != 1:
