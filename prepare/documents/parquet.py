@@ -105,6 +105,7 @@ class _RowGroup:
         self._batches = self._file.iter_batches(**self._options)
         self._begin = self._expanded = 0
         self._fault: Exception | None = None
+        self._rows = ()
         self._rows = self._next()
 
     def _next(self) -> Any:
@@ -120,7 +121,8 @@ class _RowGroup:
     def _read_batch(self) -> Any:
         batch = next(self._batches, None)
         if batch is None:
-            raise EOFError(f"{self._where} ends after {self._begin} rows, fewer than its footer claims")
+            read = self._begin + len(self._rows)
+            raise EOFError(f"{self._where} ends after {read} rows, fewer than its footer claims")
         rows = as_bytes(text_column(batch, self._column))
         self._expanded += rows.nbytes
         if self._expanded > self._most_bytes:
