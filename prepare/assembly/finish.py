@@ -32,7 +32,7 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
     if plan.options["dedup"]:
         duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
         if (marks := dropped(duplicates, 0, documents)).any():
-            report(skipped, DUPLICATE, f"document {int(marks.argmax())} of the corpus, from 0", int(marks.sum()))
+            report(skipped, DUPLICATE, f"document {int(marks.argmax())} of the corpus, from 0", count=int(marks.sum()))
     if documents == 0:
         reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in skipped.items())
         raise UserError(

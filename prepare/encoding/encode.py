@@ -80,8 +80,10 @@ class UnitEncoder:
             kept = 0
             for position, document in job.work.documents():
                 result = self._write(document, writer)
+                summary.rows += 1
                 if isinstance(result, Refused):
-                    report(summary.skipped, result.reason, job.work.locate(position))
+                    where = job.work.locate(position)
+                    report(summary.skipped, result.reason, where, first=[where] if result.broken else ())
                     continue
                 if result:
                     report(summary.unusual, result, job.work.locate(position))
