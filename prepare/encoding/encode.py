@@ -70,7 +70,6 @@ class UnitEncoder:
 
     def encode(self, job: UnitJob) -> Summary:
         """Write the part of a unit."""
-        self._engine.begin_unit()
         summary = Summary(item=job.item, unit=job.unit, last=job.last, engine=self._engine.name, size=job.work.size)
         path = self._folder / part_name(job.item, job.unit)
         writer = PartWriter(path, token_dtype(self._tokenizer.vocab_size), self._tokenizer.end_of_text)

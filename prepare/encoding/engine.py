@@ -20,8 +20,8 @@ from pipeline.vocabulary.byte_pair import GPT2_RANKS, BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import UNICODE_CODE_POINTS, code_points
 from pipeline.vocabulary.tokenizer import TokenIds, Tokenizer
 
-# Both libraries encode the first documents of each unit, and of the others one in so many, chosen
-# by its hash so that the choice follows from the text: a twentieth of the run time.
+# Both libraries encode the first documents of each process, and of the others one in so many,
+# chosen by its hash so that the choice follows from the text: a thirtieth of the run time.
 CHECK_ONE_IN = 256
 CHECK_FIRST = 2
 # A library may cache every word it has seen; of gigatoken that is 1 MB per MB of ordinary text, up to 9 MB per MB of random
@@ -65,8 +65,6 @@ class Plain:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def begin_unit(self) -> None: ...
-
     def end_unit(self) -> None: ...
 
     def encode(self, content: bytes) -> TokenIds:
@@ -98,9 +96,6 @@ class Checked:
         self._probed = np.zeros(UNICODE_CODE_POINTS // BLOCK, np.bool_)
         self._to_check = CHECK_FIRST
         self._build()
-
-    def begin_unit(self) -> None:
-        self._to_check = CHECK_FIRST
 
     def encode(self, content: bytes) -> TokenIds:
         if not content.isascii() and self._is_disputed(content):

@@ -175,11 +175,9 @@ def test_a_slice_is_checked_that_follows_from_the_texts(monkeypatch: pytest.Monk
     replace_library(monkeypatch, Honest)
     monkeypatch.setattr(engine.Plain, "encode", note)
     library = Checked("gigatoken")
-    for unit in (texts[:1000], texts[1000:]):
-        library.begin_unit()
-        for text in unit:
-            library.encode(text)
-    first = {*texts[:2], *texts[1000:1002]}
+    for text in texts:
+        library.encode(text)
+    first = {*texts[:2]}
     assert checked == [text for text in texts if text in first or xxhash.xxh3_64_intdigest(text) % 256 == 0]
     assert 20 < len(checked) < 90
 
@@ -199,7 +197,6 @@ def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch, tells_its
         statm.write_text("")
     library = Checked("gigatoken")
     for _ in range(10):
-        library.begin_unit()
         library.encode(b"x" * 50)
         library.end_unit()
     assert len(built) == 6
