@@ -124,7 +124,7 @@ class PartWriter:
 
     def _flush(self) -> None:
         if self._buffer:
-            # gigatoken gives uint32 whatever the vocabulary; every id fits the part's dtype.
+            # The libraries give uint32 whatever the vocabulary; every id fits the part's dtype.
             self._file.write(np.concatenate(self._buffer, dtype=self._dtype, casting="unsafe").data)
             self._buffer, self._written = [], self._tokens
 
