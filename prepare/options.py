@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from prepare.encoding.vocabulary import check_name
+from prepare.storage.files import shown
 from prepare.unfinished.journal import Share
 from prepare.units import Reading
 
@@ -88,10 +89,16 @@ def _task_faults(options: PrepareOptions) -> Iterator[str]:
         yield from (f"{flag} cannot be combined with --tasks: {why}" for flag, given, why in conflicts if given)
 
 
-def choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
-    """The options that determine the bytes of the dataset."""
-    chosen = replace(options, tokenizer=check_name(options.tokenizer), val_fraction=fraction)
+def choices(options: PrepareOptions) -> dict[str, Any]:
+    """The options that determine the bytes of the dataset, as they were given."""
+    chosen = replace(options, tokenizer=shown(check_name(options.tokenizer)))
     return {name: getattr(chosen, name) for name in DETERMINE_BYTES}
+
+
+def settled(chosen: dict[str, Any], file_bytes: int | None) -> dict[str, Any]:
+    """With the fraction of val that follows from the size of the corpus, where none was given."""
+    given = chosen["val_fraction"]
+    return chosen | {"val_fraction": default_fraction(file_bytes) if given is None else given}
 
 
 def default_fraction(file_bytes: int | None) -> float:

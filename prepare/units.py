@@ -20,9 +20,9 @@ UNITS_IN_A_CORPUS = 64
 LONG_BYTES = 4 << 20
 BLOCK_BYTES = 1 << 20
 STDIN_SPOOL = "stdin.partial"
-# Parts are numbered by unit, so a preparation is never resumed where another version began it.
-# Raise this whenever the same sources would be divided into other units.
-SPLITTING = 1
+# Parts are kept by item and unit, so a preparation is never resumed where another version began it.
+# Raise this whenever the same items would be divided into other units, or read differently.
+SPLITTING = 2
 # Positions inside an item, which are bytes of a file or rows, lie below 2**48: in a batch the
 # item's number goes above.
 POSITION_BITS = 48
@@ -167,7 +167,7 @@ def utf8(content: bytes) -> Document:
     try:
         content.decode()
     except UnicodeDecodeError:
-        return Refused(NOT_UTF8)
+        return Refused(NOT_UTF8, broken=True)
     return content
 
 
@@ -176,7 +176,7 @@ def encoded(text: str) -> bytes | Refused:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        return Refused(LONE_SURROGATE)
+        return Refused(LONE_SURROGATE, broken=True)
 
 
 def no_field(where: str, text_field: str, row: Iterable[str]) -> str:
