@@ -5,14 +5,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from prepare.encoding.vocabulary import check_name
 from prepare.storage.files import shown
 from prepare.unfinished.journal import Share
 from prepare.units import Reading
 
 # Recorded in the manifest: a dataset prepared with others of these is another dataset.
-DETERMINE_BYTES = ("tokenizer", "text_field", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup")
+DETERMINE_BYTES = (
+    "tokenizer", "text_field", "document_separator", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup",
+)  # fmt: skip
 
 # `bad_rows`: count and skip any number of broken rows, or end at the first; by default they are
 # skipped up to a small fraction.
@@ -26,6 +28,7 @@ class PrepareOptions:
     data_dir: str = "data"
     tokenizer: str = "gpt2"
     text_field: str = "text"
+    document_separator: str | None = None
     val_fraction: float | None = None
     shard_tokens: int = 100_000_000
     workers: int | None = None
@@ -39,7 +42,7 @@ class PrepareOptions:
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.text_field)
+        return Reading(self.text_field, self.document_separator)
 
 
 def check(options: PrepareOptions) -> Share:
@@ -57,6 +60,11 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
         check_name(options.tokenizer)
     except UserError as error:
         yield str(error)
+    try:
+        if options.document_separator is not None and not options.reading.separator:
+            yield "invalid --document-separator '': expected a text such as '<|endoftext|>'"
+    except ValueError as error:
+        yield f"invalid --document-separator {options.document_separator!r}: {one_line(error)}"
     if options.val_fraction is not None and not 0 < options.val_fraction < 1:
         yield f"invalid --val-fraction {options.val_fraction}: expected a number between 0 and 1, such as 0.01"
     # The name becomes a folder: one that begins with "." would be hidden, and "/" or ".." would

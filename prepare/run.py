@@ -118,6 +118,7 @@ def _run_alone(preparation: Preparation) -> None:
                 if begun is None or _prepare(preparation, *begun):
                     return
                 preparation = replace(preparation, corpus=_reopened(preparation))
+                preparation.workers.close()  # they may hold open what is another file now
             raise UserError(
                 f"the sources changed {MOST_ROUNDS} times while {dataset} was prepared from them: run the same command "
                 "again once they no longer change; what was encoded is kept"

@@ -19,6 +19,7 @@ from prepare.storage.files import local_file, shown
 from prepare.unfinished.journal import Journal, ListedPart, Plan
 from prepare.unfinished.parts import Part, Reports, Summary, merge_reports, read_summary, report
 from prepare.unfinished.publishing import publish
+from prepare.units import MISSING
 from prepare.workers import Workers
 
 DUPLICATE = "duplicate"
@@ -42,13 +43,15 @@ def finish(
     summaries = [read_summary(path) for path in parts]
     documents = sum(summary.documents for summary in summaries)
     skipped = merge_reports(summary.skipped for summary in summaries)
+    if MISSING in skipped:
+        snapshot.corpus.check_field()
     if documents == 0:
         reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in skipped.items())
         raise UserError(
             "the corpus is empty: no source has a document with text in it" + (f" ({reasons})" if reasons else "")
         )
     _check_broken(skipped, sum(summary.rows for summary in summaries), bad_rows)
-    journal.assemble(parts)
+    journal.assemble(parts, plan.options)
     duplicates = None
     if plan.options["dedup"]:
         duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)

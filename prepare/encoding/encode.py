@@ -18,7 +18,7 @@ from pipeline.vocabulary.tokenizer import token_dtype
 from prepare.encoding.engine import PLAIN, Checked, Engine, Plain
 from prepare.encoding.pieces import PIECE_CHARACTERS, blocks_of, pieces
 from prepare.unfinished.parts import PartWriter, Summary, part_name, report
-from prepare.units import NOT_UTF8, Document, Refused, Unit
+from prepare.units import NOT_UTF8, Document, Refused, Unit, Unreadable
 
 # Why a document is left out, next to the reasons of `prepare.units`; the manifest counts documents
 # by these words.
@@ -134,7 +134,11 @@ class UnitEncoder:
                 all_safe = all_safe and safe
         except ValueError as error:  # UnicodeDecodeError is a ValueError too
             writer.abandon_document()
-            return Refused(NOT_UTF8, broken=True) if isinstance(error, UnicodeDecodeError) else Refused(REFUSED)
+            is_broken = isinstance(error, UnicodeDecodeError)
+            return Refused(NOT_UTF8 if is_broken else REFUSED, broken=is_broken)
+        except Unreadable as fault:
+            writer.abandon_document()
+            return fault.refused
         if size == 0:
             return Refused(EMPTY)
         writer.end_document(size, digest.digest())

@@ -20,7 +20,7 @@ from pipeline.vocabulary.tokenizer import END_OF_TEXT, JSON_FILE, Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 from prepare.encoding.pieces import blocks_of, pieces
 from prepare.storage.files import assets
-from prepare.units import Item, Refused
+from prepare.units import Item, Refused, Unreadable
 
 # The 256 bytes and end-of-text; five times the largest vocabulary in use.
 MIN_BPE_SIZE, MAX_BPE_SIZE = 257, 1_000_000
@@ -105,7 +105,7 @@ def _texts(items: list[Item], limit: int | None, one_in: int, progress: Progress
             head = next(blocks_of(document), b"")
             if one_in > 1 and xxhash.xxh3_64_intdigest(head) % one_in:
                 continue
-            with suppress(UnicodeDecodeError):  # the encoder meets it too, and counts it
+            with suppress(UnicodeDecodeError, Unreadable):  # the encoder meets it too, and counts it
                 yield from (piece for piece, _ in pieces(blocks_of(document)))
                 taken += bool(head)
             if taken == limit:

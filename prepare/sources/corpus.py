@@ -14,13 +14,14 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes
+from prepare.documents.fields import NOT_TEXT
 from prepare.sources.hub import open_hub
-from prepare.sources.items import Source, keyed_items, usual_text_bytes
+from prepare.sources.items import Source, keyed_items, units_with_fields, usual_text_bytes
 from prepare.sources.local import Files, Shakespeare, Stdin, open_files, open_stdlib
 from prepare.sources.names import SOURCE_KINDS, did_you_mean, hub_source
 from prepare.sources.remote import RemoteFiles, list_remote
 from prepare.storage.files import StoredFile, is_url
-from prepare.units import STDIN_SPOOL, Item, Reading, unit_bytes
+from prepare.units import MISSING, NULL, STDIN_SPOOL, Item, Reading, Refused, unit_bytes
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,24 @@ class Corpus:
         if any(source.is_stream for source in self.sources):
             return None
         return sum(file.size for files in self.stored for file in files)
+
+    def check_field(self) -> None:
+        """Raises UserError if no row has the text field, which costs a look at every row.
+
+        Otherwise it ends at the first row that has it: some rows without it are usual.
+        """
+        fault = ""
+        for unit in (unit for item in self.items() for unit in units_with_fields(item)):
+            for position, document in unit.documents():
+                if not isinstance(document, Refused) or document.reason in (NULL, NOT_TEXT):
+                    return
+                if document.reason == MISSING and not fault:
+                    fault = (
+                        f"no field {self.sources[0].reading.text_field!r} in any row, as in {unit.locate(position)}: "
+                    )
+                    fault += document.detail
+        if fault:
+            raise UserError(f"{fault}; choose one with --text-field")
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         return [entry for source in self.sources for entry in source.record(hash_of)]

@@ -19,10 +19,11 @@ from urllib.parse import quote
 from pipeline.errors import UserError, one_line
 from pipeline.files import hash_bytes, write_atomic
 from pipeline.log import ProgressReport, logger
+from prepare.documents.fields import text_of
 from prepare.documents.parquet import MOST_ROWS
 from prepare.sources.items import Source
 from prepare.storage.files import StoredFile, assets, local_file
-from prepare.units import NULL, SMALLEST_UNIT_BYTES, Item, Reading, Refused, Texts, encoded, grouped, no_field, no_text
+from prepare.units import SMALLEST_UNIT_BYTES, Document, Item, Reading, Texts, grouped
 
 
 @dataclass(frozen=True)
@@ -95,24 +96,18 @@ class HubStream(Source):
         ]
         return copies or [known]
 
-    def _texts(self) -> Iterator[bytes | Refused]:
+    def _texts(self) -> Iterator[Document]:
         repository = self.dataset.repository
         try:
-            for number, row in enumerate(self.builder.as_streaming_dataset(split="train"), start=1):
-                where = f"dataset {repository} row {number}"
-                if self.reading.text_field not in row:
-                    raise UserError(no_field(where, self.reading.text_field, row))
-                text = row[self.reading.text_field]
-                if text is not None and not isinstance(text, str):
-                    raise UserError(no_text(where, self.reading.text_field, text))
-                yield Refused(NULL) if text is None else encoded(text)
+            for row in self.builder.as_streaming_dataset(split="train"):
+                yield text_of(row, self.reading.text_field)
         except UserError:
             raise
         except Exception as error:  # as in _load_builder
             raise _hub_fault(repository, error) from None
 
 
-def _text_bytes(text: bytes | Refused) -> int:
+def _text_bytes(text: Document) -> int:
     return len(text) if isinstance(text, bytes) else 0
 
 

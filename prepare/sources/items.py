@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import xxhash
 
 from pipeline.files import hash_bytes
-from prepare.documents.lines import TextFile, split_lines
+from prepare.documents.arrow import split_batches
+from prepare.documents.lines import TextFile, is_utf8, split_lines
 from prepare.documents.parquet import split_rows
 from prepare.documents.streams import Stream
 from prepare.formats import Format, compression_of, format_of
 from prepare.storage.files import StoredFile, local_file, name_of
-from prepare.units import Batch, Item, Reading
+from prepare.units import Batch, Item, Reading, Unit
 
 # English compresses to about a third, and Parquet's pages to about a half: for progress, and for
 # the disk space needed.
@@ -120,12 +121,21 @@ def _items(file: StoredFile, reading: Reading, unit_bytes: int) -> Iterator[Item
     match format_of(name):
         case Format.PARQUET:
             yield from split_rows(file.path, file.size, reading.text_field, unit_bytes)
-        case Format.TEXT:
+        case Format.ARROW:
+            yield from split_batches(file.path, reading.text_field, unit_bytes)
+        case Format.TEXT if not reading.document_separator:
             yield TextFile(file.path, size)
         # What can be read from any byte is split here, and its units read themselves; the rest is a
         # stream.
-        case Format.JSON_LINES if file.ranges and not compression_of(name):
+        case Format.JSON_LINES if file.ranges and not compression_of(name) and is_utf8(file.path):
             yield from split_lines(file.path, file.size, reading.text_field, unit_bytes)
         case format:
             assert format is not None  # only readable files come here
-            yield Stream(file.path, format, reading.text_field, size)
+            yield Stream(file.path, format, reading, size=size)
+
+
+def units_with_fields(item: Item) -> Iterator[Unit]:
+    """The units of an item whose documents are fields of rows, and not text alone."""
+    for each in item.items if isinstance(item, Batch) else (item,):
+        if not isinstance(each, TextFile) and getattr(each, "format", None) not in (Format.TEXT, Format.WARC):
+            yield from each.units()

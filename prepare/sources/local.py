@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes, hash_file, write_atomic
 from prepare.documents.lines import split_lines
-from prepare.formats import READABLE, format_of
+from prepare.documents.streams import Stream
+from prepare.formats import READABLE, Format, format_of
 from prepare.sources.items import Source
 from prepare.sources.names import is_glob
-from prepare.storage.compressed import BYTE_ORDER_MARK
+from prepare.storage.compressed import BYTE_ORDER_MARK, recognized_blocks
 from prepare.storage.files import StoredFile, assets, blocks, shown
 from prepare.units import BLOCK_BYTES, Item, Reading
 
@@ -85,7 +86,10 @@ class Stdin(Source):
     def split(self, file: StoredFile, unit_bytes: int) -> Iterator[Item]:
         head = next(blocks(file.path), b"").removeprefix(BYTE_ORDER_MARK).lstrip()
         text_field = self.reading.text_field if _is_json_object(head) else None
-        return split_lines(file.path, file.size, text_field, unit_bytes)
+        if text_field is None and self.reading.document_separator:
+            yield Stream(file.path, Format.TEXT, self.reading, size=file.size)
+        else:
+            yield from split_lines(file.path, file.size, text_field, unit_bytes)
 
     def files(self) -> list[Path]:
         return [self._spooled]
@@ -104,8 +108,7 @@ class Stdin(Source):
     @cached_property
     def _spooled(self) -> Path:
         with self.spool.open("wb") as file:
-            while block := sys.stdin.buffer.read(BLOCK_BYTES):
-                file.write(block)
+            file.writelines(recognized_blocks(sys.stdin.buffer, "stdin"))
         return self.spool
 
 

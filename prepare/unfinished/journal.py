@@ -5,7 +5,7 @@
     KEY_000000.part     a finished unit of the item KEY
     hashes_0000.jsonl   hashes of the source files, one file per task
     distrusted_NAME     exists once the library NAME was found at fault; holds the fault
-    assembled           hash of the names of the parts that the staged shards are made of
+    assembled           hash of the parts' names and the options that the staged shards are made of
     dataset/            shards and vocabulary while they are made; the manifest is written last
 
 A KEY follows from everything its units are cut from (`sources/items.py`), so a source file that
@@ -254,9 +254,9 @@ class Journal:
 
     # ---- assembly
 
-    def assemble(self, parts: list[Path]) -> None:
-        """Remove staged shards that a killed run made of other parts."""
-        made_of = hash_bytes("\n".join(path.name for path in parts).encode())
+    def assemble(self, parts: list[Path], options: dict[str, Any]) -> None:
+        """Remove staged shards that a killed run made of other parts, or split otherwise."""
+        made_of = hash_bytes(dump([[path.name for path in parts], options]))
         mark = self.folder / "assembled"
         if not mark.exists() or mark.read_text(encoding="ascii") != made_of:
             for path in self.staged.glob("*.bin"):
