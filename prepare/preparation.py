@@ -69,7 +69,7 @@ class Preparation:
         if earlier and (changes := self._changes(earlier)):
             # Without a finished unit nothing is lost by a new plan; but another task may be at work
             # on the old one.
-            if (self.journal.has_parts() or self.share.tasks > 1) and not self.options.force:
+            if (any(self.journal.folder.glob("*.part")) or self.share.tasks > 1) and not self.options.force:
                 raise self._half_prepared(changes)
             earlier = None
         snapshot = self._resume(earlier) if earlier else None
@@ -90,7 +90,7 @@ class Preparation:
             if not self._learns_the_same(plan):
                 logger.info("%s: the vocabulary learned from the sources changes, all is encoded again", changes)
                 return None
-            keys = {key for key, _ in list_keys(snapshot)}
+            keys = {key for key, _ in snapshot}
             stale, kept = self.journal.count_stale(keys, remove=self.share.tasks == 1)
             logger.info(
                 "%s: %d finished units no longer count and are encoded again, %d are kept", changes, stale, kept
@@ -174,8 +174,7 @@ class Preparation:
         if self.share.tasks > 1 or earlier.tasks > 1:
             mine = {"tasks": self.share.tasks, "sources": self.options.sources}
             differences += _differences({"tasks": earlier.tasks, "sources": earlier.sources}, mine)
-        changed = _differences(earlier.constants, constants())
-        differences += [f"the program changed: {change}" for change in changed]
+        differences += [f"the program changed: {each}" for each in _differences(earlier.constants, constants())]
         return differences or self._other_vocabulary(earlier.tokenizer)
 
     def _other_vocabulary(self, spec: dict[str, Any]) -> list[str]:
@@ -214,13 +213,6 @@ def as_known(known: dict[StoredFile, str]) -> Callable[[StoredFile], StoredFile]
         return next((record for record in records if known[record] == digest), file)
 
     return find
-
-
-def list_keys(snapshot: Snapshot) -> list[tuple[str, int]]:
-    """All keys of the corpus, once it is listed to its end."""
-    for _ in snapshot:
-        pass
-    return snapshot.keys
 
 
 def _changed_files(before: dict[str, StoredFile], files: list[StoredFile]) -> str:

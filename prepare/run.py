@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from pipeline.dataset.shards import load_manifest
@@ -65,19 +66,16 @@ def merge(dataset: Path, workers: int | None = None) -> None:
         logger.info("%s is already prepared", dataset)
         return
     if not Path(plan.working_folder).is_dir():
-        raise UserError(
-            f"{plan.working_folder}, in which the tasks ran and to which their sources are relative, no longer exists: "
-            "create it again, with the sources"
-        )
+        raise UserError(f"{plan.working_folder}, in which the tasks ran, no longer exists: create it again")
     # The sources are named relative to the folder in which the tasks ran.
     with one_writer(dataset), chdir(plan.working_folder), Workers(workers or available_cores()) as pool:
         options = PrepareOptions(plan.sources, **plan.options, bad_rows=plan.bad_rows)
         corpus = open_corpus(plan.sources, options.reading, dataset)
         plan = replace(plan, options=settled(plan.options, corpus.file_bytes()))
         snapshot = Snapshot(corpus, plan.unit_bytes, as_known(journal.known_hashes()))
-        _check_complete(journal, plan, [item.size for _, item in snapshot], snapshot)
+        _check_complete(journal, plan, snapshot)
         preparation = Preparation(options, Share(0, plan.tasks), corpus, journal=journal, workers=pool)
-        _finish_unchanged(preparation, plan, snapshot)
+        _finish_of_tasks(preparation, plan, snapshot)
 
 
 def _check_working_folder() -> None:
@@ -146,8 +144,8 @@ def _finish(preparation: Preparation, plan: Plan, snapshot: Snapshot) -> bool:
     )  # fmt: skip
 
 
-def _finish_unchanged(preparation: Preparation, plan: Plan, snapshot: Snapshot) -> None:
-    """For several tasks: none of them alone could encode again what changed."""
+def _finish_of_tasks(preparation: Preparation, plan: Plan, snapshot: Snapshot) -> None:
+    # None of several tasks could encode again alone what changed.
     if not _finish(preparation, plan, snapshot):
         raise UserError(
             f"the sources changed while {preparation.dataset} was prepared from them: run the same command again for "
@@ -181,9 +179,6 @@ def _encode(preparation: Preparation, plan: Plan, snapshot: Snapshot) -> None:
     """Encode the units of this task, and hash its share of the source files meanwhile."""
     journal, corpus, share = preparation.journal, preparation.corpus, preparation.share
     known = journal.known_hashes()
-    # Hashed now, by all tasks, so that the last one need not read the whole corpus again for the
-    # manifest.
-    paths = [path for path in corpus.files()[share.task :: share.tasks] if local_file(path) not in known]
     items: Items = snapshot
     text_bytes = snapshot.text_bytes
     if share.tasks > 1:
@@ -191,7 +186,15 @@ def _encode(preparation: Preparation, plan: Plan, snapshot: Snapshot) -> None:
         mine = [everything[number] for number in share.items([item.size for _, item in everything])]
         items, text_bytes = mine, lambda: sum(item.size for _, item in mine)
     with ThreadPoolExecutor(HASH_THREADS) as hashing, ThreadPoolExecutor(1) as noting:
-        noted = noting.submit(journal.note_hashes, share.task, hashing.map(_stamped_hash, paths))
+
+        def note_hashes() -> None:
+            # Hashed now, by all tasks, so that the last one need not read the whole corpus again for
+            # the manifest. Here, as a file may have to be downloaded first.
+            paths = islice(corpus.files(), share.task, None, share.tasks)
+            unknown = (path for path in paths if local_file(path) not in known)
+            journal.note_hashes(share.task, hashing.map(_stamped_hash, unknown))
+
+        noted = noting.submit(note_hashes)
         try:
             stop = preparation.options.bad_rows == STOP
             encode_items(journal, plan, items, preparation.workers, text_bytes=text_bytes, stop=stop)
@@ -219,15 +222,15 @@ def _finish_if_last(preparation: Preparation, plan: Plan, snapshot: Snapshot) ->
                 return True
             if journal.incomplete_items(snapshot.keys):
                 return False
-            _finish_unchanged(preparation, plan, snapshot)
+            _finish_of_tasks(preparation, plan, snapshot)
             return True
     except Held:
         return False
 
 
-def _check_complete(journal: Journal, plan: Plan, sizes: list[int], snapshot: Snapshot) -> None:
-    missing = journal.incomplete_items(snapshot.keys)
-    if missing:
+def _check_complete(journal: Journal, plan: Plan, snapshot: Snapshot) -> None:
+    sizes = [item.size for _, item in snapshot]
+    if missing := journal.incomplete_items(snapshot.keys):
         tasks = sorted({tasks_of(sizes, plan.tasks)[item] for item in missing})
         raise UserError(
             f"{journal.dataset} is not complete: {len(missing)} of {len(sizes)} items of the corpus are missing; "

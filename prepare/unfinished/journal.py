@@ -32,7 +32,7 @@ from prepare.unfinished.parts import Summary, Wanted, part_name, read_summary
 
 _PART_NAME = re.compile(r"([0-9a-f]{32})_(\d{6,})\.part")
 # Another task may be writing the plan where the file system has no hard links.
-PLAN_PATIENCE_S = 1.0
+PLAN_ATTEMPTS = 20
 
 
 class Share(NamedTuple):
@@ -105,19 +105,15 @@ class Journal:
     # ---- the plan
 
     def plan(self) -> Plan | None:
-        deadline = time.monotonic() + PLAN_PATIENCE_S
-        document = {}
-        while True:
-            try:
-                document = json.loads((self.folder / "plan.json").read_bytes())
-            except FileNotFoundError:
-                return None
-            except ValueError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.05)
-                    continue
-            known = {each.name for each in fields(Plan)}
-            return Plan(**{name: document[name] for name in known & set(document)})
+        path, document = self.folder / "plan.json", {}
+        if not path.exists():
+            return None
+        for _ in range(PLAN_ATTEMPTS):
+            with suppress(ValueError):
+                document = json.loads(path.read_bytes())
+                break
+            time.sleep(0.05)
+        return Plan(**{each.name: document[each.name] for each in fields(Plan) if each.name in document})
 
     def begin(self, plan: Plan, vocabulary: dict[str, bytes], files: list[StoredFile]) -> None:
         """Write the plan, unless another task has written one first."""
@@ -191,9 +187,6 @@ class Journal:
                 file.flush()
 
     # ---- parts
-
-    def has_parts(self) -> bool:
-        return any(self.folder.glob("*.part"))
 
     def finished(self) -> Finished:
         """Item -> its finished units.
