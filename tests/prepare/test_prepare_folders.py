@@ -29,7 +29,7 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("content", [LLM_C_SHARD, b"\1\0\2\0"])
+@pytest.mark.parametrize("content", [LLM_C_SHARD, b"\1\0\2\0"], ids=["llm.c", "bare"])
 def test_shards_of_another_program_are_in_the_way(tmp_path: Path, source: Path, force: bool, content: bytes) -> None:
     folder = tmp_path / "data" / "mine"
     folder.mkdir(parents=True)
