@@ -34,7 +34,7 @@ AFTER_EACH_DOCUMENT = foreign.END_OF_TEXT_STANDS[foreign.NANOGPT]
 @dataclass(frozen=True)
 class Shard:
     """One file of token ids. `bytes` is the size of the UTF-8 text it was made from; `hash` is
-    XXH3-128 of the file.
+    XXH3-128 of the file. `tails` of documents follow beginnings in train, where they are counted.
 
     In another program's shard only `tokens` is known, and `hash` covers samples of it
     (`foreign.sample_hash`).
@@ -45,6 +45,7 @@ class Shard:
     documents: int | None
     bytes: int | None
     hash: str
+    tails: int = 0
 
 
 @dataclass(frozen=True)

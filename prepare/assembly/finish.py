@@ -11,7 +11,7 @@ from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
 from prepare.assembly.duplicates import mark_duplicates
 from prepare.assembly.shards import Assembly, ShardLayout, lay_out_shards, statistics, write_shard, written_shard
-from prepare.assembly.splits import dropped, find_rule
+from prepare.assembly.splits import SplitFinder, dropped
 from prepare.sources.corpus import Corpus
 from prepare.unfinished.journal import Journal, Plan
 from prepare.unfinished.parts import Part, merge_reports, read_summary, report
@@ -38,7 +38,7 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
         raise UserError(
             "the corpus is empty: no source has a document with text in it" + (f" ({reasons})" if reasons else "")
         )
-    rule = find_rule(parts, tokenizer, plan.options["val_fraction"], duplicates)
+    rule = SplitFinder(parts, tokenizer, plan.options["val_fraction"], duplicates).find(journal.folder / "heads")
     assembly = Assembly(journal.folder, journal.staged, tokenizer.vocab_size, rule=rule, duplicates=duplicates)
     layouts = lay_out_shards(parts, assembly, plan.options["shard_tokens"])
     shards = _write_shards(assembly, layouts, workers)
@@ -99,8 +99,9 @@ def _write_shards(assembly: Assembly, layouts: list[ShardLayout], workers: Worke
 
 def _summarise(dataset: Path, manifest: Manifest) -> None:
     for split in SPLITS:
-        tokens, documents = manifest.count(split, "tokens"), manifest.count(split, "documents")
-        logger.info("%s: %s tokens in %s documents", split, f"{tokens:,}", f"{documents:,}")
+        tokens, documents, tails = (manifest.count(split, what) for what in ("tokens", "documents", "tails"))
+        ends = f" and the ends of {tails:,} others" if tails else ""
+        logger.info("%s: %s tokens in %s documents%s", split, f"{tokens:,}", f"{documents:,}", ends)
     for what, reports in (("skipped", manifest.skipped), ("kept, but unusual", manifest.unusual)):
         for reason, entry in reports.items():
             count = f"{entry['count']:,} documents"

@@ -14,6 +14,7 @@ from conftest import (
     run_program,
     tiny_config,
     write_documents,
+    write_jsonl,
     write_llm_c,
     write_nanogpt,
 )
@@ -23,6 +24,8 @@ from observe.verify import run
 from pipeline.errors import UserError
 from pipeline.files import hash_file
 from pipeline.vocabulary.char_byte_word import ByteTokenizer
+from prepare.options import PrepareOptions
+from prepare.run import run as prepare
 
 END = ByteTokenizer.end_of_text
 SPLITS = {
@@ -141,6 +144,21 @@ def test_a_document_in_both_splits_is_placed_in_both(tmp_path: Path, capsys: pyt
         "train_00002.bin has documents that are in both splits: one of 1 tokens at position 0, in val_00001.bin at 10, "
         "and 1 more of this shard",
     ]
+
+
+def test_equal_ids_of_a_vocabulary_that_joins_texts_are_a_remark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`word` gives texts that differ in their spaces alone, or in rare words, the same ids."""
+    texts = [f"{'a' * (i % 7 + 1)}{' ' * (i % 5 + 1)}b" for i in range(200)]
+    source = write_jsonl(tmp_path, texts)
+    folder = prepare(PrepareOptions([str(source)], data_dir=str(tmp_path / "data"), tokenizer="word", workers=1))
+    capsys.readouterr()
+    run(folder)
+    remark, verdict = capsys.readouterr().out.splitlines()
+    assert remark.startswith("remark: ") and "documents that are in both splits" in remark
+    assert remark.endswith("; the vocabulary word may give different texts the same ids")
+    assert verdict.startswith("verified: ") and "both splits" not in verdict
 
 
 def test_the_halves_of_a_lone_document_may_be_equal(tmp_path: Path) -> None:
