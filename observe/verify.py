@@ -19,7 +19,16 @@ import xxhash
 from observe.shared_documents import DocumentIndex
 from observe.tables import format_list
 from pipeline.dataset.scan import Advance, DocumentFinder, Positions, blocks, each_shard
-from pipeline.dataset.shards import MANIFEST_NAME, SPLITS, Manifest, Shard, map_shard, read_path, size_fault
+from pipeline.dataset.shards import (
+    MANIFEST_NAME,
+    SPLITS,
+    Manifest,
+    Shard,
+    map_shard,
+    path_or_name,
+    read_path,
+    size_fault,
+)
 from pipeline.errors import UserError
 from pipeline.files import hash_file
 from pipeline.log import ProgressReport, printable
@@ -29,6 +38,7 @@ from pipeline.vocabulary.tokenizer import TokenIds
 
 def run(path: Path) -> None:
     """Write faults and remarks, or the verdict, to stdout. Raises UserError for faults."""
+    path = path_or_name(path)
     # Datasets are verified without importing torch, which takes seconds.
     if any(path.glob("*.safetensors")):
         _verify_checkpoint(path)

@@ -51,8 +51,10 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
         check_name(options.tokenizer)
     except UserError as error:
         yield str(error)
-    if options.val_fraction is not None and not 0 < options.val_fraction < 1:
-        yield f"invalid --val-fraction {options.val_fraction}: expected a number between 0 and 1, such as 0.01"
+    if options.val_fraction is not None and not 0 <= options.val_fraction < 1:
+        yield (
+            f"invalid --val-fraction {options.val_fraction}: expected a number below 1, such as 0.01, or 0 for no val split"
+        )
     # The name becomes a folder: one that begins with "." would be hidden, and "/" or ".." would
     # lead elsewhere.
     if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):
@@ -81,8 +83,9 @@ def _task_faults(options: PrepareOptions) -> Iterator[str]:
         yield from (f"{flag} cannot be combined with --tasks: {why}" for flag, given, why in conflicts if given)
 
 
-def choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
-    """The options that determine the bytes of the dataset."""
+def choices(options: PrepareOptions, default: float) -> dict[str, Any]:
+    """The options that determine the bytes of the dataset, with the `default` fraction of val."""
+    fraction = default if options.val_fraction is None else options.val_fraction
     chosen = replace(options, tokenizer=check_name(options.tokenizer), val_fraction=fraction)
     return {name: getattr(chosen, name) for name in DETERMINE_BYTES}
 

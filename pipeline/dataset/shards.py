@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from pipeline.config.keys import Config
 from pipeline.dataset import foreign
 from pipeline.errors import UserError
 from pipeline.files import check_types, hash_bytes, is_plain_name, write_atomic
@@ -155,6 +156,12 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is damaged ({type(error).__name__}: {error}): prepare the dataset again with --force"
         ) from None
     return manifest
+
+
+def path_or_name(path: Path) -> Path:
+    """The folder of a dataset that is given by its name; a path that exists wins over a name."""
+    named = Path(Config().data.data_dir) / path
+    return named if not path.exists() and named.exists() else path
 
 
 def read_path(path: Path) -> tuple[Path, Manifest]:

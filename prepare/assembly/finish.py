@@ -9,7 +9,7 @@ from pipeline.files import hash_file
 from pipeline.log import ProgressReport, logger
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
-from prepare.assembly.duplicates import mark_duplicates
+from prepare.assembly.duplicates import locate_duplicate, mark_duplicates
 from prepare.assembly.shards import Assembly, ShardLayout, lay_out_shards, statistics, write_shard, written_shard
 from prepare.assembly.splits import SplitFinder, dropped
 from prepare.sources.corpus import Corpus
@@ -32,7 +32,8 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
     if plan.options["dedup"]:
         duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
         if (marks := dropped(duplicates, 0, documents)).any():
-            report(skipped, DUPLICATE, f"document {int(marks.argmax())} of the corpus, from 0", int(marks.sum()))
+            example = locate_duplicate(int(marks.argmax()), parts, corpus.items(), plan)
+            report(skipped, DUPLICATE, example, int(marks.sum()))
     if documents == 0:
         reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in skipped.items())
         raise UserError(
