@@ -29,6 +29,7 @@ MOST_UNEVEN = 2.0
 # Shorter documents are not cut, unless a split would be empty otherwise: a part of a note says little
 # about a model, and with documents this short the split misses by some hundred tokens at most.
 SHORTEST_CUT_TOKENS = 256
+INSIDE_CHARACTER = ("\ufffd".encode(), *(bytes([byte]) for byte in range(0x80, 0xC0)))
 # Tokens copied, hashed and counted at a time: 2 to 4 MB, which stay in the processor's cache from
 # one step to the next.
 COPY_TOKENS = 1 << 20
@@ -151,7 +152,8 @@ class SplitFinder:
             return SplitByHash(0, threshold=0)
         tokens = sum(int(lengths.sum()) for _, lengths in self._documents())
         smaller = min(self.fraction, 1 - self.fraction)
-        shortest = max(SHORTEST_CUT_TOKENS, int(1 / smaller))  # it has at least a token for each split
+        # A longer document has at least a token for each split.
+        shortest = max(SHORTEST_CUT_TOKENS, int(min(1 / smaller, tokens)))
         best = Fit(tokens)
         # No document is cut; then those of more than a quarter of the smaller split, without which
         # the threshold finds its share; then every one that is long enough.
@@ -193,19 +195,13 @@ class SplitFinder:
             bins += np.bincount((hashes >> np.uint64(HASH_BITS - BIN_BITS)).astype(np.int64), lengths, len(bins))
         total = bins.sum() + beginnings + ends
         # Val's share with the threshold asked for, then with one at the lower end of each bin.
-        shares = np.concatenate([[below], np.cumsum(bins) - bins]) + ends
-        shares = shares / total
-        uneven = self._uneven(shares)
-        best = 0 if uneven[0] <= MOST_UNEVEN else int(uneven.argmin())
-        threshold = best - 1 << HASH_BITS - BIN_BITS if best else self.asked
-        return Fit(cut_above, threshold, cut_documents, share=float(shares[best]), uneven=float(uneven[best]))
-
-    def _uneven(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """By which factor the split that misses its tokens most does, for each of val's shares."""
+        shares = (np.concatenate([[below], np.cumsum(bins) - bins]) + ends) / total
         ratios = np.array([shares / self.fraction, (1 - shares) / (1 - self.fraction)])
-        with np.errstate(divide="ignore"):
-            uneven: npt.NDArray[np.float64] = np.maximum(ratios, 1 / ratios).max(axis=0)
-        return uneven
+        with np.errstate(divide="ignore", over="ignore"):
+            uneven = np.maximum(ratios, 1 / ratios).max(axis=0)
+        best = 0 if uneven[0] <= MOST_UNEVEN else int(uneven.argmin())
+        threshold = (best - 1) << (HASH_BITS - BIN_BITS) if best else self.asked
+        return Fit(cut_above, threshold, cut_documents, share=float(shares[best]), uneven=float(uneven[best]))
 
     def _write_heads(self, fit: Fit, path: Path) -> None:
         by_hash = SplitByHash(self.fraction, fit.threshold)
@@ -244,8 +240,10 @@ def _latest_position(tokens: Any, fraction: float) -> Any:
 def split_position(ids: TokenIds, tokenizer: Tokenizer, fraction: float) -> int:
     """Where to divide a document: before a token that begins a character, neither half empty."""
     latest = int(_latest_position(np.array(len(ids)), fraction))
-    # In UTF-8 every byte of a character but its first is 0b10xxxxxx.
-    begins = (at for at in range(latest, 0, -1) if tokenizer.decode_bytes([int(ids[at])])[0] >> 6 != 0b10)
+    # A character has up to four bytes, and all but its first are 0b10xxxxxx. Some libraries decode
+    # an incomplete one to U+FFFD, and a space at the beginning to nothing.
+    texts = ((at, tokenizer.decode_bytes([int(ids[at])])) for at in range(latest, max(latest - 4, 0), -1))
+    begins = (at for at, text in texts if not text.startswith(INSIDE_CHARACTER))
     return next(begins, latest)
 
 
