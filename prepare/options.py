@@ -13,6 +13,10 @@ from prepare.units import Reading
 # Recorded in the manifest: a dataset prepared with others of these is another dataset.
 DETERMINE_BYTES = ("tokenizer", "text_field", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup")
 
+# `bad_rows`: count and skip any number of broken rows, or end at the first; by default they are
+# skipped up to a small fraction.
+SKIP, STOP = BAD_ROWS = ("skip", "stop")
+
 
 @dataclass(frozen=True)
 class PrepareOptions:
@@ -27,6 +31,7 @@ class PrepareOptions:
     limit_docs: int | None = None
     seed: int = 0
     dedup: bool = False
+    bad_rows: str | None = None
     task_id: int | None = None
     tasks: int | None = None
     force: bool = False
@@ -62,6 +67,8 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
     for name in ("workers", "limit_docs", "shard_tokens"):
         if (count := getattr(options, name)) is not None and count < 1:
             yield f"invalid --{name.replace('_', '-')} {count}: expected at least 1"
+    if options.bad_rows not in (None, *BAD_ROWS):
+        yield f"invalid --bad-rows {options.bad_rows!r}: expected {' or '.join(BAD_ROWS)}"
     if not 0 <= options.seed < 1 << 64:
         yield f"invalid --seed {options.seed}: expected 0 .. 2**64 - 1"
 

@@ -33,6 +33,8 @@ def _source_kinds() -> str:
         "workers": "Processes; by default one for each core.",
         "limit_docs": "Take only the first N documents.",
         "seed": "Chooses which documents are val.",
+        "bad_rows": "Broken rows, such as lines that are not JSON: skip any number, or stop at the first (skip or stop); "
+        "by default up to 0.1 % of the rows are skipped.",
         "dedup": "Leave out exact duplicates of earlier documents.",
         "task_id": "Number of this job, from 0, among --tasks; by default SLURM's array index.",
         "tasks": "Jobs that share the dataset; by default the size of SLURM's array.",

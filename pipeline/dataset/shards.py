@@ -54,7 +54,8 @@ class Manifest:
     """Everything a reader of the shards has to know, and where they came from.
 
     `skipped` holds for each reason how many documents were left out (`count`) and the location of
-    one (`example`); `statistics` is what `prepare` measured about the tokens.
+    one (`example`), `passed_over` the same of files; `read` what was counted while each source was
+    read; `statistics` is what `prepare` measured about the tokens.
     """
 
     tokenizer: dict[str, Any]
@@ -67,6 +68,8 @@ class Manifest:
     program: str
     unusual: dict[str, dict[str, Any]] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
+    passed_over: dict[str, dict[str, Any]] = field(default_factory=dict)
+    read: list[dict[str, Any]] = field(default_factory=list)
     format: int = FORMAT_VERSION
     end_of_text: str = AFTER_EACH_DOCUMENT
 

@@ -33,7 +33,7 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
         duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
         if (marks := dropped(duplicates, 0, documents)).any():
             example = locate_duplicate(int(marks.argmax()), parts, corpus.items(), plan)
-            report(skipped, DUPLICATE, example, int(marks.sum()))
+            report(skipped, DUPLICATE, example, count=int(marks.sum()))
     if documents == 0:
         reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in skipped.items())
         raise UserError(

@@ -15,7 +15,7 @@ import xxhash
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
-from prepare.encoding.engine import Engine, Gigatoken, Plain
+from prepare.encoding.engine import PLAIN, Checked, Engine, Plain
 from prepare.encoding.pieces import PIECE_CHARACTERS, blocks_of, pieces
 from prepare.unfinished.parts import PartWriter, Summary, part_name, report
 from prepare.units import NOT_UTF8, Document, Refused, Unit
@@ -55,7 +55,7 @@ class EncodingOptions:
     parts: Path
     vocabulary: Path
     seed: int
-    use_gigatoken: bool = False
+    engine: str = PLAIN
 
 
 class UnitEncoder:
@@ -64,7 +64,7 @@ class UnitEncoder:
     def __init__(self, options: EncodingOptions) -> None:
         self._folder, self._seed = options.parts, options.seed
         self._tokenizer = from_spec(options.tokenizer, options.vocabulary)
-        self._engine: Engine = Gigatoken() if options.use_gigatoken else Plain(self._tokenizer)
+        self._engine: Engine = Plain(self._tokenizer) if options.engine == PLAIN else Checked(options.engine)
         # Hugging Face's library, which has no token_bytes, may look beyond the end of a word.
         end = self._tokenizer.decode_bytes([self._tokenizer.end_of_text])
         self._end = end or b"\xff"  # which is in no UTF-8 text
@@ -73,7 +73,6 @@ class UnitEncoder:
 
     def encode(self, job: UnitJob) -> Summary:
         """Write the part of a unit."""
-        self._engine.begin_unit()
         summary = Summary(item=job.item, unit=job.unit, last=job.last, engine=self._engine.name, size=job.work.size)
         path = self._folder / part_name(job.item, job.unit)
         writer = PartWriter(path, token_dtype(self._tokenizer.vocab_size), self._tokenizer.end_of_text)
@@ -83,8 +82,10 @@ class UnitEncoder:
             kept = 0
             for position, document in job.work.documents():
                 result = self._write(document, writer)
+                summary.rows += 1
                 if isinstance(result, Refused):
-                    report(summary.skipped, result.reason, job.work.locate(position))
+                    where = job.work.locate(position)
+                    report(summary.skipped, result.reason, where, first=[where] if result.broken else ())
                     continue
                 for unusual in result:
                     report(summary.unusual, unusual, job.work.locate(position))
