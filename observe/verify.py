@@ -117,6 +117,27 @@ class Verification:
             for shard, tally in zip(shards, tallies[split], strict=True):
                 self.documents += tally.documents - shard.tails
                 self._report(shard, tally)
+        if self.manifest.read and set(SPLITS) <= self.manifest.splits.keys():
+            self._report_sources()
+
+    def _report_sources(self) -> None:
+        """What was counted while the sources were read against what the manifest says of the shards."""
+        rows, documents, text_bytes = (
+            sum(source[what] for source in self.manifest.read) for what in ("rows", "documents", "text_bytes")
+        )
+        skipped = sum(entry["count"] for entry in self.manifest.skipped.values())
+        kept, kept_bytes = (
+            sum(self.manifest.count(split, what) for split in SPLITS) for what in ("documents", "bytes")
+        )
+        if kept + skipped != rows:
+            self.faults.append(
+                f"the sources have {rows:,} documents, but the manifest records {kept:,} in the shards and {skipped:,} skipped"
+            )
+        # Duplicates are left out after reading; with them the sources have more text.
+        if kept_bytes > text_bytes or (kept == documents and kept_bytes != text_bytes):
+            self.faults.append(
+                f"the sources have {text_bytes:,} bytes of text, but the manifest records {kept_bytes:,} in the shards"
+            )
 
     def verdict(self) -> str:
         """What was verified."""

@@ -125,6 +125,31 @@ def test_counts_of_the_manifest_are_counted_again(dataset: Path, capsys: pytest.
     ]
 
 
+@pytest.mark.parametrize(
+    ("read", "skipped", "words"),
+    [
+        ([], {}, []),
+        ([{"rows": 6, "documents": 6, "text_bytes": 86}], {}, []),
+        ([{"rows": 5, "documents": 4, "text_bytes": 55}, {"rows": 4, "documents": 3, "text_bytes": 35}],
+         {"empty": {"count": 2}, "duplicate": {"count": 1}}, []),
+        ([{"rows": 7, "documents": 6, "text_bytes": 86}], {}, ["have 7 documents, but the manifest records 6 in the shards"]),
+        ([{"rows": 6, "documents": 6, "text_bytes": 87}], {}, ["have 87 bytes of text, but the manifest records 86"]),
+        ([{"rows": 7, "documents": 7, "text_bytes": 85}], {"duplicate": {"count": 1}}, ["have 85 bytes of text"]),
+    ],
+)  # fmt: skip
+def test_the_shards_hold_what_the_sources_were_counted_to_have(
+    dataset: Path, capsys: pytest.CaptureFixture[str], read: list[dict[str, int]], skipped: object, words: list[str]
+) -> None:
+    document = orjson.loads((dataset / "manifest.json").read_bytes()) | {"read": read, "skipped": skipped}
+    assert sum(shard["bytes"] for shards in document["splits"].values() for shard in shards) == 86
+    (dataset / "manifest.json").write_bytes(orjson.dumps(document))
+    if not words:
+        run(dataset)
+        run(dataset / "val_00000.bin")
+    for found, wanted in zip(faults(dataset, capsys) if words else [], words, strict=True):
+        assert wanted in found
+
+
 def test_a_shard_ends_with_end_of_text(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_ids(dataset / "train_00001.bin", -1, ord("x"))
     edit_manifest(dataset, "train", 1, documents=1, bytes=33)
