@@ -17,10 +17,12 @@ import xxhash
 
 from pipeline.vocabulary.tokenizer import token_dtype
 from prepare.assembly.splits import numbered_parts
+from prepare.documents.lines import Lines
 from prepare.encoding.pieces import blocks_of
+from prepare.storage.files import blocks
 from prepare.unfinished.journal import Plan
 from prepare.unfinished.parts import Part
-from prepare.units import Document, Item, Refused
+from prepare.units import POSITION_BITS, Batch, Document, Item, Refused, Unit
 
 # Records per file: 48 MB, and about 150 MB while they are sorted.
 DOCUMENTS_PER_FILE = 2_000_000
@@ -79,8 +81,8 @@ def _mark(records: npt.NDArray[Any], marks: npt.NDArray[np.bool_]) -> None:
 
 def locate_duplicate(number: int, parts: list[Path], items: Sequence[Item], plan: Plan) -> str:
     """Where document `number` of the corpus is, and which earlier document has its text."""
-    numbered = list(numbered_parts(parts, token_dtype(plan.tokenizer["vocab_size"])))
-    part, documents = next(each for each in numbered if number < each[1].number + each[1].stop)
+    dtype = token_dtype(plan.tokenizer["vocab_size"])
+    part, documents = next(each for each in numbered_parts(parts, dtype) if number < each[1].number + each[1].stop)
     digest = part.hashes[number - documents.number]
 
     def copies(part: Part) -> npt.NDArray[np.int64]:
@@ -91,11 +93,21 @@ def locate_duplicate(number: int, parts: list[Path], items: Sequence[Item], plan
         unit = next(islice(items[part.summary.item].units(), part.summary.unit, None))
         found = (position for position, document in unit.documents() if _digest(document, plan) == digest.tobytes())
         position = next(islice(found, copy, None), None)
-        return f"document {number} of the corpus" if position is None else unit.locate(position)
+        return f"document {number} of the corpus" if position is None else _locate(unit, position)
 
-    first = next(part for part, _ in numbered if copies(part).size)
+    first = next(part for part, _ in numbered_parts(parts, dtype) if copies(part).size)
     copy = int(np.searchsorted(copies(part), number - documents.number))
     return f"{locate(part, copy)}, the same as {locate(first, 0)}"
+
+
+def _locate(unit: Unit | Item, position: int) -> str:
+    """With its line, where lines are documents: units know bytes, editors know lines."""
+    if isinstance(unit, Batch):
+        return _locate(unit.items[position >> POSITION_BITS], position & ((1 << POSITION_BITS) - 1))
+    where = unit.locate(position)
+    if isinstance(unit, Lines):
+        where += f" (line {1 + sum(block.count(10) for block in blocks(unit.path, 0, position))})"
+    return where
 
 
 def _digest(document: Document, plan: Plan) -> bytes:
