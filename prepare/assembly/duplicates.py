@@ -5,7 +5,7 @@ their first bits, so equal ones meet in the same file, and each file is small en
 memory.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -79,8 +79,11 @@ def _mark(records: npt.NDArray[Any], marks: npt.NDArray[np.bool_]) -> None:
     marks[records["document"][1:][same]] = True
 
 
-def locate_duplicate(number: int, parts: list[Path], items: Sequence[Item], plan: Plan) -> str:
-    """Where document `number` of the corpus is, and which earlier document has its text."""
+def locate_duplicate(number: int, parts: list[Path], items: Iterable[tuple[str, Item]], plan: Plan) -> str:
+    """Where document `number` of the corpus is, and which earlier document has its text.
+
+    `items` are those of the corpus by the keys of their parts.
+    """
     dtype = token_dtype(plan.tokenizer["vocab_size"])
     part, documents = next(each for each in numbered_parts(parts, dtype) if number < each[1].number + each[1].stop)
     digest = part.hashes[number - documents.number]
@@ -90,7 +93,8 @@ def locate_duplicate(number: int, parts: list[Path], items: Sequence[Item], plan
 
     def locate(part: Part, copy: int) -> str:
         # Parts hold no positions: their unit is read again, up to the copy of the text that is wanted.
-        unit = next(islice(items[part.summary.item].units(), part.summary.unit, None))
+        item = next(item for key, item in items if key == part.summary.item)
+        unit = next(islice(item.units(), part.summary.unit, None))
         found = (position for position, document in unit.documents() if _digest(document, plan) == digest.tobytes())
         position = next(islice(found, copy, None), None)
         return f"document {number} of the corpus" if position is None else _locate(unit, position)

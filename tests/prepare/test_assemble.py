@@ -30,7 +30,7 @@ def make_parts(folder: Path, texts: list[str], in_part: int = 3) -> list[Path]:
     encoder = UnitEncoder(EncodingOptions(tokenizer=BYTES.spec(), parts=folder, vocabulary=folder, seed=0))
     for item, at in enumerate(range(0, len(texts), in_part)):
         unit = Texts(tuple(text.encode() for text in texts[at : at + in_part]), 1, "", at)
-        encoder.encode(UnitJob(item=item, unit=0, last=True, work=unit))
+        encoder.encode(UnitJob(item=f"{item:06d}", unit=0, last=True, work=unit))
     return sorted(folder.glob("*.part"))
 
 

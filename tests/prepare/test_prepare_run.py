@@ -398,28 +398,17 @@ def test_force_that_fails_leaves_the_earlier_dataset_whole(tmp_path: Path, jsonl
     assert contents(folder) == before
 
 
-def test_leftovers_are_cleared_and_foreign_files_are_not(tmp_path: Path, jsonl: Path) -> None:
+def test_files_of_other_programs_are_neither_removed_nor_replaced(tmp_path: Path, jsonl: Path) -> None:
     folder = tmp_path / "data" / "corpus"
     folder.mkdir(parents=True)
-    for name in (
-        "train_00000.bin",
-        "train_00007.bin",
-        "train.bin",
-        "film.partial",
-        "README.md",
-    ):
+    others = ("train_00007.bin", "train.bin", "film.partial", "README.md")
+    for name in others:
         (folder / name).write_text("old")
     prepare(tmp_path, jsonl)
-    names = {path.name for path in folder.iterdir()}
-    assert names == {
-        ".lock",
-        MANIFEST_NAME,
-        "train_00000.bin",
-        "val_00000.bin",
-        "train.bin",
-        "film.partial",
-        "README.md",
-    }
+    prepare(tmp_path, jsonl, force=True)
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert names == {MANIFEST_NAME, "train_00000.bin", "val_00000.bin", *others}
+    assert all((folder / name).read_text() == "old" for name in others)
 
 
 def test_a_second_prepare_of_the_same_dataset_is_refused(tmp_path: Path, jsonl: Path) -> None:
