@@ -22,9 +22,9 @@ UNITS_IN_A_CORPUS = 64
 LONG_BYTES = 4 << 20
 BLOCK_BYTES = 1 << 20
 STDIN_SPOOL = "stdin.partial"
-# Parts are numbered by unit, so a preparation is never resumed where another version began it.
-# Raise this whenever the same sources would be divided into other units.
-SPLITTING = 1
+# Parts are kept by item and unit, so a preparation is never resumed where another version began it.
+# Raise this whenever the same items would be divided into other units, or read differently.
+SPLITTING = 2
 # Positions inside an item, which are bytes of a file or rows, lie below 2**48: in a batch the
 # item's number goes above.
 POSITION_BITS = 48
