@@ -7,11 +7,12 @@ from typing import Any
 
 from pipeline.errors import UserError
 from prepare.encoding.vocabulary import check_name
+from prepare.sources.names import has_splits
 from prepare.unfinished.journal import Share
 from prepare.units import Reading
 
 # Recorded in the manifest: a dataset prepared with others of these is another dataset.
-DETERMINE_BYTES = ("tokenizer", "text_field", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup")
+DETERMINE_BYTES = ("tokenizer", "text_field", "split", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class PrepareOptions:
     name: str = ""
     data_dir: str = "data"
     tokenizer: str = "gpt2"
-    text_field: str = "text"
+    text_field: str = Reading.text_field
+    split: str = Reading.split
     val_fraction: float | None = None
     shard_tokens: int = 100_000_000
     workers: int | None = None
@@ -33,7 +35,7 @@ class PrepareOptions:
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.text_field)
+        return Reading(self.text_field, split=self.split)
 
 
 def check(options: PrepareOptions) -> Share:
@@ -57,6 +59,8 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
     # lead elsewhere.
     if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):
         yield f"invalid --name {options.name!r}: expected up to 64 letters, digits, '.', '_' and '-', not '.' first"
+    if options.split != Reading.split and not any(has_splits(source) for source in options.sources):
+        yield f"--split {options.split} has no effect: no source is a dataset of the Hub or a folder with splits"
     for name in ("workers", "limit_docs", "shard_tokens"):
         if (count := getattr(options, name)) is not None and count < 1:
             yield f"invalid --{name.replace('_', '-')} {count}: expected at least 1"

@@ -131,9 +131,10 @@ def shortened(names: list[str]) -> str:
 
 def _differences(earlier: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
     return [
-        f"{name} was {earlier.get(name)!r} and is now {value!r}"
+        f"{name} was {was!r} and is now {value!r}"
         for name, value in chosen.items()
-        if earlier.get(name) != value
+        # An option that an earlier version did not have was at its default.
+        if (was := earlier.get(name, getattr(PrepareOptions, name))) != value
     ]
 
 

@@ -62,7 +62,9 @@ def merge(dataset: Path, workers: int | None = None) -> None:
         return
     # The sources are named relative to the folder in which the tasks ran.
     with one_writer(dataset), chdir(plan.working_folder), Workers(workers or available_cores()) as pool:
-        corpus = open_corpus(plan.sources, Reading(plan.options["text_field"]), dataset)
+        corpus = open_corpus(
+            plan.sources, Reading(plan.options["text_field"], split=plan.options.get("split", Reading.split)), dataset
+        )
         _check_complete(journal, plan)
         finish(journal, plan, corpus, pool)
 

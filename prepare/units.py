@@ -38,6 +38,7 @@ class Reading:
     """How the user wants the text of every source to be read."""
 
     text_field: str = "text"
+    split: str = "train"
 
 
 @dataclass(frozen=True)

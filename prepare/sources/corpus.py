@@ -14,11 +14,14 @@ from typing import Any
 from pipeline.errors import UserError
 from prepare.sources.hub import open_hub
 from prepare.sources.items import Source
-from prepare.sources.local import Shakespeare, Stdin, open_files, open_stdlib
-from prepare.sources.names import SOURCE_KINDS, did_you_mean, hub_source
-from prepare.sources.remote import RemoteFiles, list_remote
-from prepare.storage.files import is_url
+from prepare.sources.local import Stdin, open_files, open_shakespeare, open_stdlib
+from prepare.sources.names import SOURCE_KINDS, did_you_mean, hub_source, without_file_protocol
+from prepare.sources.remote import open_remote
+from prepare.storage.files import is_url, shown
 from prepare.units import STDIN_SPOOL, Item, Reading, unit_bytes
+
+# Of a source that does not exist: it may be a text that someone forgot to write to a file.
+LONGEST_QUOTE = 200
 
 
 @dataclass(frozen=True)
@@ -65,25 +68,29 @@ def open_corpus(sources: list[str], reading: Reading, folder: Path) -> Corpus:
         raise UserError(f"no source given: expected {SOURCE_KINDS}")
     if sources.count("-") > 1:
         raise UserError("stdin (-) is given twice as a source: it can be read only once")
-    return Corpus([_open_source(source, reading, folder) for source in sources])
+    seen: set[str] = set()
+    return Corpus([_open_source(source, reading, folder, seen) for source in sources])
 
 
-def _open_source(source: str, reading: Reading, folder: Path) -> Source:
+def _open_source(source: str, reading: Reading, folder: Path, seen: set[str]) -> Source:
     hub = hub_source(source)
     if hub is not None:
-        return open_hub(hub, reading)
+        return open_hub(hub, reading, seen)
     if source == "stdlib":
-        return open_stdlib(reading)
+        return open_stdlib(reading, seen)
     if source == "shakespeare":
-        return Shakespeare(reading)
+        return open_shakespeare(reading, seen)
     if source == "-":
         return Stdin(reading, folder / STDIN_SPOOL)
+    if is_url(source) and not source.partition("://")[2].strip("/"):
+        raise UserError(f"{shown(source)} is not a complete URL: expected {SOURCE_KINDS}")
     # A file:// URL is read as the path it holds: it can be hashed, and needs no fsspec.
-    if is_url(source) and not source.startswith("file://"):
-        return RemoteFiles(reading, source, list_remote(source))
-    found = open_files(source.removeprefix("file://"), reading)
+    if is_url(path := without_file_protocol(source)):
+        return open_remote(source, reading, seen)
+    found = open_files(path, reading, seen)
     if found is None:
         raise UserError(
-            f"no source {source!r}{did_you_mean(source)}: not a file, folder or named corpus; expected {SOURCE_KINDS}"
+            f"no source {source[:LONGEST_QUOTE]!r}{did_you_mean(source)}: not a file, folder or named corpus; "
+            f"expected {SOURCE_KINDS}"
         )
     return found

@@ -290,7 +290,7 @@ def _unknown_suffix(folder: Path) -> list[str]:
         (lambda folder: ["Shakespear"], ["did you mean shakespeare?"]),
         (lambda folder: ["hf:nothing"], ["hf:nothing", "hf:ORG/NAME"]),
         (lambda folder: ["*.txt"], ["glob *.txt", "no files", ".jsonl"]),
-        (_nothing_readable, ["folder sub", "only .pdf", ".parquet"]),
+        (_nothing_readable, ["folder sub", "only 1 unknown suffix .pdf (sub/a.pdf)", ".parquet"]),
         (_unknown_suffix, ["a.docx has no known suffix", ".jsonl"]),
         (_bad_json, ["a.jsonl line 22", "not JSON"]),
         (_not_an_object, ["a.jsonl line 2", "not a JSON object", '["b"]']),
