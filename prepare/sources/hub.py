@@ -113,7 +113,7 @@ def open_hub(source: str, reading: Reading, seen: set[str]) -> HubParquet | HubS
     if isinstance(found, HubStream):
         if listing.is_new(f"{commit}:{name.config}:{reading.split}", name.repository):
             return found
-        return HubParquet(reading, name, {}, listing.passed_over)
+        return HubParquet(reading, name, {}, passed=listing.passed_over)
     new = {path: size for path, size in found.sizes.items() if listing.is_new(f"{commit}/{path}", f"{commit}/{path}")}
     return replace(found, sizes=new, passed=listing.passed_over)
 

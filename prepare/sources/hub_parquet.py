@@ -5,7 +5,7 @@ read.
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -42,7 +42,6 @@ class HubParquet(Source):
 
     dataset: HubName
     sizes: dict[str, int]
-    passed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def items(self, unit_bytes: int) -> list[Item]:
         return items_of(self.downloaded(), self.reading, unit_bytes)
@@ -53,9 +52,6 @@ class HubParquet(Source):
 
     def stored(self) -> list[StoredFile]:
         return [StoredFile(str(self.path(name)), self._stamp(name)[0]) for name in self.sizes]
-
-    def passed_over(self) -> dict[str, dict[str, Any]]:
-        return self.passed
 
     def stamps(self) -> dict[str, Any]:
         repository, revision = self.dataset.repository, self.dataset.revision

@@ -3,7 +3,7 @@ behind URLs.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,13 @@ USUAL_EXPANSION = 3
 
 @dataclass(frozen=True)
 class Source:
-    """What the user named, as files; one of another kind overrides `items` and `file_bytes`."""
+    """What the user named, as files; one of another kind overrides `items` and `file_bytes`.
+
+    `passed`: what the listing of its files passed over.
+    """
 
     reading: Reading
+    passed: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True)
 
     def files(self) -> list[Path]:
         """The local files whose hashes `record` needs."""
@@ -48,7 +52,7 @@ class Source:
 
     def passed_over(self) -> dict[str, dict[str, Any]]:
         """What lies below the source and is not read: reason -> `count` and one `example`."""
-        return {}
+        return self.passed
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         """The manifest's entries for this source."""

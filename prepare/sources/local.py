@@ -2,7 +2,6 @@
 copy of stdin, and Tiny Shakespeare in Hugging Face's cache.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -52,10 +51,6 @@ class Files(Source):
     paths: list[Path]
     root: Path | None = None
     about: dict[str, Any] = field(default_factory=dict)
-    passed: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def passed_over(self) -> dict[str, dict[str, Any]]:
-        return self.passed
 
     def files(self) -> list[Path]:
         return self.paths
@@ -169,12 +164,11 @@ def _found(path: Path) -> os.stat_result | None:
     """None where nothing has this name."""
     try:
         return path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+    except PermissionError:  # something may have it
+        with reading(str(path)):
+            raise
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return None
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            return None
-        raise UserError(f"cannot read {shown(str(path))}: {error.strerror}") from None
 
 
 def open_stdlib(reading: Reading, seen: set[str]) -> Files:

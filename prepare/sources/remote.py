@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.errors import UserError, one_line
 from prepare.formats import READABLE, format_of
 from prepare.sources.items import Source
-from prepare.sources.listing import FOLDER_OF_A_GLOB, HIDDEN_FILE, NOT_A_FILE, Listing
+from prepare.sources.listing import FOLDER_OF_A_GLOB, HIDDEN_FILE, Listing
 from prepare.sources.names import is_glob
 from prepare.storage.files import StoredFile, describe, filesystem, is_web, name_of, reading, remote_file, shown
 from prepare.units import Reading
@@ -27,13 +27,9 @@ class RemoteFiles(Source):
     source: str
     seen: frozenset[str]
     remotes: list[StoredFile]
-    passed: dict[str, dict[str, Any]]
 
     def stored(self) -> list[StoredFile]:
         return self.remotes
-
-    def passed_over(self) -> dict[str, dict[str, Any]]:
-        return self.passed
 
     def stamps(self) -> dict[str, Any]:
         return {shown(file.path): [file.size, file.etag] for file in self.remotes}
@@ -61,10 +57,7 @@ def _list_remote(source: str, listing: Listing) -> list[StoredFile]:
             found = describe(source)
         # What follows a # is never sent.
         return [found] if listing.takes(source, found.size, source.partition("#")[0]) else []
-    files = []
-    for file in _find(source, listing):
-        if listing.takes(file.path, file.size, file.path):
-            files.append(file)
+    files = [file for file in _find(source, listing) if listing.takes(file.path, file.size, file.path)]
     listing.check(shown(source), files)
     return files
 
@@ -93,7 +86,5 @@ def _find(source: str, listing: Listing) -> Iterator[StoredFile]:
             listing.pass_over(HIDDEN_FILE, url)
         elif info["type"] == "file":
             yield remote_file(url, info)
-        elif info["type"] != "directory":
-            listing.pass_over(NOT_A_FILE, url)
         elif "**" not in name:  # which also names what is in the folder
             listing.pass_over(FOLDER_OF_A_GLOB, url)
