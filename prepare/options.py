@@ -67,8 +67,8 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
             yield "invalid --document-separator '': expected a text such as '<|endoftext|>'"
     except ValueError as error:
         yield f"invalid --document-separator {options.document_separator!r}: {one_line(error)}"
-    if options.val_fraction is not None and not 0 < options.val_fraction < 1:
-        yield f"invalid --val-fraction {options.val_fraction}: expected a number between 0 and 1, such as 0.01"
+    if options.val_fraction and not 1e-9 <= options.val_fraction < 1:
+        yield f"invalid --val-fraction {options.val_fraction}: expected 0 for no val split, or a fraction such as 0.01"
     # The name becomes a folder: one that begins with "." would be hidden, and "/" or ".." would
     # lead elsewhere.
     if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):

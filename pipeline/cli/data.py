@@ -30,7 +30,7 @@ def _source_kinds() -> str:
         "text_field": "Field or column that holds the text; meta.content is the field content inside meta.",
         "document_separator": "Text between the documents of a text file, such as '<|endoftext|>'; \\n is a newline.",
         "split": "Split of a Hub dataset, or of a folder that save_to_disk wrote.",
-        "val_fraction": "Fraction of the documents for val; by default it depends on the corpus's size.",
+        "val_fraction": "Fraction of the tokens for val, 0 for none; by default it depends on the corpus's size.",
         "shard_tokens": "Tokens after which a shard is closed.",
         "workers": "Processes; by default one for each core.",
         "limit_docs": "Take only the first N documents.",

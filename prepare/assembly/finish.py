@@ -11,9 +11,9 @@ from pipeline.files import hash_file
 from pipeline.log import ProgressReport, logger
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
-from prepare.assembly.duplicates import mark_duplicates
+from prepare.assembly.duplicates import locate_duplicate, mark_duplicates
 from prepare.assembly.shards import Assembly, ShardLayout, lay_out_shards, statistics, write_shard, written_shard
-from prepare.assembly.splits import dropped, find_rule
+from prepare.assembly.splits import SplitFinder, dropped
 from prepare.sources.corpus import Corpus, Snapshot
 from prepare.storage.files import local_file, shown
 from prepare.unfinished.journal import Journal, ListedPart, Plan
@@ -56,8 +56,9 @@ def finish(
     if plan.options["dedup"]:
         duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
         if (marks := dropped(duplicates, 0, documents)).any():
-            report(skipped, DUPLICATE, f"document {int(marks.argmax())} of the corpus, from 0", count=int(marks.sum()))
-    rule = find_rule(parts, tokenizer, plan.options["val_fraction"], duplicates)
+            example = locate_duplicate(int(marks.argmax()), parts, snapshot, plan)
+            report(skipped, DUPLICATE, example, count=int(marks.sum()))
+    rule = SplitFinder(parts, tokenizer, plan.options["val_fraction"], duplicates).find(journal.folder / "heads")
     assembly = Assembly(journal.folder, journal.staged, tokenizer.vocab_size, rule=rule, duplicates=duplicates)
     layouts = lay_out_shards(parts, assembly, plan.options["shard_tokens"])
     shards = _write_shards(assembly, layouts, workers)
@@ -127,8 +128,9 @@ def _write_shards(assembly: Assembly, layouts: list[ShardLayout], workers: Worke
 
 def _summarise(dataset: Path, manifest: Manifest) -> None:
     for split in SPLITS:
-        tokens, documents = manifest.count(split, "tokens"), manifest.count(split, "documents")
-        logger.info("%s: %s tokens in %s documents", split, f"{tokens:,}", f"{documents:,}")
+        tokens, documents, tails = (manifest.count(split, what) for what in ("tokens", "documents", "tails"))
+        ends = f" and the ends of {tails:,} others" if tails else ""
+        logger.info("%s: %s tokens in %s documents%s", split, f"{tokens:,}", f"{documents:,}", ends)
     for what, reports in (("skipped", manifest.skipped), ("kept, but unusual", manifest.unusual)):
         for reason, entry in reports.items():
             count = f"{entry['count']:,} documents"

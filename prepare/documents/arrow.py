@@ -136,7 +136,7 @@ def split_batches(path: str, text_field: str, unit_bytes: int) -> Iterator[Arrow
 
     try:
         _batches.cache_clear()  # the file may be another one than in an earlier run of this process
-        batches = _batches(path, text_field)
+        batches = _Batches(path, text_field)  # not the kept one, which units read meanwhile
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read {shown(path)} as Arrow: {one_line(error)}; download or write it again") from None
     for slices, size in grouped(_slices(batches, unit_bytes), lambda each: each[-1], unit_bytes):

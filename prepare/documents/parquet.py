@@ -83,6 +83,7 @@ class _RowGroup:
         self._where = f"{shown(path)} row group {group}"
         batch = max(1, min(batch, STEP_BYTES // _longest_repeated(path, group, column, chunk)))
         self._options = {"batch_size": batch, "row_groups": [group], "columns": [column], "use_threads": False}
+        self._begin: int
         self._rows: Any
         self._rewind()
 
@@ -97,18 +98,31 @@ class _RowGroup:
                 yield self._rows[first:last]
             if last <= len(self._rows):
                 return
-            self._begin += len(self._rows)
-            self._rows = self._next()
+            rows = self._next()
+            self._begin, self._rows = self._begin + len(self._rows), rows
 
     def _rewind(self) -> None:
         self._batches = self._file.iter_batches(**self._options)
         self._begin = self._expanded = 0
+        self._fault: Exception | None = None
+        self._rows = ()
         self._rows = self._next()
 
     def _next(self) -> Any:
+        # After a fault pyarrow goes on behind the damaged page, where the rows' numbers are lost.
+        if self._fault:
+            raise self._fault
+        try:
+            return self._read_batch()
+        except Exception as error:
+            self._fault = error
+            raise
+
+    def _read_batch(self) -> Any:
         batch = next(self._batches, None)
         if batch is None:
-            raise EOFError(f"{self._where} ends after {self._begin} rows, fewer than its footer claims")
+            read = self._begin + len(self._rows)
+            raise EOFError(f"{self._where} ends after {read} rows, fewer than its footer claims")
         rows = as_bytes(text_column(batch, self._column))
         self._expanded += rows.nbytes
         if self._expanded > self._most_bytes:
@@ -236,7 +250,7 @@ def _parquet_file(path: str, **options: Any) -> Any:
     with _faults(path, "the footer"):
         # Buffered and not pre-buffered: otherwise a whole column chunk, often the whole file, is
         # held in memory.
-        options = {"pre_buffer": False, "buffer_size": 1 << 16, **options}
+        options = {"pre_buffer": False, "buffer_size": 1 << 16, "page_checksum_verification": True, **options}
         return pyarrow.parquet.ParquetFile(file, metadata=_footer(path)[0], **options)
 
 

@@ -4,7 +4,7 @@ A part depends on its unit and the tokenizer alone: the corpus is divided into u
 to the number of workers, and it does not matter which worker encodes which unit, or when.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -69,6 +69,9 @@ class UnitEncoder:
         self._tokenizer = from_spec(options.tokenizer, options.vocabulary)
         self._engine: Engine = Plain(self._tokenizer) if options.engine == PLAIN else Checked(options.engine)
         # Hugging Face's library, which has no token_bytes, may look beyond the end of a word.
+        end = self._tokenizer.decode_bytes([self._tokenizer.end_of_text])
+        self._end = end or b"\xff"  # which is in no UTF-8 text
+        self._has_end = f"{end.decode(errors='replace')} as ordinary text; --document-separator splits at it"
         self._ends_with_words = self._tokenizer.token_bytes() is not None or self._tokenizer.name == "word"
 
     def encode(self, job: UnitJob) -> Summary:
@@ -87,8 +90,8 @@ class UnitEncoder:
                     where = job.work.locate(position)
                     report(summary.skipped, result.reason, where, first=[where] if result.broken else ())
                     continue
-                if result:
-                    report(summary.unusual, result, job.work.locate(position))
+                for unusual in result:
+                    report(summary.unusual, unusual, job.work.locate(position))
                 kept += 1
                 if kept == job.limit:
                     break
@@ -98,8 +101,8 @@ class UnitEncoder:
             writer.discard()
             raise
 
-    def _write(self, document: Document, writer: PartWriter) -> str | Refused | None:
-        """Why the document is skipped, or what is unusual about it; None for nearly every one."""
+    def _write(self, document: Document, writer: PartWriter) -> Refused | Sequence[str]:
+        """Why the document is skipped, or what is unusual about it: for nearly every one nothing."""
         if isinstance(document, Refused):
             return document
         if not isinstance(document, bytes) or len(document) > PIECE_CHARACTERS:
@@ -113,17 +116,22 @@ class UnitEncoder:
         except ValueError:
             return Refused(REFUSED)
         writer.end_document(len(document), xxhash.xxh3_128_digest(document, self._seed))
-        return None
+        return [self._has_end] if self._end in document else ()
 
-    def _write_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> str | Refused | None:
+    def _write_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> Refused | Sequence[str]:
         digest = xxhash.xxh3_128(seed=self._seed)
-        size = 0
+        size, before = 0, b""
+        unusual: list[str] = []
 
         def hashed() -> Iterator[bytes]:
-            nonlocal size
+            nonlocal size, before
             for block in blocks:
                 digest.update(block)
                 size += len(block)
+                before += block  # with the end of the last block, as the marker may lie across both
+                if not unusual and self._end in before:
+                    unusual.append(self._has_end)
+                before = before[-len(self._end) :]
                 yield block
 
         count, all_safe = 0, True
@@ -143,7 +151,7 @@ class UnitEncoder:
             return Refused(EMPTY)
         writer.end_document(size, digest.digest())
         same_ids = count == 1 or self._tokenizer.name in ENDS_ANYWHERE or (all_safe and self._ends_with_words)
-        return None if same_ids else SPLIT_INSIDE_WORD
+        return unusual if same_ids else [*unusual, SPLIT_INSIDE_WORD]
 
 
 def encode(arguments: tuple[EncodingOptions, UnitJob]) -> Summary:

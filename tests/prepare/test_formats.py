@@ -19,7 +19,7 @@ from test_corpus import cut_units, documents, opened, refused, units, write_json
 
 from pipeline.dataset.shards import load_manifest
 from pipeline.errors import UserError
-from prepare.documents import splitting, streams
+from prepare.documents import parquet, splitting, streams
 from prepare.run import PrepareOptions, run
 from prepare.sources.corpus import open_corpus
 from prepare.units import Reading, Refused
@@ -190,6 +190,32 @@ def test_bytes_that_are_not_utf8_and_a_column_of_nulls(tmp_path: Path, suffix: s
             pq.write_table(table, tmp_path / f"{name}.parquet")
     found = refused(tmp_path, *(tmp_path / f"{name}.{suffix}" for name in "ab"))
     assert [each[:2] for each in found] == [("not UTF-8", "broken"), ("null", ""), ("null", "")]
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip"])
+def test_rows_behind_a_damaged_page_are_lost_alike_for_any_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
+) -> None:
+    """pyarrow reads on behind the page, where it no longer knows the rows' numbers."""
+    path, texts = (
+        tmp_path / "a.parquet",
+        [f"row {i} " + np.random.default_rng(i).bytes(20).hex() for i in range(20_000)],
+    )
+    options = {"compression": compression, "use_dictionary": False, "data_page_size": 10_000}
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=10_000, **options)
+    monkeypatch.setattr(parquet, "MOST_ROWS", 500)
+    content = bytearray(path.read_bytes())
+    at = len(content) // 4
+    content[at : at + 200] = b"\xff" * 200
+    path.write_bytes(content)
+    verdicts = []
+    for unit_bytes in (10_000, 100_000, 1 << 30):
+        cut_units(monkeypatch, unit_bytes)
+        verdicts.append(documents(tmp_path, path))
+    assert verdicts[0] == verdicts[1] == verdicts[2]
+    lost = verdicts[0].index(None)
+    assert verdicts[0] == texts[:lost] + [None] * (10_000 - lost) + texts[10_000:]
+    assert 3_000 < lost < 6_000
 
 
 ROWS = [{"meta": {"content": "a", "more": {"deep": "x"}}}, {"meta": None}, {"meta": {"content": None, "more": None}}]
