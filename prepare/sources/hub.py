@@ -10,22 +10,22 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from pipeline.errors import UserError, one_line
-from pipeline.files import write_atomic
+from pipeline.files import hash_bytes, write_atomic
 from pipeline.log import ProgressReport, logger
+from prepare.documents.fields import text_of
 from prepare.documents.parquet import MOST_ROWS
 from prepare.sources.hub_parquet import HubName, HubParquet, cause_of, record_files
 from prepare.sources.items import Source
 from prepare.sources.listing import Listing
-from prepare.sources.local import stamp
-from prepare.storage.files import assets
-from prepare.units import NULL, SMALLEST_UNIT_BYTES, Item, Reading, Refused, Texts, encoded, grouped, no_field, no_text
+from prepare.storage.files import StoredFile, assets, local_file
+from prepare.units import SMALLEST_UNIT_BYTES, Document, Item, Reading, Texts, grouped
 
 FILES_A_REQUEST = 500
 
@@ -39,13 +39,19 @@ class HubStream(Source):
     """
 
     dataset: HubName
-    builder: Any
+    builder: Any = field(repr=False)
     paths: dict[str, Path]
 
+    is_stream = True
     size = 0
 
-    def items(self, unit_bytes: int) -> list[Item]:
-        return [self]
+    def stored(self) -> list[StoredFile]:
+        stamps = "".join(map(repr, super().stored()))
+        etag = f"{self.dataset.revision} {hash_bytes(stamps.encode(errors='surrogateescape'))}"
+        return [StoredFile(self.dataset.repository, 0, etag)]
+
+    def split(self, file: StoredFile, unit_bytes: int) -> Iterator[Item]:
+        yield self
 
     def files(self) -> list[Path]:
         return list(self.paths.values())
@@ -59,35 +65,22 @@ class HubStream(Source):
     def locate(self, position: int) -> str:
         return f"{self.dataset.repository} row {position}"
 
-    def file_bytes(self) -> int | None:
-        return None
-
-    def stamps(self) -> dict[str, Any]:
-        repository = self.dataset.repository
-        local = {f"{repository}/{name}": stamp(path) for name, path in self.paths.items()}
-        return {repository: self.dataset.revision, **local}
-
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
-        return record_files(self.dataset, self.paths, hash_of) or [asdict(self.dataset)]
+        sizes = {name: local_file(path).size for name, path in self.paths.items()}
+        return record_files(self.dataset, sizes, lambda name: hash_of(self.paths[name])) or [asdict(self.dataset)]
 
-    def _texts(self) -> Iterator[bytes | Refused]:
+    def _texts(self) -> Iterator[Document]:
         repository = self.dataset.repository
         try:
-            for number, row in enumerate(self.builder.as_streaming_dataset(split=self.reading.split), start=1):
-                where = f"dataset {repository} row {number}"
-                if self.reading.text_field not in row:
-                    raise UserError(no_field(where, self.reading.text_field, row))
-                text = row[self.reading.text_field]
-                if text is not None and not isinstance(text, str):
-                    raise UserError(no_text(where, self.reading.text_field, text))
-                yield Refused(NULL) if text is None else encoded(text)
+            for row in self.builder.as_streaming_dataset(split=self.reading.split):
+                yield text_of(row, self.reading.text_field)
         except UserError:
             raise
         except Exception as error:  # as in _load_builder
             raise _hub_fault(repository, error) from None
 
 
-def _text_bytes(text: bytes | Refused) -> int:
+def _text_bytes(text: Document) -> int:
     return len(text) if isinstance(text, bytes) else 0
 
 
@@ -233,7 +226,7 @@ def _open_snapshot(typed: HubName, reading: Reading) -> HubParquet | HubStream:
     paths = {Path(url).relative_to(root).as_posix(): Path(url) for url in urls if Path(url).is_relative_to(root)}
     if len(paths) < len(urls) or not all(url.endswith(".parquet") for url in urls):
         return HubStream(reading, name, builder, paths)
-    return HubParquet(reading, name, {file: stamp(path)[0] for file, path in paths.items()})
+    return HubParquet(reading, name, {file: local_file(path).size for file, path in paths.items()})
 
 
 def fetch_hub(source: str, split: str) -> None:

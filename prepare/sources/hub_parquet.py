@@ -5,17 +5,16 @@ read.
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError, one_line
-from prepare.sources.items import Source, items_of
-from prepare.sources.local import stamp
-from prepare.storage.files import StoredFile
-from prepare.units import Item, Reading
+from prepare.sources.items import Source
+from prepare.storage.files import StoredFile, local_file
+from prepare.units import Reading
 
 # The modification time of what is downloaded here, so that a stamp says when a file was edited and
 # not when it came: 1 s after 1970, as everything has in the store of Nix.
@@ -43,22 +42,19 @@ class HubParquet(Source):
     dataset: HubName
     sizes: dict[str, int]
 
-    def items(self, unit_bytes: int) -> list[Item]:
-        return items_of(self.downloaded(), self.reading, unit_bytes)
+    def ready(self, files: list[StoredFile]) -> Iterator[StoredFile]:
+        for file, _ in zip(files, self.downloaded(), strict=True):
+            yield file
 
     def files(self) -> list[Path]:
         """All of them, once they are in the cache. Raises UserError if one cannot be had."""
         return [Path(file.path) for file in self.downloaded()]
 
     def stored(self) -> list[StoredFile]:
-        return [StoredFile(str(self.path(name)), self._stamp(name)[0]) for name in self.sizes]
-
-    def stamps(self) -> dict[str, Any]:
-        repository, revision = self.dataset.repository, self.dataset.revision
-        return {f"{repository}/{name}": [revision, *self._stamp(name)] for name in self.sizes}
+        return [self._stored(name) for name in self.sizes]
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
-        return record_files(self.dataset, dict(zip(self.sizes, self.files(), strict=True)), hash_of)
+        return record_files(self.dataset, self.sizes, lambda name: hash_of(self.path(name)))
 
     def path(self, name: str) -> Path:
         """Where huggingface_hub keeps a file, or will."""
@@ -68,10 +64,11 @@ class HubParquet(Source):
         folder = repo_folder_name(repo_id=self.dataset.repository, repo_type="dataset")
         return Path(constants.HF_HUB_CACHE, folder, "snapshots") / str(self.dataset.revision) / name
 
-    def _stamp(self, name: str) -> list[int]:
+    def _stored(self, name: str) -> StoredFile:
         # A file that is yet to come is given this time by the download, so that the stamp holds.
         path = self.path(name)
-        return stamp(path) if path.exists() else [self.sizes[name], DOWNLOADED_NS]
+        known = local_file(path) if path.exists() else StoredFile(str(path), self.sizes[name], str(DOWNLOADED_NS))
+        return replace(known, etag=f"{self.dataset.revision} {known.etag}")
 
     def downloaded(self) -> Iterator[StoredFile]:
         """The files in order, the next one being downloaded while the caller reads one."""
@@ -97,7 +94,7 @@ class HubParquet(Source):
                 f"({cause_of(error)}): run pipeline fetch hf:{dataset.repository}:{dataset.config}@{dataset.revision}{split} "
                 "on a machine with a network"
             ) from None
-        return StoredFile(path, self._stamp(name)[0])
+        return self._stored(name)
 
 
 def _in_background(call: Callable[[], T]) -> Future[T]:
@@ -114,10 +111,9 @@ def _in_background(call: Callable[[], T]) -> Future[T]:
     return future
 
 
-def record_files(name: HubName, paths: dict[str, Path], hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
-    """The manifest's entries for local files of a dataset."""
-    about = asdict(name)
-    return [{**about, "path": file, "bytes": stamp(path)[0], "hash": hash_of(path)} for file, path in paths.items()]
+def record_files(name: HubName, sizes: dict[str, int], hash_of: Callable[[str], str]) -> list[dict[str, Any]]:
+    """The manifest's entries for files of a dataset, by their paths in the repository."""
+    return [{**asdict(name), "path": file, "bytes": size, "hash": hash_of(file)} for file, size in sizes.items()]
 
 
 def cause_of(error: Exception) -> str:

@@ -8,8 +8,8 @@ import os
 import stat
 import sys
 import sysconfig
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes, hash_file, write_atomic
 from prepare.documents.lines import split_lines
-from prepare.formats import READABLE, format_of
+from prepare.documents.streams import Stream
+from prepare.formats import READABLE, Format, format_of
 from prepare.sources.items import Source
 from prepare.sources.listing import Listing
 from prepare.sources.names import is_glob
 from prepare.sources.walk import every_file, matches
-from prepare.storage.compressed import BYTE_ORDER_MARK
+from prepare.storage.compressed import BYTE_ORDER_MARK, recognized_blocks
 from prepare.storage.files import StoredFile, assets, blocks, reading, shown
 from prepare.units import BLOCK_BYTES, Item, Reading
 
@@ -55,21 +56,20 @@ class Files(Source):
     def files(self) -> list[Path]:
         return self.paths
 
-    def stored(self) -> list[StoredFile]:
-        return [StoredFile(str(path), stamp(path)[0]) for path in self.paths]
-
-    def stamps(self) -> dict[str, Any]:
-        return {str(path): stamp(path) for path in self.paths}
-
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         if self.root is None or (not self.about and len(self.paths) <= MOST_FILES_LISTED):
-            return [{"path": shown(str(path)), "bytes": stamp(path)[0], "hash": hash_of(path)} for path in self.paths]
+            return [
+                {"path": shown(file.path), "bytes": file.size, "hash": hash_of(Path(file.path))}
+                for file in self.stored()
+            ]
         # One hash over the files' hashes and their paths in the folder, so that the folder may be
         # moved.
         listing = "".join(f"{path.relative_to(self.root).as_posix()}\t{hash_of(path)}\n" for path in self.paths)
-        # A name may hold any bytes, which Python keeps as surrogates.
-        digest = hash_bytes(listing.encode(errors="surrogateescape"))
-        total = {"files": len(self.paths), "bytes": self.file_bytes(), "hash": digest}
+        total = {
+            "files": len(self.paths),
+            "bytes": sum(file.size for file in self.stored()),
+            "hash": hash_bytes(os.fsencode(listing)),
+        }
         return [{"path": shown(str(self.root)), **self.about, **total}]
 
 
@@ -84,26 +84,32 @@ class Stdin(Source):
 
     spool: Path
 
-    def items(self, unit_bytes: int) -> list[Item]:
-        with self._spooled.open("rb") as file:  # opening it reads stdin to its end
-            head = file.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    def split(self, file: StoredFile, unit_bytes: int) -> Iterator[Item]:
+        head = next(blocks(file.path), b"").removeprefix(BYTE_ORDER_MARK).lstrip()
         text_field = self.reading.text_field if _is_json_object(head) else None
-        return list(split_lines(str(self._spooled), self._spooled.stat().st_size, text_field, unit_bytes))
+        if text_field is None and self.reading.document_separator:
+            yield Stream(file.path, Format.TEXT, self.reading, size=file.size)
+        else:
+            yield from split_lines(file.path, file.size, text_field, unit_bytes)
 
     def files(self) -> list[Path]:
         return [self._spooled]
 
-    def stamps(self) -> dict[str, Any]:
-        return {"stdin": hash_file(self._spooled)}
+    def stored(self) -> list[StoredFile]:
+        return [self._stored]
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
-        return [{"path": "-", "bytes": self.file_bytes(), "hash": hash_of(self._spooled)}]
+        return [{"path": "-", "bytes": self._stored.size, "hash": self._stored.etag}]
+
+    @cached_property
+    def _stored(self) -> StoredFile:
+        # By its content: the copy is written again at every start.
+        return StoredFile(str(self._spooled), self._spooled.stat().st_size, hash_file(self._spooled))
 
     @cached_property
     def _spooled(self) -> Path:
         with self.spool.open("wb") as file:
-            while block := sys.stdin.buffer.read(BLOCK_BYTES):
-                file.write(block)
+            file.writelines(recognized_blocks(sys.stdin.buffer, "stdin"))
         return self.spool
 
 
@@ -112,13 +118,10 @@ class Shakespeare(Source):
     """Tiny Shakespeare, downloaded when it is first needed."""
 
     def stored(self) -> list[StoredFile]:
-        return [StoredFile(str(self.path), SHAKESPEARE_BYTES)]
+        return [StoredFile(str(_shakespeare()), SHAKESPEARE_BYTES, SHAKESPEARE_SHA256)]
 
-    def file_bytes(self) -> int:
-        return SHAKESPEARE_BYTES
-
-    def stamps(self) -> dict[str, Any]:
-        return {"shakespeare": SHAKESPEARE_SHA256}
+    def split(self, file: StoredFile, unit_bytes: int) -> Iterator[Item]:
+        return super().split(replace(file, path=str(self.path)), unit_bytes)
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         about = {"path": "shakespeare", "url": SHAKESPEARE_URL}
@@ -127,7 +130,7 @@ class Shakespeare(Source):
     @cached_property
     def path(self) -> Path:
         # Hashed on every use (a few ms), so a damaged copy is replaced and not trained on.
-        path = assets() / "shakespeare" / "input.txt"
+        path = _shakespeare()
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
             return path
         content = b"".join(blocks(SHAKESPEARE_URL))
@@ -136,6 +139,10 @@ class Shakespeare(Source):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
         return path
+
+
+def _shakespeare() -> Path:
+    return assets() / "shakespeare" / "input.txt"
 
 
 def open_files(source: str, reading: Reading, seen: set[str]) -> Files | None:
@@ -183,20 +190,6 @@ def open_shakespeare(reading: Reading, seen: set[str]) -> Source:
     listing = Listing(seen)
     is_new = listing.takes(SHAKESPEARE_URL, SHAKESPEARE_BYTES, SHAKESPEARE_URL)
     return Shakespeare(reading) if is_new else Files(reading, [], passed=listing.passed_over)
-
-
-def stamp(path: Path) -> list[int]:
-    """A file's size in bytes and its modification time in ns. Raises UserError if it is gone."""
-    with reading(str(path)):
-        found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
-
-
-def stamped_hash(path: Path) -> tuple[list[int], str]:
-    """The stamp is taken before the file is read, so that it never stands for later content."""
-    before = stamp(path)
-    with reading(str(path)):
-        return before, hash_file(path)
 
 
 def _is_json_object(head: bytes) -> bool:

@@ -22,28 +22,21 @@ from prepare.units import Reading
 
 @dataclass(frozen=True)
 class RemoteFiles(Source):
-    """The files that a URL named when the corpus was opened, except those `seen` before."""
+    """The files that a URL named when the corpus was opened."""
 
     source: str
-    seen: frozenset[str]
     remotes: list[StoredFile]
 
     def stored(self) -> list[StoredFile]:
         return self.remotes
 
-    def stamps(self) -> dict[str, Any]:
-        return {shown(file.path): [file.size, file.etag] for file in self.remotes}
-
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
-        """Raises UserError if the files changed since the corpus was opened."""
-        if _list_remote(self.source, Listing(set(self.seen))) != self.remotes:
-            raise UserError(f"{shown(self.source)} changed while it was read: prepare it again")
         return [{"path": shown(file.path), "bytes": file.size, "etag": file.etag} for file in self.remotes]
 
 
 def open_remote(source: str, reading: Reading, seen: set[str]) -> RemoteFiles:
-    before, listing = frozenset(seen), Listing(seen)
-    return RemoteFiles(reading, source, seen=before, remotes=_list_remote(source, listing), passed=listing.passed_over)
+    listing = Listing(seen)
+    return RemoteFiles(reading, source, _list_remote(source, listing), passed=listing.passed_over)
 
 
 def _list_remote(source: str, listing: Listing) -> list[StoredFile]:

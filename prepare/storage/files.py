@@ -5,6 +5,7 @@ itself (such as AWS_* variables); http(s) through requests, which tiktoken needs
 """
 
 import io
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,13 @@ class StoredFile:
     ranges: bool = True
 
 
+def local_file(path: Path) -> StoredFile:
+    """A file of this machine; its modification time in ns stands for an ETag."""
+    with reading(str(path)):
+        found = path.stat()
+    return StoredFile(str(path), found.st_size, str(found.st_mtime_ns))
+
+
 def assets() -> Path:
     """The folder in Hugging Face's cache for what does not come from the Hub.
 
@@ -71,7 +79,8 @@ def shown(path: str) -> str:
         protocol, _, rest = re.split("[?#]", path)[0].partition("://")
         host, slash, name = rest.partition("/")
         path = f"{protocol}://{host.rpartition('@')[2]}{slash}{name}"
-    return printable(path)
+    # A name may hold any bytes, which Python keeps as surrogates.
+    return printable(os.fsencode(path).decode(errors="backslashreplace"))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Datasets of the Hub, laid out in a local folder as Hugging Face's cache holds them: no network."""
 
+import logging
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, run_program
-from test_corpus import documents, opened, units, whole
+from test_corpus import documents, opened, refused, units, whole
 
 from pipeline.errors import UserError
 from prepare.run import PrepareOptions, run
@@ -118,6 +119,25 @@ def test_a_repository_of_jsonl_is_streamed_and_only_its_train_split(tmp_path: Pa
     assert unit.locate(20) == "Org/Lines row 20"
 
 
+def test_a_local_copy_that_changes_is_seen(tmp_path: Path, hub: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = repository(hub, "hf:Org/Lines") / "train.jsonl"
+    rows = "".join(f'{{"text": "row {i}"}}\n' for i in range(300))
+    write(copy, rows)
+    options = PrepareOptions(["hf:Org/Lines"], name="lines", data_dir=str(tmp_path / "data"), workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(run.__globals__, "finish", lambda *_, **__: pytest.fail("cut off"))
+        with pytest.raises(pytest.fail.Exception):
+            run(options)
+    write(copy, rows.replace("row 7", "one 7"))
+    with caplog.at_level(logging.INFO, "pipeline"):
+        run(options)
+    assert "Org/Lines changed: 1 finished units" in caplog.text
+    run(options)
+    write(copy, rows)
+    with pytest.raises(UserError, match=r"sources differ \(.*train\.jsonl\)"):
+        run(options)
+
+
 def test_one_of_several_configs(tmp_path: Path, hub: Path) -> None:
     write_parquet(repository(hub, "hf:Org/Two") / "one" / "train-0.parquet", ["a", "b"])
     write_parquet(repository(hub, "hf:Org/Two") / "two" / "train-0.parquet", ["c", "d"])
@@ -164,12 +184,12 @@ def test_a_local_copy_is_known_by_size_time_and_hash(tmp_path: Path, hub: Path, 
         write(path, '{"text": "some words"}\n')
     options = PrepareOptions([source], name="x", data_dir=str(tmp_path / "data"), tokenizer="byte", workers=1)
     run(options)
-    before = opened(tmp_path, source).stamps()
+    before = opened(tmp_path, source).stored
     run(options)
     content = path.read_bytes().replace(b"words", b"birds")
     path.write_bytes(path.read_bytes())
     os.utime(path, ns=(0, 5))
-    assert opened(tmp_path, source).stamps() != before
+    assert opened(tmp_path, source).stored != before
     run(options)  # the same bytes at another time are the same dataset
     path.write_bytes(content)
     with pytest.raises(UserError, match="was prepared differently: the sources differ"):
@@ -219,8 +239,8 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def test_the_next_file_is_downloaded_while_one_is_read(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, downloads = coming(hub, monkeypatch, "0.parquet", "1.parquet", "2.parquet")
-    assert found.file_bytes() == 30, "known before anything is downloaded"
-    planned = found.stamps()
+    planned = {file.path: file.etag for file in found.stored()}
+    assert sum(file.size for file in found.stored()) == 30, "known before anything is downloaded"
     files = found.downloaded()
     assert downloads.asked == []
     downloads.released["0.parquet"].set()
@@ -232,11 +252,9 @@ def test_the_next_file_is_downloaded_while_one_is_read(hub: Path, monkeypatch: p
         downloads.released[name].set()
         assert next(files).path == str(found.path(name))
     assert list(files) == []
-    assert {name: stamp[2] for name, stamp in found.stamps().items()} == {
-        name: stamp[2] for name, stamp in planned.items()
-    }
+    assert {file.path: file.etag for file in found.stored()} == planned
     os.utime(found.path("1.parquet"))
-    assert found.stamps()["Org/Far/1.parquet"][2] != planned["Org/Far/1.parquet"][2], "as an edit would leave it"
+    assert found.stored()[1].etag != planned[str(found.path("1.parquet"))], "as an edit would leave it"
 
 
 def test_a_download_that_fails_in_the_background_is_the_same_one_line(
@@ -259,15 +277,16 @@ def test_a_download_that_fails_in_the_background_is_the_same_one_line(
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"body": "a"}, "Org/Bad row 1 has no field 'text', its fields are: body"),
-        ({"text": 3}, "Org/Bad row 1: the field 'text' holds int, expected text"),
+        ({"body": "a"}, "missing"),
+        ({"text": 3}, "not text"),
+        ({"text": None}, "null"),
     ],
 )
 def test_streamed_rows_are_checked(tmp_path: Path, hub: Path, row: dict[str, Any], words: str) -> None:
     write(repository(hub, "hf:Org/Bad") / "train.jsonl", orjson.dumps(row).decode() + "\n")
-    with pytest.raises(UserError) as caught:
-        documents(tmp_path, "hf:Org/Bad")
-    assert words in str(caught.value)
+    ((reason, _, where),) = refused(tmp_path, "hf:Org/Bad")
+    assert reason == words
+    assert "Org/Bad row 0" in where
 
 
 def test_a_streamed_file_that_is_damaged_is_one_line(tmp_path: Path, hub: Path) -> None:
