@@ -3,7 +3,7 @@ behind URLs.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,9 +27,13 @@ FILE_COST_BYTES = 64
 
 @dataclass(frozen=True)
 class Source:
-    """What the user named, as files; one of another kind overrides `stored` and `split`."""
+    """What the user named, as files; one of another kind overrides `stored` and `split`.
+
+    `passed`: what the listing of its files passed over.
+    """
 
     reading: Reading
+    passed: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True, repr=False)
     is_stream: ClassVar[bool] = False  # the size of one is not known
 
     def files(self) -> list[Path]:
@@ -46,9 +50,13 @@ class Source:
         """A file in pieces, in order; their units hold about so much text."""
         return _items(file, self.reading, unit_bytes)
 
+    def ready(self, files: list[StoredFile]) -> Iterator[StoredFile]:
+        """The files in order, each once it can be read."""
+        return iter(files)
+
     def passed_over(self) -> dict[str, dict[str, Any]]:
         """What lies below the source and is not read: reason -> `count` and one `example`."""
-        return {}
+        return self.passed
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         """The manifest's entries for this source."""
