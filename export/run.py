@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from export.model_card import model_card
 from export.options import ExportOptions
@@ -103,7 +102,7 @@ def _partial(to: Path) -> Iterator[Path]:
         for path in partial.iterdir() if partial.is_dir() else ():
             sync(path)
         publish(partial, to)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"--to {to} cannot be written ({error}): free some space, or choose another --to") from None
     finally:
         if partial.is_dir():

@@ -39,6 +39,12 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     )
 
 
+def smaller_micro_batches(config: Config, world_size: int) -> list[int]:
+    """The sizes below train.micro_batch_size with which tokens_per_step still divides, largest first."""
+    per_rank = config.train.tokens_per_step // config.model.block_size // world_size
+    return [size for size in range(config.train.micro_batch_size - 1, 0, -1) if per_rank % size == 0]
+
+
 def step_arithmetic(config: Config, world_size: int) -> str:
     """How a step adds up, with every factor, so that a wrong one is noticed before it costs
     anything.
@@ -82,6 +88,14 @@ def flops_per_token(model: ModelConfig, vocab_size: int) -> int:
     rows = len(layout_of(model).position_rows) * model.block_size + (0 if model.tie_weights else vocab_size)
     multiplied = parameters(model, vocab_size) - rows * model.n_embd
     return 6 * multiplied + 12 * model.n_layer * model.n_embd * model.block_size
+
+
+def most_checkpoints(config: Config) -> int:
+    """How many a run's folder may hold: the newest, the permanent, the best and the one being
+    written.
+    """
+    every = config.checkpoint.keep_every_steps
+    return config.checkpoint.keep + (config.train.max_steps // every if every else 0) + 2
 
 
 def checkpoint_bytes(model: ModelConfig, vocab_size: int) -> int:

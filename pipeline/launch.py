@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from pipeline.errors import EXIT_USER, UserError
+from pipeline.errors import EXIT_USER, Left, UserError
 
 # The kernel assigns ports from 32768 on to outgoing connections.
 FIRST_PORT, PORTS, PORTS_PER_JOB = 20000, 12000, 16
@@ -48,6 +48,11 @@ def rank() -> int:
     return _claimed().rank
 
 
+def is_alone() -> bool:
+    """Whether this process is the only rank."""
+    return _claimed().size == 1
+
+
 def placement() -> Placement:
     """This process among the ranks. If two launchers contradict each other, every rank exits, the
     first with a UserError.
@@ -63,10 +68,18 @@ def outlive_others() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, reason: str = "") -> NoReturn:
     """Exit with this code, even if another rank has exited already."""
     outlive_others()
-    sys.exit(code)
+    raise Left(code, reason)
+
+
+def end_process(code: int) -> NoReturn:
+    """Exit immediately: from any thread, without cleaning up, after what was printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def wait_for_turn() -> None:

@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 from pipeline import launch
+from pipeline.errors import reason_of
 
 LINE_INTERVAL_S = 10.0
 LAYOUT = "\n\t\u00a0\u3000"  # whitespace that no terminal interprets as a command
@@ -43,17 +44,43 @@ def configure() -> None:
     logger.propagate = False  # or a library that configures the root logger would print every line again
 
 
+class _FileHandler(logging.FileHandler):
+    """Raises the error of a full disk once, and writes nothing more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        logger.removeHandler(self)
+        raise error
+
+    def close(self) -> None:
+        with suppress(OSError):  # every line was flushed, or its error raised
+            super().close()
+
+
 @contextmanager
 def also_to_file(path: Path) -> Iterator[None]:
-    """Append every log line to `path` as well, with a timestamp."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Append every log line to `path` as well, with a timestamp, and the error that ends the block."""
+    handler = _FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     try:
         yield
+    except BaseException as error:
+        with suppress(OSError):
+            record(f"error: {reason_of(error)}")
+        raise
     finally:
         logger.removeHandler(handler)
         handler.close()
+
+
+def record(line: str) -> None:
+    """Log `line` to the files of `also_to_file` alone, as it is printed elsewhere."""
+    for handler in logger.handlers:
+        if isinstance(handler, _FileHandler):
+            handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, line, (), None))
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -98,8 +125,8 @@ class ProgressReport:
         rate = (self.done - self._done_before) / max(now - self._started, 1e-9)
         text = f"{self.done:,.0f} {self.unit}, {rate:,.1f} {self.unit}/s" + (f", {note}" if note else "")
         if self._bar is not None:
-            self._bar.update(self._task, completed=int(self.done), note=text)
+            self._bar.update(self._task, total=self.total, completed=int(self.done), note=text)
         elif now - self._last_line >= LINE_INTERVAL_S:
             self._last_line = now
-            left = f", {(self.total - self.done) / rate:,.0f} s left" if self.total and rate else ""
+            left = f", {max(self.total - self.done, 0) / rate:,.0f} s left" if self.total and rate else ""
             logger.info("%s: %s%s", self.title, text, left)

@@ -7,15 +7,20 @@ runs/<name>/config.toml           the resolved config
             bad_steps.jsonl       one row per step that did not reach the weights
             log.txt, tb/          the log with timestamps; TensorBoard
             checkpoints/          step_NNNNNNNN/ folders, and `latest` and `best`, which name one of them
+            left_behind_*.jsonl   rows past the checkpoint to which the run went back
             save-now              created by the user: a checkpoint is saved after the current step, and it is removed
 """
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
+from typing import Self
 
-from pipeline.files import write_atomic
+from pipeline.config.keys import Config
+from pipeline.files import unused_name, write_atomic
 
 
 class State(StrEnum):
@@ -30,15 +35,40 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Status:
-    """status.json. `step_s`, `last_save_s`: seconds that the last step and the last checkpoint
-    took, None before the first.
+    """status.json. `step_s`, `first_step_s`, `eval_s`, `last_save_s`: seconds that the last step, this
+    start's first one (with compiling), the last evaluation and the last checkpoint took. None is unknown.
     """
 
     state: State
     step: int
     reason: str = ""
+    updated_at: str = field(default="", compare=False)  # UTC, ISO 8601
+    loss: float | None = None
+    val_loss: float | None = None
+    lr: float | None = None
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    exit_code: int | None = None  # once it has ended
     step_s: float | None = None
+    first_step_s: float | None = None
+    eval_s: float | None = None
     last_save_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: completed steps, the next global sample of its data, tokens seen. With the
+    seed, all that the data order and the counts need.
+    """
+
+    step: int = 0
+    sample: int = 0
+    tokens: int = 0
+
+    def at(self, step: int, config: Config) -> Self:
+        """Where a run that begins here is at `step`."""
+        tokens = (step - self.step) * config.train.tokens_per_step
+        return type(self)(step, self.sample + tokens // config.model.block_size, self.tokens + tokens)
 
 
 class RunFolder:
@@ -52,22 +82,39 @@ class RunFolder:
         self.save_now = path / "save-now"
 
     def write_status(self, status: Status) -> None:
-        write_atomic(self.status, json.dumps(asdict(status)).encode() + b"\n")
+        """Dated now. On a full disk the old file is overwritten: a reader finds how the run ended."""
+        document = asdict(status) | {"updated_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        # NaN is not JSON.
+        finite = {
+            name: None if value in (math.inf, -math.inf) or value != value else value
+            for name, value in document.items()
+        }
+        content = json.dumps(finite).encode() + b"\n"
+        try:
+            write_atomic(self.status, content)
+        except OSError:
+            if status.state is State.RUNNING or not self.status.is_file():
+                raise
+            with self.status.open("r+b") as file:
+                file.write(content)
+                file.truncate()
 
     def read_status(self) -> Status | None:
         """status.json; None where it is missing or damaged."""
         try:
             found = json.loads(self.status.read_bytes())
-            # Runs of earlier versions did not record these.
-            timing = found.get("step_s"), found.get("last_save_s")
-            return Status(State(found["state"]), int(found["step"]), str(found["reason"]), *timing)
+            # Earlier versions recorded less, and later ones may record more.
+            known = {entry.name: found[entry.name] for entry in fields(Status) if entry.name in found}
+            return Status(**known | {"state": State(found["state"]), "step": int(found["step"])})
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
-    def drop_rows_after(self, step: int) -> None:
-        """Forget what was recorded past `step`, where a run resumes: one curve, no step twice."""
-        _drop_rows_after(self.metrics, step)
-        _drop_rows_after(self.bad_steps, step - 1)  # a bad step's row has the number of steps before it
+    def drop_rows_after(self, step: int, keep: bool = False) -> None:
+        """Remove what was recorded past `step`, where a run resumes: one curve, no step twice. With
+        `keep` into files next to it.
+        """
+        _drop_rows_after(self.metrics, step, keep)
+        _drop_rows_after(self.bad_steps, step - 1, keep)  # a bad step's row has the number of steps before it
 
 
 def newest_run(runs: Path) -> Path | None:
@@ -77,10 +124,14 @@ def newest_run(runs: Path) -> Path | None:
     return pointers[-1].parents[1] if pointers else None
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def _drop_rows_after(path: Path, step: int, keep: bool) -> None:
     if path.is_file():
         content = path.read_bytes()
-        kept = b"".join(row + b"\n" for row in content.splitlines() if _step_of(row) <= step)
+        rows = [(_step_of(row), row + b"\n") for row in content.splitlines()]
+        kept = b"".join(row for of, row in rows if of <= step)
+        dropped = b"".join(row for of, row in rows if step < of < math.inf)
+        if keep and dropped:
+            write_atomic(unused_name(path.with_name(f"left_behind_{path.name}")), dropped)
         if kept != content:
             write_atomic(path, kept)
 
@@ -90,4 +141,4 @@ def _step_of(row: bytes) -> float:
     try:
         return float(json.loads(row)["step"])
     except (ValueError, KeyError, TypeError):  # not JSON, or not even UTF-8
-        return float("inf")
+        return math.inf

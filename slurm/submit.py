@@ -15,7 +15,7 @@ from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
-from pipeline.budget import checkpoint_bytes, data_arithmetic, step_arithmetic
+from pipeline.budget import checkpoint_bytes, data_arithmetic, most_checkpoints, step_arithmetic
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
@@ -146,7 +146,7 @@ def _arithmetic(config: Config, job: Job) -> Iterator[str]:
     for source in mixture.sources:
         yield data_arithmetic(config, source.folder, source.manifest, source.share)
     size = checkpoint_bytes(config.model, mixture.tokenizer["vocab_size"])
-    needed = size * (config.checkpoint.keep + 2)  # the best one, and the one being written
+    needed = size * most_checkpoints(config)
     yield f"checkpoints of about {size / 1e6:,.1f} MB, {needed / 1e6:,.1f} MB of them at a time"
     folder = RunFolder(config.run_dir).checkpoints
     existing = sum(file.stat().st_size for file in folder.glob("*/*") if file.is_file())

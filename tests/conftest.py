@@ -277,7 +277,7 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> Config:
         "optimizer": {"lr": 1e-2, "min_lr": 1e-3},
         "schedule": {"warmup_steps": 2},
         "train": {"max_steps": 10, "tokens_per_step": 128, "micro_batch_size": 2},
-        "eval": {"every_steps": 5, "batches": 4},
+        "eval": {"every_steps": 5, "tokens": 128},
         "checkpoint": {"every_steps": 5},
         "log": {"every_steps": 1, "tensorboard": False},
     }

@@ -225,7 +225,7 @@ def test_two_ranks_stop_at_one_step_save_and_exit_0(tiny: Path, how: str) -> Non
         os.kill(ranks_of(launcher)[1], signal.SIGTERM)
     _, log = launcher.communicate(timeout=120)
     assert launcher.returncode == 0, log
-    told = {"SIGTERM": "another rank asked for it", "stop-file": "stop-file", "deadline": "deadline"}[how]
+    told = {"SIGTERM": "SIGTERM", "stop-file": "stop-file", "deadline": "deadline"}[how]
     assert status(config)["state"] == "stopped" and status(config)["reason"].startswith(told)
     latest = pointed_folder(config.run_dir / "checkpoints", "latest")
     assert latest is not None and step_of(latest) == status(config)["step"]

@@ -1,9 +1,11 @@
 """The loss on the val split: the same windows at every evaluation, shared among the ranks."""
 
+import math
 import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
@@ -25,15 +27,16 @@ class ValLoss:
 
 
 class Evaluation:
-    """`eval.batches` micro-batches, spread evenly over the val split of each source. `last_s`:
-    seconds the last one took.
+    """The loss on `eval.tokens` tokens, rounded up to whole windows, spread evenly over the val
+    split of each source. `last_s`: seconds the last one took.
     """
 
     def __init__(self, config: Config, world: World, mixture: Mixture, dtype: torch.dtype) -> None:
         self.config, self.world, self.mixture, self.dtype = config, world, mixture, dtype
         self.last_s = 0.0
+        self.fault: Exception | None = None  # in reading the data, which other ranks may not have
         self.readers = [TokenReader(source.folder, source.manifest, "val") for source in mixture.sources]
-        windows = config.eval.batches * config.train.micro_batch_size
+        windows = math.ceil(config.eval.tokens / config.model.block_size)
         self.starts = [
             evaluation_starts(reader, config.model.block_size, windows) if config.eval.every_steps else []
             for reader in self.readers
@@ -56,11 +59,12 @@ class Evaluation:
             # Gathering sharded weights takes all ranks: one without a batch repeats another, and
             # counts it as 0.
             source, starts = batches[index % len(batches)]
-            windows = torch.from_numpy(windows_at(self.readers[source], starts, self.config.model.block_size))
+            windows = self.read(source, starts)
             with autocast(self.world.device, self.dtype):
                 loss = model(*model_inputs(windows, self.config, self.mixture, self.world.device)).cpu()
             # Weighted by windows, as the last batch of a source may be a short one.
             totals[source] += loss * len(starts) if index < len(batches) else 0
+            totals[source] += math.nan if self.fault else 0
         model.train()
         reshard(model)
         # Summed on the device, as NCCL needs it; mps has no float64.
@@ -70,3 +74,13 @@ class Evaluation:
         self.last_s = time.monotonic() - started
         shares = [source.share for source in self.mixture.sources]
         return ValLoss(sum(share * loss for share, loss in zip(shares, losses, strict=True)), losses)
+
+    def read(self, source: int, starts: list[int]) -> Tensor:
+        """Windows (len(starts), block_size + 1). Where they cannot be read, zeros: the other ranks
+        expect this one in their collectives.
+        """
+        try:
+            return torch.from_numpy(windows_at(self.readers[source], starts, self.config.model.block_size))
+        except Exception as error:
+            self.fault = error
+            return torch.zeros(len(starts), self.config.model.block_size + 1, dtype=torch.long)

@@ -10,21 +10,24 @@ from torch.distributed.device_mesh import DeviceMesh
 from pipeline import launch
 from pipeline.budget import data_arithmetic, parameters, step_arithmetic
 from pipeline.checkpoint.find import find_model_folder
+from pipeline.checkpoint.folder import choose_best
 from pipeline.checkpoint.load import load_initial_weights, load_weights
-from pipeline.checkpoint.pointers import set_aside_after
 from pipeline.config.keys import Config
 from pipeline.config.load import to_dict, to_toml
 from pipeline.dataset.mixture import Mixture
-from pipeline.errors import EXIT_INTERRUPTED, Diverged
+from pipeline.errors import EXIT_INTERRUPTED
 from pipeline.files import one_writer, write_atomic
 from pipeline.log import also_to_file, logger
 from pipeline.machine import ranks
-from pipeline.machine.device import pick_dtype, share_threads, should_compile
+from pipeline.machine.device import device_name, pick_dtype, share_threads, should_compile
+from pipeline.machine.gpus import format_peak
 from pipeline.machine.ranks import World
+from pipeline.machine.watch import Fault
 from pipeline.model.language_model import LanguageModel
 from pipeline.runs import RunFolder, State
 from train import parallel, resume
 from train.data.staging import stage
+from train.memory import explained
 from train.metrics import FileMetrics, Metrics
 from train.preview import Preview
 from train.replicas import check_replicas
@@ -43,17 +46,23 @@ def run(config: Config, *, dry_run: bool = False, stage_to: Path | None = None, 
     `stage_to`: the folder on each node's local disk for copies of the datasets; `preview`:
     continues eval.sample_prompt.
     """
-    world = ranks.start(config.run.device)
+    world = ranks.start(config.run.device, config.parallel.timeout_s)
     try:
-        return run_on(world, config, dry_run=dry_run, stage_to=stage_to, preview=preview)
-    finally:
-        ranks.stop()
+        reason = run_on(world, config, dry_run=dry_run, stage_to=stage_to, preview=preview)
+    except Exception as error:
+        raise world.watch.settle(error) from None
+    # After an error the ranks do not part in order: what it refers to, or a rank that is gone, would
+    # keep this one waiting.
+    world.watch.close()
+    ranks.stop()
+    return reason
 
 
 def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None, preview: Preview | None) -> str:
     """`run`, on ranks that have found each other. A function, so that nothing refers to the trainer
     and its process group when the ranks part: with a reference, a rank may hang at its end.
     """
+    world.start_watch(config.parallel.timeout_s)
     folder = RunFolder(config.run_dir)
     with world.fail_together():
         mixture = Mixture(config)
@@ -72,6 +81,7 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
             if world.is_first and not dry_run:
                 patience_s = LAST_START_S if launch.was_requeued() else 0.0
                 stack.enter_context(one_writer(folder.path, patience_s=patience_s))
+                stack.enter_context(trainer.status)
                 stack.enter_context(also_to_file(folder.log))
             logger.info("%s", introduction)
             start = resume.start_point(config, mixture, dry_run) if world.is_first else None
@@ -104,6 +114,7 @@ def assemble(
         f"run {config.run_dir}: {world.size} rank(s) on {world.device.type}, {threads} thread(s) each",
         f"parallel {parallel.format_strategy(config.parallel.strategy, mesh, world)}",
         f"dtype {str(dtype).removeprefix('torch.')}: {why_dtype}; compile {'on' if compiled else 'off'}: {why_compiled}",
+        format_peak(device_name(world.device)),
         f"model: {parameters(config.model, model.vocab_size):,} parameters, "
         f"vocabulary {model.vocab_size:,} ({mixture.tokenizer['name']})",
         step_arithmetic(config, world.size),
@@ -128,7 +139,7 @@ def notes(config: Config, mixture: Mixture) -> list[str]:
     return lines
 
 
-def initialise(trainer: Trainer, start: Path | None = None) -> None:
+def initialise(trainer: Trainer, start: resume.Start | None = None) -> None:
     """Give all ranks the weights of a checkpoint with its state, those the config names, or random
     ones. All ranks call it together.
     """
@@ -138,13 +149,13 @@ def initialise(trainer: Trainer, start: Path | None = None) -> None:
             complete = initial_model(config, trainer.mixture, start)
     parallel.distribute(complete, trainer.model)
     if start is not None:
-        trainer.step = trainer.checkpoints.restore(start)
-        logger.info("from %s: step %d of %d", start, trainer.step, config.train.max_steps)
+        trainer.step = trainer.checkpoints.restore(start.folder, start.began_at)
+        logger.info("from %s: step %d of %d", start.folder, trainer.step, config.train.max_steps)
     elif config.model.init_from:
         logger.info("initial weights: %s", config.model.init_from)
 
 
-def initial_model(config: Config, mixture: Mixture, start: Path | None) -> LanguageModel:
+def initial_model(config: Config, mixture: Mixture, start: resume.Start | None) -> LanguageModel:
     """On the CPU, the model of a checkpoint, or of the folder that the config names, or a random
     one.
     """
@@ -154,7 +165,7 @@ def initial_model(config: Config, mixture: Mixture, start: Path | None) -> Langu
         return LanguageModel(config.model, vocab_size)
     model = LanguageModel.uninitialised(config.model, vocab_size)
     if start is not None:
-        load_weights(model, start)
+        load_weights(model, start.folder)
     else:
         load_initial_weights(model, mixture.tokenizer, find_model_folder(config.model.init_from))
     return model
@@ -162,30 +173,42 @@ def initial_model(config: Config, mixture: Mixture, start: Path | None) -> Langu
 
 def train(trainer: Trainer, folder: RunFolder) -> str:
     """To the last step, or to a reason to stop, which is returned; status.json tells how it ended."""
-    metrics = open_metrics(trainer, folder)
-    saver, state, reason = trainer.checkpoints.saver, State.FAILED, ""
+    world, saver, metrics = trainer.world, trainer.checkpoints.saver, Metrics()
+    world.watch.before_exit = lambda fault: record_fault(trainer, fault)
     try:
-        with StopRequest() as stop:
-            reason = trainer.fit(metrics, stop)
-        state = State.STOPPED if reason else State.DONE
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, Diverged):  # all ranks exit, and the first has yet to report why
-            launch.outlive_others()
+        with world.fail_together():
+            metrics = open_metrics(trainer, folder)
+        with StopRequest(looks=world.local_rank == 0) as stop:
+            try:
+                reason = trainer.fit(metrics, stop)
+                world.barrier()
+            except Exception as error:
+                raise world.watch.settle(explained(error, trainer)) from None
+    except KeyboardInterrupt:
+        if saver.busy:
+            logger.warning("interrupted twice: the checkpoint being written is dropped")
+            trainer.status.end(State.FAILED, "KeyboardInterrupt", EXIT_INTERRUPTED)
+            os._exit(EXIT_INTERRUPTED)  # "now" does not wait for a disk to take gigabytes
         raise
     finally:
         trainer.batches.close()
-        metrics.write_status(trainer.status(state, reason))
         metrics.close()
-        if reason.startswith("KeyboardInterrupt") and saver.busy:
-            logger.warning("interrupted twice: the checkpoint being written is dropped")
-            os._exit(EXIT_INTERRUPTED)  # "now" does not wait for a disk to take gigabytes
         saver.close()
-    trainer.world.barrier()
+    state = State.STOPPED if reason else State.DONE
     for name, (tokens, epochs) in trainer.mixture.progress(trainer.first_sample).items():
         logger.info("data %s: %s tokens seen, %.2f epoch(s)", name, f"{tokens:,}", epochs)
     logger.info("%s at step %d%s", state, trainer.step, f": {reason}" if reason else "")
+    if world.is_first:
+        trainer.status.end(state, reason, 0)
     return reason
+
+
+def record_fault(trainer: Trainer, fault: Fault) -> None:
+    """What rank 0 does before all ranks exit or, where that one is gone, the rank that found out."""
+    if trainer.world.is_first:
+        trainer.status.update(step=trainer.step)
+        trainer.save_alone()
+    trainer.status.end(State.FAILED, str(fault), fault.code)
 
 
 def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
@@ -194,10 +217,9 @@ def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
     """
     if not trainer.world.is_first:
         return Metrics()
-    # Later checkpoints are of a path that the run is about to leave, by checkpoint.resume or
-    # `latest`.
-    set_aside_after(folder.checkpoints, trainer.step)
+    resume.enter(folder, trainer.step, trainer.config.checkpoint.resume)
+    # Now: the best may be one of those just set aside.
+    trainer.checkpoints.best_val_loss = choose_best(folder.checkpoints, trainer.config.eval.tokens)
     metrics = FileMetrics(folder, trainer.step, trainer.config.log.tensorboard)
     write_atomic(folder.config, to_toml(trainer.config).encode())
-    metrics.write_status(trainer.status(State.RUNNING))
     return metrics

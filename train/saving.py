@@ -8,10 +8,11 @@ The copy is what makes the checkpoint one moment's: the optimizer changes its te
 the next step.
 """
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from pipeline.checkpoint.folder import (
     Description,
     State,
-    best_val_loss,
+    folder_name,
     prune_checkpoints,
     read_description,
     write_checkpoint,
@@ -30,15 +31,19 @@ from pipeline.checkpoint.folder import (
 from pipeline.checkpoint.load import open_optimizer, read_optimizer
 from pipeline.config.keys import Config
 from pipeline.config.load import to_dict
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.log import logger
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import gather
-from pipeline.runs import RunFolder
+from pipeline.runs import Position, RunFolder
 from pipeline.vocabulary.tokenizer import Tokenizer
 from train.optimizer.groups import AdamW
 from train.spikes import StepGuard
+from train.stop import FileRequest
+
+# A save is given twice the time that the last one took; before any was made, this many seconds.
+FIRST_SAVE_S = 30.0
 
 ALIGNMENT_BYTES = 64  # of each tensor in the memory of the copies: a cache line
 
@@ -71,6 +76,11 @@ class Saver:
     def failed(self) -> bool:
         return self._save is not None and self._save.done() and self._save.exception() is not None
 
+    def check(self) -> None:
+        """Raises what went wrong with the last save, if that has ended."""
+        if self.failed:
+            self.wait()
+
     def start(self, state: State, write: Callable[[State], Path]) -> None:
         """Copy `state`, then have `write` put the copy on the disk while the caller continues.
 
@@ -98,7 +108,7 @@ class Saver:
             self._save.result()
         except OSError as error:
             raise UserError(
-                f"a checkpoint could not be written: {error}; fix that and start again: the run resumes from the one before"
+                f"a checkpoint could not be written, the one before is intact: {reason_of(error)}"
             ) from error
 
     def close(self) -> None:
@@ -114,11 +124,7 @@ class Saver:
 
     def _write(self, copy: State, write: Callable[[State], Path], stall_s: float) -> None:
         started = time.monotonic()
-        try:
-            folder = write(copy)
-        except Exception as error:
-            logger.error("a checkpoint could not be written: %s", error)  # now: training asks after its current step
-            raise
+        folder = write(copy)
         self.last_save_s = time.monotonic() - started
         logger.info("saved %s in %.2f s; training waited %.3f s for the copy", folder, self.last_save_s, stall_s)
 
@@ -178,8 +184,13 @@ class Checkpoints:
     guard: StepGuard
     tokenizer: Tokenizer
     dataset: str
-    best_val_loss: float = float("inf")
+    best_val_loss: float = math.inf  # of those on the disk; rank 0 alone looks there
+    began_at: Position = field(default_factory=Position)  # zero, or where the run branched from another
     saver: Saver = field(default_factory=Saver)
+    last_step: int = 0  # of the checkpoint started last, or restored
+
+    def __post_init__(self) -> None:
+        self.save_now = FileRequest(self.run.save_now)
 
     @property
     def run(self) -> RunFolder:
@@ -190,7 +201,12 @@ class Checkpoints:
         """Whether the user asks for one by creating `save-now`; not while the save in flight may be
         about to remove it.
         """
-        return self.world.is_first and not self.saver.busy and self.run.save_now.is_file()
+        return self.world.is_first and not self.saver.busy and self.save_now.exists()
+
+    @property
+    def save_s(self) -> float:
+        """Seconds that a save may take."""
+        return 2 * (FIRST_SAVE_S if self.saver.last_save_s is None else self.saver.last_save_s)
 
     def reserve(self) -> None:
         """Have the saver get its memory: after the first good step, when the optimizer has its state."""
@@ -201,37 +217,52 @@ class Checkpoints:
         """Have rank 0 write a checkpoint while training continues; `latest` will name it, and
         `best` if it is the best.
         """
-        best = val_loss is not None and val_loss < self.best_val_loss
+        best = val_loss is not None and math.isfinite(val_loss) and val_loss < self.best_val_loss
         if val_loss is not None and best:
             self.best_val_loss = val_loss
+        self.last_step = step
         state = State.of(self.model, self.optimizer)
         if not self.world.is_first:
             state.hand_in()
             return
         description = self.describe(step, val_loss)
-        requested = self.run.save_now.is_file()
+        requested = self.save_now.exists()
 
         def write(state: State) -> Path:
             folder = write_checkpoint(
                 self.run.checkpoints, state, self.model, self.tokenizer, description=description, best=best
             )
             if requested:
-                self.run.save_now.unlink(missing_ok=True)
-            prune_checkpoints(self.run.checkpoints, self.config.checkpoint.keep)
+                self.save_now.remove()
+            keep = self.config.checkpoint
+            prune_checkpoints(self.run.checkpoints, keep.keep, keep.keep_every_steps)
             return folder
 
         self.saver.start(state, write)
 
     def describe(self, step: int, val_loss: float | None) -> Description:
         return Description(
-            step=step, tokens=step * self.config.train.tokens_per_step, config=to_dict(self.config),
-            tokenizer=self.tokenizer.spec(), dataset=self.dataset, val_loss=val_loss,
+            step=step, tokens=self.began_at.at(step, self.config).tokens, config=to_dict(self.config),
+            tokenizer=self.tokenizer.spec(), dataset=self.dataset, began_at=asdict(self.began_at), val_loss=val_loss,
             scaler=self.scaler.state_dict(), bad_steps=self.guard.bad_steps, grad_norms=self.guard.norms,
         )  # fmt: skip
 
-    def restore(self, folder: Path) -> int:
-        """Restore what a verified checkpoint holds besides the weights, and return its step. The
-        rest follows from the seed and the step. Rank 0 reads, and all ranks call it together.
+    def save_last_good(self, step: int) -> Path:
+        """The checkpoint of the last step that reached the weights, from which they have not changed
+        since: written, and waited for, unless the run has it. All ranks call it together.
+        """
+        self.wait()  # it may be in flight
+        folder = self.run.checkpoints / folder_name(step)
+        if not self.world.gather(folder.is_dir())[0]:
+            self.guard.bad_steps = 0
+            self.save(step, None)
+            self.wait()
+        return folder
+
+    def restore(self, folder: Path, began_at: Position) -> int:
+        """Restore, into a run that began at a position, what a verified checkpoint holds besides the
+        weights; return its step. The rest follows from the seed and the step. Rank 0 reads, and all
+        ranks call it together.
         """
         found, tensors = None, None
         with self.world.fail_together():
@@ -245,8 +276,20 @@ class Checkpoints:
         if description.scaler:  # empty where the run was not in float16
             self.scaler.load_state_dict(description.scaler)
         self.guard.restore(description.grad_norms, description.bad_steps)
-        self.best_val_loss = best_val_loss(self.run.checkpoints)
+        self.last_step, self.began_at = description.step, began_at
         return description.step
+
+    def save_rest(self, step: int) -> None:
+        """Before a run ends by a fault: the steps since the last checkpoint, waited for. A failure is logged
+        alone, as the fault matters more.
+        """
+        if step > self.last_step:
+            self.save(step, None)
+        if self.world.is_first and not self.saver.failed:
+            try:
+                self.saver.wait()
+            except UserError as error:
+                logger.warning("%s", error)
 
     def wait(self) -> None:
         """Until rank 0 has written the last one. All ranks call it together, and a failure ends all

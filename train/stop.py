@@ -17,16 +17,47 @@ from types import FrameType
 from typing import Self
 
 from pipeline import launch
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.log import logger
 
-# A save is given twice the time the last one took; before any was made, this many seconds.
-FIRST_SAVE_S = 30.0
 # The batch scripts set the deadline this many seconds before the job ends. One that passed earlier
 # than that when the run starts belongs to another job, and would stop every start of the run after
 # one step.
 EXIT_MARGIN_S = 60.0
+LOOK_INTERVAL_S = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+# A closed terminal, Ctrl-\\, a limit of processor time. `nohup`, for one, starts a program that ignores them.
+SIGNALS_UNLESS_IGNORED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
+
+
+class FileRequest:
+    """Something that the user asks for by creating a file, which is looked for once a second."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._exists, self._looked_at = path, False, -math.inf
+        self._failed = False
+
+    def exists(self) -> bool:
+        if time.monotonic() >= self._looked_at + LOOK_INTERVAL_S:
+            self._looked_at, self._exists = time.monotonic(), self._look()
+        return self._exists
+
+    def remove(self) -> None:
+        """It was answered."""
+        self._exists = False
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", self.path, reason_of(error))
+
+    def _look(self) -> bool:
+        try:
+            return self.path.is_file()
+        except OSError as error:  # a stale handle of a network disk, which often recovers: no reason to end a run
+            if not self._failed:
+                logger.warning("%s cannot be looked for: %s", self.path, reason_of(error))
+            self._failed = True
+            return False
 
 
 class StopRequest:
@@ -34,13 +65,13 @@ class StopRequest:
     second SIGINT stops now.
 
     SIGUSR2 is what `sbatch --signal=USR2@300` sends the ranks that srun started; torchrun would not
-    forward it.
+    forward it. `looks`: whether this rank looks for the stop-file, as one of each node does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, looks: bool = True) -> None:
         self._signal = ""
         stop_file = os.environ.get("PIPELINE_STOP_FILE")
-        self._stop_file = Path(stop_file) if stop_file else None
+        self._stop_file = FileRequest(Path(stop_file)) if stop_file and looks else None
         deadline = os.environ.get("PIPELINE_DEADLINE") or "inf"
         try:
             self._deadline = float(deadline)
@@ -54,7 +85,9 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         # Python lets the main thread alone handle signals; in another the program around us does.
-        numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        is_main = threading.current_thread() is threading.main_thread()
+        heeded = [number for number in SIGNALS_UNLESS_IGNORED if signal.getsignal(number) != signal.SIG_IGN]
+        numbers = [*SIGNALS, *heeded] if is_main else []
         self._before = {number: signal.signal(number, self._notice) for number in numbers}
         return self
 
@@ -69,15 +102,17 @@ class StopRequest:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def reason(self, step_s: float, save_s: float | None) -> str:
-        """Why this rank wants to stop, empty for no reason. `step_s`: seconds that one more step
-        and its evaluation take; `save_s`: that the last save took.
+    def reason(self, needed_s: float) -> str:
+        """Why this rank wants to stop, empty for no reason. `needed_s`: seconds for what has to be
+        done before the deadline in any case: one more step and a save.
         """
         if self._signal:
             return self._signal
         if self._stop_file is not None and self._stop_file.exists():
-            return f"stop-file {self._stop_file}"
-        needed_s = step_s + 2 * (FIRST_SAVE_S if save_s is None else save_s)
-        if time.time() + needed_s > self._deadline:
-            return f"deadline: {self._deadline - time.time():.0f} s left, a step and a save need {needed_s:.0f} s"
-        return ""
+            return f"stop-file {self._stop_file.path}"
+        return self.deadline_reason(needed_s)
+
+    def deadline_reason(self, needed_s: float) -> str:
+        """`reason`, by the clock alone."""
+        left_s = self._deadline - time.time()
+        return f"deadline: {left_s:.0f} s left, a step and a save need {needed_s:.0f} s" if needed_s > left_s else ""

@@ -1,10 +1,14 @@
 """The training loop: what a step does, and what happens between steps."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import xxhash
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeline.budget import accumulation_steps, flops_per_token
@@ -17,12 +21,12 @@ from pipeline.machine.gpus import peak_flops
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
-from pipeline.runs import State, Status
+from pipeline.runs import Position, RunFolder
 from pipeline.vocabulary.specs import from_spec
 from train import parallel
 from train.data.batches import Prefetcher, model_inputs
 from train.evaluation import Evaluation, ValLoss
-from train.metrics import Metrics, Row, Throughput, val_columns
+from train.metrics import LiveStatus, Metrics, Row, Throughput, val_columns
 from train.optimizer.groups import build_optimizer
 from train.optimizer.schedule import learning_rate
 from train.preview import Preview, Previews
@@ -34,13 +38,11 @@ from train.stop import StopRequest
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks do after this step: stop for a reason, save now, or give up because the last
-    save failed.
-    """
+    """What all ranks do after this step: stop for a reason, save now, evaluate nothing as time is short."""
 
     reason: str
     save_now: bool
-    save_failed: bool
+    in_haste: bool
 
 
 class Trainer:
@@ -73,12 +75,20 @@ class Trainer:
         flops = flops_per_token(config.model, model.vocab_size)
         self.throughput = Throughput(train.tokens_per_step, flops, peak and peak * world.size)
         self.evaluation = Evaluation(config, world, mixture, dtype)
+        self.status = LiveStatus(RunFolder(config.run_dir))
+        # The first error of this rank that the others may not have: they learn of it in the next step.
+        self.fault: Exception | None = None
+        # False while an update is under way: then a checkpoint would be of no step.
+        self.is_consistent = True
         tokenizer = from_spec(mixture.tokenizer, mixture.sources[0].folder)
         self.previews = Previews(config, world, tokenizer, dtype=dtype, preview=preview)
         self.checkpoints = Checkpoints(
             config, world, model=model, optimizer=self.optimizer, scaler=self.scaler, guard=self.guard,
             tokenizer=tokenizer, dataset=mixture.fingerprint,
         )  # fmt: skip
+        # How long things take, until this start has measured them: by the last one.
+        self.evaluation.last_s = self.status.now.eval_s or 0.0
+        self.checkpoints.saver.last_save_s = self.status.now.last_save_s
 
     def replicate(self) -> None:
         """From here on the ranks train one model together: each has a replica or a shard, and
@@ -86,10 +96,29 @@ class Trainer:
         """
         self.wrapped = parallel.replicate(self.model, self.world)
 
+    def settle_buckets(self) -> None:
+        """Two throw-away passes, which leave no trace. After its first backward pass DDP sorts gradients into new buckets,
+        by the order in which they came, and so adds them up in another order: a resumed run of 3 or
+        more ranks would take its first step with other rounding than the run that went through.
+        """
+        windows = torch.zeros(self.config.train.micro_batch_size, self.config.model.block_size + 1, dtype=torch.long)
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # for dropout
+            for _ in range(2):
+                with autocast(self.world.device, self.dtype):
+                    loss = self.wrapped(*model_inputs(windows, self.config, self.mixture, self.world.device))
+                loss.backward()
+                self.optimizer.zero_grad(set_to_none=True)
+
     def train_step(self) -> StepResult:
         """One optimizer step over `tokens_per_step` tokens; one that is not finite, or a spike,
         leaves the weights alone.
+
+        Where a rank has a fault, all ranks raise together, and the step is not taken.
         """
+        with self.noticing():
+            self.checkpoints.saver.check()
+            self.status.check()
         # A function of the step: there is no schedule to save or restore.
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
@@ -108,10 +137,15 @@ class Trainer:
         # Gradients were averaged over the ranks, so the norm is the same on all of them, but for
         # rounding where replicas of a model are sharded each in its own group. Their mean is the
         # same to the bit: so are the clipping and the outcome.
-        means = self.world.sum(torch.stack([losses / self.accumulation, norm])) / self.world.size
+        faulty = torch.full_like(losses, self.fault is not None)
+        means = self.world.sum(torch.stack([losses / self.accumulation, norm, faulty])) / self.world.size
+        loss_value, norm_value, any_faulty = means.tolist()
+        self.world.watch.check()
+        if any_faulty:
+            self.end_together()
         clip_grads_with_norm_(parameters, max_norm, means[1])
-        loss_value, norm_value = means.tolist()
         outcome = self.guard.judge(loss_value, norm_value)
+        self.is_consistent = False
         if outcome is Outcome.TAKEN:
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -127,8 +161,19 @@ class Trainer:
             # ranks, and after a resume.
             seed = self.config.run.seed, self.step, position
             torch.manual_seed(xxhash.xxh3_64_intdigest(b"dropout:%d:%d:%d" % seed))
-        windows = self.batches.batch(self.first_sample + position * size)
+        brief = self.throughput.last_step_s > 0  # the first step of a start compiles
+        self.world.watch.enter(f"reading the data of step {self.step}", waits=False, brief=brief)
+        # For a batch that cannot be made, as the other ranks expect this one in their collectives.
+        windows = torch.zeros(size, self.config.model.block_size + 1, dtype=torch.long)
+        with self.noticing():
+            windows = self.batches.batch(self.first_sample + position * size)
+        self.world.watch.enter(f"step {self.step}", brief=brief)
         return model_inputs(windows, self.config, self.mixture, self.world.device)
+
+    @property
+    def position(self) -> Position:
+        """How far the run is, the trunk included where it is a branch."""
+        return self.checkpoints.began_at.at(self.step, self.config)
 
     @property
     def samples_per_step(self) -> int:
@@ -137,23 +182,60 @@ class Trainer:
     @property
     def first_sample(self) -> int:
         """The global sample at which the current step's batch begins."""
-        return self.step * self.samples_per_step
+        return self.position.sample
+
+    @contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Around what this rank does by itself, from which an error must not keep it from the
+        collectives of the others: it ends all of them together in the next step.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.fault = self.fault or error
+
+    def end_together(self) -> None:
+        """Save, and raise the fault that a rank has noticed. All ranks call it together."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.checkpoints.save_rest(self.step)
+        with self.world.fail_together():
+            if self.fault is not None:
+                raise self.fault
+
+    def save_alone(self) -> None:
+        """On rank 0, where another rank has failed and takes part in no collective: save what it has,
+        unless that is a shard, or half updated.
+        """
+        if self.is_consistent and not isinstance(next(self.model.parameters()), DTensor):
+            self.checkpoints.save_rest(self.step)
 
     def fit(self, metrics: Metrics, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged."""
-        max_steps, reason = self.config.train.max_steps, ""
+        max_steps, before = self.config.train.max_steps, self.status.now
+        needed_s = before.first_step_s + self.checkpoints.save_s if before.first_step_s else 0.0
+        # The clock of one rank decides.
+        reason: str = self.world.gather(stop.deadline_reason(needed_s))[0]
         with ProgressReport("train", max_steps, "steps", done=self.step) as progress:
+            self.throughput.start()
+            if isinstance(self.wrapped, DistributedDataParallel) and self.step < max_steps:
+                self.settle_buckets()  # the first lap has it, as it compiles
             while self.step < max_steps and not reason:
-                with self.throughput.timed():
-                    result = self.train_step()
+                result = self.train_step()
+                self.throughput.lap()
                 if result.outcome is not Outcome.TAKEN:
                     self.report_bad_step(result, metrics)
                 self.checkpoints.reserve()
                 self.step += 1
+                self.is_consistent = True
                 reason = self.between_steps(result, metrics, stop)
                 tokens_per_s = self.config.train.tokens_per_step / self.throughput.last_step_s
-                progress.advance(1, f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
+                with self.noticing():
+                    progress.advance(1, f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
+        self.world.watch.enter("the last save")
         self.checkpoints.wait()
+        with self.world.fail_together():
+            if self.fault is not None:
+                raise self.fault
         return reason
 
     def between_steps(self, result: StepResult, metrics: Metrics, stop: StopRequest) -> str:
@@ -162,39 +244,61 @@ class Trainer:
         """
         config = self.config
         agreed = self.agree(stop)
-        if agreed.save_failed:
-            self.checkpoints.wait()  # raises the error of the save
+        self.world.watch.enter(f"what follows step {self.step}", waits=False)
         if config.parallel.check_every_steps and self.step % config.parallel.check_every_steps == 0:
             check_replicas(self.model, self.world, self.step)
-        planned = self.is_due(config.checkpoint.every_steps)
+        keep_every_steps = config.checkpoint.keep_every_steps
+        permanent = keep_every_steps and self.step % keep_every_steps == 0
+        planned = bool(permanent) or self.is_due(config.checkpoint.every_steps)
         evaluating = False
         if config.eval.every_steps and not agreed.reason:  # a run that stops in a hurry is not evaluated
             # Every planned checkpoint is, so that `best` can compare them.
             evaluating = planned or self.is_due(config.eval.every_steps)
-        val_loss = self.evaluation.run(self.model) if evaluating else None
-        if evaluating or self.is_due(config.log.every_steps):
-            metrics.write(self.row(result, val_loss))
+        if evaluating and agreed.in_haste:
+            evaluating = False
+            logger.warning("step %d is not evaluated: the deadline is near", self.step)
+        val_loss = None
         if evaluating:
-            self.previews.show(self.model, self.step, metrics)
+            with self.throughput.paused():
+                val_loss = self.evaluation.run(self.model)
+            self.fault = self.fault or self.evaluation.fault
+        with self.noticing():
+            if evaluating or self.is_due(config.log.every_steps):
+                metrics.write(self.row(result, val_loss))
+            if evaluating:
+                with self.throughput.paused():
+                    self.previews.show(self.model, self.step, metrics)
+        self.report(result, val_loss)
         # After the row: a crash in between drops nothing, as a resume writes the row again.
         if planned or agreed.reason or agreed.save_now:
-            self.checkpoints.save(self.step, None if val_loss is None else val_loss.mean)
-        metrics.keep_alive(self.status(State.RUNNING))
+            with self.throughput.paused():
+                self.checkpoints.save(self.step, None if val_loss is None else val_loss.mean)
         return agreed.reason
+
+    def report(self, result: StepResult, val_loss: ValLoss | None) -> None:
+        """Bring what status.json says up to date."""
+        step_s, lr = self.throughput.last_step_s, self.optimizer.param_groups[0]["lr"]
+        self.status.step_ended(self.step, self.config.train.max_steps, step_s)
+        speed, save_s = self.config.train.tokens_per_step / step_s, self.checkpoints.saver.last_save_s
+        self.status.update(loss=result.loss, lr=lr, tokens_per_s=speed, last_save_s=save_s)
+        if val_loss is not None:
+            self.status.update(val_loss=val_loss.mean, eval_s=self.evaluation.last_s + self.previews.last_s)
 
     def is_due(self, every_steps: int) -> bool:
         return self.step % every_steps == 0 or self.step == self.config.train.max_steps
 
     def agree(self, stop: StopRequest) -> Agreement:
         """Every rank gets the same answer: what one of them noticed, all of them do."""
-        step_s = self.throughput.last_step_s + self.evaluation.last_s + self.previews.last_s
-        saver = self.checkpoints.saver
-        reason = stop.reason(step_s, saver.last_save_s)
+        needed_s = self.throughput.last_step_s + self.checkpoints.save_s
+        reason = stop.reason(needed_s)
+        in_haste = stop.deadline_reason(needed_s + self.evaluation.last_s + self.previews.last_s)
         # One all-reduce per step for all three: a second one would cost as much again in latency.
-        flags = [bool(reason), self.checkpoints.requested, saver.failed]
+        flags = [bool(reason), self.checkpoints.requested, bool(in_haste)]
         noticed = torch.tensor(flags, dtype=torch.float, device=self.world.device)
-        stopping, saving, failed = self.world.sum(noticed).tolist()
-        return Agreement(reason or ("another rank asked for it" if stopping else ""), bool(saving), bool(failed))
+        stopping, saving, hasty = self.world.sum(noticed).tolist()
+        if stopping:
+            reason = next(filter(None, self.world.gather(reason)))
+        return Agreement(reason, bool(saving), bool(hasty))
 
     def report_bad_step(self, result: StepResult, metrics: Metrics) -> None:
         """Record the samples of a step that left the weights alone. Raises Diverged after too many
@@ -205,18 +309,24 @@ class Trainer:
         if self.world.is_first:
             logger.warning("step %d skipped (%s): loss %s, gradient norm %s", self.step, why, loss, norm)
         row = {"step": self.step, "first_sample": self.first_sample, "samples": self.samples_per_step}
-        metrics.write_bad_step(row | {"reason": why, "loss": loss, "grad_norm": norm})
+        with self.noticing():
+            metrics.write_bad_step(row | {"reason": why, "loss": loss, "grad_norm": norm})
         bad_steps = self.guard.bad_steps
         if bad_steps >= self.config.train.max_bad_steps:
-            raise Diverged(
-                f"{bad_steps} steps in a row, up to step {self.step}, had a loss or gradient that is not finite, or a spike: "
-                f"the weights of step {self.step - bad_steps + 1} were kept; try a lower optimizer.lr or a longer warmup"
-            )
+            good = self.step - bad_steps + 1
+            kept = "no step reached the weights"
+            if good:
+                kept = f"the weights of step {good} were kept: {self.checkpoints.save_last_good(good)}"
+            with self.world.fail_together():
+                raise Diverged(
+                    f"{bad_steps} steps in a row, up to step {self.step}, had a loss or gradient that is not finite, or a "
+                    f"spike: {kept}; try a lower optimizer.lr or a longer warmup"
+                )
 
     def row(self, result: StepResult, val_loss: ValLoss | None) -> Row:
         """A row of metrics.jsonl; the speeds are those since the last row."""
         lr = self.optimizer.param_groups[0]["lr"]
-        tokens = self.step * self.config.train.tokens_per_step
+        tokens = self.position.tokens
         row: Row = {"step": self.step, "tokens": tokens, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
         row |= self.throughput.columns(self.batches.waited_s)
         self.batches.waited_s = 0.0
@@ -224,7 +334,3 @@ class Trainer:
             row |= val_columns(val_loss, self.mixture, self.first_sample)
             logger.info("step %d: loss %.4f, val loss %.4f, lr %.2e", self.step, result.loss, val_loss.mean, lr)
         return row
-
-    def status(self, state: State, reason: str = "") -> Status:
-        step_s, last_save_s = self.throughput.last_step_s or None, self.checkpoints.saver.last_save_s
-        return Status(state, self.step, reason, step_s=step_s, last_save_s=last_save_s)

@@ -6,14 +6,16 @@ it stands.
         [vocabulary.*]                                        what our tokenizer reads, where that is another file
         training_state.safetensors                            the optimizer's state
         checkpoint.json                                       written last: the description below, all files' hashes, its own
-    runs/<name>/checkpoints/latest, best                      one line each: a folder's name
+    runs/<name>/checkpoints/latest, best, branch              one line each: a folder's name
 
 There is no random state to save: the order of the data and every dropout mask follow from the seed
 and the step. There is no pickle anywhere, so loading a checkpoint executes nothing.
 """
 
+import math
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, get_type_hints
@@ -26,13 +28,14 @@ from torch.nn.functional import pad
 
 import pipeline
 from pipeline.checkpoint.layouts import layout_of
-from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer
-from pipeline.checkpoint.safetensors_files import WEIGHTS
+from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer, step_of
+from pipeline.checkpoint.safetensors_files import WEIGHTS, as_os_error
+from pipeline.config.load import from_dict
 from pipeline.errors import UserError
 from pipeline.files import check_types, hash_bytes, hash_file, is_plain_name, publish, read_limited, sync, write_atomic
-from pipeline.log import logger
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import gather
+from pipeline.runs import Position
 from pipeline.vocabulary.huggingface_files import tokenizer_files
 from pipeline.vocabulary.specs import check_spec
 from pipeline.vocabulary.tokenizer import Tokenizer
@@ -48,7 +51,7 @@ MOST_RUN_CONFIG_BYTES = 1 << 18
 @dataclass(frozen=True)
 class Description:
     """checkpoint.json. `config` is the resolved config of the run, `dataset` the manifest's
-    fingerprint.
+    fingerprint, `began_at` the `Position` at which the run began: not zero where it is a branch.
     """
 
     step: int
@@ -56,6 +59,7 @@ class Description:
     config: dict[str, Any]
     tokenizer: dict[str, Any]
     dataset: str
+    began_at: dict[str, int] = field(default_factory=dict)
     val_loss: float | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
     bad_steps: int = 0
@@ -117,10 +121,14 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     layout = layout_of(model.config)
-    weights = {layout.stored_name(name): _in_place(model, name, tensor) for name, tensor in state.weights.items()}
-    write_model(partial, model, tokenizer, tensors=weights)
-    _save_tensors(partial / TRAINING_STATE, _optimizer_in_folder_layout(model, state.optimizer))
-    write_description(partial, description)
+    try:
+        weights = {layout.stored_name(name): _in_place(model, name, tensor) for name, tensor in state.weights.items()}
+        write_model(partial, model, tokenizer, tensors=weights)
+        _save_tensors(partial / TRAINING_STATE, _optimizer_in_folder_layout(model, state.optimizer))
+        write_description(partial, description)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # or a full disk has no room for status.json either
+        raise
     if final.is_dir():  # the run resumed from an earlier step and has come this far again
         replaced = checkpoints / f".{final.name}.replaced.partial"
         shutil.rmtree(replaced, ignore_errors=True)
@@ -219,19 +227,28 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor], **options: Any) -> Non
     """safetensors writes mode 0600; who may read the rest of the folder may read this file too."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, **options)
+    with as_os_error(path):
+        save_file(tensors, path, **options)
     path.chmod(mode)
 
 
-def best_val_loss(checkpoints: Path) -> float:
-    """The validation loss of `best`; infinity where there is none."""
-    folder = best_folder(checkpoints)
-    try:
-        val_loss = None if folder is None else read_description(folder).val_loss
-    except UserError as error:
-        logger.warning("%s; ignoring `best`", error)
-        val_loss = None
-    return float("inf") if val_loss is None else val_loss
+def choose_best(checkpoints: Path, eval_tokens: int) -> float:
+    """Point `best` at the lowest val loss that was measured on as many tokens, and return that loss;
+    infinity where there is none. Also after the best of all was set aside, or damaged.
+    """
+    losses = {}
+    for folder in checkpoint_folders(checkpoints):
+        with suppress(UserError, OSError):  # a damaged one cannot be the best
+            description = read_description(folder)
+            comparable = from_dict(description.config).eval.tokens == eval_tokens
+            if comparable and description.val_loss is not None and math.isfinite(description.val_loss):
+                losses[folder] = description.val_loss
+    if not losses:
+        return math.inf
+    best = min(losses, key=losses.__getitem__)
+    if best_folder(checkpoints) != best:
+        set_pointer(checkpoints, "best", best)
+    return losses[best]
 
 
 def read_description(folder: Path) -> Description:
@@ -249,16 +266,25 @@ def read_description(folder: Path) -> Description:
         _check_types(document)
         # Of the document, not the file: whitespace does not matter.
         damaged = document.get("hash") != hash_of_description(document)
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        _upgrade(document["config"])
+    except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): use another checkpoint") from None
     if damaged:
         raise UserError(f"{path} is damaged (does not match its own hash): use another checkpoint")
     return description
 
 
+def _upgrade(config: dict[str, Any]) -> None:
+    """Bring the config of an earlier version to today's keys: `eval.batches` depended on the memory."""
+    if "batches" in config.get("eval", ()):
+        windows = config["eval"].pop("batches") * config["train"]["micro_batch_size"]
+        config["eval"]["tokens"] = windows * config["model"]["block_size"]
+
+
 def _check_types(document: dict[str, Any]) -> None:
     """Raises KeyError or TypeError for what this program never writes."""
     check_types(document, get_type_hints(Description))
+    check_types(document.get("began_at", {}), get_type_hints(Position))
     check_spec(document["tokenizer"])
     # verify_files opens these: a name must not lead out of the folder.
     files = document.get("files", {})
@@ -284,13 +310,14 @@ def verify_files(folder: Path, description: Description, without: Collection[str
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its hash; use another checkpoint")
 
 
-def prune_checkpoints(checkpoints: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, `latest` and `best`: only folders this program
-    wrote, and partial ones.
+def prune_checkpoints(checkpoints: Path, keep: int, keep_every_steps: int = 0) -> None:
+    """Remove all but the `keep` newest checkpoints, those every `keep_every_steps` (0: none),
+    `latest` and `best`: only folders this program wrote, and partial ones.
     """
     # A folder without a description may be anybody's.
     ours = [folder for folder in checkpoint_folders(checkpoints) if (folder / DESCRIPTION).is_file()]
-    kept = {*ours[-keep:], pointed_folder(checkpoints, "latest"), best_folder(checkpoints)}
+    permanent = [folder for folder in ours if keep_every_steps and step_of(folder) % keep_every_steps == 0]
+    kept = {*ours[-keep:], *permanent, pointed_folder(checkpoints, "latest"), best_folder(checkpoints)}
     for folder in (*(folder for folder in ours if folder not in kept), *checkpoints.glob(".step_*.partial")):
         shutil.rmtree(folder)
 

@@ -1,26 +1,25 @@
-"""The checkpoint folders of a run, and the two files that each name one of them: `latest` and
-`best`.
+"""The checkpoint folders of a run, and the files that each name one of them: `latest`, `best`, and
+`branch`, the one that checkpoint.resume went back to last.
 """
 
-import itertools
 from pathlib import Path
 
 from pipeline.config.keys import CHECKPOINT_NAME
 from pipeline.errors import UserError
-from pipeline.files import read_limited, write_atomic
+from pipeline.files import read_limited, unused_name, write_atomic
 from pipeline.log import logger
 
 MOST_POINTER_BYTES = 200
 
 
 def set_pointer(checkpoints: Path, pointer: str, folder: Path) -> None:
-    """Make `latest` or `best` name `folder`."""
+    """Make `latest`, `best` or `branch` name `folder`."""
     write_atomic(checkpoints / pointer, f"{folder.name}\n".encode())
 
 
 def read_pointer(checkpoints: Path, pointer: str) -> Path | None:
-    """The folder that `latest` or `best` names, whether it exists or not; None where there is no
-    such file.
+    """The folder that `latest`, `best` or `branch` names, whether it exists or not; None where
+    there is no such file.
     """
     path = checkpoints / pointer
     if not path.is_file():
@@ -76,8 +75,7 @@ def set_aside(folder: Path, why: str) -> Path:
     names it.
     """
     # A run may be set back to the same step several times.
-    names = (f"{why}_{folder.name}{suffix}" for suffix in itertools.chain([""], (f"_{n}" for n in itertools.count(2))))
-    aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+    aside = unused_name(folder.with_name(f"{why}_{folder.name}"))
     folder.rename(aside)
     pointer = folder.parent / "best"
     if pointer.is_file() and pointer.read_bytes().strip() == folder.name.encode():

@@ -5,8 +5,11 @@ overlaps; what it leaves open is checked here. Files are mapped, so a tensor tak
 read and not before.
 """
 
+import errno
+import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,17 @@ class Stored:
     def read(self) -> Tensor:
         tensor: Tensor = self.file.get_tensor(self.name)
         return tensor
+
+
+@contextmanager
+def as_os_error(path: Path) -> Iterator[None]:
+    """The library's error for a full disk and the like, while `path` is written, as the OSError that it was."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def weight_files(folder: Path) -> list[Path]:

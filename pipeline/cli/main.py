@@ -2,8 +2,8 @@
 stderr.
 """
 
-import errno
 import sys
+import traceback
 from io import TextIOWrapper
 from typing import NoReturn
 
@@ -14,36 +14,40 @@ import pipeline
 from pipeline import launch, log
 from pipeline.cli import data, jobs, looks, models, training
 from pipeline.cli.command import Group
-from pipeline.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_USER, Diverged, UserError
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_USER, as_failure
 
-# A full disk, a quota, missing permission, a name too long: not bugs of ours.
-FAULTS_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 COMPLETION_VARIABLE = "_PIPELINE_COMPLETE"  # by which a shell asks for completions
 
 
 def main() -> None:
     """Run one command. Exit codes: 0 done, 2 the user can fix it (one line on stderr), 3 diverged,
-    1 our bug.
+    75 the same command may succeed later, 1 our bug.
     """
     log.configure()
     _settle_encoding()
     try:
+        _run()
+    except SystemExit as left:
+        if left.code and not launch.is_alone():
+            # The interpreter's own end would wait for threads and connections to ranks that are gone.
+            launch.end_process(int(left.code))
+        raise
+
+
+def _run() -> None:
+    try:
         code = app.main(prog_name="pipeline", complete_var=COMPLETION_VARIABLE, standalone_mode=False)
         if code == EXIT_INTERRUPTED:
             _exit("interrupted", EXIT_INTERRUPTED)
-    except UserError as error:
-        _exit(str(error), EXIT_USER)
-    except Diverged as error:
-        if not launch.rank():  # every rank comes to the same verdict
-            _exit(str(error), EXIT_DIVERGED)
-        launch.leave(EXIT_DIVERGED)
     except click.ClickException as error:
         _exit(_usage_error(error), EXIT_USER)
-    except OSError as error:
-        if error.errno not in FAULTS_OF_THE_MACHINE:
+    except Exception as error:
+        if (failure := as_failure(error)) is not None:
+            _exit(str(failure), failure.code)
+        if launch.is_alone():
             raise
-        where = error.filename or "while writing"
-        _exit(f"{error.strerror}: {where}; make room or choose another path, then run the command again", EXIT_USER)
+        traceback.print_exc()
+        launch.leave(1)
 
 
 def _usage_error(error: click.ClickException) -> str:

@@ -38,6 +38,7 @@ class RunConfig:
     # Weights stay float32; auto takes bfloat16 where the hardware multiplies it.
     dtype: str = key("auto", "autocast type", ("auto", *DTYPES))
     compile: str = key("auto", "torch.compile; auto: with Triton", ("auto", "on", "off"))
+    branch_from: str = key("", "start from this checkpoint's weights, optimizer state and step; or a run's latest")
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ class TrainConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every_steps: int = key(1000, "steps between evaluations; 0: none", at_least=0)
-    # For each dataset of a mixture, over all ranks, spread over the split.
-    batches: int = key(160, "micro-batches of an evaluation; 0: the whole split", at_least=0)
+    # For each dataset of a mixture, over all ranks, spread over the split in whole windows.
+    # Not in micro-batches: the loss must not depend on what the memory has room for.
+    tokens: int = key(2_621_440, "tokens of an evaluation; 0: the whole split", at_least=0)
     sample_prompt: str = key("", "text to continue at each evaluation")
 
 
@@ -119,6 +121,8 @@ class EvalConfig:
 class CheckpointConfig:
     every_steps: int = key(1000, "steps between checkpoints; the last step has one", at_least=1)
     keep: int = key(3, "newest checkpoints kept, besides the best", at_least=1)
+    # Saved at these steps too where every_steps does not divide them.
+    keep_every_steps: int = key(0, "steps between checkpoints that are never removed; 0: none", at_least=0)
     # auto resumes where there is a checkpoint; must refuses to start from scratch, never refuses to
     # resume.
     resume: str = key("auto", "auto, must, never, or a name such as step_00001000")
@@ -135,6 +139,8 @@ class ParallelConfig:
     # ddp: every rank holds the whole model; fsdp shards weights, gradients and optimizer state over
     # all ranks, hsdp over those of a node.
     strategy: str = key("ddp", "how ranks share the model", ("ddp", "fsdp", "hsdp"))
+    # From the second step on; start-up and the first one, which may compile, have half an hour at least.
+    timeout_s: float = key(300.0, "seconds that ranks wait for a late one", above=0)
     check_every_steps: int = key(1000, "steps between comparing weights; 0: at start", at_least=0)
 
 

@@ -6,18 +6,22 @@ machine surprises people who cannot see why.
 
 import importlib.util
 import os
+import re
 import shutil
 
 import torch
 
 from pipeline import launch
-from pipeline.errors import UserError
+from pipeline.errors import Failure, UserError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Below this width a CPU spends more on casting than bfloat16 saves: on two cores with AMX, width
 # 128 ran 0.8 times as fast as float32 and width 384 ran 2 times as fast.
 CPU_BFLOAT16_MIN_WIDTH = 256
+# What says so without a type of its own: torch's CPU allocator, Metal, cuBLAS, NCCL.
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED")
+MOST_CAUSE_CHARACTERS = 120
 MIN_TRITON_CAPABILITY = (7, 0)  # Volta; Triton generates no code for older GPUs
 
 
@@ -98,6 +102,15 @@ def check_memory(device: torch.device, needed: int, what: str, remedy: str) -> N
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # mps shares the machine's
     if needed > total:
         raise UserError(f"{what} need {needed / 1e9:,.0f} GB of memory, {device} has {total / 1e9:,.0f} GB: {remedy}")
+
+
+def memory_failure(error: Exception, device: torch.device, remedy: str = "") -> UserError | None:
+    """The line for an `error` that says the device, or the machine, is out of memory; None for others."""
+    by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if isinstance(error, Failure) or not (by_type or OUT_OF_MEMORY.search(str(error))):
+        return None
+    remedy = remedy or "use a smaller model, or parallel.strategy=fsdp on more GPUs"
+    return UserError(f"{device} is out of memory ({one_line(error)[:MOST_CAUSE_CHARACTERS]}): {remedy}")
 
 
 def share_threads(ranks_here: int) -> int:

@@ -5,9 +5,11 @@ works for one, as a no-op.
 import datetime
 import gc
 import os
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,14 +19,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline import launch
-from pipeline.errors import EXIT_USER, UserError
+from pipeline.errors import EXIT_USER, UserError, as_failure, code_of, reason_of
 from pipeline.launch import Placement
 from pipeline.log import logger
-from pipeline.machine.device import pick_device
+from pipeline.machine.device import memory_failure, pick_device
+from pipeline.machine.watch import START_S, Watch
 
-# Start-up waits for the slowest node to import torch from a shared filesystem; a step that hangs
-# longer is dead.
-TIMEOUT = datetime.timedelta(minutes=30)
 # Logged before the ranks meet: one of them is often why they meet at one site and hang at another.
 NETWORK_SETTINGS = ("NCCL_", "GLOO_", "TORCH_")
 
@@ -35,6 +35,7 @@ class World(Placement):
 
     device: torch.device = field(kw_only=True)
     store: Store | None = field(default=None, kw_only=True)
+    watch: Watch = field(default_factory=Watch, kw_only=True)
 
     @property
     def is_first(self) -> bool:
@@ -62,41 +63,55 @@ class World(Placement):
         values = self.gather(value)
         odd = next((rank for rank, other in enumerate(values) if other != values[0]), None)
         if odd is not None:
-            self.leave_to(0)
-            raise UserError(f"ranks disagree about {what}: rank 0 has {values[0]}, rank {odd} has {values[odd]}")
+            reason = f"ranks disagree about {what}: rank 0 has {values[0]}, rank {odd} has {values[odd]}"
+            self.leave_to(0, EXIT_USER, reason)
+            raise UserError(reason)
 
     @contextmanager
     def fail_together(self, patience: datetime.timedelta | None = None) -> Iterator[None]:
-        """A UserError of any rank ends all of them: the lowest rank that has one reports it, the
-        others exit silently.
+        """An error of any rank ends all of them: the lowest rank that has one reports it, the others
+        exit silently.
 
         Nothing inside may wait for other ranks: one that failed would never come. `patience`: how
         long the slowest may take, if that is longer than collectives wait.
         """
-        error = None
+        failure: Exception | None = None
+        if patience is not None:
+            self.watch.phase = replace(self.watch.phase, limit_s=patience.total_seconds())
         try:
             yield
-        except UserError as raised:
-            error = raised
+        except Exception as error:
+            failure = memory_failure(error, self.device) or as_failure(error) or error
+            traceback.clear_frames(error.__traceback__)  # which hold memory, and what should end before the process
         if patience is not None:
             self._await_all(patience)
-        failed = [rank for rank, text in enumerate(self.gather(error and str(error))) if text is not None]
+            self.watch.enter("start-up")
+        found = self.gather(failure and (code_of(failure), reason_of(failure)))
+        failed = [rank for rank, fault in enumerate(found) if fault is not None]
         if failed:
-            self.leave_to(failed[0])
-        if error is not None:
-            raise error
+            code, reason = found[failed[0]]
+            self.leave_to(failed[0], code, f"rank {failed[0]}: {reason}" if failed[0] else reason)
+        if failure is not None:
+            raise failure
 
-    def leave_to(self, speaker: int) -> None:
+    def start_watch(self, timeout_s: float) -> None:
+        """Look out for ranks that fail, or take longer than `timeout_s` for a step. All call it together."""
+        start = self.gather(time.time_ns())[0]  # a store may still have what an earlier start wrote
+        if self.store is not None:
+            self.watch.start(PrefixStore(f"watch {start}", self.store), timeout_s)
+
+    def leave_to(self, speaker: int, code: int, reason: str) -> None:
         """Every rank exits but `speaker`, which reports why. No rank exits before all ignore
         SIGTERM: the line would be lost.
         """
         launch.outlive_others()
         self.barrier()
+        self.watch.is_agreed = True
         if self.rank != speaker:
-            launch.leave(EXIT_USER)
+            launch.leave(code, reason)
 
     def _await_all(self, patience: datetime.timedelta) -> None:
-        """A barrier for work that may take longer than TIMEOUT, after which collectives give up."""
+        """A barrier for work that may take longer than collectives wait."""
         if self.store is not None:
             # The counter never goes back: its multiples of the world size number the barriers.
             waits, place = divmod(self.store.add("arrived", 1) - 1, self.size)
@@ -105,8 +120,9 @@ class World(Placement):
             self.store.wait([f"all {waits}"], patience)
 
 
-def start(device_name: str) -> World:
+def start(device_name: str, timeout_s: float = START_S) -> World:
     """Join the ranks of torchrun or srun (gloo on CPU, NCCL on GPUs), or be a world of one.
+    `timeout_s`: how long ranks wait for each other, if that is more than START_S.
 
     Raises UserError if the device is unavailable, or the ranks cannot meet.
     """
@@ -114,19 +130,25 @@ def start(device_name: str) -> World:
     device = _own_device(device_name, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return World(**vars(place), device=device, store=_join(place, device) if place.size > 1 else None)
+    if place.size == 1:
+        return World(**vars(place), device=device)
+    store = _join(place, device, datetime.timedelta(seconds=max(timeout_s, START_S)))
+    return World(**vars(place), device=device, store=PrefixStore("world", store), watch=Watch(place))
 
 
-def _join(place: Placement, device: torch.device) -> Store:
+def _join(place: Placement, device: torch.device, timeout: datetime.timedelta) -> Store:
     if device.type == "mps":
         raise UserError(f"mps supports one process, found {place.size} ranks: use run.device=cpu, or one process")
     backend = "nccl" if device.type == "cuda" else "gloo"
     settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(NETWORK_SETTINGS)]
     if settings:
         logger.info("%d ranks over %s, with %s", place.size, backend, " ".join(settings))
-    store = _srun_store(place) if place.by_srun else _torchrun_store(place)
-    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=place.rank, world_size=place.size)
-    return PrefixStore("world", store)
+    store = _srun_store(place, timeout) if place.by_srun else _torchrun_store(place, timeout)
+    # NCCL's flight recorder, which the watch prints after a hang: the last 2,000 collectives.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    # Longer than the watch waits, as that can name the rank that is late.
+    dist.init_process_group(backend, timeout=2 * timeout, store=store, rank=place.rank, world_size=place.size)
+    return store
 
 
 def _own_device(name: str, place: Placement) -> torch.device:
@@ -158,25 +180,25 @@ def _refuse_unseen_gpus() -> None:
         )
 
 
-def _torchrun_store(place: Placement) -> Store:
+def _torchrun_store(place: Placement, timeout: datetime.timedelta) -> Store:
     """Where the ranks find each other's addresses. After a restart by torchrun those of the last
     start are still in it (https://github.com/pytorch/pytorch/issues/135712), so each start has its
     own prefix. Launchers of several nodes count their restarts separately; there,
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun helps.
     """
-    store: Store = next(rendezvous("env://", place.rank, place.size, timeout=TIMEOUT))[0]
+    store: Store = next(rendezvous("env://", place.rank, place.size, timeout=timeout))[0]
     one_launcher = os.environ.get("GROUP_WORLD_SIZE") == "1"
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_launcher else "0"
     return PrefixStore(f"start {start}", store)
 
 
-def _srun_store(place: Placement) -> Store:
+def _srun_store(place: Placement, timeout: datetime.timedelta) -> Store:
     """The same if srun started the ranks: rank 0 hosts it. Raises UserError if they cannot meet."""
     host, port = launch.meeting_point()
     logger.info("waiting for %d ranks of srun at %s:%d", place.size, host, port)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"  # IPv6 in brackets
     try:
-        store: Store = next(rendezvous(f"tcp://{address}", place.rank, place.size, timeout=TIMEOUT))[0]
+        store: Store = next(rendezvous(f"tcp://{address}", place.rank, place.size, timeout=timeout))[0]
         return store
     except dist.DistError as error:
         raise UserError(
@@ -186,7 +208,7 @@ def _srun_store(place: Placement) -> Store:
 
 
 def stop() -> None:
-    """Leave the ranks, without references to the group: with them a rank rarely aborted at exit."""
+    """Part in order, without references to the group: with them a rank rarely aborted at exit."""
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()

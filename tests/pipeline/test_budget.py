@@ -12,6 +12,7 @@ from pipeline.budget import (
     checkpoint_bytes,
     data_arithmetic,
     flops_per_token,
+    most_checkpoints,
     parameters,
     step_arithmetic,
 )
@@ -59,3 +60,8 @@ def test_every_factor_is_printed(tmp_path: Path) -> None:
     assert data_arithmetic(config, Path("data/tiny"), manifest, 0.3) == (
         "data data/tiny (30.00% of the samples): 500 train tokens; 20 steps take 768 tokens, 1.60 epoch(s)"
     )
+
+
+@pytest.mark.parametrize(("every", "most"), [(0, 5), (3, 8), (100, 5)])
+def test_permanent_checkpoints_take_room_too(tmp_path: Path, every: int, most: int) -> None:
+    assert most_checkpoints(tiny_config(tmp_path, checkpoint={"keep_every_steps": every})) == most

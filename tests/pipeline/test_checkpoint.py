@@ -19,13 +19,14 @@ from pipeline.checkpoint.find import find_checkpoint
 from pipeline.checkpoint.folder import (
     Description,
     State,
+    hash_of_description,
     prune_checkpoints,
     read_description,
     verify_files,
     write_checkpoint,
 )
 from pipeline.checkpoint.load import load_initial_weights, load_model, load_weights, open_optimizer, read_optimizer
-from pipeline.checkpoint.pointers import best_folder, pointed_folder, set_aside_after, set_pointer
+from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_aside_after, set_pointer
 from pipeline.config.keys import Config, ModelConfig
 from pipeline.config.load import to_dict
 from pipeline.errors import UserError
@@ -241,6 +242,26 @@ def test_prune_keeps_the_newest_and_the_best_and_what_is_not_ours(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
         "step_00000000", "step_00000001", "step_00000004", "step_00000005"
     ]  # fmt: skip
+
+
+def test_prune_keeps_permanent_ones_and_what_the_pointers_name(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        saved(tmp_path, step=step)
+    for pointer, step in (("best", 2), ("latest", 7)):
+        set_pointer(tmp_path, pointer, tmp_path / f"step_{step:08d}")
+    prune_checkpoints(tmp_path, keep=1, keep_every_steps=4)
+    assert [int(path.name[5:]) for path in checkpoint_folders(tmp_path)] == [2, 4, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    "began_at", [{"step": "1"}, {"step": True}, {"steps": 1}, {"sample": 1.5}, {"tokens": None}, [], 7]
+)
+def test_a_beginning_that_is_none_is_damage(tmp_path: Path, began_at: object) -> None:
+    path = saved(tmp_path)[0] / "checkpoint.json"
+    document = json.loads(path.read_text()) | {"began_at": began_at}
+    path.write_text(json.dumps(document | {"hash": hash_of_description(document)}))
+    with pytest.raises(UserError, match="is damaged"):
+        read_description(path.parent)
 
 
 @pytest.mark.parametrize("content", ["../../elsewhere", "/etc", "step_1", "", "step_00000001/.."])

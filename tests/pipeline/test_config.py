@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
 
 PINNED = {
-    "run.name", "run.dir", "run.seed", "run.device", "run.dtype", "run.compile",
+    "run.name", "run.dir", "run.seed", "run.device", "run.dtype", "run.compile", "run.branch_from",
     "data.dataset", "data.data_dir", "data.mixture", "data.document_mask",
     "model.arch", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.dropout", "model.bias",
     "model.tie_weights", "model.activation_checkpointing", "model.init_from",
@@ -33,10 +33,10 @@ PINNED = {
     "schedule.kind", "schedule.warmup_steps", "schedule.decay_steps",
     "train.max_steps", "train.tokens_per_step", "train.micro_batch_size", "train.max_bad_steps",
     "train.spike_z_score", "train.spike_window",
-    "eval.every_steps", "eval.batches", "eval.sample_prompt",
-    "checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume",
+    "eval.every_steps", "eval.tokens", "eval.sample_prompt",
+    "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps", "checkpoint.resume",
     "log.every_steps", "log.tensorboard",
-    "parallel.strategy", "parallel.check_every_steps",
+    "parallel.strategy", "parallel.check_every_steps", "parallel.timeout_s",
 }  # fmt: skip
 
 
@@ -382,6 +382,10 @@ def test_a_mixture_takes_the_place_of_the_dataset_and_survives_both_written_form
     [
         ("modle.n_layer=3", "unknown key modle.n_layer (did you mean model.n_layer?)"),
         ("zzz.key=3", "unknown key zzz.key (see pipeline train --help)"),
+        (
+            "eval.batches=0",
+            "unknown key eval.batches (did you mean eval.tokens: micro-batches x train.micro_batch_size x ",
+        ),
         ("model.n_layers=3", "unknown key model.n_layers (did you mean model.n_layer?)"),
         ("log.x=1", "unknown key log.x (expected one of log.every_steps, log.tensorboard)"),
         ("model.vocab.size=1", "unknown key model.vocab.size"),
@@ -445,8 +449,8 @@ def test_a_wrong_override_is_named_with_what_was_wanted(override: str, message: 
         ("schedule.warmup_steps", 0), ("schedule.decay_steps", 0),
         ("train.max_steps", 1), ("train.tokens_per_step", 1), ("train.micro_batch_size", 1),
         ("train.max_bad_steps", 1),
-        ("eval.every_steps", 0), ("eval.batches", 0),
-        ("checkpoint.every_steps", 1), ("checkpoint.keep", 1), ("log.every_steps", 1),
+        ("eval.every_steps", 0), ("eval.tokens", 0),
+        ("checkpoint.every_steps", 1), ("checkpoint.keep", 1), ("checkpoint.keep_every_steps", 0), ("log.every_steps", 1),
     ],
 )  # fmt: skip
 def test_a_number_may_be_its_lower_bound_and_nothing_below(key: str, bound: int) -> None:

@@ -205,7 +205,7 @@ def test_a_rank_of_srun_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch, seen:
     monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
     monkeypatch.setattr("torch.cuda.set_device", taken.append)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr("pipeline.machine.ranks._srun_store", lambda _: HashStore())
+    monkeypatch.setattr("pipeline.machine.ranks._srun_store", lambda *_: HashStore())
     started(monkeypatch, step(11, "8(x2)", 1, 3))
     world = distributed.start("auto")
     assert taken == [world.device] == [torch.device("cuda", 0 if seen == 1 else 3)]

@@ -257,7 +257,7 @@ def test_the_loss_is_training_s_own_where_that_took_whole_windows_only(
 ) -> None:
     monkeypatch.setattr("pipeline.log.logger.propagate", True)
     write_dataset(tmp_path / "data" / "tiny", val_tokens=16 * 9 + 1)
-    config = tiny_config(tmp_path, eval={"batches": 0, "every_steps": 2}, train={"max_steps": 2})
+    config = tiny_config(tmp_path, eval={"tokens": 0, "every_steps": 2}, train={"max_steps": 2})
     train(config)
     caplog.set_level("INFO", logger="pipeline")
     found = report(capsys, ckpt="latest", run_dir=config.run_dir)

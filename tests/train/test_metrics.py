@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.machine.gpus import PEAK_FLOPS
+from pipeline.machine.gpus import PEAK_FLOPS, format_peak, peak_flops
 from pipeline.runs import RunFolder, State, Status
-from train.metrics import FileMetrics, Throughput
+from train.metrics import FileMetrics, LiveStatus, Throughput
 
 
 def metrics_in(folder: Path) -> FileMetrics:
@@ -38,12 +38,15 @@ def test_rows_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
 
 
 def test_throughput_counts_training_seconds_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 2.0, 100.0, 101.0])  # two steps of 2 s and 1 s, an evaluation of 98 s between them
+    # Two laps of 2 s and 1 s, which is what is left of 99 s beside an evaluation of 98 s.
+    clock = iter([0.0, 2.0, 2.5, 100.5, 101.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     throughput = Throughput(tokens_per_step=600, flops_per_token=1000, peak_flops=1e6)
-    for _ in range(2):
-        with throughput.timed():
-            pass
+    throughput.start()
+    throughput.lap()
+    with throughput.paused():
+        pass
+    throughput.lap()
     assert throughput.tokens_per_s == 1200 / 3
     assert throughput.mfu == pytest.approx(400 * 1000 / 1e6)
     assert throughput.last_step_s == 1.0
@@ -51,18 +54,40 @@ def test_throughput_counts_training_seconds_only(monkeypatch: pytest.MonkeyPatch
     assert throughput.tokens_per_s == 0, "a row's speeds are those since the last one"
 
 
-def test_a_status_keeps_the_times_of_an_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics, folder = metrics_in(tmp_path), RunFolder(tmp_path)
-    metrics.write_status(Status(State.STOPPED, 5, "SIGTERM", step_s=0.5, last_save_s=2.0))
-    metrics.write_status(Status(State.RUNNING, 5))
-    assert folder.read_status() == Status(State.RUNNING, 5, step_s=0.5, last_save_s=2.0)
-    metrics.keep_alive(Status(State.RUNNING, 6))
-    assert folder.read_status() == Status(State.RUNNING, 5, step_s=0.5, last_save_s=2.0), "written a moment ago"
-    later = time.monotonic() + 16
-    monkeypatch.setattr("time.monotonic", lambda: later)
-    metrics.keep_alive(Status(State.RUNNING, 7, step_s=0.25))
-    assert folder.read_status() == Status(State.RUNNING, 7, step_s=0.25, last_save_s=2.0)
-    metrics.close()
+def test_a_status_keeps_the_times_of_an_earlier_start_and_is_rewritten_while_nothing_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_status(Status(State.STOPPED, 5, "SIGTERM", exit_code=0, step_s=0.5, last_save_s=2.0))
+    monkeypatch.setattr("train.metrics.STATUS_INTERVAL_S", 0.05)
+    with LiveStatus(folder) as live:
+        assert folder.read_status() == Status(State.RUNNING, 5, step_s=0.5, last_save_s=2.0)
+        live.step_ended(6, 10, 0.25)
+        while folder.read_status().step != 6:
+            time.sleep(0.01)
+        found = folder.read_status()
+        assert (found.step_s, found.first_step_s, found.last_save_s) == (0.25, 0.25, 2.0)
+        assert found.eta_s == pytest.approx(1.0, rel=0.5)
+        live.end(State.DONE, "", 0)
+        live.end(State.FAILED, "later", 1)
+    assert (folder.read_status().state, folder.read_status().exit_code) == (State.DONE, 0)
+    assert folder.read_status().updated_at.endswith("+00:00")
+
+
+def test_a_status_that_cannot_be_replaced_on_a_full_disk_still_says_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_status(Status(State.RUNNING, 5))
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("pipeline.runs.write_atomic", full)
+    with pytest.raises(OSError, match="No space"):
+        folder.write_status(Status(State.RUNNING, 6))
+    folder.write_status(Status(State.FAILED, 6, "full", loss=float("nan")))
+    assert folder.read_status() == Status(State.FAILED, 6, "full")
 
 
 def test_mfu_is_unknown_without_a_peak() -> None:
@@ -73,6 +98,34 @@ def test_every_peak_is_found_by_its_own_name_first() -> None:
     names = list(PEAK_FLOPS)
     for position, name in enumerate(names):
         assert not any(earlier in name for earlier in names[:position]), f"{name} is shadowed"
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 NVL", 835), ("NVIDIA H100 PCIe", 756), ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H200", 989), ("NVIDIA H20", 148), ("NVIDIA GB200", 2500), ("NVIDIA B200", 2250),
+        ("NVIDIA B300 SXM6 AC", 2250), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10", 125), ("NVIDIA A10G", 70),
+        ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA RTX A6000", 155),
+        ("NVIDIA RTX 6000 Ada Generation", 364), ("NVIDIA GeForce RTX 5090", 209.5), ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 3090 Ti", 80), ("AMD Instinct MI300X", 1307), ("AMD Instinct MI300X OAM", 1307),
+    ],
+)  # fmt: skip
+def test_a_gpu_has_the_dense_peak_of_its_data_sheet(name: str, tflops: float) -> None:
+    assert peak_flops(name) == tflops * 1e12
+    assert format_peak(name) == f"device {name}: peak {tflops:,.1f} TFLOP/s, dense bfloat16"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3080 with Max-Q Design", "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4080 SUPER", "Tesla V100-SXM2-16GB", "cpu", "mps",
+    ],
+)  # fmt: skip
+def test_a_part_that_only_shares_a_name_has_no_peak(name: str) -> None:
+    assert peak_flops(name) is None
+    assert format_peak(name) == f"device {name}: peak FLOP/s unknown, so no mfu"
 
 
 def test_a_run_resumed_within_the_same_second_keeps_one_curve(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def sharded_config(folder: Path, **sections: dict[str, Any]) -> Config:
     """33 rows are cut into 17 and 16, and five batches of evaluation leave a rank without one in the last turn."""
     model = {"n_embd": 33, "n_head": 3, "dropout": 0.1}
     train = {"max_steps": 12, "tokens_per_step": 256}
-    return tiny_config(folder, model=model, train=train, eval={"every_steps": 3, "batches": 5}, **sections)
+    return tiny_config(folder, model=model, train=train, eval={"every_steps": 3, "tokens": 160}, **sections)
 
 
 def under(config: Config, strategy: str) -> Config:

@@ -65,7 +65,8 @@ def copy_of(finished: Config, name: str) -> Config:
 
 def start_point(config: Config, how: str = "auto") -> Path | None:
     config = replace(config, checkpoint=replace(config.checkpoint, resume=how))
-    return resume.start_point(config, Mixture(config), dry_run=False)
+    start = resume.start_point(config, Mixture(config), dry_run=False)
+    return start and start.folder
 
 
 def spoil(config: Config, file: str, damage: Damage) -> bool:

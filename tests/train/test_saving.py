@@ -93,9 +93,8 @@ def test_a_failed_save_ends_training_at_the_next_step_and_says_why(
         return real(checkpoints, state, *others, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("train.saving.write_checkpoint", full_disk)
-    with pytest.raises(UserError, match=r"could not be written: .*No space left on device"):
+    with pytest.raises(UserError, match=r"could not be written, the one before is intact: No space left on device"):
         run(config)
-    assert "a checkpoint could not be written" in caplog.text
     assert status(config)["state"] == "failed" and 6 <= status(config)["step"] < 1000
     latest = pointed_folder(config.run_dir / "checkpoints", "latest")
     assert latest is not None and latest.name == "step_00000003"

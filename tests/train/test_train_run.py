@@ -151,11 +151,12 @@ def test_a_mixture_resumed_in_the_middle_equals_straight_through(tiny: Path) -> 
     assert_identical(halved, straight)
 
 
-def test_other_weights_are_another_dataset_and_another_mask_another_run(tiny: Path) -> None:
+def test_other_weights_are_refused_by_name_and_so_is_another_mask(tiny: Path) -> None:
     config = mixed_config(tiny)
     run(config)
     other = tuple(replace(source, weight=0.5) for source in config.data.mixture)
-    with pytest.raises(UserError, match=r"another dataset .*tiny \(50.00%\) \+ .*other \(50.00%\)"):
+    weights = "the weight of 'tiny' in data.mixture 0.7 -> 0.5, the weight of 'other' in data.mixture 0.3 -> 0.5"
+    with pytest.raises(UserError, match=f"cannot resume with {weights}: set them back, .*run.branch_from"):
         run(replace(config, data=replace(config.data, mixture=other)))
     with pytest.raises(UserError, match="cannot resume with data.document_mask False -> True"):
         run(replace(config, data=replace(config.data, document_mask=True)))

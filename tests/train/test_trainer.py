@@ -83,7 +83,7 @@ def test_activation_checkpointing_computes_every_block_twice_and_changes_no_bit(
     assert len(calls) == 2 * again.accumulation
     calls.clear()
     evaluate(again)
-    assert len(calls) == config.eval.batches
+    assert len(calls) == 4
 
 
 def test_logged_loss_is_the_mean_over_the_whole_global_batch(tiny: Path) -> None:
@@ -155,7 +155,7 @@ def test_dropout_depends_on_the_place_in_the_global_batch_and_not_on_history(tin
 
 
 def test_evaluation_is_the_mean_over_its_windows_and_leaves_training_alone(tiny: Path) -> None:
-    config = tiny_config(tiny, eval={"batches": 5}, train={"micro_batch_size": 4, "tokens_per_step": 128})
+    config = tiny_config(tiny, eval={"tokens": 320}, train={"micro_batch_size": 4, "tokens_per_step": 128})
     trainer = trainer_of(config)
     reader = TokenReader(tiny / "data/tiny", load_manifest(tiny / "data/tiny"), "val")
     windows = torch.from_numpy(windows_at(reader, evaluation_starts(reader, 16, 20), 16))
@@ -175,10 +175,50 @@ def test_evaluation_is_the_mean_over_its_windows_and_leaves_training_alone(tiny:
 
 
 def test_evaluation_weighs_a_short_last_batch_by_its_windows(tiny: Path) -> None:
-    whole = trainer_of(tiny_config(tiny, eval={"batches": 0}, train={"micro_batch_size": 8}))
+    whole = trainer_of(tiny_config(tiny, eval={"tokens": 0}, train={"micro_batch_size": 8}))
     assert len(whole.evaluation.starts[0]) % 8 != 0
-    single = trainer_of(tiny_config(tiny, eval={"batches": 0}, train={"micro_batch_size": 1}))
+    single = trainer_of(tiny_config(tiny, eval={"tokens": 0}, train={"micro_batch_size": 1}))
     assert evaluate(whole) == pytest.approx(evaluate(single), rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 100, 1000, 10**9])
+def test_the_val_loss_does_not_depend_on_what_the_memory_has_room_for(tiny: Path, tokens: int) -> None:
+    """Fewer tokens than a window are one window, more than the split are all of it."""
+    losses, starts = [], []
+    for size in (1, 2, 8):
+        trainer = trainer_of(tiny_config(tiny, eval={"tokens": tokens}, train={"micro_batch_size": size}))
+        losses.append(evaluate(trainer))
+        starts.append(trainer.evaluation.starts)
+    assert starts[0] == starts[1] == starts[2]
+    assert len(starts[0][0]) == min(max(1, math.ceil(tokens / 16)), 1999 // 16)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_an_optimizer_that_takes_its_time_is_in_the_tokens_per_second(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what takes its time between steps; an evaluation and a save are not."""
+    config = tiny_config(tiny, train={"max_steps": 6}, eval={"every_steps": 2}, checkpoint={"every_steps": 2})
+    trainer, clock = trainer_of(config), [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def takes(of: Any, name: str, seconds: float) -> None:
+        real = getattr(of, name)
+
+        def slow(*arguments: Any, **named: Any) -> Any:
+            clock[0] += seconds
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(of, name, slow)
+
+    for outside in ((trainer.evaluation, "run"), (trainer.checkpoints, "save")):
+        takes(*outside, seconds=3.0)
+    for inside in ((trainer.optimizer, "step"), (trainer, "agree")):
+        takes(*inside, seconds=0.5)
+    metrics = FileMetrics(RunFolder(config.run_dir), 0, tensorboard=False)
+    trainer.fit(metrics, StopRequest())
+    rows = [json.loads(row) for row in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens_per_s"] for row in rows[1:]] == [pytest.approx(128)] * 5
 
 
 def mixed(folder: Path, **sections: dict[str, Any]) -> Config:
@@ -189,7 +229,7 @@ def mixed(folder: Path, **sections: dict[str, Any]) -> Config:
 
 
 def test_val_loss_of_a_mixture_is_the_mean_of_its_sources_by_share(tiny: Path) -> None:
-    trainer = trainer_of(mixed(tiny, eval={"batches": 0}, train={"micro_batch_size": 8}))
+    trainer = trainer_of(mixed(tiny, eval={"tokens": 0}, train={"micro_batch_size": 8}))
     expected = []
     for source in trainer.mixture.sources:
         reader = TokenReader(source.folder, source.manifest, "val")
@@ -207,7 +247,7 @@ def test_a_document_mask_reaches_training_and_evaluation(tiny: Path) -> None:
     texts = ["abcabc", "xyz", "hello there", "a" * 30, "bcd" * 9]
     write_documents(tiny / "data" / "packed", {"train": [texts], "val": [texts]})
     data = {"dataset": "packed", "document_mask": True}
-    trainer = trainer_of(tiny_config(tiny, data=data, eval={"batches": 0}))
+    trainer = trainer_of(tiny_config(tiny, data=data, eval={"tokens": 0}))
     end = trainer.mixture.tokenizer["end_of_text"]
 
     def loss_one_by_one(windows: torch.Tensor) -> float:
