@@ -36,7 +36,7 @@ PINNED = {
     "eval.every_steps", "eval.tokens", "eval.sample_prompt",
     "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps", "checkpoint.resume",
     "log.every_steps", "log.tensorboard",
-    "parallel.strategy", "parallel.check_every_steps",
+    "parallel.strategy", "parallel.check_every_steps", "parallel.timeout_s",
 }  # fmt: skip
 
 
