@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.log import printable
-from prepare.formats import READABLE, Format, compression_of, format_of
+from prepare.formats import READABLE, SEEKING, compression_of, format_of
 from prepare.storage.compressed import text_blocks
 from prepare.storage.files import name_of, shown
 
@@ -81,11 +81,11 @@ def _suffix(path: str) -> str:
 
 
 def _is_empty(path: str, size: int) -> bool:
-    """Whether no text can be in a file, known before it is read; an empty Parquet file is damaged,
+    """Whether no text can be in a file, known before it is read; an empty Parquet or Arrow file is damaged,
     and reported as that.
     """
     name = name_of(path)
-    if format_of(name) is Format.PARQUET or size > MOST_BYTES_OF_NOTHING:
+    if format_of(name) in SEEKING or size > MOST_BYTES_OF_NOTHING:
         return False
     try:
         return size == 0 or (bool(compression_of(name)) and next(text_blocks(path), None) is None)

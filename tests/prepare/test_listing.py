@@ -250,7 +250,7 @@ def test_named_corpora_are_read_once_too(tmp_path: Path) -> None:
     assert second.files() == []
     first, second = opened(tmp_path, "shakespeare", "shakespeare").sources
     assert (len(first.passed_over()), second.passed_over()["already listed"]["count"]) == (0, 1)
-    assert second.items(1) == []
+    assert second.stored() == []
 
 
 def test_copies_and_names_that_differ_in_case_are_other_files(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_a_bad_line_on_stdin_is_told_with_its_number_and_the_spool_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a"}\nplain\n')))
-    with pytest.raises(UserError, match="stdin line 2 is not JSON"):
+    with pytest.raises(UserError, match="1 of 2 rows are broken.*1 not JSON .*stdin at byte 14"):
         prepare(tmp_path, "-")
     assert {path.name for path in (tmp_path / "data" / "stdin").iterdir()} == {".lock", "unfinished"}
 
@@ -392,7 +392,7 @@ def test_force_that_fails_leaves_the_earlier_dataset_whole(tmp_path: Path, jsonl
     folder = prepare(tmp_path, jsonl)
     before = contents(folder)
     jsonl.write_bytes(jsonl.read_bytes() + b"not json\n")
-    with pytest.raises(UserError, match="line 201 is not JSON"):
+    with pytest.raises(UserError, match=r"1 of 201 rows are broken.*not JSON .*corpus\.jsonl at byte"):
         prepare(tmp_path, jsonl, force=True)
     load_manifest(folder)
     assert contents(folder) == before
