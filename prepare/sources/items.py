@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import xxhash
 
 from pipeline.files import hash_bytes
-from prepare.documents.arrow import split_batches
 from prepare.documents.lines import TextFile, is_utf8, split_lines
 from prepare.documents.parquet import split_rows
 from prepare.documents.streams import Stream
@@ -129,8 +128,6 @@ def _items(file: StoredFile, reading: Reading, unit_bytes: int) -> Iterator[Item
     match format_of(name):
         case Format.PARQUET:
             yield from split_rows(file.path, file.size, reading.text_field, unit_bytes)
-        case Format.ARROW:
-            yield from split_batches(file.path, reading.text_field, unit_bytes)
         case Format.TEXT if not reading.document_separator:
             yield TextFile(file.path, size)
         # What can be read from any byte is split here, and its units read themselves; the rest is a

@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.log import printable
 from prepare.formats import READABLE, SEEKING, compression_of, format_of
 from prepare.storage.compressed import text_blocks
-from prepare.storage.files import name_of, shown
+from prepare.storage.files import is_web, name_of, shown
 
 HIDDEN_FILE, EMPTY, REPEATED = "hidden file", "empty file", "already listed"
 NOT_A_FILE, FOLDER_OF_A_GLOB = "not a regular file", "folder, where the glob asks for files"
@@ -87,7 +87,10 @@ def _is_empty(path: str, size: int) -> bool:
     name = name_of(path)
     if format_of(name) in SEEKING or size > MOST_BYTES_OF_NOTHING:
         return False
+    if size == 0 and not is_web(path):
+        return True
+    # A web server need not tell a size, and the archive of nothing has one.
     try:
-        return size == 0 or (bool(compression_of(name)) and next(text_blocks(path), None) is None)
+        return (size == 0 or compression_of(name) != "") and next(text_blocks(path), None) is None
     except Exception:  # a damaged file is not empty: whoever reads it reports the damage
         return False

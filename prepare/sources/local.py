@@ -115,17 +115,17 @@ class Stdin(Source):
 
 @dataclass(frozen=True)
 class Shakespeare(Source):
-    """Tiny Shakespeare, downloaded when it is first needed."""
+    """Tiny Shakespeare, downloaded when it is first needed; nothing where it was named before."""
 
     def stored(self) -> list[StoredFile]:
-        return [StoredFile(str(_shakespeare()), SHAKESPEARE_BYTES, SHAKESPEARE_SHA256)]
+        return [] if self.passed else [StoredFile(str(_shakespeare()), SHAKESPEARE_BYTES, SHAKESPEARE_SHA256)]
 
     def split(self, file: StoredFile, unit_bytes: int) -> Iterator[Item]:
         return super().split(replace(file, path=str(self.path)), unit_bytes)
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         about = {"path": "shakespeare", "url": SHAKESPEARE_URL}
-        return [{**about, "bytes": SHAKESPEARE_BYTES, "sha256": SHAKESPEARE_SHA256}]
+        return [] if self.passed else [{**about, "bytes": SHAKESPEARE_BYTES, "sha256": SHAKESPEARE_SHA256}]
 
     @cached_property
     def path(self) -> Path:
@@ -188,8 +188,8 @@ def open_stdlib(reading: Reading, seen: set[str]) -> Files:
 
 def open_shakespeare(reading: Reading, seen: set[str]) -> Source:
     listing = Listing(seen)
-    is_new = listing.takes(SHAKESPEARE_URL, SHAKESPEARE_BYTES, SHAKESPEARE_URL)
-    return Shakespeare(reading) if is_new else Files(reading, [], passed=listing.passed_over)
+    listing.is_new(SHAKESPEARE_URL, SHAKESPEARE_URL)
+    return Shakespeare(reading, passed=listing.passed_over)
 
 
 def _is_json_object(head: bytes) -> bool:

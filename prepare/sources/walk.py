@@ -141,7 +141,9 @@ def _unread(folder: Path, names: Set[str], split: str) -> dict[str, str]:
     if SAVED_SPLITS in names:
         splits = _parsed(folder / SAVED_SPLITS, "splits")
         if split not in splits:
-            raise UserError(f"{shown(str(folder))} has no split {split!r}, its splits are: {', '.join(splits)}")
+            raise UserError(
+                f"{shown(str(folder))} has no split {split!r}, its splits are: {', '.join(splits)}; choose with --split"
+            )
         return dict.fromkeys(names - {split}, f"not in the split {split}")
     if names >= SAVED_STATE:
         data = {each["filename"] for each in _parsed(folder / "state.json", "_data_files")}

@@ -7,7 +7,9 @@ import lzma
 import os
 import socket
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -250,7 +252,7 @@ def test_named_corpora_are_read_once_too(tmp_path: Path) -> None:
     assert second.files() == []
     first, second = opened(tmp_path, "shakespeare", "shakespeare").sources
     assert (len(first.passed_over()), second.passed_over()["already listed"]["count"]) == (0, 1)
-    assert second.stored() == []
+    assert (second.stored(), second.record(str)) == ([], [])
 
 
 def test_copies_and_names_that_differ_in_case_are_other_files(tmp_path: Path) -> None:
@@ -416,6 +418,27 @@ def test_what_lies_elsewhere_is_counted_and_taken_once(tmp_path: Path, memory: A
     memory.pipe("/c/new.txt", b"x")
     found = opened(tmp_path, "memory://c")
     assert [file.path for file in found.sources[0].stored()][1:2] == ["memory:///c/new.txt"]
+
+
+class NoLength(BaseHTTPRequestHandler):
+    """A server that ends an answer by closing the connection, and tells no size."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"" if "empty" in self.path else b"text")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_file_of_a_size_that_is_not_told_is_not_taken_for_empty(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), NoLength) as server:
+        Thread(target=server.serve_forever, args=(0.01,)).start()
+        web = f"http://127.0.0.1:{server.server_port}"
+        assert documents(tmp_path, f"{web}/a.txt", f"{web}/empty.txt", f"{web}/a.txt") == ["text"]
+        assert passed_over(tmp_path, f"{web}/empty.txt") == {"empty file": (1, f"{web}/empty.txt")}
+        server.shutdown()
 
 
 # ---- folders that `datasets` saved, and splits ----
