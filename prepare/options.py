@@ -3,15 +3,20 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 from pipeline.errors import UserError
+from prepare.encoding.contamination import evaluation_ngrams
 from prepare.encoding.vocabulary import check_name
 from prepare.unfinished.journal import Share
 from prepare.units import Reading
 
 # Recorded in the manifest: a dataset prepared with others of these is another dataset.
-DETERMINE_BYTES = ("tokenizer", "text_field", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup")
+DETERMINE_BYTES = (
+    "tokenizer", "text_field", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup", "near_dedup",
+    "decontaminate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class PrepareOptions:
     limit_docs: int | None = None
     seed: int = 0
     dedup: bool = False
+    near_dedup: bool = False
+    decontaminate: tuple[str, ...] = ()
     task_id: int | None = None
     tasks: int | None = None
     force: bool = False
@@ -60,6 +67,8 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
     for name in ("workers", "limit_docs", "shard_tokens"):
         if (count := getattr(options, name)) is not None and count < 1:
             yield f"invalid --{name.replace('_', '-')} {count}: expected at least 1"
+    if options.near_dedup and find_spec("rensa") is None:
+        yield "--near-dedup requires the package rensa: pip install 'gpt-pipeline[dedup]'"
     if not 0 <= options.seed < 1 << 64:
         yield f"invalid --seed {options.seed}: expected 0 .. 2**64 - 1"
 
@@ -84,7 +93,9 @@ def _task_faults(options: PrepareOptions) -> Iterator[str]:
 def choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
     """The options that determine the bytes of the dataset."""
     chosen = replace(options, tokenizer=check_name(options.tokenizer), val_fraction=fraction)
-    return {name: getattr(chosen, name) for name in DETERMINE_BYTES}
+    # Of evaluation texts the content counts: a task, or a file, may change under its name.
+    evaluation = evaluation_ngrams(options.decontaminate).record() if options.decontaminate else {}
+    return {name: getattr(chosen, name) for name in DETERMINE_BYTES} | {"decontaminate": evaluation}
 
 
 def default_fraction(file_bytes: int | None) -> float:

@@ -11,6 +11,7 @@ from pipeline.files import hash_file
 from pipeline.log import logger
 from pipeline.vocabulary.tokenizer import Tokenizer, token_dtype
 from prepare.assembly.finish import changed_sources
+from prepare.encoding.contamination import NGRAMS_FILE, evaluation_ngrams
 from prepare.encoding.encode import load
 from prepare.encoding.vocabulary import is_file, learn_from, learns_from_corpus, open_vocabulary
 from prepare.options import PrepareOptions, choices, default_fraction
@@ -88,6 +89,8 @@ class Preparation:
             tasks=self.share.tasks,
             splitting=SPLITTING,
         )
+        if self.options.decontaminate:
+            evaluation_ngrams(self.options.decontaminate).save(self.journal.folder / NGRAMS_FILE)
         self.journal.begin(plan, tokenizer.files())
         return self.journal.plan()  # another task's, if that was first
 
@@ -133,7 +136,8 @@ def _differences(earlier: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
     return [
         f"{name} was {earlier.get(name)!r} and is now {value!r}"
         for name, value in chosen.items()
-        if earlier.get(name) != value
+        # An option that is off may be missing: it is newer than what the earlier start wrote.
+        if (earlier.get(name) or None) != (value or None)
     ]
 
 

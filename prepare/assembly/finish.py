@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from pipeline import __version__
-from pipeline.dataset.shards import SPLITS, Manifest, Shard
+from pipeline.dataset.shards import LISTING_NAME, SPLITS, Manifest, Shard
 from pipeline.errors import UserError
-from pipeline.files import hash_file
+from pipeline.files import hash_file, publish
 from pipeline.log import ProgressReport, logger
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
 from prepare.assembly.duplicates import mark_duplicates
+from prepare.assembly.near_duplicates import mark_near_duplicates
 from prepare.assembly.shards import Assembly, ShardLayout, lay_out_shards, statistics, write_shard, written_shard
 from prepare.assembly.splits import dropped, find_rule
 from prepare.sources.corpus import Corpus
@@ -17,7 +18,7 @@ from prepare.unfinished.journal import Journal, Plan
 from prepare.unfinished.parts import Part, merge_reports, read_summary, report
 from prepare.workers import Workers
 
-DUPLICATE = "duplicate"
+DUPLICATE, NEAR_DUPLICATE = "duplicate", "near duplicate"
 
 
 def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> None:
@@ -33,6 +34,18 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
         duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
         if (marks := dropped(duplicates, 0, documents)).any():
             report(skipped, DUPLICATE, f"document {int(marks.argmax())} of the corpus, from 0", int(marks.sum()))
+    near: list[list[str]] = []
+    if plan.options["near_dedup"]:
+        duplicates, found = mark_near_duplicates(parts, dtype, journal.folder, duplicates)
+        items = corpus.items()
+        near = [[items[item].locate(position) for item, position in cluster] for cluster in found.clusters]
+        if near:
+            report(skipped, NEAR_DUPLICATE, f"{near[0][1]}, near {near[0][0]}", found.count)
+    if plan.options["decontaminate"]:
+        partial = journal.staged / f"{LISTING_NAME}.partial"
+        with partial.open("wb") as listing:
+            listing.writelines(Part(path, dtype).listed.tobytes() for path in parts)
+        publish(partial, journal.staged / LISTING_NAME)
     if documents == 0:
         reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in skipped.items())
         raise UserError(
@@ -59,7 +72,7 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
         val_rule=rule.record(),
         skipped=skipped,
         unusual=merge_reports(summary.unusual for summary in summaries),
-        statistics=statistics(assembly, layouts, list(shards.values())),
+        statistics=statistics(assembly, layouts, list(shards.values())) | ({"near_duplicates": near} if near else {}),
         program=__version__,
     )
     journal.publish(manifest)

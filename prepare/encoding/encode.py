@@ -15,8 +15,10 @@ import xxhash
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
+from prepare.encoding.contamination import Contaminated
 from prepare.encoding.engine import Engine, Gigatoken, Plain
 from prepare.encoding.pieces import PIECE_CHARACTERS, blocks_of, pieces
+from prepare.encoding.screen import Screen, Screening
 from prepare.unfinished.parts import PartWriter, Summary, part_name, report
 from prepare.units import NOT_UTF8, Document, Refused, Unit
 
@@ -56,6 +58,7 @@ class EncodingOptions:
     vocabulary: Path
     seed: int
     use_gigatoken: bool = False
+    screening: Screening | None = None
 
 
 class UnitEncoder:
@@ -65,6 +68,7 @@ class UnitEncoder:
         self._folder, self._seed = options.parts, options.seed
         self._tokenizer = from_spec(options.tokenizer, options.vocabulary)
         self._engine: Engine = Gigatoken() if options.use_gigatoken else Plain(self._tokenizer)
+        self._screen = Screen(options.screening) if options.screening else None
         # Hugging Face's library, which has no token_bytes, may look beyond the end of a word.
         self._ends_with_words = self._tokenizer.token_bytes() is not None or self._tokenizer.name == "word"
 
@@ -79,9 +83,13 @@ class UnitEncoder:
             # count towards the limit, so --limit-docs 100 gives 100 documents.
             kept = 0
             for position, document in job.work.documents():
+                writer.begin_document(position)
                 result = self._write(document, writer)
                 if isinstance(result, Refused):
-                    report(summary.skipped, result.reason, job.work.locate(position))
+                    where = job.work.locate(position)
+                    report(summary.skipped, result.reason, where)
+                    if isinstance(result, Contaminated):
+                        writer.list_left_out(document=where, evaluation_text=result.evaluation_text, words=result.words)
                     continue
                 if result:
                     report(summary.unusual, result, job.work.locate(position))
@@ -104,11 +112,14 @@ class UnitEncoder:
         # ones need.
         if not document:
             return Refused(EMPTY)
+        if self._screen and (found := self._screen.begin(document.decode())):
+            return found
         try:
             writer.add(self._engine.encode(document))
         except ValueError:
             return Refused(REFUSED)
-        writer.end_document(len(document), xxhash.xxh3_128_digest(document, self._seed))
+        signature = self._screen.signature() if self._screen else b""
+        writer.end_document(len(document), xxhash.xxh3_128_digest(document, self._seed), signature)
         return None
 
     def _write_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> str | Refused | None:
@@ -125,6 +136,9 @@ class UnitEncoder:
         count, all_safe = 0, True
         try:
             for piece, safe in pieces(hashed()):
+                if self._screen and (found := self._screen.go_on(piece) if count else self._screen.begin(piece)):
+                    writer.abandon_document()
+                    return found
                 writer.add(self._engine.encode(piece.encode()))
                 count += 1
                 all_safe = all_safe and safe
@@ -133,7 +147,7 @@ class UnitEncoder:
             return Refused(NOT_UTF8 if isinstance(error, UnicodeDecodeError) else REFUSED)
         if size == 0:
             return Refused(EMPTY)
-        writer.end_document(size, digest.digest())
+        writer.end_document(size, digest.digest(), self._screen.signature() if self._screen else b"")
         same_ids = count == 1 or self._tokenizer.name in ENDS_ANYWHERE or (all_safe and self._ends_with_words)
         return None if same_ids else SPLIT_INSIDE_WORD
 

@@ -4,6 +4,7 @@
     000012_000000.part  a finished unit
     hashes_0000.jsonl   hashes of the source files, one file per task
     tiktoken_only       exists once gigatoken was found at fault; holds the fault
+    evaluation.npz      n-grams of the texts to keep out (--decontaminate)
     dataset/            shards and vocabulary while they are made; the manifest is written last
 
 Once `dataset/manifest.json` exists, all that is left is to move those files up, which can be
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from pipeline.dataset.shards import MANIFEST_NAME, Manifest
+from pipeline.dataset.shards import LISTING_NAME, MANIFEST_NAME, Manifest
 from pipeline.files import sync, write_atomic
 from pipeline.vocabulary.specs import vocabulary_file
 from prepare.unfinished.parts import part_name, read_summary
@@ -216,5 +217,6 @@ class Journal:
         if path.exists():
             vocabulary = vocabulary_file(orjson.loads(path.read_bytes())["tokenizer"]["name"])
             path.unlink()
+            (self.dataset / LISTING_NAME).unlink(missing_ok=True)
             if vocabulary:
                 (self.dataset / vocabulary).unlink(missing_ok=True)
