@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from pipeline.errors import UserError
-from prepare.encoding.contamination import evaluation_ngrams
+from prepare.encoding.contamination import evaluation_record
 from prepare.encoding.vocabulary import check_name
 from prepare.unfinished.journal import Share
 from prepare.units import Reading
@@ -15,7 +15,6 @@ from prepare.units import Reading
 # Recorded in the manifest: a dataset prepared with others of these is another dataset.
 DETERMINE_BYTES = (
     "tokenizer", "text_field", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup", "near_dedup",
-    "decontaminate",
 )  # fmt: skip
 
 
@@ -94,8 +93,8 @@ def choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
     """The options that determine the bytes of the dataset."""
     chosen = replace(options, tokenizer=check_name(options.tokenizer), val_fraction=fraction)
     # Of evaluation texts the content counts: a task, or a file, may change under its name.
-    evaluation = evaluation_ngrams(options.decontaminate).record() if options.decontaminate else {}
-    return {name: getattr(chosen, name) for name in DETERMINE_BYTES} | {"decontaminate": evaluation}
+    evaluation = {"decontaminate": evaluation_record(options.decontaminate)}
+    return {name: getattr(chosen, name) for name in DETERMINE_BYTES} | evaluation
 
 
 def default_fraction(file_bytes: int | None) -> float:

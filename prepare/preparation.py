@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.dataset.shards import MANIFEST_NAME, load_manifest
 from pipeline.errors import UserError
-from pipeline.files import hash_file
+from pipeline.files import hash_file, write_atomic
 from pipeline.log import logger
 from pipeline.vocabulary.tokenizer import Tokenizer, token_dtype
 from prepare.assembly.finish import changed_sources
@@ -90,7 +90,8 @@ class Preparation:
             splitting=SPLITTING,
         )
         if self.options.decontaminate:
-            evaluation_ngrams(self.options.decontaminate).save(self.journal.folder / NGRAMS_FILE)
+            self.journal.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.journal.folder / NGRAMS_FILE, evaluation_ngrams(self.options.decontaminate).tobytes())
         self.journal.begin(plan, tokenizer.files())
         return self.journal.plan()  # another task's, if that was first
 

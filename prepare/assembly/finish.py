@@ -1,6 +1,9 @@
 """The parts of all tasks -> the dataset: duplicates, split rule, shards, statistics, manifest."""
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pipeline import __version__
 from pipeline.dataset.shards import LISTING_NAME, SPLITS, Manifest, Shard
@@ -12,7 +15,7 @@ from pipeline.vocabulary.tokenizer import token_dtype
 from prepare.assembly.duplicates import mark_duplicates
 from prepare.assembly.near_duplicates import mark_near_duplicates
 from prepare.assembly.shards import Assembly, ShardLayout, lay_out_shards, statistics, write_shard, written_shard
-from prepare.assembly.splits import dropped, find_rule
+from prepare.assembly.splits import dropped, find_rule, numbered_parts
 from prepare.sources.corpus import Corpus
 from prepare.unfinished.journal import Journal, Plan
 from prepare.unfinished.parts import Part, merge_reports, read_summary, report
@@ -35,12 +38,11 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
         if (marks := dropped(duplicates, 0, documents)).any():
             report(skipped, DUPLICATE, f"document {int(marks.argmax())} of the corpus, from 0", int(marks.sum()))
     near: list[list[str]] = []
-    if plan.options["near_dedup"]:
-        duplicates, found = mark_near_duplicates(parts, dtype, journal.folder, duplicates)
-        items = corpus.items()
-        near = [[items[item].locate(position) for item, position in cluster] for cluster in found.clusters]
+    if plan.options["near_dedup"] and documents:
+        duplicates, count, clusters = mark_near_duplicates(parts, dtype, journal.folder, duplicates)
+        near = [[locate(number, parts, dtype, corpus) for number in cluster] for cluster in clusters]
         if near:
-            report(skipped, NEAR_DUPLICATE, f"{near[0][1]}, near {near[0][0]}", found.count)
+            report(skipped, NEAR_DUPLICATE, f"{near[0][1]}, near {near[0][0]}", count)
     if plan.options["decontaminate"]:
         partial = journal.staged / f"{LISTING_NAME}.partial"
         with partial.open("wb") as listing:
@@ -77,6 +79,12 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
     )
     journal.publish(manifest)
     _summarise(journal.dataset, manifest)
+
+
+def locate(number: int, parts: list[Path], dtype: np.dtype[Any], corpus: Corpus) -> str:
+    """Where document `number` of the corpus is."""
+    part, first = next(each for each in numbered_parts(parts, dtype) if number < each[1] + each[0].summary.documents)
+    return corpus.items()[part.summary.item].locate(int(part.positions[number - first]))
 
 
 def changed_sources(plan: Plan, corpus: Corpus, journal: Journal) -> list[str]:

@@ -15,10 +15,10 @@ import xxhash
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
-from prepare.encoding.contamination import Contaminated
+from prepare.encoding.contamination import Contaminated, Contamination
 from prepare.encoding.engine import Engine, Gigatoken, Plain
 from prepare.encoding.pieces import PIECE_CHARACTERS, blocks_of, pieces
-from prepare.encoding.screen import Screen, Screening
+from prepare.encoding.screen import Screen
 from prepare.unfinished.parts import PartWriter, Summary, part_name, report
 from prepare.units import NOT_UTF8, Document, Refused, Unit
 
@@ -51,14 +51,17 @@ class UnitJob:
 
 @dataclass(frozen=True)
 class EncodingOptions:
-    """What all units have in common. `parts` and `vocabulary` are folders."""
+    """What all units have in common. `parts` and `vocabulary` are folders, `evaluation` the file of
+    n-grams to look for and the names of their sources.
+    """
 
     tokenizer: dict[str, Any]
     parts: Path
     vocabulary: Path
     seed: int
     use_gigatoken: bool = False
-    screening: Screening | None = None
+    near_dedup: bool = False
+    evaluation: tuple[Path, list[str]] | None = None
 
 
 class UnitEncoder:
@@ -68,7 +71,8 @@ class UnitEncoder:
         self._folder, self._seed = options.parts, options.seed
         self._tokenizer = from_spec(options.tokenizer, options.vocabulary)
         self._engine: Engine = Gigatoken() if options.use_gigatoken else Plain(self._tokenizer)
-        self._screen = Screen(options.screening) if options.screening else None
+        contamination = Contamination(*options.evaluation) if options.evaluation else None
+        self._screen = Screen(options.near_dedup, contamination) if options.near_dedup or contamination else None
         # Hugging Face's library, which has no token_bytes, may look beyond the end of a word.
         self._ends_with_words = self._tokenizer.token_bytes() is not None or self._tokenizer.name == "word"
 

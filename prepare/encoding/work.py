@@ -9,7 +9,6 @@ from pipeline.log import ProgressReport, logger
 from prepare.encoding.contamination import NGRAMS_FILE
 from prepare.encoding.encode import EncodingOptions, UnitEncoder, UnitJob, encode
 from prepare.encoding.engine import EngineFault, can_be_faster
-from prepare.encoding.screen import Screening
 from prepare.unfinished.journal import Journal, Plan
 from prepare.unfinished.parts import Summary, part_name, read_summary
 from prepare.units import Item, OneUnit, Texts, Unit
@@ -77,13 +76,10 @@ class _Missing:
 
 def _encode_missing(journal: Journal, plan: Plan, missing: _Missing, workers: Workers, *, use_gigatoken: bool) -> None:
     seed = plan.options["seed"]
-    near, evaluation = (
-        plan.options["near_dedup"],
-        journal.folder / NGRAMS_FILE if plan.options["decontaminate"] else None,
-    )
+    evaluation = (journal.folder / NGRAMS_FILE, list(plan.options["decontaminate"]))
     options = EncodingOptions(
         plan.tokenizer, journal.folder, journal.staged, seed=seed, use_gigatoken=use_gigatoken,
-        screening=Screening(near, evaluation) if near or evaluation else None,
+        near_dedup=plan.options["near_dedup"], evaluation=evaluation if evaluation[1] else None,
     )  # fmt: skip
     total = None if missing.total_bytes is None else missing.total_bytes / 1e6
     documents = tokens = 0

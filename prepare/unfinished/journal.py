@@ -4,7 +4,7 @@
     000012_000000.part  a finished unit
     hashes_0000.jsonl   hashes of the source files, one file per task
     tiktoken_only       exists once gigatoken was found at fault; holds the fault
-    evaluation.npz      n-grams of the texts to keep out (--decontaminate)
+    evaluation_ngrams   of the texts to keep out (--decontaminate)
     dataset/            shards and vocabulary while they are made; the manifest is written last
 
 Once `dataset/manifest.json` exists, all that is left is to move those files up, which can be
