@@ -93,9 +93,9 @@ def _candidates(bands: Any, documents: Numbers, marks: npt.NDArray[np.bool_]) ->
     at = np.arange(len(bands))
     # For each record, where its band begins.
     first = np.maximum.accumulate(np.where(np.diff(bands, prepend=~bands[:1]) != 0, at, 0))
-    for distance in range(1, COMPARED_BEFORE + 2):
-        before = at - distance if distance <= COMPARED_BEFORE else first
-        later = np.flatnonzero((before >= first) & (at - before >= distance))
+    for distance in range(COMPARED_BEFORE + 1):
+        before = at - distance if distance else first
+        later = np.flatnonzero((first <= before) & (before < at))
         for begin in range(0, len(later), PAIRS):
             chunk = later[begin : begin + PAIRS]
             chunk = chunk[~marks[documents[chunk]]]
