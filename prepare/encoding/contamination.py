@@ -47,7 +47,7 @@ class Contamination:
     def __init__(self, path: Path, names: list[str]) -> None:
         self._names, self._ngrams = names, np.fromfile(path, _NGRAM)
         self._hashes = np.ascontiguousarray(self._ngrams["hash"])
-        self._lengths = set(self._ngrams["words"].tolist())
+        self._lengths = np.unique(self._ngrams["words"]).tolist()
         bits = min(max(len(self._hashes) * SPARSITY, 1 << 16).bit_length(), MOST_FILTER_BITS)
         self._shift, self._filter = np.uint64(64 - bits), np.zeros(1 << bits, np.bool_)
         self._filter[self._hashes >> self._shift] = True
@@ -55,13 +55,14 @@ class Contamination:
     def find(self, document: PieceReader) -> Contaminated | None:
         """The first n-gram of what was read that is in an evaluation text."""
         for n, hashes in ngrams(document.words, self._lengths):
-            # One lookup in a small table for almost all n-grams, and a binary search for the rest.
-            for at in np.flatnonzero(self._filter[hashes >> self._shift]).tolist():
-                found = self._ngrams[min(int(np.searchsorted(self._hashes, hashes[at])), len(self._hashes) - 1)]
-                if found["hash"] == hashes[at]:
-                    shared = document.text[document.starts[at] : document.ends[at + n - 1]]
-                    text = f"{self._names[found['source']]} row {found['row']}"
-                    return Contaminated(CONTAMINATED, text, " ".join(shared.split())[:SHOWN_CHARACTERS])
+            # One lookup in a table for almost all n-grams, and a binary search for the rest.
+            hits = np.flatnonzero(self._filter[hashes >> self._shift])
+            at = np.searchsorted(self._hashes, hashes[hits])
+            for hit in np.flatnonzero(self._hashes.take(at, mode="clip") == hashes[hits])[:1].tolist():
+                first, found = int(hits[hit]), self._ngrams[at[hit]]
+                shared = document.text[document.starts[first] : document.ends[first + n - 1]]
+                text = f"{self._names[found['source']]} row {found['row']}"
+                return Contaminated(CONTAMINATED, text, " ".join(shared.split())[:SHOWN_CHARACTERS])
         return None
 
 
@@ -72,7 +73,7 @@ def evaluation_ngrams(names: tuple[str, ...]) -> npt.NDArray[Any]:
     Raises UserError for a source without texts that are long enough.
     """
     found = [np.zeros(0, _NGRAM)]
-    for source, name in enumerate(names):
+    for source, name in enumerate(dict.fromkeys(names)):
         texts = short = 0
         for row, text in evaluation_texts(name):
             reader, count = PieceReader(), 0
@@ -94,4 +95,6 @@ def evaluation_ngrams(names: tuple[str, ...]) -> npt.NDArray[Any]:
 def evaluation_record(names: tuple[str, ...]) -> dict[str, str]:
     """For the options: a hash of the n-grams of each source."""
     records = evaluation_ngrams(names) if names else np.zeros(0, _NGRAM)
-    return {name: hash_bytes(records[records["source"] == at].tobytes()) for at, name in enumerate(names)}
+    return {
+        name: hash_bytes(records[records["source"] == at].tobytes()) for at, name in enumerate(dict.fromkeys(names))
+    }

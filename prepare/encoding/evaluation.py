@@ -1,11 +1,10 @@
 """The texts of evaluation tasks: of EleutherAI's lm-evaluation-harness, or of files."""
 
 import difflib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from pipeline.errors import UserError, one_line
 from pipeline.log import logger
@@ -23,10 +22,10 @@ def evaluation_texts(name: str) -> Iterator[tuple[int, str]]:
 
     All strings of a row count: questions, choices and answers have a field each. Raises UserError.
     """
-    is_task = name.endswith(TASK_SUFFIX) or not (format_of(name) or "/" in name or Path(name).exists())
     try:
+        is_task = name.endswith(TASK_SUFFIX) or not (format_of(name) or "/" in name or Path(name).exists())
         files = None if is_task else open_files(name, Reading())
-        if not is_task and files is None:
+        if not name or not (is_task or files):  # an unset shell variable is not the working folder
             raise UserError("no such file")
         rows = (row for path in files.paths for row in _file_rows(str(path))) if files else _task_rows(name)
         for number, row in enumerate(rows, start=1):
@@ -55,7 +54,9 @@ def _file_rows(path: str) -> Iterator[Any]:
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
                 yield from batch.to_pylist()
         case _:
-            yield from (orjson.loads(value) for _, value in each_value(text_blocks(path), path, "text"))
+            # Python's parser takes NaN and lone surrogates, and there are few evaluation texts.
+            for _, value in each_value(text_blocks(path), path, "text"):
+                yield json.loads(value.decode(errors="replace"), parse_int=float)
 
 
 def _task_rows(name: str) -> Iterator[Any]:

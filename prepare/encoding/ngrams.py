@@ -3,12 +3,15 @@
 A word is a run of letters, digits and combining marks in lower case; all else separates words, as
 in GPT-3's comparison with its benchmarks (Brown et al. 2020, appendix C: whitespace delimits,
 punctuation and case do not count). In scripts written without spaces each character is a word.
-Vectorized over a text: 60 to 160 MB/s, where regular expressions and a hash a word give 15 to 40.
+Vectorized over a text: 70 MB/s a core for documents of 2.7 kB, 28 with the lookup of n-grams in
+300,000 of evaluation texts, 35 with signatures. Regular expressions and a hash a word take three
+times as long.
 """
 
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +37,8 @@ _ALONE = np.uint32(1 << 31)  # flags a character that is a word
 # GPT-3's n-grams, the last of which may go on, unless they are longer than any words are.
 TAIL_WORDS, TAIL_CHARACTERS = 13, 1 << 12
 # Odd, so that multiplying modulo 2**64 loses nothing and can be undone.
-_CHARACTER_FACTOR = 0x9E3779B97F4A7C15
-_WORD_FACTOR, _MIX = np.uint64(0xD6E8FEB86659FD93), np.uint64(0xFF51AFD7ED558CCD)
+_CHARACTER_FACTOR, _WORD_FACTOR = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
+_MIX = np.uint64(0xFF51AFD7ED558CCD)
 
 
 class PieceReader:
@@ -50,26 +53,33 @@ class PieceReader:
 
     def read(self, piece: str) -> None:
         self.text = f" {self._tail}{piece} "
-        folded = _folded()[code_points(self.text)]
-        inside, alone = folded > 0, folded >= _ALONE
-        joined = inside[1:] & inside[:-1] & ~(alone[1:] | alone[:-1])
-        self.starts = np.flatnonzero(inside[1:] & ~joined) + 1
-        self.ends = np.flatnonzero(inside[:-1] & ~joined) + 1
+        folded: npt.NDArray[Any]
+        if self.text.isascii():  # three times as fast
+            folded = np.frombuffer(self.text.encode().translate(_ascii()), np.uint8)
+            joined = (folded[1:] > 0) & (folded[:-1] > 0)
+        else:
+            folded = _folded()[code_points(self.text)]
+            alone = folded >= _ALONE
+            joined = (folded[1:] > 0) & (folded[:-1] > 0) & ~(alone[1:] | alone[:-1])
+        self.starts = np.flatnonzero((folded[1:] > 0) & ~joined) + 1
+        self.ends = np.flatnonzero((folded[:-1] > 0) & ~joined) + 1
         # The hash of a word is sum(c[i] * factor**i); of all words at once, from sums over the text.
-        sums = np.cumsum(folded * _powers(_CHARACTER_FACTOR)[: len(folded)])
-        inverse = _powers(pow(_CHARACTER_FACTOR, -1, 1 << 64))
+        powers, inverse = _powers(_CHARACTER_FACTOR)
+        sums = np.cumsum(folded * powers[: len(folded)])
         self.words = _mixed((sums[self.ends - 1] - sums[self.starts - 1]) * inverse[self.starts])
         self._tail = self.text[max([*self.starts[-TAIL_WORDS:][:1], len(self.text) - TAIL_CHARACTERS]) : -1]
 
 
-def ngrams(words: Hashes, lengths: Collection[int]) -> Iterator[tuple[int, Hashes]]:
-    """For each of the lengths n, ascending, n and the (words - n + 1,) hashes of n words in a row."""
-    hashes = np.zeros(len(words) + 1, np.uint64)
-    for n in range(1, min(max(lengths, default=0), len(words)) + 1):
-        # An n-gram is the (n - 1)-gram that begins at the same word, and one word more.
-        hashes = hashes[:-1] * _WORD_FACTOR + words[n - 1 :]
-        if n in lengths:
-            yield n, _mixed(hashes + np.uint64(n))
+def ngrams(words: Hashes, lengths: Iterable[int]) -> Iterator[tuple[int, Hashes]]:
+    """For each of the lengths n up to the number of words, n and the (words - n + 1,) hashes of n
+    words in a row.
+    """
+    powers, inverse = _powers(_WORD_FACTOR)
+    sums = np.zeros(len(words) + 1, np.uint64)
+    np.cumsum(words * powers[: len(words)], out=sums[1:])
+    for n in lengths:
+        if 0 < n <= len(words):
+            yield n, _mixed((sums[n:] - sums[:-n]) * inverse[: len(words) - n + 1] + np.uint64(n))
 
 
 def _mixed(hashes: Hashes) -> Hashes:
@@ -79,11 +89,18 @@ def _mixed(hashes: Hashes) -> Hashes:
 
 
 @cache
-def _powers(factor: int) -> Hashes:
-    """Modulo 2**64, one for each character of the longest text."""
-    powers = np.full(PIECE_CHARACTERS + TAIL_CHARACTERS + 2, factor, np.uint64)
-    powers[0] = 1
-    return np.multiply.accumulate(powers)
+def _powers(factor: int) -> tuple[Hashes, Hashes]:
+    """Of the factor and of its inverse modulo 2**64, for each character of the longest text."""
+    ones = np.ones(PIECE_CHARACTERS + TAIL_CHARACTERS + 2, np.uint64)
+    both = (np.append(ones[:1], ones[1:] * np.uint64(each)) for each in (factor, pow(factor, -1, 1 << 64)))
+    powers, inverse = map(np.multiply.accumulate, both)
+    return powers, inverse
+
+
+@cache
+def _ascii() -> bytes:
+    """`_folded` of ASCII characters, for bytes.translate."""
+    return _folded()[:256].astype(np.uint8).tobytes()
 
 
 @cache

@@ -109,6 +109,16 @@ def test_it_is_found_wherever_it_lies_in_a_long_document(tmp_path: Path, place: 
     assert [json.loads(line)["document"] for line in listed] == [str(tmp_path / "corpus" / "a.txt")]
 
 
+def test_several_sources_are_looked_for_and_one_given_twice_counts_once(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "e.jsonl", ROWS)
+    other = write_rows(tmp_path / "f.jsonl", [{"q": [{"nested": prose(30, 9)}, None, 5]}])
+    odd = tmp_path / "g.jsonl"
+    odd.write_text('{"q": "\\ud800 ' + prose(20, 8) + '", "n": NaN}')
+    texts = [prose(50, 1), f"{QUESTION} {prose(9)}", prose(30, 9), prose(20, 8), prose(50, 3)]
+    found = prepare(tmp_path, texts, rows, rows, other, odd)
+    assert [entry["evaluation_text"] for entry in found] == [f"{rows} row 2", f"{other} row 1", f"{odd} row 1"]
+
+
 def test_text_without_spaces_is_compared_by_characters(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "e.jsonl", [{"q": "東京タワーの高さは何メートルですか"}])
     found = prepare(
@@ -158,6 +168,7 @@ def test_other_evaluation_texts_make_another_dataset(tmp_path: Path) -> None:
         ("broken.jsonl", '{"q": ', "is not JSON"),
         ("nowhere.jsonl", None, "no such file"),
         ("table.xls", "a", "no known suffix"),
+        ("n" * 300, None, "File name too long"),
     ],
 )
 def test_what_cannot_be_looked_for_is_one_line(tmp_path: Path, name: str, content: str | None, message: str) -> None:
