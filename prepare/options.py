@@ -17,6 +17,10 @@ DETERMINE_BYTES = (
     "tokenizer", "text_field", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup", "near_dedup",
 )  # fmt: skip
 
+# `bad_rows`: count and skip any number of broken rows, or end at the first; by default they are
+# skipped up to a small fraction.
+SKIP, STOP = BAD_ROWS = ("skip", "stop")
+
 
 @dataclass(frozen=True)
 class PrepareOptions:
@@ -31,6 +35,7 @@ class PrepareOptions:
     limit_docs: int | None = None
     seed: int = 0
     dedup: bool = False
+    bad_rows: str | None = None
     near_dedup: bool = False
     decontaminate: tuple[str, ...] = ()
     task_id: int | None = None
@@ -57,8 +62,10 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
         check_name(options.tokenizer)
     except UserError as error:
         yield str(error)
-    if options.val_fraction is not None and not 0 < options.val_fraction < 1:
-        yield f"invalid --val-fraction {options.val_fraction}: expected a number between 0 and 1, such as 0.01"
+    if options.val_fraction is not None and not 0 <= options.val_fraction < 1:
+        yield (
+            f"invalid --val-fraction {options.val_fraction}: expected a number below 1, such as 0.01, or 0 for no val split"
+        )
     # The name becomes a folder: one that begins with "." would be hidden, and "/" or ".." would
     # lead elsewhere.
     if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):
@@ -68,6 +75,8 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
             yield f"invalid --{name.replace('_', '-')} {count}: expected at least 1"
     if options.near_dedup and find_spec("rensa") is None:
         yield "--near-dedup requires the package rensa: pip install 'gpt-pipeline[dedup]'"
+    if options.bad_rows not in (None, *BAD_ROWS):
+        yield f"invalid --bad-rows {options.bad_rows!r}: expected {' or '.join(BAD_ROWS)}"
     if not 0 <= options.seed < 1 << 64:
         yield f"invalid --seed {options.seed}: expected 0 .. 2**64 - 1"
 
@@ -89,8 +98,9 @@ def _task_faults(options: PrepareOptions) -> Iterator[str]:
         yield from (f"{flag} cannot be combined with --tasks: {why}" for flag, given, why in conflicts if given)
 
 
-def choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
-    """The options that determine the bytes of the dataset."""
+def choices(options: PrepareOptions, default: float) -> dict[str, Any]:
+    """The options that determine the bytes of the dataset, with the `default` fraction of val."""
+    fraction = default if options.val_fraction is None else options.val_fraction
     chosen = replace(options, tokenizer=check_name(options.tokenizer), val_fraction=fraction)
     # Of evaluation texts the content counts: a task, or a file, may change under its name.
     evaluation = {"decontaminate": evaluation_record(options.decontaminate)}

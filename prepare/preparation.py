@@ -48,7 +48,7 @@ class Preparation:
         Raises UserError if the dataset, or the plan of an earlier start, differs from what is asked
         for now.
         """
-        chosen = choices(self.options, self.options.val_fraction or default_fraction(self.corpus.file_bytes()))
+        chosen = choices(self.options, default_fraction(self.corpus.file_bytes()))
         if (self.dataset / MANIFEST_NAME).exists() and not self.options.force:
             self._check_same(chosen)
             logger.info("%s is already prepared", self.dataset)

@@ -42,9 +42,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Refused:
-    """A document that is skipped, counted and reported, such as one that is not UTF-8."""
+    """A document that is skipped, counted and reported, such as an empty one.
+
+    `broken` marks a row that its writer cannot have meant, such as a line that is not JSON: there
+    is a bound on those.
+    """
 
     reason: str
+    broken: bool = False
 
 
 class LongDocument(Protocol):

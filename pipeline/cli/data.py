@@ -28,11 +28,13 @@ def _source_kinds() -> str:
         "data_dir": "Folder of all datasets.",
         "tokenizer": "gpt2, cl100k_base, o200k_base, char, byte, word, bpe:N, or a tokenizer.json or .tiktoken file.",
         "text_field": "Field or column that holds the text.",
-        "val_fraction": "Fraction of the documents for val; by default it depends on the corpus's size.",
+        "val_fraction": "Fraction of the tokens for val, 0 for none; by default it depends on the corpus's size.",
         "shard_tokens": "Tokens after which a shard is closed.",
         "workers": "Processes; by default one for each core.",
         "limit_docs": "Take only the first N documents.",
         "seed": "Chooses which documents are val.",
+        "bad_rows": "Broken rows, such as lines that are not JSON: skip any number, or stop at the first (skip or stop); "
+        "by default up to 0.1 % of the rows are skipped.",
         "dedup": "Leave out exact duplicates of earlier documents.",
         "near_dedup": "Leave out documents nearly equal to an earlier one (MinHash).",
         "decontaminate": {

@@ -5,12 +5,17 @@ their first bits, so equal ones meet in the same file, and each file is small en
 memory.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from prepare.assembly.splits import DocumentRange, numbered_parts
+from prepare.unfinished.parts import Part
+from prepare.units import Item
 
 # Records per file: 48 MB, and about 150 MB while they are sorted.
 RECORDS_PER_FILE = 2_000_000
@@ -71,3 +76,25 @@ def _distribute(hashes: Iterable[npt.NDArray[np.uint64]], paths: list[Path], bit
             borders = np.searchsorted(file_of[order], np.arange(1, len(files)))
             for file, chunk in zip(files, np.split(records[order], borders), strict=True):
                 file.write(chunk.tobytes())
+
+
+def locate(number: int, parts: list[Path], dtype: np.dtype[Any], items: Sequence[Item]) -> str:
+    """Where document `number` of the corpus is."""
+    part, all_of_it = _part_of(number, parts, dtype)
+    return items[part.summary.item].locate(int(part.positions[number - all_of_it.number]))
+
+
+def locate_duplicate(number: int, parts: list[Path], dtype: np.dtype[Any], items: Sequence[Item]) -> str:
+    """Where document `number` of the corpus is, and which earlier document has its text."""
+    part, all_of_it = _part_of(number, parts, dtype)
+    digest = part.hashes[number - all_of_it.number]
+    first = next(
+        documents.number + at
+        for part, documents in numbered_parts(parts, dtype)
+        for at in np.flatnonzero((part.hashes == digest).all(axis=1))[:1].tolist()
+    )
+    return f"{locate(number, parts, dtype, items)}, the same as {locate(first, parts, dtype, items)}"
+
+
+def _part_of(number: int, parts: list[Path], dtype: np.dtype[Any]) -> tuple[Part, DocumentRange]:
+    return next(each for each in numbered_parts(parts, dtype) if number < each[1].number + each[1].stop)

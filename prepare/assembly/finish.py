@@ -1,9 +1,6 @@
 """The parts of all tasks -> the dataset: duplicates, split rule, shards, statistics, manifest."""
 
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from pipeline import __version__
 from pipeline.dataset.shards import LISTING_NAME, SPLITS, Manifest, Shard
@@ -12,10 +9,10 @@ from pipeline.files import hash_file, publish
 from pipeline.log import ProgressReport, logger
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
-from prepare.assembly.duplicates import mark_duplicates
+from prepare.assembly.duplicates import locate, locate_duplicate, mark_duplicates
 from prepare.assembly.near_duplicates import mark_near_duplicates
 from prepare.assembly.shards import Assembly, ShardLayout, lay_out_shards, statistics, write_shard, written_shard
-from prepare.assembly.splits import dropped, find_rule, numbered_parts
+from prepare.assembly.splits import SplitFinder, dropped
 from prepare.sources.corpus import Corpus
 from prepare.unfinished.journal import Journal, Plan
 from prepare.unfinished.parts import Part, merge_reports, read_summary, report
@@ -36,13 +33,14 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
     if plan.options["dedup"]:
         duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
         if (marks := dropped(duplicates, 0, documents)).any():
-            report(skipped, DUPLICATE, f"document {int(marks.argmax())} of the corpus, from 0", int(marks.sum()))
+            example = locate_duplicate(int(marks.argmax()), parts, dtype, corpus.items())
+            report(skipped, DUPLICATE, example, count=int(marks.sum()))
     near: list[list[str]] = []
     if plan.options["near_dedup"] and documents:
         duplicates, count, clusters = mark_near_duplicates(parts, dtype, journal.folder, duplicates)
-        near = [[locate(number, parts, dtype, corpus) for number in cluster] for cluster in clusters]
+        near = [[locate(number, parts, dtype, corpus.items()) for number in cluster] for cluster in clusters]
         if near:
-            report(skipped, NEAR_DUPLICATE, f"{near[0][1]}, near {near[0][0]}", count)
+            report(skipped, NEAR_DUPLICATE, f"{near[0][1]}, near {near[0][0]}", count=count)
     if plan.options["decontaminate"]:
         partial = journal.staged / f"{LISTING_NAME}.partial"
         with partial.open("wb") as listing:
@@ -53,7 +51,7 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
         raise UserError(
             "the corpus is empty: no source has a document with text in it" + (f" ({reasons})" if reasons else "")
         )
-    rule = find_rule(parts, tokenizer, plan.options["val_fraction"], duplicates)
+    rule = SplitFinder(parts, tokenizer, plan.options["val_fraction"], duplicates).find(journal.folder / "heads")
     assembly = Assembly(journal.folder, journal.staged, tokenizer.vocab_size, rule=rule, duplicates=duplicates)
     layouts = lay_out_shards(parts, assembly, plan.options["shard_tokens"])
     shards = _write_shards(assembly, layouts, workers)
@@ -79,12 +77,6 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
     )
     journal.publish(manifest)
     _summarise(journal.dataset, manifest)
-
-
-def locate(number: int, parts: list[Path], dtype: np.dtype[Any], corpus: Corpus) -> str:
-    """Where document `number` of the corpus is."""
-    part, first = next(each for each in numbered_parts(parts, dtype) if number < each[1] + each[0].summary.documents)
-    return corpus.items()[part.summary.item].locate(int(part.positions[number - first]))
 
 
 def changed_sources(plan: Plan, corpus: Corpus, journal: Journal) -> list[str]:
@@ -120,8 +112,9 @@ def _write_shards(assembly: Assembly, layouts: list[ShardLayout], workers: Worke
 
 def _summarise(dataset: Path, manifest: Manifest) -> None:
     for split in SPLITS:
-        tokens, documents = manifest.count(split, "tokens"), manifest.count(split, "documents")
-        logger.info("%s: %s tokens in %s documents", split, f"{tokens:,}", f"{documents:,}")
+        tokens, documents, tails = (manifest.count(split, what) for what in ("tokens", "documents", "tails"))
+        ends = f" and the ends of {tails:,} others" if tails else ""
+        logger.info("%s: %s tokens in %s documents%s", split, f"{tokens:,}", f"{documents:,}", ends)
     for what, reports in (("skipped", manifest.skipped), ("kept, but unusual", manifest.unusual)):
         for reason, entry in reports.items():
             count = f"{entry['count']:,} documents"

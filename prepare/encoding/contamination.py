@@ -35,8 +35,8 @@ _NGRAM = np.dtype([("hash", "<u8"), ("source", "<i4"), ("row", "<i4"), ("words",
 class Contaminated(Refused):
     """A document that is left out, the evaluation text, and the words that it shares with it."""
 
-    evaluation_text: str
-    words: str
+    evaluation_text: str = ""
+    words: str = ""
 
 
 class Contamination:
@@ -62,7 +62,9 @@ class Contamination:
                 first, found = int(hits[hit]), self._ngrams[at[hit]]
                 shared = document.text[document.starts[first] : document.ends[first + n - 1]]
                 text = f"{self._names[found['source']]} row {found['row']}"
-                return Contaminated(CONTAMINATED, text, " ".join(shared.split())[:SHOWN_CHARACTERS])
+                return Contaminated(
+                    CONTAMINATED, evaluation_text=text, words=" ".join(shared.split())[:SHOWN_CHARACTERS]
+                )
         return None
 
 

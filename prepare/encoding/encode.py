@@ -4,7 +4,7 @@ A part depends on its unit and the tokenizer alone: the corpus is divided into u
 to the number of workers, and it does not matter which worker encodes which unit, or when.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,7 @@ from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
 from prepare.encoding.contamination import Contaminated, Contamination
-from prepare.encoding.engine import Engine, Gigatoken, Plain
+from prepare.encoding.engine import PLAIN, Checked, Engine, Plain
 from prepare.encoding.pieces import PIECE_CHARACTERS, blocks_of, pieces
 from prepare.encoding.screen import Screen
 from prepare.unfinished.parts import PartWriter, Summary, part_name, report
@@ -59,7 +59,7 @@ class EncodingOptions:
     parts: Path
     vocabulary: Path
     seed: int
-    use_gigatoken: bool = False
+    engine: str = PLAIN
     near_dedup: bool = False
     evaluation: tuple[Path, list[str]] | None = None
 
@@ -70,15 +70,17 @@ class UnitEncoder:
     def __init__(self, options: EncodingOptions) -> None:
         self._folder, self._seed = options.parts, options.seed
         self._tokenizer = from_spec(options.tokenizer, options.vocabulary)
-        self._engine: Engine = Gigatoken() if options.use_gigatoken else Plain(self._tokenizer)
+        self._engine: Engine = Plain(self._tokenizer) if options.engine == PLAIN else Checked(options.engine)
         contamination = Contamination(*options.evaluation) if options.evaluation else None
         self._screen = Screen(options.near_dedup, contamination) if options.near_dedup or contamination else None
         # Hugging Face's library, which has no token_bytes, may look beyond the end of a word.
+        end = self._tokenizer.decode_bytes([self._tokenizer.end_of_text])
+        self._end = end or b"\xff"  # which is in no UTF-8 text
+        self._has_end = f"{end.decode(errors='replace')} as ordinary text; --document-separator splits at it"
         self._ends_with_words = self._tokenizer.token_bytes() is not None or self._tokenizer.name == "word"
 
     def encode(self, job: UnitJob) -> Summary:
         """Write the part of a unit."""
-        self._engine.begin_unit()
         summary = Summary(item=job.item, unit=job.unit, last=job.last, engine=self._engine.name, size=job.work.size)
         path = self._folder / part_name(job.item, job.unit)
         writer = PartWriter(path, token_dtype(self._tokenizer.vocab_size), self._tokenizer.end_of_text)
@@ -89,14 +91,15 @@ class UnitEncoder:
             for position, document in job.work.documents():
                 writer.begin_document(position)
                 result = self._write(document, writer)
+                summary.rows += 1
                 if isinstance(result, Refused):
                     where = job.work.locate(position)
-                    report(summary.skipped, result.reason, where)
+                    report(summary.skipped, result.reason, where, first=[where] if result.broken else ())
                     if isinstance(result, Contaminated):
                         writer.list_left_out(document=where, evaluation_text=result.evaluation_text, words=result.words)
                     continue
-                if result:
-                    report(summary.unusual, result, job.work.locate(position))
+                for unusual in result:
+                    report(summary.unusual, unusual, job.work.locate(position))
                 kept += 1
                 if kept == job.limit:
                     break
@@ -106,8 +109,8 @@ class UnitEncoder:
             writer.discard()
             raise
 
-    def _write(self, document: Document, writer: PartWriter) -> str | Refused | None:
-        """Why the document is skipped, or what is unusual about it; None for nearly every one."""
+    def _write(self, document: Document, writer: PartWriter) -> Refused | Sequence[str]:
+        """Why the document is skipped, or what is unusual about it: for nearly every one nothing."""
         if isinstance(document, Refused):
             return document
         if not isinstance(document, bytes) or len(document) > PIECE_CHARACTERS:
@@ -124,17 +127,22 @@ class UnitEncoder:
             return Refused(REFUSED)
         signature = self._screen.signature() if self._screen else b""
         writer.end_document(len(document), xxhash.xxh3_128_digest(document, self._seed), signature)
-        return None
+        return [self._has_end] if self._end in document else ()
 
-    def _write_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> str | Refused | None:
+    def _write_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> Refused | Sequence[str]:
         digest = xxhash.xxh3_128(seed=self._seed)
-        size = 0
+        size, before = 0, b""
+        unusual: list[str] = []
 
         def hashed() -> Iterator[bytes]:
-            nonlocal size
+            nonlocal size, before
             for block in blocks:
                 digest.update(block)
                 size += len(block)
+                before += block  # with the end of the last block, as the marker may lie across both
+                if not unusual and self._end in before:
+                    unusual.append(self._has_end)
+                before = before[-len(self._end) :]
                 yield block
 
         count, all_safe = 0, True
@@ -153,7 +161,7 @@ class UnitEncoder:
             return Refused(EMPTY)
         writer.end_document(size, digest.digest(), self._screen.signature() if self._screen else b"")
         same_ids = count == 1 or self._tokenizer.name in ENDS_ANYWHERE or (all_safe and self._ends_with_words)
-        return None if same_ids else SPLIT_INSIDE_WORD
+        return unusual if same_ids else [*unusual, SPLIT_INSIDE_WORD]
 
 
 def encode(arguments: tuple[EncodingOptions, UnitJob]) -> Summary:

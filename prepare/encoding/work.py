@@ -8,7 +8,7 @@ from pipeline.errors import UserError
 from pipeline.log import ProgressReport, logger
 from prepare.encoding.contamination import NGRAMS_FILE
 from prepare.encoding.encode import EncodingOptions, UnitEncoder, UnitJob, encode
-from prepare.encoding.engine import EngineFault, can_be_faster
+from prepare.encoding.engine import PLAIN, EngineFault, fast_libraries
 from prepare.unfinished.journal import Journal, Plan
 from prepare.unfinished.parts import Summary, part_name, read_summary
 from prepare.units import Item, OneUnit, Texts, Unit
@@ -16,16 +16,16 @@ from prepare.workers import Workers
 
 
 def encode_items(journal: Journal, plan: Plan, items: dict[int, Item], workers: Workers) -> None:
-    """Encode all units of `items` (by number), with gigatoken while it agrees with tiktoken."""
+    """Encode all units of `items` (by number), with a faster library while it agrees with tiktoken."""
     if len(items) == 1 and isinstance(next(iter(items.values())), OneUnit):
         workers = Workers(1)  # one unit keeps one process busy, and this one is running already
-    use_gigatoken = can_be_faster(plan.tokenizer["name"]) and not journal.distrusted()
-    try:
-        _encode_missing(journal, plan, _Missing(journal, plan, items), workers, use_gigatoken=use_gigatoken)
-    except EngineFault as fault:
-        logger.warning("gigatoken %s: starting over with tiktoken alone", fault)
-        journal.distrust(str(fault))
-        _encode_missing(journal, plan, _Missing(journal, plan, items), workers, use_gigatoken=False)
+    for engine in (*fast_libraries(plan.tokenizer["name"], journal.distrusted()), PLAIN):
+        try:
+            _encode_missing(journal, plan, _Missing(journal, plan, items), workers, engine=engine)
+            return
+        except EngineFault as fault:
+            logger.warning("%s %s: starting over without it", engine, fault)
+            journal.distrust(engine, str(fault))
 
 
 class _Missing:
@@ -74,11 +74,11 @@ class _Missing:
             self._next = (self._next[0] + 1, 0) if last else (self._next[0], self._next[1] + 1)
 
 
-def _encode_missing(journal: Journal, plan: Plan, missing: _Missing, workers: Workers, *, use_gigatoken: bool) -> None:
+def _encode_missing(journal: Journal, plan: Plan, missing: _Missing, workers: Workers, *, engine: str) -> None:
     seed = plan.options["seed"]
     evaluation = (journal.folder / NGRAMS_FILE, list(plan.options["decontaminate"]))
     options = EncodingOptions(
-        plan.tokenizer, journal.folder, journal.staged, seed=seed, use_gigatoken=use_gigatoken,
+        plan.tokenizer, journal.folder, journal.staged, seed=seed, engine=engine,
         near_dedup=plan.options["near_dedup"], evaluation=evaluation if evaluation[1] else None,
     )  # fmt: skip
     total = None if missing.total_bytes is None else missing.total_bytes / 1e6
@@ -91,7 +91,7 @@ def _encode_missing(journal: Journal, plan: Plan, missing: _Missing, workers: Wo
                 tokens += summary.tokens
                 progress.advance(summary.size / 1e6, f"{documents:,} documents, {tokens:,} tokens")
         except BrokenProcessPool:
-            if use_gigatoken:
+            if engine != PLAIN:
                 raise EngineFault("may have killed a worker") from None
             raise UserError(
                 f"one of the {workers.count} workers was killed, usually because memory ran out: run the same command "

@@ -46,6 +46,10 @@ class Source:
         """
         raise NotImplementedError
 
+    def passed_over(self) -> dict[str, dict[str, Any]]:
+        """What lies below the source and is not read: reason -> `count` and one `example`."""
+        return {}
+
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         """The manifest's entries for this source."""
         raise NotImplementedError

@@ -3,7 +3,7 @@
     plan.json           what is prepared, from what, and how; written first, by the first task
     000012_000000.part  a finished unit
     hashes_0000.jsonl   hashes of the source files, one file per task
-    tiktoken_only       exists once gigatoken was found at fault; holds the fault
+    distrusted_NAME     exists once the library NAME was found at fault; holds the fault
     evaluation_ngrams   of the texts to keep out (--decontaminate)
     dataset/            shards and vocabulary while they are made; the manifest is written last
 
@@ -29,7 +29,6 @@ from pipeline.vocabulary.specs import vocabulary_file
 from prepare.unfinished.parts import part_name, read_summary
 
 SHARD_NAME = re.compile(r"(train|val)_\d{5,}\.bin")
-GIGATOKEN = "gigatoken"  # its name in the summaries of the parts it encoded
 
 
 class Share(NamedTuple):
@@ -111,14 +110,14 @@ class Journal:
     def finished_units(self) -> dict[int, set[int]]:
         """Item -> its finished units.
 
-        Once gigatoken is at fault, the parts it encoded are removed and do not count.
+        Once a library is at fault, the parts it encoded are removed and do not count.
         """
         found: dict[int, set[int]] = {}
         distrusted = self.distrusted()
         for entry in os.scandir(self.folder):
             if not entry.name.endswith(".part"):
                 continue
-            if distrusted and read_summary(Path(entry.path)).engine == GIGATOKEN:
+            if distrusted and read_summary(Path(entry.path)).engine in distrusted:
                 Path(entry.path).unlink(missing_ok=True)
                 continue
             item, unit = entry.name.removesuffix(".part").split("_")
@@ -149,13 +148,13 @@ class Journal:
         found = self.finished_units()
         return [item for item in range(len(plan.sizes)) if not self.is_complete(item, found.get(item, set()))]
 
-    # ---- gigatoken
+    # ---- libraries at fault
 
-    def distrust(self, fault: str) -> None:
-        write_atomic(self.folder / "tiktoken_only", fault.encode())
+    def distrust(self, library: str, fault: str) -> None:
+        write_atomic(self.folder / f"distrusted_{library}", fault.encode())
 
-    def distrusted(self) -> bool:
-        return (self.folder / "tiktoken_only").exists()
+    def distrusted(self) -> set[str]:
+        return {path.name.removeprefix("distrusted_") for path in self.folder.glob("distrusted_*")}
 
     # ---- hashes of the source files
 

@@ -19,7 +19,7 @@ unit twice gives the same bytes.
 """
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,25 @@ import orjson
 from pipeline.files import publish
 from pipeline.vocabulary.tokenizer import TokenIds
 
-# Reason -> how many documents, and where the first one is.
+# Reason -> how many documents (`count`) and where the first one is (`example`); of broken rows also
+# `broken` (true) and the positions of the first ones (`first`).
 Reports = dict[str, dict[str, Any]]
 
+FIRST_BROKEN = 3
 _INT64 = np.dtype("<i8")
 # Token ids buffered before a write: writing document by document took a sixth of the run time.
 WRITE_TOKENS = 1 << 18
 
 
-def report(reports: Reports, reason: str, example: str, count: int = 1) -> None:
-    """Add `count` documents to `reason`; the example of the first report is kept."""
+def report(reports: Reports, reason: str, example: str, *, count: int = 1, first: Sequence[str] = ()) -> None:
+    """Add `count` documents to `reason`; the example of the first report is kept.
+
+    `first` is given for broken rows: the positions of the first ones.
+    """
     entry = reports.setdefault(reason, {"count": 0, "example": example})
     entry["count"] += count
+    if first:
+        entry |= {"broken": True, "first": [*entry.get("first", ()), *first][:FIRST_BROKEN]}
 
 
 def merge_reports(several: Iterable[Reports]) -> Reports:
@@ -50,7 +57,7 @@ def merge_reports(several: Iterable[Reports]) -> Reports:
     merged: Reports = {}
     for reports in several:
         for reason, entry in reports.items():
-            report(merged, reason, entry["example"], entry["count"])
+            report(merged, reason, entry["example"], count=entry["count"], first=entry.get("first", ()))
     return dict(sorted(merged.items()))
 
 
@@ -58,8 +65,9 @@ def merge_reports(several: Iterable[Reports]) -> Reports:
 class Summary:
     """What a part holds.
 
-    `last` marks the last unit of its item; `engine` is the name of the encoder that made it;
-    `signature_bytes` and `listed_bytes` are those of all documents.
+    `last` marks the last unit of its item; `engine` is the name of the encoder that made it; `rows`
+    are all documents that were read, `documents` those that were kept; `signature_bytes` and
+    `listed_bytes` are those of all documents.
     """
 
     item: int
@@ -67,6 +75,7 @@ class Summary:
     last: bool
     engine: str
     size: int
+    rows: int = 0
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
@@ -130,7 +139,7 @@ class PartWriter:
 
     def _flush(self) -> None:
         if self._buffer:
-            # gigatoken gives uint32 whatever the vocabulary; every id fits the part's dtype.
+            # The libraries give uint32 whatever the vocabulary; every id fits the part's dtype.
             self._file.write(np.concatenate(self._buffer, dtype=self._dtype, casting="unsafe").data)
             self._buffer, self._written = [], self._tokens
 

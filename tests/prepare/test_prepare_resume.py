@@ -59,7 +59,7 @@ def start(options: PrepareOptions, unit_bytes: int = 1 << 14) -> subprocess.Pope
     script = (
         "import sys, prepare.run, prepare.units\n"
         "if __name__ == '__main__':\n"
-        "    sys.modules['gigatoken'] = None\n"
+        "    sys.modules['gigatoken'] = sys.modules['fastokens'] = None\n"
         f"    prepare.units.SMALLEST_UNIT_BYTES = {unit_bytes}\n"
         f"    prepare.run.run(prepare.run.{options!r})\n"
     )
@@ -296,10 +296,10 @@ def test_a_source_that_changes_while_it_is_prepared_makes_no_dataset(
     assert not (tmp_path / "data" / "moving" / MANIFEST_NAME).exists()
 
 
-def test_the_fault_of_gigatoken_is_remembered(half_done: PrepareOptions, tmp_path: Path) -> None:
+def test_the_fault_of_a_library_is_remembered(half_done: PrepareOptions, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "data" / "half")
     done = unfinished_parts(half_done)
-    journal.distrust("differs")
+    journal.distrust("gigatoken", "differs")
     trusted = sum(len(units) for units in journal.finished_units().values())
     assert trusted < done or not any(b'"gigatoken"' in path.read_bytes() for path in journal.folder.glob("*.part"))
     folder = run(half_done)
