@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from prepare.encoding.contamination import evaluation_record
 from prepare.encoding.vocabulary import check_name
+from prepare.storage.files import shown
 from prepare.unfinished.journal import Share
 from prepare.units import Reading
 
 # Recorded in the manifest: a dataset prepared with others of these is another dataset.
 DETERMINE_BYTES = (
-    "tokenizer", "text_field", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup", "near_dedup",
+    "tokenizer", "text_field", "document_separator", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup",
 )  # fmt: skip
 
 # `bad_rows`: count and skip any number of broken rows, or end at the first; by default they are
@@ -29,6 +30,7 @@ class PrepareOptions:
     data_dir: str = "data"
     tokenizer: str = "gpt2"
     text_field: str = "text"
+    document_separator: str | None = None
     val_fraction: float | None = None
     shard_tokens: int = 100_000_000
     workers: int | None = None
@@ -44,7 +46,7 @@ class PrepareOptions:
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.text_field)
+        return Reading(self.text_field, self.document_separator)
 
 
 def check(options: PrepareOptions) -> Share:
@@ -62,10 +64,13 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
         check_name(options.tokenizer)
     except UserError as error:
         yield str(error)
-    if options.val_fraction is not None and not 0 <= options.val_fraction < 1:
-        yield (
-            f"invalid --val-fraction {options.val_fraction}: expected a number below 1, such as 0.01, or 0 for no val split"
-        )
+    try:
+        if options.document_separator is not None and not options.reading.separator:
+            yield "invalid --document-separator '': expected a text such as '<|endoftext|>'"
+    except ValueError as error:
+        yield f"invalid --document-separator {options.document_separator!r}: {one_line(error)}"
+    if options.val_fraction and not 1e-9 <= options.val_fraction < 1:
+        yield f"invalid --val-fraction {options.val_fraction}: expected 0 for no val split, or a fraction such as 0.01"
     # The name becomes a folder: one that begins with "." would be hidden, and "/" or ".." would
     # lead elsewhere.
     if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):
@@ -98,13 +103,19 @@ def _task_faults(options: PrepareOptions) -> Iterator[str]:
         yield from (f"{flag} cannot be combined with --tasks: {why}" for flag, given, why in conflicts if given)
 
 
-def choices(options: PrepareOptions, default: float) -> dict[str, Any]:
-    """The options that determine the bytes of the dataset, with the `default` fraction of val."""
-    fraction = default if options.val_fraction is None else options.val_fraction
-    chosen = replace(options, tokenizer=check_name(options.tokenizer), val_fraction=fraction)
-    # Of evaluation texts the content counts: a task, or a file, may change under its name.
-    evaluation = {"decontaminate": evaluation_record(options.decontaminate)}
-    return {name: getattr(chosen, name) for name in DETERMINE_BYTES} | evaluation
+def choices(options: PrepareOptions) -> dict[str, Any]:
+    """The options that determine the bytes of the dataset, as they were given."""
+    chosen = replace(options, tokenizer=shown(check_name(options.tokenizer)))
+    # Of evaluation texts the content counts: a task, or a file, may change under its name. What is
+    # off is null, as in a dataset from before it could be on.
+    new = {"near_dedup": options.near_dedup or None, "decontaminate": evaluation_record(options.decontaminate) or None}
+    return {name: getattr(chosen, name) for name in DETERMINE_BYTES} | new
+
+
+def settled(chosen: dict[str, Any], file_bytes: int | None) -> dict[str, Any]:
+    """With the fraction of val that follows from the size of the corpus, where none was given."""
+    given = chosen["val_fraction"]
+    return chosen | {"val_fraction": default_fraction(file_bytes) if given is None else given}
 
 
 def default_fraction(file_bytes: int | None) -> float:

@@ -5,7 +5,7 @@ their first bits, so equal ones meet in the same file, and each file is small en
 memory.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prepare.assembly.splits import DocumentRange, numbered_parts
-from prepare.unfinished.parts import Part
-from prepare.units import Item
+from prepare.assembly.splits import numbered_parts
+from prepare.documents.lines import Lines
+from prepare.storage.files import blocks
+from prepare.units import POSITION_BITS, Batch, Item, Unit
 
 # Records per file: 48 MB, and about 150 MB while they are sorted.
 RECORDS_PER_FILE = 2_000_000
@@ -78,23 +79,43 @@ def _distribute(hashes: Iterable[npt.NDArray[np.uint64]], paths: list[Path], bit
                 file.write(chunk.tobytes())
 
 
-def locate(number: int, parts: list[Path], dtype: np.dtype[Any], items: Sequence[Item]) -> str:
-    """Where document `number` of the corpus is."""
-    part, all_of_it = _part_of(number, parts, dtype)
-    return items[part.summary.item].locate(int(part.positions[number - all_of_it.number]))
-
-
-def locate_duplicate(number: int, parts: list[Path], dtype: np.dtype[Any], items: Sequence[Item]) -> str:
+def locate_duplicate(number: int, parts: list[Path], dtype: np.dtype[Any], items: Iterable[tuple[str, Item]]) -> str:
     """Where document `number` of the corpus is, and which earlier document has its text."""
-    part, all_of_it = _part_of(number, parts, dtype)
-    digest = part.hashes[number - all_of_it.number]
-    first = next(
-        documents.number + at
+
+    def copies(digest: npt.NDArray[np.uint64]) -> Iterator[int]:
+        for part, documents in numbered_parts(parts, dtype):
+            yield from (documents.number + np.flatnonzero((part.hashes == digest).all(axis=1))).tolist()
+
+    digests = (
+        part.hashes[number - documents.number]
         for part, documents in numbered_parts(parts, dtype)
-        for at in np.flatnonzero((part.hashes == digest).all(axis=1))[:1].tolist()
+        if number < documents.number + documents.stop
     )
-    return f"{locate(number, parts, dtype, items)}, the same as {locate(first, parts, dtype, items)}"
+    first = next(copies(next(digests)))
+    places = locate([number, first], parts, dtype, items)
+    return f"{places[number]}, the same as {places[first]}"
 
 
-def _part_of(number: int, parts: list[Path], dtype: np.dtype[Any]) -> tuple[Part, DocumentRange]:
-    return next(each for each in numbered_parts(parts, dtype) if number < each[1].number + each[1].stop)
+def locate(
+    numbers: Collection[int], parts: list[Path], dtype: np.dtype[Any], items: Iterable[tuple[str, Item]]
+) -> dict[int, str]:
+    """Where these documents of the corpus are. `items` are its items by the keys of their parts."""
+    positions = {
+        number: (part.summary.item, int(part.positions[number - documents.number]))
+        for part, documents in numbered_parts(parts, dtype)
+        for number in numbers
+        if documents.number <= number < documents.number + documents.stop
+    }
+    wanted = {key for key, _ in positions.values()}
+    found = {key: item for key, item in items if key in wanted}
+    return {number: _locate(found[key], position) for number, (key, position) in positions.items()}
+
+
+def _locate(unit: Unit | Item, position: int) -> str:
+    """With its line, where lines are documents: units know bytes, editors know lines."""
+    if isinstance(unit, Batch):
+        return _locate(unit.items[position >> POSITION_BITS], position & ((1 << POSITION_BITS) - 1))
+    where = unit.locate(position)
+    if isinstance(unit, Lines):
+        where += f" (line {1 + sum(block.count(10) for block in blocks(unit.path, 0, position))})"
+    return where

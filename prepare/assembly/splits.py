@@ -26,9 +26,10 @@ BIN_BITS = 16
 # Both splits get between half and twice the tokens asked for. With 100 documents of equal length
 # and a fraction of 0.1 the hash alone misses that for one seed in forty, with 1,000 for none.
 MOST_UNEVEN = 2.0
-# Shorter documents are not cut, unless a split would be empty otherwise: a part of a note says little
-# about a model, and with documents this short the split misses by some hundred tokens at most.
+# Documents up to this length are not cut, unless nothing else gives the splits their tokens: a part
+# of a note says little about a model. One of two tokens, with end-of-text, cannot be cut.
 SHORTEST_CUT_TOKENS = 256
+SHORTEST_TOKENS = 2
 INSIDE_CHARACTER = ("\ufffd".encode(), *(bytes([byte]) for byte in range(0x80, 0xC0)))
 # Tokens copied, hashed and counted at a time: 2 to 4 MB, which stay in the processor's cache from
 # one step to the next.
@@ -75,10 +76,11 @@ class SplitByHash:
 
 @dataclass(frozen=True)
 class SplitByPosition:
-    """val has the end of each document of more than `cut_above` tokens, and others by their hash.
+    """val has the ends of the first `cut_documents` documents of more than `cut_above` tokens, and
+    others by their hash.
 
-    Both halves of a document end with end-of-text, as documents do. Exact duplicates are cut at the
-    same position. `path` is the file of all heads, 16 bytes per document of the corpus.
+    Both halves of a document end with end-of-text, as documents do. `path` is the file of all heads,
+    16 bytes per document of the corpus.
     """
 
     by_hash: SplitByHash
@@ -157,10 +159,12 @@ class SplitFinder:
         best = Fit(tokens)
         # No document is cut; then those of more than a quarter of the smaller split, without which
         # the threshold finds its share; then every one that is long enough.
-        for cut_above in (tokens, max(int(tokens * smaller / 4), shortest), shortest, 2):
-            if best.uneven <= MOST_UNEVEN or (cut_above == 2 and best.uneven < math.inf):
-                break
-            best = min(best, self._fit(cut_above), key=lambda fit: fit.uneven)
+        for cut_above in (tokens, max(int(tokens * smaller / 4), shortest), shortest):
+            if best.uneven > MOST_UNEVEN:
+                best = min(best, self._fit(cut_above), key=lambda fit: fit.uneven)
+        # Such as thousands of times the same sentence.
+        if best.uneven == math.inf or (best.uneven > MOST_UNEVEN and tokens * smaller > SHORTEST_CUT_TOKENS):
+            best = min(best, self._fit_short(tokens), key=lambda fit: fit.uneven)
         if best.uneven == math.inf:
             raise UserError(
                 "every document of the corpus is the same single token: expected enough text for a train and a val split, "
@@ -196,20 +200,40 @@ class SplitFinder:
         total = bins.sum() + beginnings + ends
         # Val's share with the threshold asked for, then with one at the lower end of each bin.
         shares = (np.concatenate([[below], np.cumsum(bins) - bins]) + ends) / total
-        ratios = np.array([shares / self.fraction, (1 - shares) / (1 - self.fraction)])
-        with np.errstate(divide="ignore", over="ignore"):
-            uneven = np.maximum(ratios, 1 / ratios).max(axis=0)
+        uneven = self._uneven(shares)
         best = 0 if uneven[0] <= MOST_UNEVEN else int(uneven.argmin())
         threshold = (best - 1) << (HASH_BITS - BIN_BITS) if best else self.asked
         return Fit(cut_above, threshold, cut_documents, share=float(shares[best]), uneven=float(uneven[best]))
 
+    def _fit_short(self, tokens: int) -> Fit:
+        """Cuts short documents too, in the corpus's order, until val has its tokens."""
+        ends = cut_documents = 0
+        for _, lengths in self._documents():
+            ids = lengths[lengths > SHORTEST_TOKENS] - 1
+            upto = ends + np.cumsum(ids - _latest_position(ids, self.fraction) + 1)
+            taken = min(int(np.searchsorted(upto, self.fraction * tokens)) + 1, len(ids))
+            if taken and ends < self.fraction * tokens:
+                ends, cut_documents = int(upto[taken - 1]), cut_documents + taken
+        share = ends / (tokens + cut_documents)
+        return Fit(SHORTEST_TOKENS, 0, cut_documents, share=share, uneven=float(self._uneven(np.array(share))))
+
+    def _uneven(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """By which factor the split that misses its tokens most does, for each of val's shares."""
+        ratios = np.array([shares / self.fraction, (1 - shares) / (1 - self.fraction)])
+        with np.errstate(divide="ignore"):
+            uneven: npt.NDArray[np.float64] = np.maximum(ratios, 1 / ratios).max(axis=0)
+        return uneven
+
     def _write_heads(self, fit: Fit, path: Path) -> None:
         by_hash = SplitByHash(self.fraction, fit.threshold)
-        token_bytes = self.tokenizer.token_bytes()
+        token_bytes, left = self.tokenizer.token_bytes(), fit.cut_documents
         with path.open("wb") as file:
             for part, documents in numbered_parts(self.parts, token_dtype(self.tokenizer.vocab_size)):
                 heads, ends = by_hash.heads(part, documents), np.cumsum(part.lengths)
-                for number in np.flatnonzero(part.lengths > fit.cut_above).tolist():
+                kept = ~dropped(self.duplicates, documents.number, documents.number + documents.stop)
+                cut = np.flatnonzero(kept & (part.lengths > fit.cut_above))[:left].tolist()
+                left -= len(cut)
+                for number in cut:
                     length, text_bytes = int(part.lengths[number]), int(part.text_bytes[number])
                     ids = part.tokens[int(ends[number]) - length : int(ends[number]) - 1]
                     head = split_position(ids, self.tokenizer, self.fraction)
@@ -222,7 +246,9 @@ class SplitFinder:
 
     def _log(self, fit: Fit) -> None:
         if fit.cut_documents:
-            how = "no choice of complete documents comes near, so val has the ends of the %s documents of more than %s tokens"
+            how = (
+                "no choice of complete documents comes near, so val has the ends of %s documents of more than %s tokens"
+            )
             how = how % (f"{fit.cut_documents:,}", f"{fit.cut_above:,}")
         elif fit.threshold != self.asked:
             how = "the documents that the hash chooses are too many or too few, so they are chosen by tokens"

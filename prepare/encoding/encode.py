@@ -20,7 +20,7 @@ from prepare.encoding.engine import PLAIN, Checked, Engine, Plain
 from prepare.encoding.pieces import PIECE_CHARACTERS, blocks_of, pieces
 from prepare.encoding.screen import Screen
 from prepare.unfinished.parts import PartWriter, Summary, part_name, report
-from prepare.units import NOT_UTF8, Document, Refused, Unit
+from prepare.units import NOT_UTF8, Document, Refused, Unit, Unreadable
 
 # Why a document is left out, next to the reasons of `prepare.units`; the manifest counts documents
 # by these words.
@@ -37,16 +37,19 @@ SPLIT_INSIDE_WORD = "cut inside a word"
 
 @dataclass(frozen=True)
 class UnitJob:
-    """One unit to encode, its position in the plan, and whether it is the last of its item.
+    """One unit to encode, the key and number under which its part is kept, and whether it is the last
+    of its item.
 
-    With a limit, only its first `limit` documents are kept.
+    With a limit, only its first `limit` documents are kept; `truncated` if it had more in the part
+    that was encoded before.
     """
 
-    item: int
+    item: str
     unit: int
     last: bool
     work: Unit
     limit: int | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class UnitEncoder:
     def encode(self, job: UnitJob) -> Summary:
         """Write the part of a unit."""
         summary = Summary(item=job.item, unit=job.unit, last=job.last, engine=self._engine.name, size=job.work.size)
-        path = self._folder / part_name(job.item, job.unit)
+        path = self._folder / part_name(job.item, job.unit, first=job.limit if job.truncated else None)
         writer = PartWriter(path, token_dtype(self._tokenizer.vocab_size), self._tokenizer.end_of_text)
         try:
             # A document is skipped with a reason, or kept and perhaps reported; only kept ones
@@ -156,7 +159,11 @@ class UnitEncoder:
                 all_safe = all_safe and safe
         except ValueError as error:  # UnicodeDecodeError is a ValueError too
             writer.abandon_document()
-            return Refused(NOT_UTF8 if isinstance(error, UnicodeDecodeError) else REFUSED)
+            is_broken = isinstance(error, UnicodeDecodeError)
+            return Refused(NOT_UTF8 if is_broken else REFUSED, broken=is_broken)
+        except Unreadable as fault:
+            writer.abandon_document()
+            return fault.refused
         if size == 0:
             return Refused(EMPTY)
         writer.end_document(size, digest.digest(), self._screen.signature() if self._screen else b"")

@@ -1,6 +1,8 @@
 """The texts of evaluation tasks: of EleutherAI's lm-evaluation-harness, or of files."""
 
+import csv
 import difflib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from prepare.documents.jsontext import each_value
 from prepare.formats import Format, format_of
 from prepare.sources.local import open_files
 from prepare.storage.compressed import text_blocks
-from prepare.units import Reading
+from prepare.units import Reading, Refused
 
 TASK_SUFFIX = ".yaml"  # the harness's files
 
@@ -43,20 +45,31 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _file_rows(path: str) -> Iterator[Any]:
-    match format_of(path):
-        case Format.TEXT:
-            # Each line is also a text by itself: it may be a question of fewer words than an n-gram.
-            text = b"".join(text_blocks(path)).decode(errors="replace")
-            yield from (text, *text.splitlines())
+    match format := format_of(path):
         case Format.PARQUET:
-            import pyarrow.parquet
+            from pyarrow.parquet import ParquetFile
 
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            for batch in ParquetFile(path).iter_batches(1024):
                 yield from batch.to_pylist()
-        case _:
+        case Format.ARROW:
+            from datasets import Dataset
+
+            yield from Dataset.from_file(path)
+        case Format.JSON_LINES | Format.JSON:
             # Python's parser takes NaN and lone surrogates, and there are few evaluation texts.
-            for _, value in each_value(text_blocks(path), path, "text"):
+            for _, value in each_value(text_blocks(path)):
+                if isinstance(value, Refused):
+                    raise UserError(f"{value.reason} ({value.detail})")
                 yield json.loads(value.decode(errors="replace"), parse_int=float)
+        case Format.TEXT | Format.CSV | Format.TSV:
+            text = b"".join(text_blocks(path)).decode(errors="replace")
+            if format is Format.TEXT:
+                # Each line is also a text by itself, such as a question of fewer words than an n-gram.
+                yield from (text, *text.splitlines())
+            else:
+                yield from csv.reader(io.StringIO(text, newline=""), delimiter="," if format is Format.CSV else "\t")
+        case _:
+            raise UserError("web archives are not evaluation texts")
 
 
 def _task_rows(name: str) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from pipeline.vocabulary.tokenizer import END_OF_TEXT, JSON_FILE, Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 from prepare.encoding.pieces import blocks_of, pieces
 from prepare.storage.files import assets
-from prepare.units import Item, Refused
+from prepare.units import Item, Refused, Unreadable
 
 # The 256 bytes and end-of-text; five times the largest vocabulary in use.
 MIN_BPE_SIZE, MAX_BPE_SIZE = 257, 1_000_000
@@ -104,7 +104,7 @@ def _texts(items: list[Item], limit: int | None, one_in: int, progress: Progress
             if isinstance(document, Refused):
                 continue
             number = -1
-            with suppress(UnicodeDecodeError):  # the encoder meets it too, and counts it
+            with suppress(UnicodeDecodeError, Unreadable):  # the encoder meets it too, and counts it
                 for number, (piece, _) in enumerate(pieces(blocks_of(document))):
                     # By content, so that other files in the corpus change little of the sample; with
                     # its number, as all pieces of a document may be equal.

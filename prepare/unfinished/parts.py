@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from pipeline.files import publish
+from pipeline.files import publish, unique
 from pipeline.vocabulary.tokenizer import TokenIds
 
 # Reason -> how many documents (`count`) and where the first one is (`example`); of broken rows also
@@ -65,12 +65,12 @@ def merge_reports(several: Iterable[Reports]) -> Reports:
 class Summary:
     """What a part holds.
 
-    `last` marks the last unit of its item; `engine` is the name of the encoder that made it; `rows`
-    are all documents that were read, `documents` those that were kept; `signature_bytes` and
-    `listed_bytes` are those of all documents.
+    `item` is the key of its item; `last` marks the last unit of it; `engine` is the name of the
+    encoder that made it; `rows` are all documents that were read, `documents` those that were kept;
+    `signature_bytes` and `listed_bytes` are those of all documents.
     """
 
-    item: int
+    item: str
     unit: int
     last: bool
     engine: str
@@ -85,8 +85,9 @@ class Summary:
     unusual: Reports = field(default_factory=dict)
 
 
-def part_name(item: int, unit: int) -> str:
-    return f"{item:06d}_{unit:06d}.part"
+def part_name(item: str, unit: int, first: int | None = None) -> str:
+    """With `first`, of a second part that holds only so many documents of the unit, up to a limit."""
+    return f"{item}_{unit:06d}.part" if first is None else f"{item}_{unit:06d}.first_{first}"
 
 
 class PartWriter:
@@ -94,7 +95,7 @@ class PartWriter:
 
     def __init__(self, path: Path, dtype: np.dtype[Any], end_of_text: int) -> None:
         self.path = path
-        self._partial = path.with_name(f"{path.name}.partial")
+        self._partial = path.with_name(f"{path.name}.{unique()}.partial")
         self._file = self._partial.open("wb")
         self._dtype = dtype
         self._end = np.array([end_of_text], dtype=dtype)
@@ -194,6 +195,36 @@ class Part:
         """Let the kernel drop the ids that were read: there may be more of them than memory."""
         if isinstance(self.tokens, np.memmap):
             self.tokens._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+
+class Wanted:
+    """Counts documents from the beginning of the corpus up to a limit: with `distinct`, the dtype of
+    the parts' ids, each text once.
+    """
+
+    def __init__(self, limit: int | None, distinct: np.dtype[Any] | None) -> None:
+        self._limit, self._dtype = limit, distinct
+        self._documents = 0
+        # 64 of the 128 bits: of 10 M documents two meet with a chance of 3 in a million. They take
+        # 60 bytes each, and only up to the limit.
+        self._seen: set[int] = set()
+
+    def is_full(self) -> bool:
+        return self._limit is not None and max(self._documents, len(self._seen)) >= self._limit
+
+    def take(self, path: Path, documents: int) -> int:
+        """How many of the documents of the next part are wanted."""
+        if self._limit is None:
+            return documents
+        if self._dtype is None:
+            taken = min(documents, self._limit - self._documents)
+            self._documents += taken
+            return taken
+        for number, digest in enumerate(Part(path, self._dtype).hashes[:, 0].tolist()):
+            if self.is_full():
+                return number
+            self._seen.add(digest)
+        return documents
 
 
 def read_summary(path: Path) -> Summary:

@@ -30,7 +30,7 @@ def make_parts(folder: Path, texts: list[str], in_part: int = 3) -> list[Path]:
     encoder = UnitEncoder(EncodingOptions(tokenizer=BYTES.spec(), parts=folder, vocabulary=folder, seed=0))
     for item, at in enumerate(range(0, len(texts), in_part)):
         unit = Texts(tuple(text.encode() for text in texts[at : at + in_part]), 1, "", at)
-        encoder.encode(UnitJob(item=item, unit=0, last=True, work=unit))
+        encoder.encode(UnitJob(item=f"{item:06d}", unit=0, last=True, work=unit))
     return sorted(folder.glob("*.part"))
 
 
@@ -95,11 +95,11 @@ def test_a_lone_document_is_never_cut_inside_a_character(tmp_path: Path) -> None
         tokenizer.decode_bytes(ids[:cut].tolist()).decode()
 
 
-def shares(folder: Path, texts: list[str], fraction: float, in_part: int = 3) -> tuple[list[list[str]], SplitRule]:
+def shares(folder: Path, texts: list[str], fraction: float, parts: int = 3) -> tuple[list[list[str]], SplitRule]:
     """The documents of each split as `prepare` would write them, and the rule."""
-    parts = make_parts(folder, texts, in_part)
-    made = assembly(folder, find_rule(parts, fraction))
-    shards = [write_shard((made, layout)) for layout in lay_out_shards(parts, made, 10**9)]
+    paths = make_parts(folder, texts, in_part=-(-len(texts) // parts))
+    made = assembly(folder, find_rule(paths, fraction))
+    shards = [write_shard((made, layout)) for layout in lay_out_shards(paths, made, 10**9)]
     assert [shard.file for shard in shards] == ["train_00000.bin", "val_00000.bin"]
     found = [documents_of(folder / "shards" / shard.file) for shard in shards]
     assert sum(shard.documents for shard in shards) == len(texts)
@@ -126,22 +126,24 @@ def counting(words: int) -> str:
         [*NOTES * 50, counting(900), "two é" + counting(5000), counting(700), "two é" + counting(5000)],
         [f"{number}: {counting(300)}" for number in range(9)],
         [*NOTES * 2000, *(f"{number} words" for number in range(1500)), counting(1000)],
+        ["an equal sentence"] * 3000,
     ],
-    ids=["one long", "two", "equal", "unequal", "few", "many duplicates"],
+    ids=["one long", "two", "equal", "unequal", "few", "many duplicates", "equal sentences"],
 )
 def test_val_has_about_its_share_of_the_tokens(tmp_path: Path, texts: list[str], fraction: float) -> None:
-    (train, val), _ = shares(tmp_path / "a", texts, fraction)
+    (train, val), rule = shares(tmp_path / "a", texts, fraction)
     sizes = [sum(len(text.encode()) + 1 for text in split) for split in (train, val)]
     assert fraction / 2 <= sizes[1] / sum(sizes) <= 2 * fraction
     assert (1 - fraction) / 2 <= sizes[0] / sum(sizes)
-    # What is cut is all there, in order, and equal documents are cut alike.
+    # What is cut is all there, in order.
     whole = Counter(texts)
     tails = [text for text in val if text not in whole]
     heads = [text for text in train if text not in whole]
     cut = Counter(head + tail for head, tail in zip(heads, tails, strict=True))
+    assert sum(cut.values()) == rule.record().get("cut_documents", 0)
     assert cut + Counter(text for text in train + val if text in whole) == whole
     assert not set(train) & set(val)
-    again, _ = shares(tmp_path / "b", texts, fraction, in_part=7)
+    again, _ = shares(tmp_path / "b", texts, fraction, parts=7)
     assert again == [train, val]
 
 

@@ -1,6 +1,8 @@
 """--decontaminate: documents that contain evaluation texts are left out and listed."""
 
+import csv
 import gzip
+import io
 import json
 import random
 from pathlib import Path
@@ -48,6 +50,13 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
+    elif ".csv" in path.name or ".tsv" in path.name:
+        table = io.StringIO()
+        writer = csv.writer(table, delimiter="\t" if ".tsv" in path.name else ",")
+        writer.writerows([row["question"], *row["choices"]] for row in rows)
+        path.write_bytes(
+            gzip.compress(table.getvalue().encode()) if path.suffix == ".gz" else table.getvalue().encode()
+        )
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     elif path.suffix == ".txt":
@@ -63,7 +72,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["e.jsonl", "e.json", "e.parquet", "e.jsonl.gz", "e.txt"])
+@pytest.mark.parametrize("name", ["e.jsonl", "e.json", "e.parquet", "e.jsonl.gz", "e.txt", "e.csv", "e.tsv.gz"])
 def test_every_string_of_a_row_is_looked_for(tmp_path: Path, name: str) -> None:
     texts = [
         prose(50, 1), f"{prose(30, 2)} {QUESTION} {prose(30, 3)}", prose(40, 4),
@@ -138,7 +147,8 @@ def test_workers_and_tasks_give_the_same_bytes(tmp_path: Path, monkeypatch: pyte
     texts = [prose(200, at) + (f" {QUESTION}" if at % 7 == 3 else "") for at in range(40)]
     rows = write_rows(tmp_path / "e.jsonl", ROWS)
     assert len(prepare(tmp_path, texts, rows, name="one")) == 6
-    prepare(tmp_path, texts, rows, name="two", workers=2)
+    two: dict[str, Any] = {"decontaminate": (str(rows),), "workers": 2}
+    run(options_for(tmp_path, tmp_path / "c.jsonl", "two", tokenizer="byte", **two))
     for task in (1, 0):
         evaluation_ngrams.cache_clear()
         options = {"decontaminate": (str(rows),), "task_id": task, "tasks": 2}
@@ -165,7 +175,7 @@ def test_other_evaluation_texts_make_another_dataset(tmp_path: Path) -> None:
     [
         ("short.jsonl", '{"q": "too short"}\n', "none of its 1 texts has 8 words or more"),
         ("empty.jsonl", "", "none of its 0 texts has 8 words or more"),
-        ("broken.jsonl", '{"q": ', "is not JSON"),
+        ("broken.jsonl", '{"q": ', "not JSON"),
         ("nowhere.jsonl", None, "no such file"),
         ("table.xls", "a", "no known suffix"),
         ("n" * 300, None, "File name too long"),

@@ -40,9 +40,9 @@ def encoded(
     tokenizer = tokenizer or ByteTokenizer()
     options = EncodingOptions(tokenizer=tokenizer.spec(), parts=tmp_path, vocabulary=tmp_path, seed=5)
     work = Texts(tuple(documents), 1, "corpus", 10)
-    summary = UnitEncoder(options).encode(UnitJob(item=3, unit=7, last=True, work=work, limit=limit))
+    summary = UnitEncoder(options).encode(UnitJob(item="key", unit=7, last=True, work=work, limit=limit))
     (path,) = tmp_path.glob("*.part")
-    assert path.name == "000003_000007.part"
+    assert path.name == "key_000007.part"
     part = Part(path, np.dtype("<u2"))
     assert part.summary == summary
     ids = np.split(part.tokens, np.cumsum(part.lengths)[:-1]) if len(part.lengths) else []
@@ -83,7 +83,7 @@ def test_what_is_left_out_is_counted_with_the_first_place(tmp_path: Path) -> Non
     assert summary.skipped == {
         "empty": {"count": 3, "example": "corpus row 10"},
         "null": {"count": 2, "example": "corpus row 12"},
-        "not UTF-8": {"count": 1, "example": "corpus row 17"},
+        "not UTF-8": {"count": 1, "example": "corpus row 17", "broken": True, "first": ["corpus row 17"]},
     }
 
 
@@ -171,7 +171,7 @@ class FailingUnit(OneUnit):
 
 def jobs(tmp_path: Path, *units: Any) -> list[tuple[EncodingOptions, UnitJob]]:
     options = EncodingOptions(tokenizer=ByteTokenizer().spec(), parts=tmp_path, vocabulary=tmp_path, seed=0)
-    return [(options, UnitJob(item=i, unit=0, last=True, work=unit)) for i, unit in enumerate(units)]
+    return [(options, UnitJob(item=str(i), unit=0, last=True, work=unit)) for i, unit in enumerate(units)]
 
 
 def test_a_worker_that_is_killed_is_noticed(tmp_path: Path) -> None:

@@ -156,16 +156,20 @@ def test_near_documents_are_left_out_and_others_are_kept(tmp_path: Path) -> None
     assert manifest["skipped"]["near duplicate"]["count"] == near
     assert sorted(kept_texts(tmp_path / "data" / "x")) == sorted(texts[:200] + texts[200 + near :])
     clusters = manifest["statistics"]["near_duplicates"]
-    begins = {f"{tmp_path / 'c.jsonl'} at byte {at}": text for at, text in beginnings(tmp_path / "c.jsonl")}
+    begins = beginnings(tmp_path / "c.jsonl")
     assert len(clusters) == 3
     for kept, left_out in clusters:
         assert jaccard(begins[kept], begins[left_out]) > THRESHOLD
     assert manifest["skipped"]["near duplicate"]["example"] == f"{clusters[0][1]}, near {clusters[0][0]}"
 
 
-def beginnings(path: Path) -> list[tuple[int, str]]:
+def beginnings(path: Path) -> dict[str, str]:
+    """The text of each line by its place."""
     lines = path.read_bytes().splitlines(keepends=True)
-    return [(sum(map(len, lines[:at])), orjson.loads(line)["text"]) for at, line in enumerate(lines)]
+    return {
+        f"{path} at byte {sum(map(len, lines[:at]))} (line {at + 1})": orjson.loads(line)["text"]
+        for at, line in enumerate(lines)
+    }
 
 
 def test_of_a_large_cluster_the_first_is_kept(tmp_path: Path) -> None:
@@ -266,7 +270,7 @@ def test_killed_before_a_change_on_disk_it_ends_with_the_same_bytes(tmp_path: Pa
 def test_a_resume_with_or_without_it_is_refused(tmp_path: Path, corpus: Path) -> None:
     run(near_options(tmp_path, corpus, "x"))
     run(near_options(tmp_path, corpus, "x"))
-    with pytest.raises(UserError, match="near_dedup was True and is now False"):
+    with pytest.raises(UserError, match="near_dedup was True and is now None"):
         run(options_for(tmp_path, corpus, "x", tokenizer="byte"))
 
 
@@ -297,11 +301,11 @@ def test_memory_does_not_follow_the_corpus(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 1 << 32, (200_000, SIGNATURE_VALUES), np.uint32)
     values[1000::1000] = values[0]
     for part in range(4):
-        writer = PartWriter(tmp_path / part_name(part, 0), np.dtype("<u2"), 0)
+        writer = PartWriter(tmp_path / part_name(f"{part:032x}", 0), np.dtype("<u2"), 0)
         for row in values[part::4]:
             writer.begin_document(0)
             writer.end_document(1, bytes(16), row.tobytes())
-        writer.close(Summary(item=part, unit=0, last=True, engine="plain", size=0))
+        writer.close(Summary(item=f"{part:032x}", unit=0, last=True, engine="plain", size=0))
     tracemalloc.start()
     _, count, clusters = mark_near_duplicates(sorted(tmp_path.glob("*.part")), np.dtype("<u2"), tmp_path, None)
     assert tracemalloc.get_traced_memory()[1] < 400e6

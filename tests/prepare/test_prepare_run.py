@@ -208,11 +208,11 @@ def test_a_duplicate_is_named_with_the_document_that_it_repeats(
     (where, same) = ((second, 47), (first, 29))
     assert skipped["duplicate"] == {
         "count": 3,
-        "example": f"{where[0]} at byte {where[1]}, the same as {same[0]} at byte {same[1]}",
+        "example": f"{where[0]} at byte {where[1]} (line 4), the same as {same[0]} at byte {same[1]} (line 3)",
     }
     twice = write_jsonl(tmp_path, ["other", "same", "", "same", "same"])
     skipped = load_manifest(prepare(tmp_path, twice, dedup=True, name="twice")).skipped
-    assert skipped["duplicate"]["example"] == f"{twice} at byte 45, the same as {twice} at byte 17"
+    assert skipped["duplicate"]["example"] == f"{twice} at byte 45 (line 4), the same as {twice} at byte 17 (line 2)"
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "word", "bpe:300"])
@@ -398,28 +398,17 @@ def test_force_that_fails_leaves_the_earlier_dataset_whole(tmp_path: Path, jsonl
     assert contents(folder) == before
 
 
-def test_leftovers_are_cleared_and_foreign_files_are_not(tmp_path: Path, jsonl: Path) -> None:
+def test_files_of_other_programs_are_neither_removed_nor_replaced(tmp_path: Path, jsonl: Path) -> None:
     folder = tmp_path / "data" / "corpus"
     folder.mkdir(parents=True)
-    for name in (
-        "train_00000.bin",
-        "train_00007.bin",
-        "train.bin",
-        "film.partial",
-        "README.md",
-    ):
+    others = ("train_00007.bin", "train.bin", "film.partial", "README.md")
+    for name in others:
         (folder / name).write_text("old")
     prepare(tmp_path, jsonl)
-    names = {path.name for path in folder.iterdir()}
-    assert names == {
-        ".lock",
-        MANIFEST_NAME,
-        "train_00000.bin",
-        "val_00000.bin",
-        "train.bin",
-        "film.partial",
-        "README.md",
-    }
+    prepare(tmp_path, jsonl, force=True)
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert names == {MANIFEST_NAME, "train_00000.bin", "val_00000.bin", *others}
+    assert all((folder / name).read_text() == "old" for name in others)
 
 
 def test_a_second_prepare_of_the_same_dataset_is_refused(tmp_path: Path, jsonl: Path) -> None:
@@ -441,8 +430,9 @@ def test_a_second_prepare_of_the_same_dataset_is_refused(tmp_path: Path, jsonl: 
         ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3': expected one of gpt2"),
         (
             {"val_fraction": -0.1},
-            "invalid --val-fraction -0.1: expected a number below 1, such as 0.01, or 0 for no val",
+            "invalid --val-fraction -0.1: expected 0 for no val split, or a fraction such as 0.01",
         ),
+        ({"val_fraction": 5e-324}, "--val-fraction 5e-324"),
         ({"val_fraction": 1.0}, "--val-fraction 1.0"),
         ({"val_fraction": float("nan")}, "--val-fraction nan"),
         ({"name": "../up"}, "invalid --name '../up': expected"),
