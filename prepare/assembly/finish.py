@@ -53,22 +53,9 @@ def finish(
         )
     _check_broken(skipped, sum(summary.rows for summary in summaries), bad_rows)
     journal.assemble(parts, plan.options)
-    duplicates = None
-    if plan.options["dedup"]:
-        duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
-        if (marks := dropped(duplicates, 0, documents)).any():
-            example = locate_duplicate(int(marks.argmax()), parts, dtype, snapshot)
-            report(skipped, DUPLICATE, example, count=int(marks.sum()))
-    near: list[list[str]] = []
-    if plan.options["near_dedup"]:
-        duplicates, count, clusters = mark_near_duplicates(parts, dtype, journal.folder, duplicates)
-        places = locate([number for cluster in clusters for number in cluster], parts, dtype, snapshot)
-        near = [[places[number] for number in cluster] for cluster in clusters]
-        if near:
-            report(skipped, NEAR_DUPLICATE, f"{near[0][1]}, near {near[0][0]}", count=count)
+    duplicates, near = _leave_out(parts, plan, snapshot, journal=journal, skipped=skipped)
     if plan.options["decontaminate"]:
-        listing = b"".join(Part(path, dtype).listed.tobytes() for path in parts)
-        write_atomic(journal.staged / LISTING_NAME, listing)
+        write_atomic(journal.staged / LISTING_NAME, b"".join(Part(path, dtype).listed.tobytes() for path in parts))
     rule = SplitFinder(parts, tokenizer, plan.options["val_fraction"], duplicates).find(journal.folder / "heads")
     assembly = Assembly(journal.folder, journal.staged, tokenizer.vocab_size, rule=rule, duplicates=duplicates)
     layouts = lay_out_shards(parts, assembly, plan.options["shard_tokens"])
@@ -97,6 +84,30 @@ def finish(
     publish(journal, manifest, hashes)
     _summarise(journal.dataset, manifest)
     return True
+
+
+def _leave_out(
+    parts: list[Path], plan: Plan, snapshot: Snapshot, *, journal: Journal, skipped: Reports
+) -> tuple[Path | None, list[list[str]]]:
+    """The file that marks duplicates, which are counted in `skipped`; and for some documents with
+    near ones where they are, each followed by those left out for it.
+    """
+    dtype = token_dtype(plan.tokenizer["vocab_size"])
+    documents = sum(read_summary(path).documents for path in parts)
+    duplicates = None
+    if plan.options["dedup"]:
+        duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
+        if (marks := dropped(duplicates, 0, documents)).any():
+            example = locate_duplicate(int(marks.argmax()), parts, dtype, snapshot)
+            report(skipped, DUPLICATE, example, count=int(marks.sum()))
+    if not plan.options["near_dedup"]:
+        return duplicates, []
+    duplicates, count, clusters = mark_near_duplicates(parts, dtype, journal.folder, duplicates)
+    places = locate([number for cluster in clusters for number in cluster], parts, dtype, snapshot)
+    near = [[places[number] for number in cluster] for cluster in clusters]
+    if near:
+        report(skipped, NEAR_DUPLICATE, f"{near[0][1]}, near {near[0][0]}", count=count)
+    return duplicates, near
 
 
 def _check_broken(skipped: Reports, rows: int, bad_rows: str | None) -> None:
