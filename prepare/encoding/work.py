@@ -6,6 +6,7 @@ from itertools import islice
 
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport, logger
+from prepare.encoding.contamination import NGRAMS_FILE
 from prepare.encoding.encode import EncodingOptions, UnitEncoder, UnitJob, encode
 from prepare.encoding.engine import PLAIN, EngineFault, fast_libraries
 from prepare.unfinished.journal import Journal, Plan, is_complete
@@ -104,7 +105,11 @@ def _encode_missing(
     journal: Journal, plan: Plan, missing: _Missing, workers: Workers, *, engine: str, text_bytes: Callable[[], int]
 ) -> None:
     seed = plan.options["seed"]
-    options = EncodingOptions(plan.tokenizer, journal.folder, journal.staged, seed=seed, engine=engine)
+    evaluation = (journal.folder / NGRAMS_FILE, list(plan.options["decontaminate"] or ()))
+    options = EncodingOptions(
+        plan.tokenizer, journal.folder, journal.staged, seed=seed, engine=engine,
+        near_dedup=bool(plan.options["near_dedup"]), evaluation=evaluation if evaluation[1] else None,
+    )  # fmt: skip
     documents = tokens = 0
     with ProgressReport("encode", None, "MB", done=missing.done_bytes / 1e6) as progress:
         try:
