@@ -57,7 +57,8 @@ CEILINGS = {
 # Rooms of `pipeline` that answer before torch is there; and the whole of prepare.
 WITHOUT_TORCH = (
     "pipeline.errors", "pipeline.log", "pipeline.files", "pipeline.config", "pipeline.launch", "pipeline.budget",
-    "pipeline.runs", "pipeline.vocabulary", "pipeline.dataset", "pipeline.machine.gpus", "prepare", "slurm",
+    "pipeline.runs", "pipeline.vocabulary", "pipeline.dataset", "pipeline.machine.gpus", "pipeline.machine.meeting", "prepare",
+    "slurm",
 )  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

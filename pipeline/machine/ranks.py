@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -21,6 +22,7 @@ from pipeline.errors import EXIT_USER, UserError
 from pipeline.launch import Placement
 from pipeline.log import logger
 from pipeline.machine.device import pick_device
+from pipeline.machine.meeting import Meeting, meeting
 
 # Start-up waits for the slowest node to import torch from a shared filesystem; a step that hangs
 # longer is dead.
@@ -124,7 +126,7 @@ def _join(place: Placement, device: torch.device) -> Store:
     settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(NETWORK_SETTINGS)]
     if settings:
         logger.info("%d ranks over %s, with %s", place.size, backend, " ".join(settings))
-    store = _srun_store(place) if place.by_srun else _torchrun_store(place)
+    store = _srun_store(place, meeting()) if place.by_srun else _torchrun_store(place)
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=place.rank, world_size=place.size)
     return PrefixStore("world", store)
 
@@ -170,18 +172,19 @@ def _torchrun_store(place: Placement) -> Store:
     return PrefixStore(f"start {start}", store)
 
 
-def _srun_store(place: Placement) -> Store:
+def _srun_store(place: Placement, meeting: Meeting) -> Store:
     """The same if srun started the ranks: rank 0 hosts it. Raises UserError if they cannot meet."""
-    host, port = launch.meeting_point()
-    logger.info("waiting for %d ranks of srun at %s:%d", place.size, host, port)
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"  # IPv6 in brackets
+    # The socket of the meeting, which has held the port since.
+    listener = None if meeting.listener is None else meeting.listener.detach()
     try:
-        store: Store = next(rendezvous(f"tcp://{address}", place.rank, place.size, timeout=TIMEOUT))[0]
-        return store
+        return TCPStore(
+            meeting.host, meeting.port, world_size=place.size, is_master=place.rank == 0, timeout=TIMEOUT,
+            multi_tenant=True, master_listen_fd=listener,
+        )  # fmt: skip
     except dist.DistError as error:
         raise UserError(
-            f"the ranks cannot meet at {host}:{port} ({str(error).splitlines()[0]}): set MASTER_ADDR to an address of the "
-            "first node that every node reaches, MASTER_PORT to a port that is free there"
+            f"the ranks cannot meet at {meeting.host}:{meeting.port} ({str(error).splitlines()[0]}): set MASTER_ADDR to an "
+            "address of the first node that every node reaches"
         ) from None
 
 
