@@ -1,6 +1,7 @@
-"""The two failures of a command that are not a bug of this program."""
+"""The failures of a command that are not a bug of this program."""
 
 EXIT_USER, EXIT_DIVERGED = 2, 3
+EXIT_NODE = 69  # a node is not fit to train on; EX_UNAVAILABLE of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -14,6 +15,12 @@ class UserError(Exception):
 
 class Diverged(Exception):
     """Training skipped too many steps in a row. The command exits with code 3."""
+
+
+class NodeFailed(Exception):
+    """A node is not fit to train on; the text names it. The command exits with code 69, and
+    train.sbatch queues the job again without the node.
+    """
 
 
 def one_line(error: BaseException) -> str:

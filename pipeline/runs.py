@@ -2,6 +2,7 @@
 No torch.
 
 runs/<name>/config.toml           the resolved config
+            version.txt           the code that trained it last: release, commit, hash of the sources
             status.json           running, done, stopped or failed; step; why it ended
             metrics.jsonl         one row of numbers per logged step
             bad_steps.jsonl       one row per step that did not reach the weights
@@ -11,11 +12,13 @@ runs/<name>/config.toml           the resolved config
 """
 
 import json
+import subprocess
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from pipeline.files import write_atomic
+import pipeline
+from pipeline.files import hash_bytes, write_atomic
 
 
 class State(StrEnum):
@@ -49,7 +52,7 @@ class RunFolder:
         self.config, self.status = path / "config.toml", path / "status.json"
         self.metrics, self.bad_steps = path / "metrics.jsonl", path / "bad_steps.jsonl"
         self.log, self.tensorboard = path / "log.txt", path / "tb"
-        self.save_now = path / "save-now"
+        self.save_now, self.version = path / "save-now", path / "version.txt"
 
     def write_status(self, status: Status) -> None:
         write_atomic(self.status, json.dumps(asdict(status)).encode() + b"\n")
@@ -68,6 +71,18 @@ class RunFolder:
         """Forget what was recorded past `step`, where a run resumes: one curve, no step twice."""
         _drop_rows_after(self.metrics, step)
         _drop_rows_after(self.bad_steps, step - 1)  # a bad step's row has the number of steps before it
+
+
+def code_version() -> str:
+    """The release, the commit in a checkout, and a hash of the sources, which may differ from it."""
+    sources = sorted(path for package in ("pipeline", "train") for path in (pipeline.HOME / package).rglob("*.py"))
+    digest = hash_bytes(b"".join(path.read_bytes() for path in sources))[:12]
+    try:
+        command = ["git", "-C", str(pipeline.HOME), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # a container without git
+        commit = ""
+    return f"{pipeline.__version__} commit {commit or 'unknown'} sources {digest}"
 
 
 def newest_run(runs: Path) -> Path | None:

@@ -41,14 +41,14 @@ ORDER = {
         "options", "preparation", "run",
     ),
     "train": (
-        "data", "optimizer", "parallel", "replicas", "resume", "spikes", "evaluation", "metrics", "preview", "saving",
+        "data", "nodes", "optimizer", "parallel", "replicas", "resume", "spikes", "evaluation", "metrics", "preview", "saving",
         "stop", "trainer", "run",
     ),
     "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
     "score": ("options", "loss", "harness", "tables", "run"),
     "observe": ("tables", "shared_documents", "inspect", "verify"),
     "export": ("options", "model_card", "gguf", "run"),
-    "slurm": ("sbatch", "doctor", "job", "checks", "submit"),
+    "slurm": ("sbatch", "doctor", "job", "starts", "checks", "submit"),
 }  # fmt: skip
 # Code lines a package may hold: without blanks, comments and docstrings.
 CEILINGS = {

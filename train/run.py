@@ -22,10 +22,11 @@ from pipeline.machine import ranks
 from pipeline.machine.device import pick_dtype, share_threads, should_compile
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
-from pipeline.runs import RunFolder, State
+from pipeline.runs import RunFolder, State, code_version
 from train import parallel, resume
 from train.data.staging import stage
 from train.metrics import FileMetrics, Metrics
+from train.nodes import check_nodes
 from train.preview import Preview
 from train.replicas import check_replicas
 from train.stop import StopRequest
@@ -63,6 +64,7 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
     # that means nothing.
     world.check_agreement("the dataset", mixture.fingerprint)
     world.check_agreement("the config", to_dict(config))
+    check_nodes(world)
     if stage_to is not None:
         mixture = stage(mixture, config, world, into=stage_to, dry_run=dry_run)
     mesh = parallel.mesh_of(config.parallel.strategy, world)
@@ -180,6 +182,10 @@ def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
     # `latest`.
     set_aside_after(folder.checkpoints, trainer.step)
     metrics = FileMetrics(folder, trainer.step, trainer.config.log.tensorboard)
+    version = code_version()
+    if folder.version.exists() and (before := folder.version.read_text().strip()) != version:
+        logger.info("note: trained until now by code %s, from here on by %s", before, version)
+    write_atomic(folder.version, f"{version}\n".encode())
     write_atomic(folder.config, to_toml(trainer.config).encode())
     metrics.write_status(trainer.status(State.RUNNING))
     return metrics

@@ -121,6 +121,8 @@ class Group(Page, click.Group):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[str]] = {}
         for name, command in self.commands.items():
+            if command.hidden:
+                continue
             assert isinstance(command, Page) and command.help
             groups.setdefault(command.heading, []).append(f"{name:<12} {command.help.splitlines()[0]}")
         for heading, lines in groups.items():

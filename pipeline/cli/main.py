@@ -14,7 +14,7 @@ import pipeline
 from pipeline import launch, log
 from pipeline.cli import data, jobs, looks, models, training
 from pipeline.cli.command import Group
-from pipeline.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_USER, Diverged, UserError
+from pipeline.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_NODE, EXIT_USER, Diverged, NodeFailed, UserError
 
 # A full disk, a quota, missing permission, a name too long: not bugs of ours.
 FAULTS_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
@@ -33,6 +33,8 @@ def main() -> None:
             _exit("interrupted", EXIT_INTERRUPTED)
     except UserError as error:
         _exit(str(error), EXIT_USER)
+    except NodeFailed as error:
+        _exit(str(error), EXIT_NODE)
     except Diverged as error:
         if not launch.rank():  # every rank comes to the same verdict
             _exit(str(error), EXIT_DIVERGED)
@@ -96,6 +98,6 @@ def app() -> None:
 
 for command in (
     data.prepare, data.merge, data.fetch, training.train, training.quickstart, models.sample, models.evaluate,
-    models.export, looks.inspect, looks.verify, jobs.submit, looks.doctor,
+    models.export, looks.inspect, looks.verify, jobs.submit, looks.doctor, jobs.batch,
 ):  # fmt: skip
     app.add_command(command)

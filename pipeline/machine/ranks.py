@@ -88,14 +88,14 @@ class World(Placement):
         if error is not None:
             raise error
 
-    def leave_to(self, speaker: int) -> None:
+    def leave_to(self, speaker: int, code: int = EXIT_USER) -> None:
         """Every rank exits but `speaker`, which reports why. No rank exits before all ignore
         SIGTERM: the line would be lost.
         """
         launch.outlive_others()
         self.barrier()
         if self.rank != speaker:
-            launch.leave(EXIT_USER)
+            launch.leave(code)
 
     def _await_all(self, patience: datetime.timedelta) -> None:
         """A barrier for work that may take longer than TIMEOUT, after which collectives give up."""
