@@ -5,7 +5,8 @@
     tiktoken   one process, texts in memory, nothing written: an upper bound per process
     map        the usual script: datasets.map with tiktoken in N processes, then a memory-mapped uint16 file
     gigatoken  the encoder alone on N threads, texts in memory, nothing written
-    plain      `prepare` without gigatoken
+    plain      `prepare` with tiktoken alone
+    fastokens  `prepare` with fastokens
     prepare    `prepare` with gigatoken
 
 The text is found on this machine: the sources and documents of the standard library and the installed
@@ -36,7 +37,9 @@ ROOT = Path(__file__).parents[1]
 PIECE_CHARACTERS = 4000
 PIECES_AT_ONCE = 20_000
 POLL_S = 0.02
-NAMES = ("tiktoken", "map", "gigatoken", "plain", "prepare")
+NAMES = ("tiktoken", "map", "gigatoken", "plain", "fastokens", "prepare")
+# The libraries that `prepare` is kept from importing.
+HIDDEN = {"plain": ("gigatoken", "fastokens"), "fastokens": ("gigatoken",), "prepare": ()}
 
 TIKTOKEN = """
 import sys, time
@@ -102,8 +105,8 @@ import sys
 from prepare.options import PrepareOptions
 from prepare.run import run
 if __name__ == "__main__":
-    if "hide" in sys.argv:
-        sys.modules["gigatoken"] = None  # importing it now raises ImportError
+    for library in sys.argv[4:]:
+        sys.modules[library] = None  # importing it now raises ImportError
     run(PrepareOptions([sys.argv[1]], name="bench", data_dir=sys.argv[2], workers=int(sys.argv[3]), force=True))
 """
 
@@ -117,8 +120,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     names = [name for name in NAMES if name not in arguments.without]
-    if not find_spec("gigatoken"):
-        names = [name for name in names if name not in ("gigatoken", "prepare")]
+    if not (find_spec("gigatoken") and find_spec("fastokens")):
+        raise SystemExit("the benchmark compares with gigatoken and fastokens: pip install '.[fast]'")
     folder = Path(tempfile.mkdtemp(prefix="prepare_throughput_"))
     try:
         source, text_bytes = write_corpus(folder, arguments.megabytes * 1_000_000)
@@ -141,7 +144,7 @@ def measure(name: str, source: Path, folder: Path, workers: int) -> tuple[float,
     try:
         if name == "map":
             return run_timed([sys.executable, "-c", MAP, str(source), str(place), str(workers)])
-        return run_prepare(source, place, workers, *(["hide"] if name == "plain" else []))
+        return run_prepare(source, place, workers, *HIDDEN[name])
     finally:
         shutil.rmtree(place)
 
@@ -179,9 +182,9 @@ def run_program(program: str, source: Path, workers: int) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
-def run_prepare(source: Path, folder: Path, workers: int, *flags: str) -> tuple[float, int]:
+def run_prepare(source: Path, folder: Path, workers: int, *hidden: str) -> tuple[float, int]:
     """Wall seconds and peak bytes of the complete command, Python's start included."""
-    return run_timed([sys.executable, "-c", PREPARE, str(source), str(folder / "data"), str(workers), *flags])
+    return run_timed([sys.executable, "-c", PREPARE, str(source), str(folder / "data"), str(workers), *hidden])
 
 
 def run_timed(command: list[str]) -> tuple[float, int]:
@@ -254,6 +257,7 @@ def table(result: dict[str, Any]) -> str:
         "map": f"datasets.map and a memory-mapped file, {workers} processes",
         "gigatoken": f"gigatoken, {workers} threads, texts in memory",
         "plain": f"prepare on tiktoken, {workers} workers",
+        "fastokens": f"prepare with fastokens, {workers} workers",
         "prepare": f"prepare with gigatoken, {workers} workers",
     }
     others = list(result["rows"])

@@ -19,7 +19,7 @@ from rich.text import Text
 from observe.tables import cell, open_console, plain_table
 from pipeline.budget import parameters
 from pipeline.dataset.scan import Advance, DocumentFinder, blocks, each_shard, entropy_nats
-from pipeline.dataset.shards import Manifest, Shard, check_sizes, map_shard, read_path
+from pipeline.dataset.shards import Manifest, Shard, check_sizes, map_shard, path_or_name, read_path
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport
 from pipeline.vocabulary.specs import from_spec
@@ -33,6 +33,7 @@ QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
 
 def run(path: Path, as_json: bool) -> None:
     """Write what is in `path` to stdout. Raises UserError for anything else than these three."""
+    path = path_or_name(path)
     is_model = (path / "config.json").is_file() or any(path.glob("*.safetensors"))
     description = describe_model(path) if is_model else describe_dataset(path)
     if as_json:

@@ -6,6 +6,7 @@ within a filesystem, and a synced folder keeps the new name across a power failu
 
 import fcntl
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -41,14 +42,21 @@ def publish(partial: Path, final: Path) -> None:
     sync(final.parent)
 
 
+def unique() -> str:
+    """Part of a name that no other process takes, on whichever machine that shares the folder."""
+    return secrets.token_hex(8)  # process numbers return, and are the same on two machines
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: a reader, or a crash, finds the old file or the new one and
     nothing in between.
     """
-    # With the process's number: two processes must not write into one file.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    publish(partial, path)
+    partial = path.with_name(f".{path.name}.{unique()}.partial")
+    try:
+        partial.write_bytes(content)
+        publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_limited(path: Path, most_bytes: int) -> bytes:

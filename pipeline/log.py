@@ -98,8 +98,8 @@ class ProgressReport:
         rate = (self.done - self._done_before) / max(now - self._started, 1e-9)
         text = f"{self.done:,.0f} {self.unit}, {rate:,.1f} {self.unit}/s" + (f", {note}" if note else "")
         if self._bar is not None:
-            self._bar.update(self._task, completed=int(self.done), note=text)
+            self._bar.update(self._task, total=self.total, completed=int(self.done), note=text)
         elif now - self._last_line >= LINE_INTERVAL_S:
             self._last_line = now
-            left = f", {(self.total - self.done) / rate:,.0f} s left" if self.total and rate else ""
+            left = f", {max(self.total - self.done, 0) / rate:,.0f} s left" if self.total and rate else ""
             logger.info("%s: %s%s", self.title, text, left)

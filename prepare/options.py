@@ -5,13 +5,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from prepare.encoding.vocabulary import check_name
+from prepare.storage.files import shown
 from prepare.unfinished.journal import Share
 from prepare.units import Reading
 
 # Recorded in the manifest: a dataset prepared with others of these is another dataset.
-DETERMINE_BYTES = ("tokenizer", "text_field", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup")
+DETERMINE_BYTES = (
+    "tokenizer", "text_field", "document_separator", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup",
+)  # fmt: skip
+
+# `bad_rows`: count and skip any number of broken rows, or end at the first; by default they are
+# skipped up to a small fraction.
+SKIP, STOP = BAD_ROWS = ("skip", "stop")
 
 
 @dataclass(frozen=True)
@@ -21,19 +28,21 @@ class PrepareOptions:
     data_dir: str = "data"
     tokenizer: str = "gpt2"
     text_field: str = "text"
+    document_separator: str | None = None
     val_fraction: float | None = None
     shard_tokens: int = 100_000_000
     workers: int | None = None
     limit_docs: int | None = None
     seed: int = 0
     dedup: bool = False
+    bad_rows: str | None = None
     task_id: int | None = None
     tasks: int | None = None
     force: bool = False
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.text_field)
+        return Reading(self.text_field, self.document_separator)
 
 
 def check(options: PrepareOptions) -> Share:
@@ -51,8 +60,13 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
         check_name(options.tokenizer)
     except UserError as error:
         yield str(error)
-    if options.val_fraction is not None and not 0 < options.val_fraction < 1:
-        yield f"invalid --val-fraction {options.val_fraction}: expected a number between 0 and 1, such as 0.01"
+    try:
+        if options.document_separator is not None and not options.reading.separator:
+            yield "invalid --document-separator '': expected a text such as '<|endoftext|>'"
+    except ValueError as error:
+        yield f"invalid --document-separator {options.document_separator!r}: {one_line(error)}"
+    if options.val_fraction and not 1e-9 <= options.val_fraction < 1:
+        yield f"invalid --val-fraction {options.val_fraction}: expected 0 for no val split, or a fraction such as 0.01"
     # The name becomes a folder: one that begins with "." would be hidden, and "/" or ".." would
     # lead elsewhere.
     if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):
@@ -60,6 +74,8 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
     for name in ("workers", "limit_docs", "shard_tokens"):
         if (count := getattr(options, name)) is not None and count < 1:
             yield f"invalid --{name.replace('_', '-')} {count}: expected at least 1"
+    if options.bad_rows not in (None, *BAD_ROWS):
+        yield f"invalid --bad-rows {options.bad_rows!r}: expected {' or '.join(BAD_ROWS)}"
     if not 0 <= options.seed < 1 << 64:
         yield f"invalid --seed {options.seed}: expected 0 .. 2**64 - 1"
 
@@ -81,10 +97,16 @@ def _task_faults(options: PrepareOptions) -> Iterator[str]:
         yield from (f"{flag} cannot be combined with --tasks: {why}" for flag, given, why in conflicts if given)
 
 
-def choices(options: PrepareOptions, fraction: float) -> dict[str, Any]:
-    """The options that determine the bytes of the dataset."""
-    chosen = replace(options, tokenizer=check_name(options.tokenizer), val_fraction=fraction)
+def choices(options: PrepareOptions) -> dict[str, Any]:
+    """The options that determine the bytes of the dataset, as they were given."""
+    chosen = replace(options, tokenizer=shown(check_name(options.tokenizer)))
     return {name: getattr(chosen, name) for name in DETERMINE_BYTES}
+
+
+def settled(chosen: dict[str, Any], file_bytes: int | None) -> dict[str, Any]:
+    """With the fraction of val that follows from the size of the corpus, where none was given."""
+    given = chosen["val_fraction"]
+    return chosen | {"val_fraction": default_fraction(file_bytes) if given is None else given}
 
 
 def default_fraction(file_bytes: int | None) -> float:

@@ -6,8 +6,10 @@ stays UTF-8 bytes: a str of mostly ASCII with one emoji takes four times the mem
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
+
+from pipeline.errors import UserError
 
 # About what one unit holds in text, between these: small enough that a kill loses seconds and the
 # workers finish together, large enough that handing over a unit and syncing its result (some 20 ms)
@@ -20,9 +22,9 @@ UNITS_IN_A_CORPUS = 64
 LONG_BYTES = 4 << 20
 BLOCK_BYTES = 1 << 20
 STDIN_SPOOL = "stdin.partial"
-# Parts are numbered by unit, so a preparation is never resumed where another version began it.
-# Raise this whenever the same sources would be divided into other units.
-SPLITTING = 1
+# Parts are kept by item and unit, so a preparation is never resumed where another version began it.
+# Raise this whenever the same items would be divided into other units, or read differently.
+SPLITTING = 2
 # Positions inside an item, which are bytes of a file or rows, lie below 2**48: in a batch the
 # item's number goes above.
 POSITION_BITS = 48
@@ -30,6 +32,7 @@ T = TypeVar("T")
 # Why a document is skipped.
 NOT_UTF8 = "not UTF-8"
 NULL = "null"
+MISSING = "missing"
 LONE_SURROGATE = "lone surrogate"
 
 
@@ -38,13 +41,36 @@ class Reading:
     """How the user wants the text of every source to be read."""
 
     text_field: str = "text"
+    # Splits text files into documents; escapes such as `\\n` as the user typed them.
+    document_separator: str | None = None
+
+    @property
+    def separator(self) -> bytes:
+        """Raises ValueError for an invalid escape."""
+        # latin-1 with escapes is what this codec decodes; a plain encode() would break "é".
+        typed = (self.document_separator or "").encode("latin-1", "backslashreplace")
+        return typed.decode("unicode_escape").encode()
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A document that is skipped, counted and reported, such as one that is not UTF-8."""
+    """A document that is skipped, counted and reported, such as an empty one.
+
+    `broken` marks a row that its writer cannot have meant, such as a line that is not JSON: there
+    is a bound on those. `detail` explains this one, where the reason is shared.
+    """
 
     reason: str
+    broken: bool = False
+    detail: str = field(default="", compare=False)
+
+
+class Unreadable(UserError):
+    """The rest of a file cannot be read, such as one that is truncated: it counts as one broken row."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.refused = Refused(reason, broken=True, detail=detail)
 
 
 class LongDocument(Protocol):
@@ -162,7 +188,7 @@ def utf8(content: bytes) -> Document:
     try:
         content.decode()
     except UnicodeDecodeError:
-        return Refused(NOT_UTF8)
+        return Refused(NOT_UTF8, broken=True)
     return content
 
 
@@ -171,14 +197,4 @@ def encoded(text: str) -> bytes | Refused:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        return Refused(LONE_SURROGATE)
-
-
-def no_field(where: str, text_field: str, row: Iterable[str]) -> str:
-    names = ", ".join(row) or "none"
-    return f"{where} has no field {text_field!r}, its fields are: {names}; choose one with --text-field"
-
-
-def no_text(where: str, text_field: str, value: Any) -> str:
-    found = type(value).__name__
-    return f"{where}: the field {text_field!r} holds {found}, expected text; choose another field with --text-field"
+        return Refused(LONE_SURROGATE, broken=True)

@@ -44,7 +44,7 @@ class Workers:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         except BrokenProcessPool:
-            self._close()
+            self.close()
             raise
         finally:
             for future in pending:
@@ -55,7 +55,7 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self.close()
 
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:
@@ -64,7 +64,8 @@ class Workers:
             self._pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), start_worker)
         return self._pool
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End the processes; the next call starts new ones."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None

@@ -74,7 +74,12 @@ def converse(writer: "Writer", seed: int) -> None:
 
 
 def _encode(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
-    return [tokenizer.end_of_text] if prompt is None else encode_prompt(prompt, tokenizer)
+    if prompt is None:
+        return [tokenizer.end_of_text]
+    end = tokenizer.decode_bytes([tokenizer.end_of_text]).decode(errors="replace")
+    if end and end in prompt:
+        logger.info("note: %s in a prompt is ordinary text; a sample without a prompt begins after that token", end)
+    return encode_prompt(prompt, tokenizer)
 
 
 class Writer:

@@ -90,7 +90,10 @@ def split_loss(scorer: Scorer, reader: TokenReader, stride: int, end_of_text: in
     total = 0.0
     with world.fail_together(), ProgressReport(f"score {reader.name}", len(starts), "windows") as progress:
         if predicted < 1:
-            raise UserError(f"{reader.name} has {len(reader)} token(s): expected at least 2, as the first is given")
+            raise UserError(
+                f"{reader.name} has {len(reader)} token(s): expected at least 2, as the first is given; choose another split "
+                "or dataset with --split or --data"
+            )
         for at in range(world.rank * size, len(starts), world.size * size):
             windows, scored = read_windows(reader, starts[at : at + size], scorer.block_size, stride)
             windows, scored = windows.to(world.device), scored.to(world.device)

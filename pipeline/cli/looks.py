@@ -10,7 +10,9 @@ GROUP = "Looking"
 
 
 @click.command(cls=Command, group=GROUP, example="pipeline inspect data/openwebtext")
-@click.argument("path", cls=Argument, type=PATH, help="A dataset, a shard, or a checkpoint or Hugging Face folder.")
+@click.argument(
+    "path", cls=Argument, type=PATH, help="A dataset or its name, a shard, or a checkpoint or Hugging Face folder."
+)
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def inspect(path: Path, json: bool) -> None:
     """Show what is in a dataset, shard or checkpoint.
@@ -23,7 +25,7 @@ def inspect(path: Path, json: bool) -> None:
 
 
 @click.command(cls=Command, group=GROUP, example="pipeline verify runs/gpt2-124m/checkpoints/step_00001000")
-@click.argument("path", cls=Argument, type=PATH, help="A dataset, a shard or a checkpoint.")
+@click.argument("path", cls=Argument, type=PATH, help="A dataset or its name, a shard or a checkpoint.")
 def verify(path: Path) -> None:
     """Read every byte again and check all that the manifest promises.
 

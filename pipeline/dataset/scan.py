@@ -90,7 +90,7 @@ def entropy_nats(counts: npt.NDArray[np.int64]) -> float:
     nothing else.
     """
     p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
+    return float(abs((p * np.log(p)).sum()))  # not -0.0 without any counts
 
 
 def blocks(path: Path, header_bytes: int) -> Iterator[bytes]:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from pipeline.config.keys import Config
 from pipeline.dataset import foreign
 from pipeline.errors import UserError
 from pipeline.files import check_types, hash_bytes, is_plain_name, write_atomic
@@ -34,7 +35,7 @@ AFTER_EACH_DOCUMENT = foreign.END_OF_TEXT_STANDS[foreign.NANOGPT]
 @dataclass(frozen=True)
 class Shard:
     """One file of token ids. `bytes` is the size of the UTF-8 text it was made from; `hash` is
-    XXH3-128 of the file.
+    XXH3-128 of the file. `tails` of documents follow beginnings in train, where they are counted.
 
     In another program's shard only `tokens` is known, and `hash` covers samples of it
     (`foreign.sample_hash`).
@@ -45,6 +46,7 @@ class Shard:
     documents: int | None
     bytes: int | None
     hash: str
+    tails: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Manifest:
     """Everything a reader of the shards has to know, and where they came from.
 
     `skipped` holds for each reason how many documents were left out (`count`) and the location of
-    one (`example`); `statistics` is what `prepare` measured about the tokens.
+    one (`example`), `passed_over` the same of files; `read` what was counted while each source was
+    read; `statistics` is what `prepare` measured about the tokens.
     """
 
     tokenizer: dict[str, Any]
@@ -65,6 +68,8 @@ class Manifest:
     program: str
     unusual: dict[str, dict[str, Any]] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
+    passed_over: dict[str, dict[str, Any]] = field(default_factory=dict)
+    read: list[dict[str, Any]] = field(default_factory=list)
     format: int = FORMAT_VERSION
     end_of_text: str = AFTER_EACH_DOCUMENT
 
@@ -154,6 +159,12 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is damaged ({type(error).__name__}: {error}): prepare the dataset again with --force"
         ) from None
     return manifest
+
+
+def path_or_name(path: Path) -> Path:
+    """The folder of a dataset that is given by its name; a path that exists wins over a name."""
+    named = Path(Config().data.data_dir) / path
+    return named if not path.exists() and named.exists() else path
 
 
 def read_path(path: Path) -> tuple[Path, Manifest]:

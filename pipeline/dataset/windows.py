@@ -76,6 +76,11 @@ def check_length(folder: Path, split: str, tokens: int, block_size: int) -> None
     """
     if tokens > block_size:
         return
+    if split == "val" and tokens == 0:
+        raise UserError(
+            f"{folder} has no val split: train without evaluation (eval.every_steps=0), or prepare it again with a "
+            "--val-fraction above 0"
+        )
     remedy = "prepare more text, or lower model.block_size"
     if split == "val":
         remedy = "prepare with a larger --val-fraction, lower model.block_size, or turn evaluation off with eval.every_steps=0"

@@ -7,11 +7,22 @@ memory.
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
+
+from pipeline.vocabulary.tokenizer import token_dtype
+from prepare.assembly.splits import numbered_parts
+from prepare.documents.lines import Lines
+from prepare.encoding.pieces import blocks_of
+from prepare.storage.files import blocks
+from prepare.unfinished.journal import Plan
+from prepare.unfinished.parts import Part
+from prepare.units import POSITION_BITS, Batch, Document, Item, Refused, Unit
 
 # Records per file: 48 MB, and about 150 MB while they are sorted.
 DOCUMENTS_PER_FILE = 2_000_000
@@ -66,3 +77,46 @@ def _mark(records: npt.NDArray[Any], marks: npt.NDArray[np.bool_]) -> None:
     records = records[order]
     same = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])
     marks[records["document"][1:][same]] = True
+
+
+def locate_duplicate(number: int, parts: list[Path], items: Iterable[tuple[str, Item]], plan: Plan) -> str:
+    """Where document `number` of the corpus is, and which earlier document has its text.
+
+    `items` are those of the corpus by the keys of their parts.
+    """
+    dtype = token_dtype(plan.tokenizer["vocab_size"])
+    part, documents = next(each for each in numbered_parts(parts, dtype) if number < each[1].number + each[1].stop)
+    digest = part.hashes[number - documents.number]
+
+    def copies(part: Part) -> npt.NDArray[np.int64]:
+        return np.flatnonzero((part.hashes == digest).all(axis=1))
+
+    def locate(part: Part, copy: int) -> str:
+        # Parts hold no positions: their unit is read again, up to the copy of the text that is wanted.
+        item = next(item for key, item in items if key == part.summary.item)
+        unit = next(islice(item.units(), part.summary.unit, None))
+        found = (position for position, document in unit.documents() if _digest(document, plan) == digest.tobytes())
+        position = next(islice(found, copy, None), None)
+        return f"document {number} of the corpus" if position is None else _locate(unit, position)
+
+    first = next(part for part, _ in numbered_parts(parts, dtype) if copies(part).size)
+    copy = int(np.searchsorted(copies(part), number - documents.number))
+    return f"{locate(part, copy)}, the same as {locate(first, 0)}"
+
+
+def _locate(unit: Unit | Item, position: int) -> str:
+    """With its line, where lines are documents: units know bytes, editors know lines."""
+    if isinstance(unit, Batch):
+        return _locate(unit.items[position >> POSITION_BITS], position & ((1 << POSITION_BITS) - 1))
+    where = unit.locate(position)
+    if isinstance(unit, Lines):
+        where += f" (line {1 + sum(block.count(10) for block in blocks(unit.path, 0, position))})"
+    return where
+
+
+def _digest(document: Document, plan: Plan) -> bytes:
+    """As the encoder computes it; of a document that it skips, one that no other has."""
+    digest = xxhash.xxh3_128(seed=plan.options["seed"])
+    for block in blocks_of(b"" if isinstance(document, Refused) else document):
+        digest.update(block)
+    return digest.digest()

@@ -1,6 +1,8 @@
 """The parts of all tasks -> the dataset: duplicates, split rule, shards, statistics, manifest."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline import __version__
 from pipeline.dataset.shards import SPLITS, Manifest, Shard
@@ -9,52 +11,67 @@ from pipeline.files import hash_file
 from pipeline.log import ProgressReport, logger
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
-from prepare.assembly.duplicates import mark_duplicates
+from prepare.assembly.duplicates import locate_duplicate, mark_duplicates
 from prepare.assembly.shards import Assembly, ShardLayout, lay_out_shards, statistics, write_shard, written_shard
-from prepare.assembly.splits import dropped, find_rule
-from prepare.sources.corpus import Corpus
-from prepare.unfinished.journal import Journal, Plan
-from prepare.unfinished.parts import Part, merge_reports, read_summary, report
+from prepare.assembly.splits import SplitFinder, dropped
+from prepare.sources.corpus import Corpus, Snapshot
+from prepare.storage.files import local_file, shown
+from prepare.unfinished.journal import Journal, ListedPart, Plan
+from prepare.unfinished.parts import Part, Reports, Summary, merge_reports, read_summary, report
+from prepare.unfinished.publishing import publish
+from prepare.units import MISSING
 from prepare.workers import Workers
 
 DUPLICATE = "duplicate"
+# Of the rows that were read: one truncated line or one odd encoding in a crawl is usual, one in a
+# hundred is a fault of the file or of the options.
+MOST_BROKEN = 0.001
 
 
-def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> None:
-    """Make the dataset from its parts, which must all exist, and publish it."""
+def finish(
+    journal: Journal, plan: Plan, snapshot: Snapshot, workers: Workers, *,
+    bad_rows: str | None, is_current: Callable[[], bool],
+) -> bool:  # fmt: skip
+    """Make the dataset from its parts, which must all exist, and publish it.
+
+    False if the sources have changed meanwhile: then nothing is published.
+    """
     tokenizer = from_spec(plan.tokenizer, journal.staged)
     dtype = token_dtype(tokenizer.vocab_size)
-    parts = journal.parts(plan.options["limit_docs"])
+    listed = journal.parts(snapshot.keys, plan.wanted())
+    parts = [each.path for each in listed]
     summaries = [read_summary(path) for path in parts]
     documents = sum(summary.documents for summary in summaries)
     skipped = merge_reports(summary.skipped for summary in summaries)
-    duplicates = None
-    if plan.options["dedup"]:
-        duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
-        if (marks := dropped(duplicates, 0, documents)).any():
-            report(skipped, DUPLICATE, f"document {int(marks.argmax())} of the corpus, from 0", int(marks.sum()))
+    if MISSING in skipped:
+        snapshot.corpus.check_field()
     if documents == 0:
         reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in skipped.items())
         raise UserError(
             "the corpus is empty: no source has a document with text in it" + (f" ({reasons})" if reasons else "")
         )
-    rule = find_rule(parts, tokenizer, plan.options["val_fraction"], duplicates)
+    _check_broken(skipped, sum(summary.rows for summary in summaries), bad_rows)
+    journal.assemble(parts, plan.options)
+    duplicates = None
+    if plan.options["dedup"]:
+        duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
+        if (marks := dropped(duplicates, 0, documents)).any():
+            example = locate_duplicate(int(marks.argmax()), parts, snapshot, plan)
+            report(skipped, DUPLICATE, example, count=int(marks.sum()))
+    rule = SplitFinder(parts, tokenizer, plan.options["val_fraction"], duplicates).find(journal.folder / "heads")
     assembly = Assembly(journal.folder, journal.staged, tokenizer.vocab_size, rule=rule, duplicates=duplicates)
     layouts = lay_out_shards(parts, assembly, plan.options["shard_tokens"])
     shards = _write_shards(assembly, layouts, workers)
-    # The last moment at which a change of a source would make the dataset differ from what its
-    # manifest says.
-    if changed := changed_sources(plan, corpus, journal):
-        raise UserError(
-            f"{changed[0]} changed while {journal.dataset} was prepared from it: start over with --force once it no longer "
-            "changes"
-        )
     known = journal.known_hashes()
+    hashes = {file: known.get(file) or hash_file(Path(file.path)) for file in map(local_file, snapshot.corpus.files())}
+    by_path = {file.path: digest for file, digest in hashes.items()}
     manifest = Manifest(
         tokenizer=plan.tokenizer,
         dtype=dtype.name,
         splits={split: [shards[each.name] for each in layouts if each.split == split] for split in SPLITS},
-        sources=corpus.record(lambda path: known[str(path)][1] if str(path) in known else hash_file(path)),
+        sources=snapshot.corpus.record(lambda path: by_path[str(path)]),
+        read=_read(snapshot.corpus, listed, summaries),
+        passed_over=merge_reports(source.passed_over() for source in snapshot.corpus.sources),
         options=plan.options,
         val_rule=rule.record(),
         skipped=skipped,
@@ -62,26 +79,38 @@ def finish(journal: Journal, plan: Plan, corpus: Corpus, workers: Workers) -> No
         statistics=statistics(assembly, layouts, list(shards.values())),
         program=__version__,
     )
-    journal.publish(manifest)
+    # The last moment at which a change of a source would make the dataset differ from what its
+    # manifest says.
+    if not is_current():
+        return False
+    publish(journal, manifest, hashes)
     _summarise(journal.dataset, manifest)
+    return True
 
 
-def changed_sources(plan: Plan, corpus: Corpus, journal: Journal) -> list[str]:
-    """The sources that changed since the plan was made.
+def _check_broken(skipped: Reports, rows: int, bad_rows: str | None) -> None:
+    """Raises UserError for more broken rows than `bad_rows` allows."""
+    broken = {reason: entry for reason, entry in skipped.items() if entry.get("broken")}
+    count = sum(entry["count"] for entry in broken.values())
+    if bad_rows is None and count > MOST_BROKEN * rows:
+        reasons = "; ".join(
+            f"{entry['count']:,} {reason} (such as {', '.join(entry['first'])})" for reason, entry in broken.items()
+        )
+        raise UserError(
+            f"{count:,} of {rows:,} rows are broken, more than {MOST_BROKEN:.1%}: {reasons}; correct them, or pass "
+            "--bad-rows skip to leave them out"
+        )
 
-    A file with a new time but the same content has not.
-    """
-    known = journal.known_hashes()
-    stamps = corpus.stamps()
 
-    def only_touched(name: str) -> bool:
-        stamp, digest = known.get(name, (None, ""))
-        return name in stamps and stamp == plan.stamps.get(name) and hash_file(Path(name)) == digest
-
-    # A stamp is size and time, cheap to compare; only where they differ is a file read, to compare
-    # its hash.
-    names = sorted({*stamps, *plan.stamps})
-    return [name for name in names if stamps.get(name) != plan.stamps.get(name) and not only_touched(name)]
+def _read(corpus: Corpus, listed: list[ListedPart], summaries: list[Summary]) -> list[dict[str, Any]]:
+    """What was counted while each source was read."""
+    counts = [{"source": shown(name), "rows": 0, "documents": 0, "text_bytes": 0} for name in corpus.typed]
+    for each, summary in zip(listed, summaries, strict=True):
+        entry: dict[str, Any] = counts[each.source]
+        entry["rows"] += summary.rows
+        entry["documents"] += summary.documents
+        entry["text_bytes"] += summary.bytes
+    return counts
 
 
 def _write_shards(assembly: Assembly, layouts: list[ShardLayout], workers: Workers) -> dict[str, Shard]:
@@ -99,8 +128,9 @@ def _write_shards(assembly: Assembly, layouts: list[ShardLayout], workers: Worke
 
 def _summarise(dataset: Path, manifest: Manifest) -> None:
     for split in SPLITS:
-        tokens, documents = manifest.count(split, "tokens"), manifest.count(split, "documents")
-        logger.info("%s: %s tokens in %s documents", split, f"{tokens:,}", f"{documents:,}")
+        tokens, documents, tails = (manifest.count(split, what) for what in ("tokens", "documents", "tails"))
+        ends = f" and the ends of {tails:,} others" if tails else ""
+        logger.info("%s: %s tokens in %s documents%s", split, f"{tokens:,}", f"{documents:,}", ends)
     for what, reports in (("skipped", manifest.skipped), ("kept, but unusual", manifest.unusual)):
         for reason, entry in reports.items():
             count = f"{entry['count']:,} documents"

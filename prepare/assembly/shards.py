@@ -7,11 +7,12 @@ the next one.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import xxhash
 
@@ -20,18 +21,18 @@ from pipeline.dataset.shards import SPLITS, Shard
 from pipeline.files import publish, write_atomic
 from pipeline.vocabulary.tokenizer import TokenIds, token_dtype
 from prepare.assembly.counts import Counts
-from prepare.assembly.splits import COPY_TOKENS, Flags, SplitRule, dropped, numbered_parts
+from prepare.assembly.splits import COPY_TOKENS, DocumentRange, Flags, SplitRule, dropped, numbered_parts, sizes
 from prepare.unfinished.parts import Part
 
 
-@dataclass(frozen=True)
-class DocumentRange:
-    """Documents [first, stop) of a part whose document 0 is document `number` of the corpus."""
+class Selection(NamedTuple):
+    """What documents give to a split, (documents,) each: tokens with end-of-text, and bytes of
+    text, both 0 where it is nothing; and whether it is only the beginning, or the end.
+    """
 
-    part: str
-    number: int
-    first: int
-    stop: int
+    tokens: npt.NDArray[np.int64]
+    text_bytes: npt.NDArray[np.int64]
+    is_cut: Flags
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,15 @@ class Assembly:
     def dtype(self) -> np.dtype[Any]:
         return token_dtype(self.vocab_size)
 
-    def chosen(self, split: str, part: Part, documents: DocumentRange) -> Flags:
-        """(stop - first,): which documents of a range are in the split."""
-        first, stop, number = documents.first, documents.stop, documents.number
-        return self.rule.chosen(split, part.hashes[first:stop]) & ~dropped(
-            self.duplicates, number + first, number + stop
-        )
+    def selection(self, split: str, part: Part, documents: DocumentRange) -> Selection:
+        """What the documents of a range give to the split."""
+        heads, whole = self.rule.heads(part, documents), sizes(part, documents)
+        start = documents.number + documents.first
+        kept = ~dropped(self.duplicates, start, start + len(whole))
+        is_cut = kept & (heads[:, 0] > 0) & (heads[:, 0] < whole[:, 0])
+        tokens, text_bytes = (heads if split == "train" else whole - heads).T * kept
+        # The beginning of a document that is cut gets an end-of-text token as well.
+        return Selection(tokens + is_cut if split == "train" else tokens, text_bytes, is_cut)
 
 
 def lay_out_shards(parts: list[Path], assembly: Assembly, shard_tokens: int) -> list[ShardLayout]:
@@ -86,18 +90,18 @@ def lay_out_shards(parts: list[Path], assembly: Assembly, shard_tokens: int) -> 
 def _lay_out_split(split: str, parts: list[Path], assembly: Assembly, shard_tokens: int) -> Iterator[ShardLayout]:
     shard = filled = 0
     ranges: list[DocumentRange] = []
-    for part, number in numbered_parts(parts, assembly.dtype):
-        everything = DocumentRange(part.path.name, number, 0, part.summary.documents)
-        mine = np.flatnonzero(assembly.chosen(split, part, everything))
+    for part, everything in numbered_parts(parts, assembly.dtype):
+        selected = assembly.selection(split, part, everything).tokens
+        mine = np.flatnonzero(selected)
         # Tokens of the split in this part, up to and with each of its documents. They increase, so
         # a binary search finds the document that fills a shard, in one step a shard instead of one
         # a document.
-        ends = np.cumsum(part.lengths[mine])
+        ends = np.cumsum(selected[mine])
         # Of those documents `taken` are in shards already, with `begin` tokens.
         taken = begin = 0
         while taken < len(mine):
             stop = min(int(np.searchsorted(ends, begin + shard_tokens - filled)) + 1, len(mine))
-            ranges.append(DocumentRange(part.path.name, number, int(mine[taken]), int(mine[stop - 1]) + 1))
+            ranges.append(replace(everything, first=int(mine[taken]), stop=int(mine[stop - 1]) + 1))
             filled += int(ends[stop - 1]) - begin
             begin, taken = int(ends[stop - 1]), stop
             if filled >= shard_tokens:
@@ -112,25 +116,27 @@ def write_shard(arguments: tuple[Assembly, ShardLayout]) -> Shard:
     assembly, layout = arguments
     final = assembly.folder / f"{layout.name}.bin"
     partial = assembly.folder / f"{layout.name}.bin.partial"
-    tokens = documents = text_bytes = 0
+    tokens = documents = tails = text_bytes = 0
     content_hash = xxhash.xxh3_128()
     counts = Counts(assembly.vocab_size if layout.split == "train" else 0)
     with partial.open("wb") as file:
         for each in layout.ranges:
             part = Part(assembly.parts / each.part, assembly.dtype)
-            chosen = assembly.chosen(layout.split, part, each)
-            documents += int(chosen.sum())
-            text_bytes += int(part.text_bytes[each.first : each.stop][chosen].sum())
-            for ids in _copied(part, assembly.rule.token_ranges(layout.split, part.lengths[: each.stop], chosen)):
+            selection = assembly.selection(layout.split, part, each)
+            documents += int(np.count_nonzero(selection.tokens))
+            text_bytes += int(selection.text_bytes.sum())
+            tails += int(selection.is_cut.sum()) if layout.split == "val" else 0
+            for ids in _copied(part, _token_ranges(layout.split, part.lengths[: each.stop], selection)):
                 file.write(ids.data)
                 content_hash.update(ids.data)
                 counts.add(ids)
                 tokens += len(ids)
                 part.release_memory()  # else one long document would be in memory as a whole
-    text_bytes = assembly.rule.text_bytes(layout.split, text_bytes)
     # The hash is of all that was written, so that `verify` finds damage that came afterwards.
     digest = content_hash.hexdigest()
-    shard = Shard(file=final.name, tokens=tokens, documents=documents, bytes=text_bytes, hash=digest)
+    shard = Shard(
+        file=final.name, tokens=tokens, documents=documents - tails, bytes=text_bytes, hash=digest, tails=tails
+    )
     # Renamed last: `written_shard` takes the file of tokens as the sign that these two exist as
     # well.
     counts.save(assembly.parts / f"{layout.name}.counts")
@@ -144,6 +150,26 @@ def written_shard(assembly: Assembly, layout: ShardLayout) -> Shard | None:
     if not (assembly.folder / f"{layout.name}.bin").exists():
         return None
     return Shard(**orjson.loads((assembly.parts / f"{layout.name}.json").read_bytes()))
+
+
+def _token_ranges(split: str, lengths: npt.NDArray[np.int64], selection: Selection) -> list[tuple[int, int]]:
+    """Where in a part the selected tokens are, as [start, stop).
+
+    `lengths` are the tokens of all documents in the part up to the last one of the selection.
+    """
+    stops = np.cumsum(lengths)[len(lengths) - len(selection.tokens) :]
+    starts = stops - lengths[len(lengths) - len(selection.tokens) :]
+    if split == "train":
+        # The beginning of the document, and of one that is cut the end-of-text token at its end.
+        ends = [starts, starts + selection.tokens - selection.is_cut, stops - selection.is_cut, stops]
+    else:
+        ends = [stops - selection.tokens, stops]
+    pairs = np.stack(ends, axis=1).reshape(-1, 2)
+    pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+    # Neighbours that are selected make one range.
+    apart = pairs[1:, 0] != pairs[:-1, 1]
+    begins, ends = pairs[np.append(True, apart)[: len(pairs)], 0], pairs[np.append(apart, True)[: len(pairs)], 1]
+    return list(zip(begins.tolist(), ends.tolist(), strict=True))
 
 
 def _copied(part: Part, ranges: list[tuple[int, int]]) -> Iterator[TokenIds]:

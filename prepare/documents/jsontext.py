@@ -5,14 +5,15 @@ A value is held as a whole and may have 256 MB; a file of them may have any leng
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import orjson
 
-from pipeline.errors import UserError, one_line
-from prepare.units import NOT_UTF8, NULL, Document, Refused, encoded, no_field, no_text, utf8
+from pipeline.errors import one_line
+from prepare.documents.fields import MOST_ROW_BYTES, TOO_LONG, text_of
+from prepare.units import NOT_UTF8, Document, Refused, Unreadable, utf8
 
-MOST_VALUE_BYTES = 256 << 20
+NOT_JSON = "not JSON"
 # A number, a literal or an escape that ends this near to the end of what was read may continue
 # after it.
 LONGEST_TOKEN = 16
@@ -22,61 +23,43 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder(parse_int=float)
 
 
-def parse(content: bytes, text_field: str, where: Callable[[], str]) -> Document:
-    """The text of one JSON value: an object's field, or a string itself.
-
-    `where` describes its position in an error.
-    """
+def parse(content: bytes, text_field: str) -> Document:
+    """The text of one JSON value: an object's field, or a string itself."""
     try:
         row = orjson.loads(content)  # three times as fast as json
     except (ValueError, RecursionError) as error:
-        # Before the syntax: bytes that are not UTF-8 are a fault of one document, which is counted,
-        # not of the file.
+        # Before the syntax: a byte that is not UTF-8 would be reported as a fault of the JSON.
         if isinstance(utf8(content), Refused):
-            return Refused(NOT_UTF8)
+            return Refused(NOT_UTF8, broken=True)
         try:
-            row = _DECODER.decode(content.decode())
+            # Files that were joined have marks inside, at the beginning of a line.
+            row = _DECODER.decode(content.decode().removeprefix("\ufeff"))
         except (ValueError, RecursionError):
-            raise not_json(where(), text_field, one_line(error)) from None
-    if isinstance(row, dict) and text_field not in row:
-        raise UserError(no_field(where(), text_field, row))
-    text = row[text_field] if isinstance(row, dict) else row
-    if text is None:
-        return Refused(NULL)
-    if isinstance(text, str):
-        return encoded(text)
-    if isinstance(row, dict):
-        raise UserError(no_text(where(), text_field, text))
-    found = content.decode().strip()
-    shortened = found if len(found) <= 40 else f"{found[:40]}..."
-    raise UserError(f"{where()} is not a JSON object but {shortened}: expected one with the field {text_field!r}")
+            return Refused(NOT_JSON, broken=True, detail=one_line(error))
+    return text_of(row, text_field)
 
 
-def each_value(blocks: Iterator[bytes], name: str, text_field: str) -> Iterator[tuple[int, bytes]]:
+def each_value(blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes | Refused]]:
     """The values of one array, or values that follow each other: the byte at which each begins, and
     its bytes.
+
+    After a fault nothing tells where the next value begins, so the rest is one broken row.
     """
-    text = _Window(blocks, name, text_field)
-    if text.peek() != "[":
-        while text.peek():
+    text = _Window(blocks)
+    try:
+        if text.peek() != "[":
+            while text.peek():
+                yield text.value()
+            return
+        text.take("[")
+        separator = text.take("]") if text.peek() == "]" else ","
+        while separator == ",":
             yield text.value()
-        return
-    text.take("[")
-    separator = text.take("]") if text.peek() == "]" else ","
-    while separator == ",":
-        yield text.value()
-        separator = text.take(",]")
-    if text.peek():
-        raise text.malformed("Expecting nothing after the array", text.at)
-
-
-def not_json(where: str, text_field: str, fault: str) -> UserError:
-    return UserError(f'{where} is not JSON ({fault}): expected objects such as {{"{text_field}": "..."}}')
-
-
-def too_long(where: str) -> UserError:
-    most = f"{MOST_VALUE_BYTES >> 20} MB"
-    return UserError(f"{where} holds a JSON value of more than {most}: split it, or put its text into a .txt file")
+            separator = text.take(",]")
+        if text.peek():
+            raise text.malformed("Expecting nothing after the array", text.at)
+    except Unreadable as fault:
+        yield text.position, fault.refused
 
 
 class _Window:
@@ -88,9 +71,15 @@ class _Window:
     at NaN and at the first byte that is not UTF-8.
     """
 
-    def __init__(self, blocks: Iterator[bytes], name: str, text_field: str) -> None:
-        self._blocks, self._name, self._text_field = blocks, name, text_field
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
         self._held, self.at, self._dropped, self._ended = "", 0, 0, False
+        self._fault: Unreadable | None = None
+
+    @property
+    def position(self) -> int:
+        """The byte of the next character."""
+        return self._dropped + self.at
 
     def peek(self) -> str:
         """The next character that is not white space; an empty string at the end."""
@@ -98,8 +87,12 @@ class _Window:
             found = _SPACE.match(self._held, self.at)
             assert found is not None  # the pattern matches nothing at all, too
             self.at = found.end()
-            if self.at < len(self._held) or self._ended:
-                return self._held[self.at : self.at + 1]
+            if self.at < len(self._held):
+                return self._held[self.at]
+            if self._fault:
+                raise self._fault
+            if self._ended:
+                return ""
             self._read_on()
 
     def take(self, expected: str) -> str:
@@ -110,7 +103,7 @@ class _Window:
         self.at += 1
         return found
 
-    def value(self) -> tuple[int, bytes]:
+    def value(self) -> tuple[int, bytes | Refused]:
         self.peek()
         while True:
             fault = ""
@@ -128,14 +121,13 @@ class _Window:
             self._read_on()
         if fault:
             raise self.malformed(fault, end)
-        if end - self.at > MOST_VALUE_BYTES:
-            raise too_long(f"{self._name} at byte {self._dropped + self.at}")
-        found = self._dropped + self.at, self._held[self.at : end].encode("latin-1")
+        begin, value = self.position, self._held[self.at : end]
         self.at = end
-        return found
+        return begin, TOO_LONG if len(value) > MOST_ROW_BYTES else value.encode("latin-1")
 
-    def malformed(self, fault: str, at: int) -> UserError:
-        return not_json(self._name, self._text_field, f"{fault} at byte {self._dropped + at}")
+    def malformed(self, fault: str, at: int) -> Unreadable:
+        # Text that is truncated is also malformed, and the first says more.
+        return self._fault or Unreadable(NOT_JSON, f"{fault} at byte {self._dropped + at}")
 
     def _read_on(self) -> None:
         """Drop what was passed.
@@ -145,11 +137,15 @@ class _Window:
         pieces = [self._held[self.at :]]
         self._dropped += self.at
         size = len(pieces[0])
-        if size > MOST_VALUE_BYTES:
-            raise too_long(f"{self._name} at byte {self._dropped}")
+        if size > MOST_ROW_BYTES:
+            self._held, self.at = "", 0
+            raise Unreadable(TOO_LONG.reason, TOO_LONG.detail)
         wanted = 2 * size
         while size <= wanted and not self._ended:
-            block = next(self._blocks, b"")
+            try:
+                block = next(self._blocks, b"")
+            except Unreadable as fault:  # what was read before is still good
+                self._fault, block = fault, b""
             self._ended = not block
             pieces.append(block.decode("latin-1"))
             size += len(block)

@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prepare.documents.jsontext import MOST_VALUE_BYTES, parse, too_long
-from prepare.storage.compressed import BYTE_ORDER_MARK, text_blocks
-from prepare.storage.files import blocks, shown
-from prepare.units import LONG_BYTES, STDIN_SPOOL, Document, OneUnit, utf8
+from pipeline.errors import UserError
+from prepare.documents.fields import MOST_ROW_BYTES, TOO_LONG
+from prepare.documents.jsontext import parse
+from prepare.documents.splitting import each_piece
+from prepare.storage.compressed import BYTE_ORDER_MARK, HEAD_BYTES, UTF8, encoding_of, text_blocks
+from prepare.storage.files import blocks, is_url, open_bytes, reading, shown
+from prepare.units import LONG_BYTES, STDIN_SPOOL, Document, OneUnit, Refused, Unreadable, utf8
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,15 @@ class TextFile(OneUnit):
 
     def documents(self) -> Iterator[tuple[int, Document]]:
         held = bytearray()
-        for block in text_blocks(self.path):
-            held += block
-            if len(held) > LONG_BYTES:
-                yield 0, self
-                return
+        try:
+            for block in text_blocks(self.path):
+                held += block
+                if len(held) > LONG_BYTES:
+                    yield 0, self
+                    return
+        except Unreadable as fault:
+            yield 0, fault.refused
+            return
         yield 0, utf8(bytes(held))
 
     def blocks(self) -> Iterator[bytes]:
@@ -68,21 +75,17 @@ class Lines(OneUnit):
             if self.text_field is None:
                 yield begin, self._plain(line)
                 continue
-            content = self._held(line) if isinstance(line, LineText) else line
-            if content.strip():
-                yield begin, parse(content, self.text_field, lambda begin=begin: self._number(begin))  # type: ignore[misc]
+            if isinstance(line, LineText):
+                if line.end - line.begin > MOST_ROW_BYTES:
+                    yield begin, TOO_LONG
+                    continue
+                line = b"".join(line.blocks())
+            if line.strip():
+                yield begin, parse(line, self.text_field)
 
     def locate(self, position: int) -> str:
-        return f"{self._shown} at byte {position}"
-
-    @property
-    def _shown(self) -> str:
-        return "stdin" if Path(self.path).name == STDIN_SPOOL else shown(self.path)
-
-    def _held(self, line: LineText) -> bytes:
-        if line.end - line.begin > MOST_VALUE_BYTES:
-            raise too_long(self._number(line.begin))
-        return b"".join(line.blocks())
+        name = "stdin" if Path(self.path).name == STDIN_SPOOL else shown(self.path)
+        return f"{name} at byte {position}"
 
     def _plain(self, line: bytes | LineText) -> Document:
         """The line as a document, without a carriage return at its end."""
@@ -93,29 +96,22 @@ class Lines(OneUnit):
 
     def _lines(self) -> Iterator[tuple[int, bytes | LineText]]:
         """A long line is passed over, and read again when its text is needed."""
-        # `at` counts the bytes read, `begin` is where the present line began, `held` is its text so
-        # far.
-        begin = self._first()
-        at, held = begin, b""
-        for block in blocks(self.path, begin) if begin < self.stop else ():
-            *ended, rest = block.split(b"\n")
-            for line in ended:
-                at += len(line) + 1
-                long = at - 1 - begin > LONG_BYTES
-                yield begin, LineText(self.path, begin, at - 1) if long else held + line
-                begin, held = at, b""
-                if begin >= self.stop:  # that line is the first of the next unit
-                    return
-            at += len(rest)
-            # Of a long line only the end is looked for.
-            held = held + rest if at - begin <= LONG_BYTES else b""
-        if at > begin:
-            yield begin, LineText(self.path, begin, at) if at - begin > LONG_BYTES else held
+        first = self._first()
+        if first == self.stop:
+            return
+        for offset, line in each_piece(blocks(self.path, first), LONG_BYTES):
+            begin = first + offset
+            if begin >= self.stop:  # that line is the first of the next unit
+                return
+            assert not isinstance(line, Refused)  # plain files have nothing that could be damaged
+            yield begin, LineText(self.path, begin, first + line) if isinstance(line, int) else line
 
     def _first(self) -> int:
         """Where the first line of this unit begins; `stop` if none does."""
         if not self.start:
             head = b"".join(blocks(self.path, 0, len(BYTE_ORDER_MARK)))
+            if encoding_of(head) != UTF8:
+                raise UserError(f"{shown(self.path)} is in UTF-16: download it first")
             return len(head) if head == BYTE_ORDER_MARK else 0
         # From the byte before: if that one ends a line, the line at `start` is ours.
         at = self.start - 1
@@ -126,33 +122,19 @@ class Lines(OneUnit):
             at += len(block)
         return self.stop
 
-    def _number(self, begin: int) -> str:
-        """The line's number, counted only when an error needs it: units know bytes, editors know
-        lines.
-        """
-        return f"{self._shown} line {1 + sum(block.count(10) for block in blocks(self.path, 0, begin))}"
+
+def is_utf8(path: str) -> bool:
+    """Whether the lines of a file can be split as bytes.
+
+    Nothing is asked of a server, which would cost a request a file: `Lines` refuses what is not.
+    """
+    if is_url(path):
+        return True
+    with reading(path), open_bytes(path) as file:
+        return encoding_of(file.read(HEAD_BYTES)) == UTF8
 
 
 def split_lines(path: str, size: int, text_field: str | None, unit_bytes: int) -> Iterator[Lines]:
     """The lines of a file in units of so many bytes."""
     for start in range(0, size, unit_bytes):
         yield Lines(path, start, min(start + unit_bytes, size), text_field)
-
-
-def each_line(blocks: Iterator[bytes], name: str) -> Iterator[tuple[int, bytes]]:
-    """The lines of a text, blank ones too: the byte at which each begins, and its bytes."""
-    begin, number = 0, 1
-    held = bytearray()
-    for block in blocks:
-        *ended, rest = block.split(b"\n")
-        for end in ended:
-            # A bytearray grows in place: joining bytes would copy a line of n blocks n times.
-            line = bytes(held) + end if held else end
-            yield begin, line
-            begin, number = begin + len(line) + 1, number + 1
-            held.clear()
-        held += rest
-        if len(held) > MOST_VALUE_BYTES:
-            raise too_long(f"{name} line {number}")
-    if held:
-        yield begin, bytes(held)

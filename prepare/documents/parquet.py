@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import UserError, one_line
-from prepare.storage.files import describe, is_url, open_bytes, reading, shown
-from prepare.units import BLOCK_BYTES, LONG_BYTES, NULL, Document, OneUnit, Refused, utf8
+from prepare.documents.columns import as_bytes, check_text_column, damage, documents_of, open_seekable, text_column
+from prepare.storage.files import open_bytes, shown
+from prepare.units import BLOCK_BYTES, Document, OneUnit
 
 # Rows of one step, and of one unit: no size in the footer shows how much a dictionary repeats.
 MOST_ROWS = 8192
@@ -48,54 +49,21 @@ class ParquetRows(OneUnit):
     size: int
 
     def documents(self) -> Iterator[tuple[int, Document]]:
+        import pyarrow
+
         row = self.start
-        with _faults(self.path, f"row group {self.group}"):
-            for rows in _row_group(self.path, self.column, self.group, self.batch).read(self.start, self.stop):
-                yield from enumerate(_documents(rows), start=row)
-                row += len(rows)
+        try:
+            group = _row_group(self.path, self.column, self.group, self.batch)
+            for contents in group.read(self.start, self.stop):
+                yield from enumerate(documents_of(contents), start=row)
+                row += len(contents)
+        except (pyarrow.ArrowException, OSError, EOFError) as error:
+            # Pages follow on each other, so the rest of the row group is lost with one of them.
+            damaged = damage(error, self.path)
+            yield from ((lost, damaged) for lost in range(row, self.stop))
 
     def locate(self, position: int) -> str:
         return f"{shown(self.path)} row {self.first + position}"
-
-
-@dataclass(frozen=True)
-class LongValue:
-    """A long document in an Arrow buffer, which is in memory anyway."""
-
-    content: Any
-
-    def blocks(self) -> Iterator[bytes]:
-        for at in range(0, len(self.content), BLOCK_BYTES):
-            yield self.content[at : at + BLOCK_BYTES].to_pybytes()
-
-
-def _documents(rows: Any) -> Iterator[Document]:
-    """The texts of an Arrow array.
-
-    Arrow checks all of them for UTF-8; if one is not, each is checked alone.
-    """
-    import pyarrow as pa
-
-    try:
-        rows.validate(full=True)
-        known = True
-    except pa.ArrowInvalid:
-        known = False
-    contents = rows.cast(pa.large_binary())
-    if contents.nbytes > LONG_BYTES:
-        yield from (_document(scalar, known) for scalar in contents)
-        return
-    for content in contents.to_pylist():
-        yield Refused(NULL) if content is None else content if known else utf8(content)
-
-
-def _document(scalar: Any, known: bool) -> Document:
-    if not scalar.is_valid:
-        return Refused(NULL)
-    content = scalar.as_buffer()
-    if content.size > LONG_BYTES:  # the encoder finds out whether it is UTF-8
-        return LongValue(content)
-    return content.to_pybytes() if known else utf8(content.to_pybytes())
 
 
 class _RowGroup:
@@ -109,11 +77,13 @@ class _RowGroup:
 
     def __init__(self, path: str, column: str, group: int, batch: int) -> None:
         self._file = _parquet_file(path)
-        chunk = _chunk(self._file, group, column)
+        chunk = _chunk(path, self._file, group=group, column=column)
+        self._column = column
         self._most_bytes = _most_bytes(chunk.total_compressed_size)
         self._where = f"{shown(path)} row group {group}"
         batch = max(1, min(batch, STEP_BYTES // _longest_repeated(path, group, column, chunk)))
         self._options = {"batch_size": batch, "row_groups": [group], "columns": [column], "use_threads": False}
+        self._begin: int
         self._rows: Any
         self._rewind()
 
@@ -128,22 +98,32 @@ class _RowGroup:
                 yield self._rows[first:last]
             if last <= len(self._rows):
                 return
-            self._begin += len(self._rows)
-            self._rows = self._next()
+            rows = self._next()
+            self._begin, self._rows = self._begin + len(self._rows), rows
 
     def _rewind(self) -> None:
         self._batches = self._file.iter_batches(**self._options)
         self._begin = self._expanded = 0
+        self._fault: Exception | None = None
+        self._rows = ()
         self._rows = self._next()
 
     def _next(self) -> Any:
+        # After a fault pyarrow goes on behind the damaged page, where the rows' numbers are lost.
+        if self._fault:
+            raise self._fault
+        try:
+            return self._read_batch()
+        except Exception as error:
+            self._fault = error
+            raise
+
+    def _read_batch(self) -> Any:
         batch = next(self._batches, None)
         if batch is None:
-            raise UserError(
-                f"{self._where} ends after {self._begin} rows, fewer than its footer claims: download or write it again"
-            )
-        rows = batch.column(0)
-        rows = rows.dictionary_decode() if hasattr(rows, "dictionary_decode") else rows
+            read = self._begin + len(self._rows)
+            raise EOFError(f"{self._where} ends after {read} rows, fewer than its footer claims")
+        rows = as_bytes(text_column(batch, self._column))
         self._expanded += rows.nbytes
         if self._expanded > self._most_bytes:
             raise _bomb(self._where, self._expanded, self._most_bytes)
@@ -170,7 +150,7 @@ def _longest_repeated(path: str, group: int, column: str, chunk: Any) -> int:
     # Read as a dictionary, a step of one row holds the dictionary page and no expanded values.
     with _parquet_file(path, read_dictionary=[column]) as file:
         batch = next(file.iter_batches(batch_size=1, row_groups=[group], columns=[column], use_threads=False), None)
-        rows = batch.column(0) if batch is not None else pa.array([])
+        rows = text_column(batch, column) if batch is not None else pa.array([])
         if not pa.types.is_dictionary(rows.type) or not len(rows.dictionary):
             return 1
         values = rows.dictionary.cast(pa.large_binary()).to_pylist()
@@ -196,15 +176,17 @@ def split_rows(path: str, file_bytes: int, text_field: str, unit_bytes: int) -> 
 
     Raises UserError for a damaged file and for a bomb.
     """
+    for kept in (_footer, _row_group):  # the file may be another one than in an earlier run of this process
+        kept.cache_clear()
     with _faults(path, "the footer"), _parquet_file(path) as file:
-        _check_text_column(file.schema_arrow, path, text_field)
+        check_text_column(file.schema_arrow, path, text_field)
         first = 0
         for group in range(file.metadata.num_row_groups):
             rows, size = _claims(file, path, file_bytes, group=group, column=text_field)
             # Sizes come from the footer, so units are the same for any number of workers and after
-            # a kill.
-            batch = max(1, min(MOST_ROWS, min(BLOCK_BYTES, unit_bytes) * rows // max(size, 1)))
-            rows_in_unit = min(max(batch, unit_bytes * rows // max(size, 1)), MOST_ROWS_IN_UNIT)
+            # a kill; and batches for any unit, so that the same rows are lost to a damaged page.
+            batch = max(1, min(MOST_ROWS, BLOCK_BYTES * rows // max(size, 1)))
+            rows_in_unit = max(1, min(unit_bytes * rows // max(size, 1), MOST_ROWS_IN_UNIT))
             for start in range(0, rows, rows_in_unit):
                 stop = min(start + rows_in_unit, rows)
                 share = size * (stop - start) // rows
@@ -216,7 +198,7 @@ def _claims(file: Any, path: str, file_bytes: int, group: int, column: str) -> t
     """The rows and the uncompressed bytes of a row group's text, as claimed, if the size of the
     file allows them.
     """
-    rows, chunk = file.metadata.row_group(group).num_rows, _chunk(file, group, column)
+    rows, chunk = file.metadata.row_group(group).num_rows, _chunk(path, file, group=group, column=column)
     compressed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
     where = f"{shown(path)} row group {group}"
     if not 0 <= compressed <= file_bytes or size < 0 or not 0 <= rows <= max(ROWS_WITHOUT_BYTES, size):
@@ -240,10 +222,13 @@ def _bomb(where: str, size: int, limit: int) -> UserError:
     )
 
 
-def _chunk(file: Any, group: int, column: str) -> Any:
-    meta = file.metadata.row_group(group)
-    chunks = (meta.column(i) for i in range(meta.num_columns))
-    return next(chunk for chunk in chunks if chunk.path_in_schema == column)
+def _chunk(path: str, file: Any, group: int, column: str) -> Any:
+    """The metadata of the text in a row group; of two that are called `meta.content`, the larger."""
+    columns = _footer(path)[1]
+    # A null struct has no field inside; its column is as empty.
+    found = columns.get(column) or columns[column.partition(".")[0]]
+    chunks = (file.metadata.row_group(group).column(at) for at in found)
+    return max(chunks, key=lambda chunk: chunk.total_uncompressed_size)
 
 
 @contextmanager
@@ -261,32 +246,22 @@ def _faults(path: str, part: str) -> Iterator[None]:
 def _parquet_file(path: str, **options: Any) -> Any:
     import pyarrow.parquet
 
-    if is_url(path):
-        with reading(path):
-            if not describe(path).ranges:
-                raise UserError(f"the server of {shown(path)} does not support range requests: download the file first")
-            file: Any = open_bytes(path)
-    else:
-        file = path
-    # Buffered and not pre-buffered: otherwise a whole column chunk, often the whole file, is held
-    # in memory.
+    file = open_seekable(path)
     with _faults(path, "the footer"):
-        return pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16, **options)
+        # Buffered and not pre-buffered: otherwise a whole column chunk, often the whole file, is
+        # held in memory.
+        options = {"pre_buffer": False, "buffer_size": 1 << 16, "page_checksum_verification": True, **options}
+        return pyarrow.parquet.ParquetFile(file, metadata=_footer(path)[0], **options)
 
 
-def _check_text_column(schema: Any, path: str, text_field: str) -> None:
-    import pyarrow.types as kinds
+# Parsed once per process: with 500 columns and 200 row groups it has 100,000 entries.
+@lru_cache(maxsize=2)
+def _footer(path: str) -> tuple[Any, dict[str, list[int]]]:
+    """The metadata of a file, and its columns by their names, as paths inside structs."""
+    import pyarrow.parquet
 
-    if schema.names.count(text_field) > 1:
-        raise UserError(f"{shown(path)} has several columns {text_field!r}: write it again with one of them")
-    if text_field not in schema.names:
-        names = ", ".join(schema.names)
-        raise UserError(
-            f"{shown(path)} has no column {text_field!r}, its columns are: {names}; choose one with --text-field"
-        )
-    kind = schema.field(text_field).type
-    value = kind.value_type if kinds.is_dictionary(kind) else kind
-    if not (kinds.is_string(value) or kinds.is_large_string(value) or kinds.is_string_view(value)):
-        raise UserError(
-            f"{shown(path)}: the column {text_field!r} holds {kind}, expected text; choose another column with --text-field"
-        )
+    metadata = pyarrow.parquet.ParquetFile(open_seekable(path)).metadata
+    columns: dict[str, list[int]] = {}
+    for at in range(metadata.num_columns):
+        columns.setdefault(metadata.schema.column(at).path, []).append(at)
+    return metadata, columns

@@ -1,72 +1,115 @@
-"""Files that can only be read in order: JSON, and compressed JSON lines. The parent splits them
-into rows, workers parse.
+"""Files that can only be read in order: the parent splits them into rows, workers make documents.
 
-A row is not parsed in the parent, so the text of a fault, and which rows are left out, is the same
-as for plain files.
+A row of JSON is not parsed in the parent, so which rows are refused, and why, is the same as for
+plain JSON lines.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from prepare.documents.fields import MOST_ROW_BYTES, TOO_LONG
 from prepare.documents.jsontext import each_value, parse
-from prepare.documents.lines import each_line
+from prepare.documents.splitting import each_piece
+from prepare.documents.tables import each_field
+from prepare.documents.webarchive import each_record
 from prepare.formats import Format
 from prepare.storage.compressed import text_blocks
 from prepare.storage.files import shown
-from prepare.units import Document, grouped
+from prepare.units import Document, Reading, Refused, grouped, utf8
 
 # Large enough that handing over a unit does not count, small enough that a few of them wait for
 # each worker.
 UNIT_BYTES = 4 << 20
+# A longer document of a text file is read again in the worker, from the beginning of the file.
+MOST_TEXT_BYTES = 64 << 20
+DELIMITERS = {Format.CSV: ",", Format.TSV: "\t"}
 
 
+@dataclass(frozen=True)
+class LongText:
+    """The bytes [begin, end) of a file's text as a long document."""
+
+    path: str
+    begin: int
+    end: int
+
+    def blocks(self) -> Iterator[bytes]:
+        at = 0
+        for block in text_blocks(self.path):
+            if found := block[max(self.begin - at, 0) : max(self.end - at, 0)]:
+                yield found
+            at += len(block)
+            if at >= self.end:
+                return
+
+
+Row = bytes | LongText | Refused
+
+
+@dataclass(frozen=True)
 class _InStream:
     path: str
+    format: Format
+    reading: Reading
 
     def locate(self, position: int) -> str:
-        """By the byte of the decompressed text."""
-        return f"{shown(self.path)} at byte {position} of its text"
+        """By the line of a table, or the byte of the decompressed text."""
+        where = f"line {position}" if self.format in DELIMITERS else f"at byte {position} of its text"
+        return f"{shown(self.path)} {where}"
 
 
 @dataclass(frozen=True)
 class Rows(_InStream):
-    """JSON values with the bytes at which they begin; in JSON lines the first is line `first_line`."""
+    """JSON values, or texts, with their positions."""
 
-    path: str
-    text_field: str
-    rows: tuple[tuple[int, bytes], ...]
-    first_line: int | None
-
-    @property
-    def size(self) -> int:
-        return sum(len(row) for _, row in self.rows)
+    rows: tuple[tuple[int, Row], ...]
+    size: int
 
     def documents(self) -> Iterator[tuple[int, Document]]:
-        for number, (begin, row) in enumerate(self.rows):
-            if row.strip():
-                yield begin, parse(row, self.text_field, lambda number=number: self._describe(number))  # type: ignore[misc]
-
-    def _describe(self, number: int) -> str:
-        if self.first_line is None:
-            return self.locate(self.rows[number][0])
-        return f"{shown(self.path)} line {self.first_line + number}"
+        for position, row in self.rows:
+            if not isinstance(row, bytes):
+                yield position, row
+            elif self.format not in (Format.JSON, Format.JSON_LINES):
+                yield position, utf8(row)
+            elif row.strip():
+                yield position, parse(row, self.reading.text_field)
 
 
 @dataclass(frozen=True)
 class Stream(_InStream):
-    """A file of JSON values or of JSON lines, as units of some MB; a longer row is a unit alone."""
+    """A file as units of some MB; a longer row is a unit alone."""
 
-    path: str
-    format: Format
-    text_field: str
     size: int
 
     def units(self) -> Iterator[Rows]:
-        lines = self.format is Format.JSON_LINES
-        blocks, name = text_blocks(self.path), shown(self.path)
-        found = each_line(blocks, name) if lines else each_value(blocks, name, self.text_field)
-        first = 1
         # Blank lines count for a byte too, or a file of them would be one unit.
-        for rows, _ in grouped(found, lambda row: len(row[1]) + 1, UNIT_BYTES):
-            yield Rows(self.path, self.text_field, rows, first_line=first if lines else None)
-            first += len(rows)
+        for rows, size in grouped(self._rows(), lambda row: _bytes(row[1]) + 1, UNIT_BYTES):
+            yield Rows(self.path, self.format, self.reading, rows, size=size)
+
+    def _rows(self) -> Iterator[tuple[int, Row]]:
+        blocks, name = text_blocks(self.path), shown(self.path)
+        match self.format:
+            case Format.JSON:
+                yield from each_value(blocks)
+            case Format.JSON_LINES:
+                for begin, line in each_piece(blocks, MOST_ROW_BYTES):
+                    yield begin, TOO_LONG if isinstance(line, int) else line
+            case Format.TEXT:
+                for begin, text in each_piece(blocks, MOST_TEXT_BYTES, self.reading.separator):
+                    yield begin, LongText(self.path, begin, text) if isinstance(text, int) else _or_empty(text)
+            case Format.CSV | Format.TSV:
+                delimiter = DELIMITERS[self.format]
+                yield from each_field(blocks, name, text_field=self.reading.text_field, delimiter=delimiter)
+            case _:
+                yield from each_record(blocks, name)
+
+
+def _or_empty(text: bytes | Refused) -> bytes | Refused:
+    """White space between two separators is not a document."""
+    return text if isinstance(text, Refused) or text.strip() else b""
+
+
+def _bytes(row: Row) -> int:
+    if isinstance(row, LongText):
+        return row.end - row.begin
+    return len(row) if isinstance(row, bytes) else 0

@@ -4,7 +4,7 @@ A part depends on its unit and the tokenizer alone: the corpus is divided into u
 to the number of workers, and it does not matter which worker encodes which unit, or when.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,10 +15,10 @@ import xxhash
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
-from prepare.encoding.engine import Engine, Gigatoken, Plain
+from prepare.encoding.engine import PLAIN, Checked, Engine, Plain
 from prepare.encoding.pieces import PIECE_CHARACTERS, blocks_of, pieces
 from prepare.unfinished.parts import PartWriter, Summary, part_name, report
-from prepare.units import NOT_UTF8, Document, Refused, Unit
+from prepare.units import NOT_UTF8, Document, Refused, Unit, Unreadable
 
 # Why a document is left out, next to the reasons of `prepare.units`; the manifest counts documents
 # by these words.
@@ -35,16 +35,19 @@ SPLIT_INSIDE_WORD = "cut inside a word"
 
 @dataclass(frozen=True)
 class UnitJob:
-    """One unit to encode, its position in the plan, and whether it is the last of its item.
+    """One unit to encode, the key and number under which its part is kept, and whether it is the last
+    of its item.
 
-    With a limit, only its first `limit` documents are kept.
+    With a limit, only its first `limit` documents are kept; `truncated` if it had more in the part
+    that was encoded before.
     """
 
-    item: int
+    item: str
     unit: int
     last: bool
     work: Unit
     limit: int | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class EncodingOptions:
     parts: Path
     vocabulary: Path
     seed: int
-    use_gigatoken: bool = False
+    engine: str = PLAIN
 
 
 class UnitEncoder:
@@ -64,15 +67,17 @@ class UnitEncoder:
     def __init__(self, options: EncodingOptions) -> None:
         self._folder, self._seed = options.parts, options.seed
         self._tokenizer = from_spec(options.tokenizer, options.vocabulary)
-        self._engine: Engine = Gigatoken() if options.use_gigatoken else Plain(self._tokenizer)
+        self._engine: Engine = Plain(self._tokenizer) if options.engine == PLAIN else Checked(options.engine)
         # Hugging Face's library, which has no token_bytes, may look beyond the end of a word.
+        end = self._tokenizer.decode_bytes([self._tokenizer.end_of_text])
+        self._end = end or b"\xff"  # which is in no UTF-8 text
+        self._has_end = f"{end.decode(errors='replace')} as ordinary text; --document-separator splits at it"
         self._ends_with_words = self._tokenizer.token_bytes() is not None or self._tokenizer.name == "word"
 
     def encode(self, job: UnitJob) -> Summary:
         """Write the part of a unit."""
-        self._engine.begin_unit()
         summary = Summary(item=job.item, unit=job.unit, last=job.last, engine=self._engine.name, size=job.work.size)
-        path = self._folder / part_name(job.item, job.unit)
+        path = self._folder / part_name(job.item, job.unit, first=job.limit if job.truncated else None)
         writer = PartWriter(path, token_dtype(self._tokenizer.vocab_size), self._tokenizer.end_of_text)
         try:
             # A document is skipped with a reason, or kept and perhaps reported; only kept ones
@@ -80,11 +85,13 @@ class UnitEncoder:
             kept = 0
             for position, document in job.work.documents():
                 result = self._write(document, writer)
+                summary.rows += 1
                 if isinstance(result, Refused):
-                    report(summary.skipped, result.reason, job.work.locate(position))
+                    where = job.work.locate(position)
+                    report(summary.skipped, result.reason, where, first=[where] if result.broken else ())
                     continue
-                if result:
-                    report(summary.unusual, result, job.work.locate(position))
+                for unusual in result:
+                    report(summary.unusual, unusual, job.work.locate(position))
                 kept += 1
                 if kept == job.limit:
                     break
@@ -94,8 +101,8 @@ class UnitEncoder:
             writer.discard()
             raise
 
-    def _write(self, document: Document, writer: PartWriter) -> str | Refused | None:
-        """Why the document is skipped, or what is unusual about it; None for nearly every one."""
+    def _write(self, document: Document, writer: PartWriter) -> Refused | Sequence[str]:
+        """Why the document is skipped, or what is unusual about it: for nearly every one nothing."""
         if isinstance(document, Refused):
             return document
         if not isinstance(document, bytes) or len(document) > PIECE_CHARACTERS:
@@ -109,17 +116,22 @@ class UnitEncoder:
         except ValueError:
             return Refused(REFUSED)
         writer.end_document(len(document), xxhash.xxh3_128_digest(document, self._seed))
-        return None
+        return [self._has_end] if self._end in document else ()
 
-    def _write_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> str | Refused | None:
+    def _write_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> Refused | Sequence[str]:
         digest = xxhash.xxh3_128(seed=self._seed)
-        size = 0
+        size, before = 0, b""
+        unusual: list[str] = []
 
         def hashed() -> Iterator[bytes]:
-            nonlocal size
+            nonlocal size, before
             for block in blocks:
                 digest.update(block)
                 size += len(block)
+                before += block  # with the end of the last block, as the marker may lie across both
+                if not unusual and self._end in before:
+                    unusual.append(self._has_end)
+                before = before[-len(self._end) :]
                 yield block
 
         count, all_safe = 0, True
@@ -130,12 +142,16 @@ class UnitEncoder:
                 all_safe = all_safe and safe
         except ValueError as error:  # UnicodeDecodeError is a ValueError too
             writer.abandon_document()
-            return Refused(NOT_UTF8 if isinstance(error, UnicodeDecodeError) else REFUSED)
+            is_broken = isinstance(error, UnicodeDecodeError)
+            return Refused(NOT_UTF8 if is_broken else REFUSED, broken=is_broken)
+        except Unreadable as fault:
+            writer.abandon_document()
+            return fault.refused
         if size == 0:
             return Refused(EMPTY)
         writer.end_document(size, digest.digest())
         same_ids = count == 1 or self._tokenizer.name in ENDS_ANYWHERE or (all_safe and self._ends_with_words)
-        return None if same_ids else SPLIT_INSIDE_WORD
+        return unusual if same_ids else [*unusual, SPLIT_INSIDE_WORD]
 
 
 def encode(arguments: tuple[EncodingOptions, UnitJob]) -> Summary:

@@ -1,15 +1,17 @@
-"""What encodes: the tokenizer itself or, for GPT-2's vocabulary, gigatoken under constant checks.
+"""What encodes: the tokenizer itself or, for GPT-2's vocabulary, a faster library under constant
+checks.
 
-gigatoken is about ten times as fast as tiktoken, but young; tiktoken defines what is right. Texts
-with characters that the two classify differently go to tiktoken. Of the rest, tiktoken encodes a
-sample too, and all bytes of the text have to be in the tokens. The first fault ends the use of
-gigatoken for the whole dataset, so the bytes written depend on tiktoken alone.
+On one core gigatoken encodes about ten times as fast as tiktoken and fastokens two to four times,
+but tiktoken defines what is right. Texts with characters that the two classify differently go to
+tiktoken. Of the rest, tiktoken encodes a sample too, and all bytes of the text have to be in the
+tokens. The first fault ends the use of the library for the whole dataset, so the bytes written
+depend on tiktoken alone.
 """
 
 import os
+from collections.abc import Callable, Set
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -17,13 +19,12 @@ import xxhash
 from pipeline.vocabulary.byte_pair import GPT2_RANKS, BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import UNICODE_CODE_POINTS, code_points
 from pipeline.vocabulary.tokenizer import TokenIds, Tokenizer
-from prepare.unfinished.journal import GIGATOKEN
 
-# Both libraries encode the first documents of each unit, and of the others one in so many, chosen
-# by its hash so that the choice follows from the text: a twentieth of the run time.
+# Both libraries encode the first documents of each process, and of the others one in so many,
+# chosen by its hash so that the choice follows from the text: a thirtieth of the run time.
 CHECK_ONE_IN = 256
 CHECK_FIRST = 2
-# gigatoken caches every word it has seen: 1 MB per MB of ordinary text, up to 9 MB per MB of random
+# A library may cache every word it has seen; of gigatoken that is 1 MB per MB of ordinary text, up to 9 MB per MB of random
 # letters. It is rebuilt, in 20 to 50 ms, once the process has grown by so much or, where /proc does
 # not tell, after so much text.
 MAX_GROWTH_BYTES = 100 << 20
@@ -31,6 +32,7 @@ MAX_TEXT_BYTES = 16 << 20
 # Text per check that its tokens have as many bytes: a check per document takes four times as long.
 CHECK_BYTES = 1 << 18
 NO_IDS = np.zeros(0, np.uint32)
+PLAIN = "plain"
 # Characters are compared in blocks of this many code points, when the first of a block is met.
 BLOCK = 512
 ASCII = bytes(range(128))
@@ -38,27 +40,30 @@ _STATM = Path("/proc/self/statm")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
+Encode = Callable[[bytes], TokenIds]
+
+
 class EngineFault(Exception):
-    """gigatoken differed from tiktoken; the message says how.
+    """A faster library differed from tiktoken; the message says how.
 
     Raised in a worker, it reaches the parent process.
     """
 
 
-def can_be_faster(name: str) -> bool:
-    """Whether gigatoken is installed and has this tokenizer."""
-    return name == "gpt2" and find_spec("gigatoken") is not None
+def fast_libraries(name: str, distrusted: Set[str]) -> list[str]:
+    """The libraries that are installed, have this tokenizer and were not at fault: the fastest
+    first.
+    """
+    return [each for each in _BUILDERS if name == "gpt2" and each not in distrusted and find_spec(each) is not None]
 
 
 class Plain:
     """The tokenizer itself."""
 
-    name = "plain"
+    name = PLAIN
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-
-    def begin_unit(self) -> None: ...
 
     def end_unit(self) -> None: ...
 
@@ -72,29 +77,25 @@ class Plain:
             raise
 
 
-class Gigatoken:
-    """GPT-2's vocabulary as tiktoken encodes it, but faster.
+class Checked:
+    """GPT-2's vocabulary as tiktoken encodes it, by a faster library.
 
     Raises EngineFault at the first sign of a difference.
     """
 
-    name = GIGATOKEN
-
-    def __init__(self) -> None:
+    def __init__(self, library: str) -> None:
+        self.name = library
         tokenizer = BytePairTokenizer("gpt2")
         self._reference = Plain(tokenizer)
         self._byte_counts = tokenizer.token_bytes()
         self._uncounted: list[TokenIds] = []
         self._uncounted_bytes = 0
-        # By code point, the characters that the two classify differently, as gigatoken 0.10 follows
-        # a later Unicode; and the blocks of code points for which that is known.
+        # By code point, the characters that the two classify differently, as each library follows
+        # a Unicode version of its own; and the blocks of code points for which that is known.
         self._disputed = np.zeros(UNICODE_CODE_POINTS, np.bool_)
         self._probed = np.zeros(UNICODE_CODE_POINTS // BLOCK, np.bool_)
         self._to_check = CHECK_FIRST
         self._build()
-
-    def begin_unit(self) -> None:
-        self._to_check = CHECK_FIRST
 
     def encode(self, content: bytes) -> TokenIds:
         if not content.isascii() and self._is_disputed(content):
@@ -114,7 +115,7 @@ class Gigatoken:
         self._encoded_bytes += len(content)
         self._uncounted_bytes += len(content)
         try:
-            ids: TokenIds = self._fast.encode(content)
+            ids = self._fast(content)
         except BaseException as error:
             raise _fault(error) from None
         self._uncounted.append(ids)
@@ -131,7 +132,7 @@ class Gigatoken:
         self._limit_cache()
 
     def _limit_cache(self) -> None:
-        """Rebuild gigatoken once its cache is too large, also in the middle of a long document."""
+        """Rebuild the library once its cache is too large, also in the middle of a long document."""
         if _STATM.exists() and self._encoded_bytes:
             if _resident_bytes() - self._built_at > MAX_GROWTH_BYTES:
                 self._build()
@@ -139,9 +140,9 @@ class Gigatoken:
             self._build()
 
     def _build(self) -> None:
-        self._fast: Any = None  # freed before the next one is built: there are never two in memory
+        self._fast: Encode = self._reference.encode  # frees the library: there are never two in memory
         try:
-            self._fast = _new_gigatoken()
+            self._fast = _BUILDERS[self.name]()
         except BaseException as error:
             raise _fault(error) from None
         self._encoded_bytes = 0
@@ -169,11 +170,11 @@ class Gigatoken:
         return not np.array_equal(self._encode_fast(probe), self._reference.encode(probe))
 
 
-Engine = Plain | Gigatoken
+Engine = Plain | Checked
 
 
 def _fault(error: BaseException) -> BaseException:
-    """What gigatoken raised as an EngineFault, Rust panics (BaseException) among them.
+    """What a library raised as an EngineFault, Rust panics (BaseException) among them.
 
     An interrupt is left as it is.
     """
@@ -186,8 +187,21 @@ def _resident_bytes() -> int:
     return int(_STATM.read_text().split()[1]) * _PAGE_BYTES
 
 
-def _new_gigatoken() -> Any:
+def _gigatoken() -> Encode:
     import gigatoken
 
     # Without special tokens: a literal <|endoftext|> is ordinary text.
-    return gigatoken.Tokenizer.from_tiktoken(GPT2_RANKS, pretokenizer="gpt2")
+    encode: Encode = gigatoken.Tokenizer.from_tiktoken(GPT2_RANKS, pretokenizer="gpt2").encode
+    return encode
+
+
+def _fastokens() -> Encode:
+    from fastokens import Tokenizer
+
+    pattern = BytePairTokenizer("gpt2").pattern()
+    encode_batch = Tokenizer.from_tiktoken(str(GPT2_RANKS), pattern=pattern, special_tokens={}).encode_batch_flat
+    # The ids arrive as little-endian bytes: a list of Python integers takes twice the time.
+    return lambda content: np.frombuffer(encode_batch([content.decode()])[0], "<u4")
+
+
+_BUILDERS: dict[str, Callable[[], Encode]] = {"gigatoken": _gigatoken, "fastokens": _fastokens}

@@ -20,7 +20,7 @@ from pipeline.vocabulary.tokenizer import END_OF_TEXT, JSON_FILE, Tokenizer
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 from prepare.encoding.pieces import blocks_of, pieces
 from prepare.storage.files import assets
-from prepare.units import Item, Refused
+from prepare.units import Item, Refused, Unreadable
 
 # The 256 bytes and end-of-text; five times the largest vocabulary in use.
 MIN_BPE_SIZE, MAX_BPE_SIZE = 257, 1_000_000
@@ -92,22 +92,26 @@ def learn_vocabulary(name: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def _texts(items: list[Item], limit: int | None, one_in: int, progress: ProgressReport) -> Iterator[str]:
-    """The first `limit` documents, or one in `one_in` by the hash of its first block, in pieces.
+    """The pieces of the first `limit` documents, or one in `one_in` of all pieces.
 
-    In pieces, because a document may be a book of hundreds of MB, and the trainer holds what it is
-    handed.
+    Pieces, because a document may be a book of hundreds of MB: the trainer holds what it is handed,
+    and a sample of documents might be all of the corpus, or nothing.
     """
     taken = 0
+    is_first = True
     for unit in (unit for item in items for unit in item.units()):
         for _, document in unit.documents():
             if isinstance(document, Refused):
                 continue
-            head = next(blocks_of(document), b"")
-            if one_in > 1 and xxhash.xxh3_64_intdigest(head) % one_in:
-                continue
-            with suppress(UnicodeDecodeError):  # the encoder meets it too, and counts it
-                yield from (piece for piece, _ in pieces(blocks_of(document)))
-                taken += bool(head)
+            number = -1
+            with suppress(UnicodeDecodeError, Unreadable):  # the encoder meets it too, and counts it
+                for number, (piece, _) in enumerate(pieces(blocks_of(document))):
+                    # By content, so that other files in the corpus change little of the sample; with
+                    # its number, as all pieces of a document may be equal.
+                    if is_first or xxhash.xxh3_64_intdigest(piece.encode(), number) % one_in == 0:
+                        yield piece
+                    is_first = False
+                taken += number >= 0
             if taken == limit:
                 return
         progress.advance(unit.size / 1e6)

@@ -1,99 +1,129 @@
 """The units that are not yet encoded, handed to the workers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport, logger
 from prepare.encoding.encode import EncodingOptions, UnitEncoder, UnitJob, encode
-from prepare.encoding.engine import EngineFault, can_be_faster
-from prepare.unfinished.journal import Journal, Plan
-from prepare.unfinished.parts import Summary, part_name, read_summary
+from prepare.encoding.engine import PLAIN, EngineFault, fast_libraries
+from prepare.unfinished.journal import Journal, Plan, is_complete
+from prepare.unfinished.parts import Summary, part_name
 from prepare.units import Item, OneUnit, Texts, Unit
 from prepare.workers import Workers
 
+# Each with the key of its parts; listed anew whenever it is iterated.
+Items = Iterable[tuple[str, Item]]
 
-def encode_items(journal: Journal, plan: Plan, items: dict[int, Item], workers: Workers) -> None:
-    """Encode all units of `items` (by number), with gigatoken while it agrees with tiktoken."""
-    if len(items) == 1 and isinstance(next(iter(items.values())), OneUnit):
+
+def encode_items(
+    journal: Journal, plan: Plan, items: Items, workers: Workers, *, text_bytes: Callable[[], int], stop: bool
+) -> None:
+    """Encode all units of `items`, with a faster library while it agrees with tiktoken.
+
+    `text_bytes` is an estimate of all their text, for progress; with `stop` a broken row raises
+    UserError.
+    """
+    few = list(islice(items, 2))
+    if len(few) == 1 and isinstance(few[0][1], OneUnit):
         workers = Workers(1)  # one unit keeps one process busy, and this one is running already
-    use_gigatoken = can_be_faster(plan.tokenizer["name"]) and not journal.distrusted()
-    try:
-        _encode_missing(journal, plan, _Missing(journal, plan, items), workers, use_gigatoken=use_gigatoken)
-    except EngineFault as fault:
-        logger.warning("gigatoken %s: starting over with tiktoken alone", fault)
-        journal.distrust(str(fault))
-        _encode_missing(journal, plan, _Missing(journal, plan, items), workers, use_gigatoken=False)
+    for engine in (*fast_libraries(plan.tokenizer["name"], journal.distrusted()), PLAIN):
+        missing = _Missing(journal, plan, items, stop=stop)
+        try:
+            _encode_missing(journal, plan, missing, workers, engine=engine, text_bytes=text_bytes)
+            return
+        except EngineFault as fault:
+            logger.warning("%s %s: starting over without it", engine, fault)
+            journal.distrust(engine, str(fault))
 
 
 class _Missing:
     """The units that are not yet encoded, in corpus order.
 
-    With a limit, up to the unit that reaches it.
+    With a limit, up to the unit that reaches it; with `stop`, up to the first broken row.
     """
 
-    def __init__(self, journal: Journal, plan: Plan, items: dict[int, Item]) -> None:
+    def __init__(self, journal: Journal, plan: Plan, items: Items, *, stop: bool) -> None:
         self.items = items
-        self._limit = plan.options["limit_docs"]
-        self._finished = journal.finished_units()
-        self._complete = {item for item, units in self._finished.items() if journal.is_complete(item, units)}
-        self.done_bytes = sum(plan.sizes[item] for item in items if item in self._complete)
-        self.total_bytes = None if self._limit else sum(plan.sizes[item] for item in items)
-        # Units finish in any order, but the limit counts documents from the corpus's beginning. So
-        # a finished unit waits here, as (documents, last), until all units before it are finished;
-        # `_next` is the first that is not.
-        self._waiting: dict[tuple[int, int], tuple[int, bool]] = {}
-        self._next, self._documents = (0, 0), 0
-        if self._limit:
-            for item, units in self._finished.items():
-                for unit in units:
-                    self.note(read_summary(journal.folder / part_name(item, unit)))
+        self.keys: list[tuple[str, int]] = []
+        self._finished = journal.finished()
+        self.done_bytes = sum(summary.size for units in self._finished.values() for summary in units.values())
+        self._folder, self._wanted, self._stop = journal.folder, plan.wanted(), stop
+        self.limit = plan.options["limit_docs"]
+        # With dedup nobody knows yet how many of a unit's documents are left.
+        self._unit_limit = None if plan.options["dedup"] else self.limit
+        # Units finish in any order, but the limit and the first broken row count from the corpus's
+        # beginning. So a finished unit waits here until all units before it are finished; `_next`
+        # is the first that is not, as the number of its item and its own.
+        self._waiting: dict[tuple[int, int], Summary] = {}
+        self._numbers: dict[str, int] = {}
+        self._next = (0, 0)
 
     def __iter__(self) -> Iterator[UnitJob]:
-        for number, item in self.items.items():
-            if number in self._complete:
+        for number, (key, item) in enumerate(self.items):
+            if self._wanted.is_full():
+                return
+            finished = self._finished.get(key, {})
+            self.keys.append((key, 0))
+            self._numbers[key] = number
+            for summary in finished.values():
+                self.note(summary)
+            if is_complete(finished):
                 continue
-            finished = self._finished.get(number, set())
             for unit, (work, last) in enumerate(_with_last(item.units())):
-                if self._limit and self._documents >= self._limit:
+                if self._wanted.is_full():
                     return
-                if unit in finished:
-                    continue
-                yield UnitJob(item=number, unit=unit, last=last, work=work, limit=self._limit)
+                if unit not in finished:
+                    yield UnitJob(item=key, unit=unit, last=last, work=work, limit=self._unit_limit)
 
     def note(self, summary: Summary) -> None:
-        """A unit is finished."""
-        if not self._limit:
+        """A unit is finished. Raises UserError for its first broken row, with `stop`."""
+        if not self.limit and not self._stop:
             return
-        self._waiting[summary.item, summary.unit] = (summary.documents, summary.last)
-        while self._next in self._waiting:
-            documents, last = self._waiting.pop(self._next)
-            self._documents += documents
-            self._next = (self._next[0] + 1, 0) if last else (self._next[0], self._next[1] + 1)
+        self._waiting[self._numbers[summary.item], summary.unit] = summary
+        while self._next in self._waiting and not self._wanted.is_full():
+            first = self._waiting.pop(self._next)
+            if self._stop:
+                _check_no_broken_row(first)
+            self._wanted.take(self._folder / part_name(first.item, first.unit), first.documents)
+            self._next = (self._next[0] + 1, 0) if first.last else (self._next[0], self._next[1] + 1)
 
 
-def _encode_missing(journal: Journal, plan: Plan, missing: _Missing, workers: Workers, *, use_gigatoken: bool) -> None:
+def _check_no_broken_row(summary: Summary) -> None:
+    # Reasons are in the order in which they were first met.
+    for reason, entry in summary.skipped.items():
+        if entry.get("broken"):
+            raise UserError(
+                f"{entry['example']}: {reason}; --bad-rows stop ends at the first broken row: correct it, or pass "
+                "--bad-rows skip to leave such rows out"
+            )
+
+
+def _encode_missing(
+    journal: Journal, plan: Plan, missing: _Missing, workers: Workers, *, engine: str, text_bytes: Callable[[], int]
+) -> None:
     seed = plan.options["seed"]
-    options = EncodingOptions(plan.tokenizer, journal.folder, journal.staged, seed=seed, use_gigatoken=use_gigatoken)
-    total = None if missing.total_bytes is None else missing.total_bytes / 1e6
+    options = EncodingOptions(plan.tokenizer, journal.folder, journal.staged, seed=seed, engine=engine)
     documents = tokens = 0
-    with ProgressReport("encode", total, "MB", done=missing.done_bytes / 1e6) as progress:
+    with ProgressReport("encode", None, "MB", done=missing.done_bytes / 1e6) as progress:
         try:
             for summary in workers.map(encode, ((options, job) for job in missing)):
                 missing.note(summary)
                 documents += summary.documents
                 tokens += summary.tokens
+                if not missing.limit:
+                    progress.total = text_bytes() / 1e6
                 progress.advance(summary.size / 1e6, f"{documents:,} documents, {tokens:,} tokens")
         except BrokenProcessPool:
-            if use_gigatoken:
+            if engine != PLAIN:
                 raise EngineFault("may have killed a worker") from None
             raise UserError(
                 f"one of the {workers.count} workers was killed, usually because memory ran out: run the same command "
                 "again with fewer --workers, and it resumes here"
             ) from None
-    if limit := plan.options["limit_docs"]:
-        _truncate_at_limit(journal, missing.items, options, limit)
+    if missing.limit:
+        _truncate_at_limit(journal, plan, missing, options)
 
 
 def _with_last(units: Iterator[Unit]) -> Iterator[tuple[Unit, bool]]:
@@ -108,12 +138,18 @@ def _with_last(units: Iterator[Unit]) -> Iterator[tuple[Unit, bool]]:
     yield previous, True
 
 
-def _truncate_at_limit(journal: Journal, items: dict[int, Item], options: EncodingOptions, limit: int) -> None:
-    """Encode again the unit in which the limit falls, up to the last document that is wanted."""
-    summaries = [read_summary(path) for path in journal.parts(limit)]
-    excess = sum(summary.documents for summary in summaries) - limit
-    if excess > 0:
-        over = summaries[-1]
-        work = next(islice(items[over.item].units(), over.unit, None))
-        job = UnitJob(item=over.item, unit=over.unit, last=over.last, work=work, limit=over.documents - excess)
-        UnitEncoder(options).encode(job)
+def _truncate_at_limit(journal: Journal, plan: Plan, missing: _Missing, options: EncodingOptions) -> None:
+    """Encode again the unit in which the limit falls, up to the last document that is wanted.
+
+    Its complete part stays: the limit falls elsewhere once an earlier file has changed.
+    """
+    listed = journal.parts(missing.keys, plan.wanted())
+    if not listed or (over := listed[-1]).path.exists():
+        return
+    item = next(item for key, item in missing.items if key == over.summary.item)
+    work = next(islice(item.units(), over.summary.unit, None))
+    job = UnitJob(
+        item=over.summary.item, unit=over.summary.unit, last=over.summary.last, work=work, limit=over.documents,
+        truncated=True,
+    )  # fmt: skip
+    UnitEncoder(options).encode(job)

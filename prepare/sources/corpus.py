@@ -5,67 +5,135 @@ The parent only lists them, in the corpus's order; a unit reads itself in the pr
 it.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files import hash_bytes
+from prepare.documents.fields import NOT_TEXT
 from prepare.sources.hub import open_hub
-from prepare.sources.items import Source
-from prepare.sources.local import Shakespeare, Stdin, open_files, open_stdlib
+from prepare.sources.items import Source, keyed_items, units_with_fields, usual_text_bytes
+from prepare.sources.local import Files, Shakespeare, Stdin, open_files, open_stdlib
 from prepare.sources.names import SOURCE_KINDS, did_you_mean, hub_source
 from prepare.sources.remote import RemoteFiles, list_remote
-from prepare.storage.files import is_url
-from prepare.units import STDIN_SPOOL, Item, Reading, unit_bytes
+from prepare.storage.files import StoredFile, is_url
+from prepare.units import MISSING, NULL, STDIN_SPOOL, Item, Reading, Refused, unit_bytes
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """All sources of one dataset, in the order given."""
+    """All sources of one dataset, in the order given; `typed` is how the user named them."""
 
+    typed: list[str]
     sources: list[Source]
 
-    def items(self) -> list[Item]:
-        return self._items
-
-    # Listed once: it reads the footer of every Parquet file, which may lie behind a network.
     @cached_property
-    def _items(self) -> list[Item]:
-        size = unit_bytes(self.file_bytes() or 0)
-        return [item for source in self.sources for item in source.items(size)]
+    def stored(self) -> list[list[StoredFile]]:
+        """The files of each source when they were first asked for."""
+        return [source.stored() for source in self.sources]
 
-    def text_bytes(self) -> int:
-        """Bytes of text, as near as they are known before reading."""
-        return sum(item.size for item in self._items)
+    def items(self) -> list[Item]:
+        """All of it, in units as its size asks for."""
+        return [item for _, item in Snapshot(self, unit_bytes(self.file_bytes() or 0), lambda file: file)]
 
     def files(self) -> list[Path]:
         return [path for source in self.sources for path in source.files()]
 
     def file_bytes(self) -> int | None:
         """Bytes of all source files; None if one of them is a stream."""
-        sizes = [source.file_bytes() for source in self.sources]
-        known = [size for size in sizes if size is not None]
-        return sum(known) if len(known) == len(sizes) else None
+        if any(source.is_stream for source in self.sources):
+            return None
+        return sum(file.size for files in self.stored for file in files)
 
-    def stamps(self) -> dict[str, Any]:
-        return {name: stamp for source in self.sources for name, stamp in source.stamps().items()}
+    def check_field(self) -> None:
+        """Raises UserError if no row has the text field, which costs a look at every row.
+
+        Otherwise it ends at the first row that has it: some rows without it are usual.
+        """
+        fault = ""
+        for unit in (unit for item in self.items() for unit in units_with_fields(item)):
+            for position, document in unit.documents():
+                if not isinstance(document, Refused) or document.reason in (NULL, NOT_TEXT):
+                    return
+                if document.reason == MISSING and not fault:
+                    fault = (
+                        f"no field {self.sources[0].reading.text_field!r} in any row, as in {unit.locate(position)}: "
+                    )
+                    fault += document.detail
+        if fault:
+            raise UserError(f"{fault}; choose one with --text-field")
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         return [entry for source in self.sources for entry in source.record(hash_of)]
 
 
-def open_corpus(sources: list[str], reading: Reading, folder: Path) -> Corpus:
+class Snapshot:
+    """The corpus as it was listed at one moment: its files, and, in order, its items with their keys.
+
+    `as_known` replaces a local file by an earlier record of the same content, which was only touched.
+    """
+
+    def __init__(self, corpus: Corpus, unit_bytes: int, as_known: Callable[[StoredFile], StoredFile]) -> None:
+        self.corpus, self._unit_bytes = corpus, unit_bytes
+        self._files = [
+            list(map(as_known, files)) if isinstance(source, Files) else files
+            for source, files in zip(corpus.sources, corpus.stored, strict=True)
+        ]
+        self.files = [file for files in self._files for file in files]
+        # Each key that was listed so far, and the number of its source.
+        self.keys: list[tuple[str, int]] = []
+        # Of the files that were listed so far, and of their items.
+        self._file_bytes = self._item_bytes = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Item]]:
+        """File by file, as the footer of a Parquet file may lie behind a network."""
+        self._file_bytes = self._item_bytes = position = 0
+        times: Counter[str] = Counter()
+        for number, (source, files) in enumerate(zip(self.corpus.sources, self._files, strict=True)):
+            for key, item in keyed_items(self._counted(files), source, self._unit_bytes):
+                # A source may be given twice; its text is then wanted twice.
+                times[key] += 1
+                unique = key if times[key] == 1 else hash_bytes(f"{key} {times[key]}".encode())
+                if position == len(self.keys):  # else it was listed before
+                    self.keys.append((unique, number))
+                position += 1
+                self._item_bytes += item.size
+                yield unique, item
+
+    def text_bytes(self) -> int:
+        """Bytes of text, as near as they are known before reading: in proportion to those listed so far."""
+        if not self._file_bytes:
+            return sum(map(usual_text_bytes, self.files))
+        return sum(file.size for file in self.files) * self._item_bytes // self._file_bytes
+
+    def _counted(self, files: list[StoredFile]) -> Iterator[StoredFile]:
+        for file in files:
+            yield file
+            self._file_bytes += file.size
+
+
+def open_corpus(sources: list[str], reading: Reading, folder: Path, earlier: Corpus | None = None) -> Corpus:
     """Resolve what the user typed; `folder` keeps a copy of stdin.
 
-    Raises UserError for what does not exist.
+    With an `earlier` opening, only what may have changed since then is looked up again. Raises
+    UserError for what does not exist.
     """
     if not all(sources) or not sources:  # an unset shell variable gives an empty one: not the working folder
         raise UserError(f"no source given: expected {SOURCE_KINDS}")
     if sources.count("-") > 1:
         raise UserError("stdin (-) is given twice as a source: it can be read only once")
-    return Corpus([_open_source(source, reading, folder) for source in sources])
+    before = earlier.sources if earlier else [None] * len(sources)
+    return Corpus(
+        sources,
+        [
+            known if known and not isinstance(known, Files | RemoteFiles) else _open_source(source, reading, folder)
+            for source, known in zip(sources, before, strict=True)
+        ],
+    )
 
 
 def _open_source(source: str, reading: Reading, folder: Path) -> Source:

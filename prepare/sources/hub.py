@@ -10,19 +10,20 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from pipeline.errors import UserError, one_line
-from pipeline.files import write_atomic
+from pipeline.files import hash_bytes, write_atomic
 from pipeline.log import ProgressReport, logger
+from prepare.documents.fields import text_of
 from prepare.documents.parquet import MOST_ROWS
 from prepare.sources.items import Source
-from prepare.storage.files import assets
-from prepare.units import NULL, SMALLEST_UNIT_BYTES, Item, Reading, Refused, Texts, encoded, grouped, no_field, no_text
+from prepare.storage.files import StoredFile, assets, local_file
+from prepare.units import SMALLEST_UNIT_BYTES, Document, Item, Reading, Texts, grouped
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class HubParquet(Source):
     def files(self) -> list[Path]:
         return list(self.paths.values())
 
-    def stamps(self) -> dict[str, Any]:
-        repository, revision = self.dataset.repository, self.dataset.revision
-        return {f"{repository}/{name}": [revision, path.stat().st_size] for name, path in self.paths.items()}
+    def stored(self) -> list[StoredFile]:
+        # By the commit and not by the time, which differs between the caches of two machines.
+        return [replace(local_file(path), etag=self.dataset.revision) for path in self.files()]
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         return [
@@ -58,16 +59,26 @@ class HubParquet(Source):
 @dataclass(frozen=True)
 class HubStream(Source):
     """A dataset that is not Parquet: the parent reads it through `datasets` and packs the texts
-    into units.
+    into units. `copies` are its files where they are on this machine.
     """
 
     dataset: HubName
-    builder: Any
+    builder: Any = field(repr=False)
+    copies: tuple[Path, ...] = ()
 
+    is_stream = True
     size = 0
 
-    def items(self, unit_bytes: int) -> list[Item]:
-        return [self]
+    def files(self) -> list[Path]:
+        return list(self.copies)
+
+    def stored(self) -> list[StoredFile]:
+        stamps = "".join(map(repr, super().stored()))
+        etag = f"{self.dataset.revision} {hash_bytes(stamps.encode(errors='surrogateescape'))}"
+        return [StoredFile(self.dataset.repository, 0, etag)]
+
+    def split(self, file: StoredFile, unit_bytes: int) -> Iterator[Item]:
+        yield self
 
     def units(self) -> Iterator[Texts]:
         first = 0
@@ -78,33 +89,25 @@ class HubStream(Source):
     def locate(self, position: int) -> str:
         return f"{self.dataset.repository} row {position}"
 
-    def file_bytes(self) -> int | None:
-        return None
-
-    def stamps(self) -> dict[str, Any]:
-        return {self.dataset.repository: self.dataset.revision}
-
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
-        return [asdict(self.dataset)]
+        known = asdict(self.dataset)
+        copies = [
+            {**known, "path": path.name, "bytes": path.stat().st_size, "hash": hash_of(path)} for path in self.copies
+        ]
+        return copies or [known]
 
-    def _texts(self) -> Iterator[bytes | Refused]:
+    def _texts(self) -> Iterator[Document]:
         repository = self.dataset.repository
         try:
-            for number, row in enumerate(self.builder.as_streaming_dataset(split="train"), start=1):
-                where = f"dataset {repository} row {number}"
-                if self.reading.text_field not in row:
-                    raise UserError(no_field(where, self.reading.text_field, row))
-                text = row[self.reading.text_field]
-                if text is not None and not isinstance(text, str):
-                    raise UserError(no_text(where, self.reading.text_field, text))
-                yield Refused(NULL) if text is None else encoded(text)
+            for row in self.builder.as_streaming_dataset(split="train"):
+                yield text_of(row, self.reading.text_field)
         except UserError:
             raise
         except Exception as error:  # as in _load_builder
             raise _hub_fault(repository, error) from None
 
 
-def _text_bytes(text: bytes | Refused) -> int:
+def _text_bytes(text: Document) -> int:
     return len(text) if isinstance(text, bytes) else 0
 
 
@@ -226,7 +229,7 @@ def _open_snapshot(typed: HubName, reading: Reading) -> HubParquet | HubStream:
     builder, urls = _load_builder(HubName(typed.repository, typed.config, None), str(root))
     name = HubName(typed.repository, builder.config.name, root.name)
     if not all(url.endswith(".parquet") for url in urls):
-        return HubStream(reading, name, builder)
+        return HubStream(reading, name, builder, copies=tuple(map(Path, urls)))
     return HubParquet(reading, name, {Path(url).relative_to(root).as_posix(): Path(url) for url in urls})
 
 

@@ -7,8 +7,8 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from glob import glob
 from pathlib import Path
@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes, hash_file, write_atomic
 from prepare.documents.lines import split_lines
-from prepare.formats import READABLE, format_of
+from prepare.documents.streams import Stream
+from prepare.formats import READABLE, Format, format_of
 from prepare.sources.items import Source
 from prepare.sources.names import is_glob
-from prepare.storage.compressed import BYTE_ORDER_MARK
-from prepare.storage.files import StoredFile, assets, blocks
+from prepare.storage.compressed import BYTE_ORDER_MARK, recognized_blocks
+from prepare.storage.files import StoredFile, assets, blocks, shown
 from prepare.units import BLOCK_BYTES, Item, Reading
 
 Name = TypeVar("Name", str, Path)
@@ -54,17 +55,21 @@ class Files(Source):
     def files(self) -> list[Path]:
         return self.paths
 
-    def stamps(self) -> dict[str, Any]:
-        return {str(path): stamp(path) for path in self.paths}
-
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         if self.root is None or (not self.about and len(self.paths) <= MOST_FILES_LISTED):
-            return [{"path": str(path), "bytes": path.stat().st_size, "hash": hash_of(path)} for path in self.paths]
+            return [
+                {"path": shown(file.path), "bytes": file.size, "hash": hash_of(Path(file.path))}
+                for file in self.stored()
+            ]
         # One hash over the files' hashes and their paths in the folder, so that the folder may be
         # moved.
         listing = "".join(f"{path.relative_to(self.root).as_posix()}\t{hash_of(path)}\n" for path in self.paths)
-        total = {"files": len(self.paths), "bytes": self.file_bytes(), "hash": hash_bytes(listing.encode())}
-        return [{"path": str(self.root), **self.about, **total}]
+        total = {
+            "files": len(self.paths),
+            "bytes": sum(file.size for file in self.stored()),
+            "hash": hash_bytes(os.fsencode(listing)),
+        }
+        return [{"path": shown(str(self.root)), **self.about, **total}]
 
 
 @dataclass(frozen=True)
@@ -78,26 +83,32 @@ class Stdin(Source):
 
     spool: Path
 
-    def items(self, unit_bytes: int) -> list[Item]:
-        with self._spooled.open("rb") as file:  # opening it reads stdin to its end
-            head = file.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    def split(self, file: StoredFile, unit_bytes: int) -> Iterator[Item]:
+        head = next(blocks(file.path), b"").removeprefix(BYTE_ORDER_MARK).lstrip()
         text_field = self.reading.text_field if _is_json_object(head) else None
-        return list(split_lines(str(self._spooled), self._spooled.stat().st_size, text_field, unit_bytes))
+        if text_field is None and self.reading.document_separator:
+            yield Stream(file.path, Format.TEXT, self.reading, size=file.size)
+        else:
+            yield from split_lines(file.path, file.size, text_field, unit_bytes)
 
     def files(self) -> list[Path]:
         return [self._spooled]
 
-    def stamps(self) -> dict[str, Any]:
-        return {"stdin": hash_file(self._spooled)}
+    def stored(self) -> list[StoredFile]:
+        return [self._stored]
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
-        return [{"path": "-", "bytes": self.file_bytes(), "hash": hash_of(self._spooled)}]
+        return [{"path": "-", "bytes": self._stored.size, "hash": self._stored.etag}]
+
+    @cached_property
+    def _stored(self) -> StoredFile:
+        # By its content: the copy is written again at every start.
+        return StoredFile(str(self._spooled), self._spooled.stat().st_size, hash_file(self._spooled))
 
     @cached_property
     def _spooled(self) -> Path:
         with self.spool.open("wb") as file:
-            while block := sys.stdin.buffer.read(BLOCK_BYTES):
-                file.write(block)
+            file.writelines(recognized_blocks(sys.stdin.buffer, "stdin"))
         return self.spool
 
 
@@ -106,13 +117,10 @@ class Shakespeare(Source):
     """Tiny Shakespeare, downloaded when it is first needed."""
 
     def stored(self) -> list[StoredFile]:
-        return [StoredFile(str(self.path), SHAKESPEARE_BYTES)]
+        return [StoredFile(str(_shakespeare()), SHAKESPEARE_BYTES, SHAKESPEARE_SHA256)]
 
-    def file_bytes(self) -> int:
-        return SHAKESPEARE_BYTES
-
-    def stamps(self) -> dict[str, Any]:
-        return {"shakespeare": SHAKESPEARE_SHA256}
+    def split(self, file: StoredFile, unit_bytes: int) -> Iterator[Item]:
+        return super().split(replace(file, path=str(self.path)), unit_bytes)
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         about = {"path": "shakespeare", "url": SHAKESPEARE_URL}
@@ -121,7 +129,7 @@ class Shakespeare(Source):
     @cached_property
     def path(self) -> Path:
         # Hashed on every use (a few ms), so a damaged copy is replaced and not trained on.
-        path = assets() / "shakespeare" / "input.txt"
+        path = _shakespeare()
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
             return path
         content = b"".join(blocks(SHAKESPEARE_URL))
@@ -130,6 +138,10 @@ class Shakespeare(Source):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
         return path
+
+
+def _shakespeare() -> Path:
+    return assets() / "shakespeare" / "input.txt"
 
 
 def open_files(source: str, reading: Reading) -> Files | None:
@@ -176,18 +188,6 @@ def readable(names: list[Name], what: str) -> list[Name]:
         listing = f"only {' '.join(found[:8])}" if found else "no files"
         raise UserError(f"{what} has no readable files, found {listing}: expected {READABLE}")
     return known
-
-
-def stamp(path: Path) -> list[int]:
-    """A file's size in bytes and its modification time in ns."""
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
-
-
-def stamped_hash(path: Path) -> tuple[list[int], str]:
-    """The stamp is taken before the file is read, so that it never stands for later content."""
-    before = stamp(path)
-    return before, hash_file(path)
 
 
 def _is_json_object(head: bytes) -> bool:

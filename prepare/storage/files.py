@@ -5,6 +5,7 @@ itself (such as AWS_* variables); http(s) through requests, which tiktoken needs
 """
 
 import io
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,13 @@ class StoredFile:
     ranges: bool = True
 
 
+def local_file(path: Path) -> StoredFile:
+    """A file of this machine; its modification time in ns stands for an ETag."""
+    with reading(str(path)):
+        found = path.stat()
+    return StoredFile(str(path), found.st_size, str(found.st_mtime_ns))
+
+
 def assets() -> Path:
     """The folder in Hugging Face's cache for what does not come from the Hub.
 
@@ -63,10 +71,11 @@ def name_of(path: str) -> str:
 
 def shown(path: str) -> str:
     """A path or URL for messages and manifests, without a URL's query and user, which may hold
-    keys.
+    keys, and in valid UTF-8.
     """
     if not is_url(path):
-        return path
+        # Bytes of a name that are not UTF-8 as \xNN: it goes into JSON and onto terminals.
+        return os.fsencode(path).decode(errors="backslashreplace")
     parts = urlsplit(path)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 

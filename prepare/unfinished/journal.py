@@ -1,34 +1,38 @@
 """The state of a preparation is files in `<dataset>/unfinished/` alone: it survives any kill.
 
     plan.json           what is prepared, from what, and how; written first, by the first task
-    000012_000000.part  a finished unit
+    files.json          the source files as they were listed last
+    KEY_000000.part     a finished unit of the item KEY
     hashes_0000.jsonl   hashes of the source files, one file per task
-    tiktoken_only       exists once gigatoken was found at fault; holds the fault
+    distrusted_NAME     exists once the library NAME was found at fault; holds the fault
+    assembled           hash of the parts' names and the options that the staged shards are made of
     dataset/            shards and vocabulary while they are made; the manifest is written last
 
-Once `dataset/manifest.json` exists, all that is left is to move those files up, which can be
-repeated after any kill.
+A KEY follows from everything its units are cut from (`sources/items.py`), so a source file that
+changes leaves the parts of all others as they are. Once `dataset/manifest.json` exists, all that is
+left is to move those files up, which can be repeated after any kill.
 """
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Set
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
+from pipeline.files import hash_bytes, sync, unique, write_atomic
+from pipeline.vocabulary.tokenizer import token_dtype
+from prepare.storage.files import StoredFile
+from prepare.unfinished.parts import Summary, Wanted, part_name, read_summary
 
-from pipeline.dataset.shards import MANIFEST_NAME, Manifest
-from pipeline.files import sync, write_atomic
-from pipeline.vocabulary.specs import vocabulary_file
-from prepare.unfinished.parts import part_name, read_summary
-
-SHARD_NAME = re.compile(r"(train|val)_\d{5,}\.bin")
-GIGATOKEN = "gigatoken"  # its name in the summaries of the parts it encoded
+_PART_NAME = re.compile(r"([0-9a-f]{32})_(\d{6,})\.part")
+# Another task may be writing the plan where the file system has no hard links.
+PLAN_ATTEMPTS = 20
 
 
 class Share(NamedTuple):
@@ -37,12 +41,12 @@ class Share(NamedTuple):
     task: int
     tasks: int
 
-    def items(self, sizes: Sequence[int]) -> list[int]:
+    def items(self, sizes: list[int]) -> list[int]:
         """The numbers of its items: neighbours, as one machine reads the units of a file best."""
         return [item for item, task in enumerate(tasks_of(sizes, self.tasks)) if task == self.task]
 
 
-def tasks_of(sizes: Sequence[int], tasks: int) -> list[int]:
+def tasks_of(sizes: list[int], tasks: int) -> list[int]:
     """The task of each item of `sizes` bytes, so that all tasks have about the same bytes."""
     # An item belongs to the task whose equal share of all bytes contains the item's middle. One
     # byte is added to each item, so that empty ones spread as well.
@@ -52,20 +56,44 @@ def tasks_of(sizes: Sequence[int], tasks: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What determines a dataset's bytes, and its sources.
+    """What determines a dataset's bytes, next to the content of its sources.
 
-    `sizes`: bytes per item; `stamps` reveal a changed source; `splitting`: the `SPLITTING` that
-    numbered the units, 0 in a plan from before it was recorded.
+    `unit_bytes` is that of the first start: it depends on the corpus's size, and a file that is
+    added must not divide the others anew. `constants` are the program's that the division follows
+    from; a plan of another format, or a damaged one, has none.
     """
 
-    sources: list[str]
-    working_folder: str
-    options: dict[str, Any]
-    stamps: dict[str, Any]
-    tokenizer: dict[str, Any]
-    sizes: list[int]
-    tasks: int
-    splitting: int = 0
+    sources: list[str] = field(default_factory=list)
+    working_folder: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    tasks: int = 0
+    unit_bytes: int = 0
+    constants: dict[str, int] = field(default_factory=dict)
+    bad_rows: str | None = None
+
+    def wanted(self) -> Wanted:
+        """Counts the documents up to `limit_docs`: with `dedup`, those that are left."""
+        distinct = token_dtype(self.tokenizer["vocab_size"]) if self.options["dedup"] else None
+        return Wanted(self.options["limit_docs"], distinct)
+
+
+class ListedPart(NamedTuple):
+    """A part in corpus order, the number of its source, and its first `documents` that are wanted."""
+
+    path: Path
+    source: int
+    summary: Summary
+    documents: int
+
+
+Finished = dict[str, dict[int, Summary]]
+
+
+def is_complete(units: dict[int, Summary]) -> bool:
+    """Whether an item's finished units are all its units: only the last one tells how many."""
+    highest = max(units, default=-1)
+    return len(units) == highest + 1 > 0 and units[highest].last
 
 
 class Journal:
@@ -77,144 +105,159 @@ class Journal:
     # ---- the plan
 
     def plan(self) -> Plan | None:
-        path = self.folder / "plan.json"
-        return Plan(**orjson.loads(path.read_bytes())) if path.exists() else None
+        path, document = self.folder / "plan.json", {}
+        if not path.exists():
+            return None
+        for _ in range(PLAN_ATTEMPTS):
+            with suppress(ValueError):
+                document = json.loads(path.read_bytes())
+                break
+            time.sleep(0.05)
+        return Plan(**{each.name: document[each.name] for each in fields(Plan) if each.name in document})
 
-    def begin(self, plan: Plan, vocabulary: dict[str, bytes]) -> None:
+    def begin(self, plan: Plan, vocabulary: dict[str, bytes], files: list[StoredFile]) -> None:
         """Write the plan, unless another task has written one first."""
         self.staged.mkdir(parents=True, exist_ok=True)
         for name, content in vocabulary.items():
             write_atomic(self.staged / name, content)
-        mine = self.folder / f"plan.{os.uname().nodename}.{os.getpid()}"
-        write_atomic(mine, orjson.dumps(asdict(plan)))
+        self.note_files(files)
+        content = dump(asdict(plan))
+        mine = self.folder / f"plan.{unique()}"
+        write_atomic(mine, content)
         try:
             # link(2) fails if the name exists, where rename(2) would replace the plan of the task
             # that was first.
             (self.folder / "plan.json").hardlink_to(mine)
         except FileExistsError:
             return
+        except OSError:  # exFAT, some network and FUSE file systems have no hard links
+            with suppress(FileExistsError), (self.folder / "plan.json").open("xb") as file:
+                file.write(content)
         finally:
             mine.unlink()
         sync(self.folder)
+
+    def replace_plan(self, plan: Plan) -> None:
+        write_atomic(self.folder / "plan.json", dump(asdict(plan)))
 
     def clear(self) -> None:
         """Remove everything."""
         # Renamed first: parts that a kill left without their plan would count for the next.
         with suppress(FileNotFoundError):
-            self.folder.rename(self.dataset / f".unfinished.{os.uname().nodename}.{os.getpid()}")
+            self.folder.rename(self.dataset / f".unfinished.{unique()}")
         for leftover in self.dataset.glob(".unfinished.*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    # ---- parts
+    def remove_partial(self) -> None:
+        """Remove what killed processes were writing; the caller knows that no other is at work."""
+        for path in self.folder.glob("*.partial"):
+            path.unlink()
 
-    def finished_units(self) -> dict[int, set[int]]:
-        """Item -> its finished units.
+    # ---- the source files
 
-        Once gigatoken is at fault, the parts it encoded are removed and do not count.
-        """
-        found: dict[int, set[int]] = {}
-        distrusted = self.distrusted()
-        for entry in os.scandir(self.folder):
-            if not entry.name.endswith(".part"):
-                continue
-            if distrusted and read_summary(Path(entry.path)).engine == GIGATOKEN:
-                Path(entry.path).unlink(missing_ok=True)
-                continue
-            item, unit = entry.name.removesuffix(".part").split("_")
-            found.setdefault(int(item), set()).add(int(unit))
-        return found
+    def files(self) -> dict[str, StoredFile]:
+        """By path, as they were listed last; empty if that is not known."""
+        with suppress(OSError, ValueError):
+            listed = json.loads((self.folder / "files.json").read_bytes())
+            return {path: StoredFile(path, *stamp) for path, *stamp in listed}
+        return {}
 
-    def is_complete(self, item: int, units: set[int]) -> bool:
-        """Whether `units` are all units of the item.
+    def note_files(self, files: list[StoredFile]) -> None:
+        write_atomic(
+            self.folder / "files.json", dump([[file.path, file.size, file.etag, file.ranges] for file in files])
+        )
 
-        Only the part of its last one tells how many.
-        """
-        highest = max(units, default=-1)
-        return len(units) == highest + 1 > 0 and read_summary(self.folder / part_name(item, highest)).last
-
-    def parts(self, limit: int | None) -> list[Path]:
-        """All parts in corpus order.
-
-        With a limit, up to the one in which that document count is reached.
-        """
-        found = self.finished_units()
-        paths = [self.folder / part_name(item, unit) for item in sorted(found) for unit in sorted(found[item])]
-        if limit is None:
-            return paths
-        documents_before = accumulate((read_summary(path).documents for path in paths), initial=0)
-        return [path for path, before in zip(paths, documents_before, strict=False) if before < limit]
-
-    def incomplete_items(self, plan: Plan) -> list[int]:
-        found = self.finished_units()
-        return [item for item in range(len(plan.sizes)) if not self.is_complete(item, found.get(item, set()))]
-
-    # ---- gigatoken
-
-    def distrust(self, fault: str) -> None:
-        write_atomic(self.folder / "tiktoken_only", fault.encode())
-
-    def distrusted(self) -> bool:
-        return (self.folder / "tiktoken_only").exists()
-
-    # ---- hashes of the source files
-
-    def known_hashes(self) -> dict[str, tuple[Any, str]]:
-        """Path -> (stamp, hash) of every source file that any task has hashed.
-
-        A line truncated by a kill is skipped.
+    def known_hashes(self) -> dict[StoredFile, str]:
+        """The hash of every source file that any task has hashed. A line truncated by a kill is
+        skipped.
         """
         found = {}
-        for path in self.folder.glob("hashes_*.jsonl"):
+        for path in sorted(self.folder.glob("hashes_*.jsonl")):
             for line in path.read_bytes().splitlines():
-                with suppress(orjson.JSONDecodeError):
-                    name, stamp, digest = orjson.loads(line)
-                    found[name] = (stamp, digest)
+                with suppress(ValueError):
+                    *stamp, digest = json.loads(line)
+                    found[StoredFile(*stamp)] = digest
         return found
 
-    def note_hashes(self, paths: list[Path], task: int, hashes: Iterator[tuple[Any, str]]) -> None:
-        """Append the (stamp, hash) of each path as it arrives."""
+    def note_hashes(self, task: int, hashes: Iterable[tuple[StoredFile, str]]) -> None:
+        """Append each hash as it arrives."""
         with (self.folder / f"hashes_{task:04d}.jsonl").open("ab") as file:
-            for path, (stamp, digest) in zip(paths, hashes, strict=True):
-                file.write(orjson.dumps([str(path), stamp, digest]) + b"\n")
+            for stored, digest in hashes:
+                file.write(dump([stored.path, stored.size, stored.etag, digest]) + b"\n")
                 file.flush()
 
-    # ---- publishing
+    # ---- parts
 
-    def is_publishing(self) -> bool:
-        return (self.staged / MANIFEST_NAME).exists()
+    def finished(self) -> Finished:
+        """Item -> its finished units.
 
-    def publish(self, manifest: Manifest) -> None:
-        manifest.save(self.staged)
-        self.finish_publishing()
-
-    def finish_publishing(self) -> None:
-        """Move the staged dataset over the one it replaces; the caller holds the exclusive lock.
-
-        The old manifest goes first and the new one comes last, so that a manifest never stands next
-        to other shards.
+        Once a library is at fault, the parts it encoded are removed and do not count.
         """
-        if not self.is_publishing():
-            return
-        sync(self.staged)
-        manifest = orjson.loads((self.staged / MANIFEST_NAME).read_bytes())
-        wanted = {shard["file"] for shards in manifest["splits"].values() for shard in shards}
-        self._remove_old_manifest()
-        for old in self.dataset.iterdir():
-            if SHARD_NAME.fullmatch(old.name) and old.name not in wanted:
-                old.unlink()
-        for path in sorted(self.staged.iterdir()):
-            if path.name != MANIFEST_NAME and not path.name.endswith(".partial"):
-                path.rename(self.dataset / path.name)
-        sync(self.dataset)
-        (self.staged / MANIFEST_NAME).rename(self.dataset / MANIFEST_NAME)
-        sync(self.dataset)
-        self.clear()
+        found: Finished = {}
+        distrusted = self.distrusted()
+        for entry in os.scandir(self.folder):
+            if name := _PART_NAME.fullmatch(entry.name):
+                summary = read_summary(Path(entry.path))
+                if summary.engine in distrusted:
+                    Path(entry.path).unlink(missing_ok=True)
+                else:
+                    found.setdefault(name[1], {})[int(name[2])] = summary
+        return found
 
-    def _remove_old_manifest(self) -> None:
-        """Also removes the old vocabulary's file, whose name only the old manifest knows."""
-        path = self.dataset / MANIFEST_NAME
-        if path.exists():
-            vocabulary = vocabulary_file(orjson.loads(path.read_bytes())["tokenizer"]["name"])
-            path.unlink()
-            if vocabulary:
-                (self.dataset / vocabulary).unlink(missing_ok=True)
+    def parts(self, keys: Iterable[tuple[str, int]], wanted: Wanted) -> list[ListedPart]:
+        """The parts of the items (key, number of the source), up to the one that reaches the limit."""
+        found = self.finished()
+        listed: list[ListedPart] = []
+        for key, source in keys:
+            if wanted.is_full():  # the next item need not have parts
+                return listed
+            for unit, summary in sorted(found[key].items()):
+                if wanted.is_full():
+                    return listed
+                path = self.folder / part_name(key, unit)
+                taken = wanted.take(path, summary.documents)
+                if taken < summary.documents:
+                    path = self.folder / part_name(key, unit, first=taken)
+                listed.append(ListedPart(path, source, summary, taken))
+        return listed
+
+    def incomplete_items(self, keys: list[tuple[str, int]]) -> list[int]:
+        found = self.finished()
+        return [number for number, (key, _) in enumerate(keys) if not is_complete(found.get(key, {}))]
+
+    def count_stale(self, keys: Set[str], *, remove: bool) -> tuple[int, int]:
+        """How many finished units belong to other items than these, and how many to these."""
+        stale = kept = 0
+        for path in list(self.folder.glob("*.part")):
+            if path.name.partition("_")[0] in keys:
+                kept += 1
+                continue
+            stale += 1
+            if remove:
+                path.unlink()
+        return stale, kept
+
+    # ---- libraries at fault
+
+    def distrust(self, library: str, fault: str) -> None:
+        write_atomic(self.folder / f"distrusted_{library}", fault.encode())
+
+    def distrusted(self) -> set[str]:
+        return {path.name.removeprefix("distrusted_") for path in self.folder.glob("distrusted_*")}
+
+    # ---- assembly
+
+    def assemble(self, parts: list[Path], options: dict[str, Any]) -> None:
+        """Remove staged shards that a killed run made of other parts, or split otherwise."""
+        made_of = hash_bytes(dump([[path.name for path in parts], options]))
+        mark = self.folder / "assembled"
+        if not mark.exists() or mark.read_text(encoding="ascii") != made_of:
+            for path in self.staged.glob("*.bin"):
+                path.unlink()
+            sync(self.staged)
+            write_atomic(mark, made_of.encode())
+
+
+def dump(value: Any) -> bytes:
+    """As JSON in ASCII: a path that is not UTF-8 has surrogates, which orjson refuses."""
+    return json.dumps(value).encode()

@@ -14,6 +14,7 @@ from conftest import (
     run_program,
     tiny_config,
     write_documents,
+    write_jsonl,
     write_llm_c,
     write_nanogpt,
 )
@@ -23,6 +24,8 @@ from observe.verify import run
 from pipeline.errors import UserError
 from pipeline.files import hash_file
 from pipeline.vocabulary.char_byte_word import ByteTokenizer
+from prepare.options import PrepareOptions
+from prepare.run import run as prepare
 
 END = ByteTokenizer.end_of_text
 SPLITS = {
@@ -122,6 +125,31 @@ def test_counts_of_the_manifest_are_counted_again(dataset: Path, capsys: pytest.
     ]
 
 
+@pytest.mark.parametrize(
+    ("read", "skipped", "words"),
+    [
+        ([], {}, []),
+        ([{"rows": 6, "documents": 6, "text_bytes": 86}], {}, []),
+        ([{"rows": 5, "documents": 4, "text_bytes": 55}, {"rows": 4, "documents": 3, "text_bytes": 35}],
+         {"empty": {"count": 2}, "duplicate": {"count": 1}}, []),
+        ([{"rows": 7, "documents": 6, "text_bytes": 86}], {}, ["have 7 documents, but the manifest records 6 in the shards"]),
+        ([{"rows": 6, "documents": 6, "text_bytes": 87}], {}, ["have 87 bytes of text, but the manifest records 86"]),
+        ([{"rows": 7, "documents": 7, "text_bytes": 85}], {"duplicate": {"count": 1}}, ["have 85 bytes of text"]),
+    ],
+)  # fmt: skip
+def test_the_shards_hold_what_the_sources_were_counted_to_have(
+    dataset: Path, capsys: pytest.CaptureFixture[str], read: list[dict[str, int]], skipped: object, words: list[str]
+) -> None:
+    document = orjson.loads((dataset / "manifest.json").read_bytes()) | {"read": read, "skipped": skipped}
+    assert sum(shard["bytes"] for shards in document["splits"].values() for shard in shards) == 86
+    (dataset / "manifest.json").write_bytes(orjson.dumps(document))
+    if not words:
+        run(dataset)
+        run(dataset / "val_00000.bin")
+    for found, wanted in zip(faults(dataset, capsys) if words else [], words, strict=True):
+        assert wanted in found
+
+
 def test_a_shard_ends_with_end_of_text(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_ids(dataset / "train_00001.bin", -1, ord("x"))
     edit_manifest(dataset, "train", 1, documents=1, bytes=33)
@@ -141,6 +169,21 @@ def test_a_document_in_both_splits_is_placed_in_both(tmp_path: Path, capsys: pyt
         "train_00002.bin has documents that are in both splits: one of 1 tokens at position 0, in val_00001.bin at 10, "
         "and 1 more of this shard",
     ]
+
+
+def test_equal_ids_of_a_vocabulary_that_joins_texts_are_a_remark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`word` gives texts that differ in their spaces alone, or in rare words, the same ids."""
+    texts = [f"{'a' * (i % 7 + 1)}{' ' * (i % 5 + 1)}b" for i in range(200)]
+    source = write_jsonl(tmp_path, texts)
+    folder = prepare(PrepareOptions([str(source)], data_dir=str(tmp_path / "data"), tokenizer="word", workers=1))
+    capsys.readouterr()
+    run(folder)
+    remark, verdict = capsys.readouterr().out.splitlines()
+    assert remark.startswith("remark: ") and "documents that are in both splits" in remark
+    assert remark.endswith("; the vocabulary word may give different texts the same ids")
+    assert verdict.startswith("verified: ") and "both splits" not in verdict
 
 
 def test_the_halves_of_a_lone_document_may_be_equal(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pipeline.vocabulary.char_byte_word import ByteTokenizer
 from prepare.assembly import duplicates
 from prepare.assembly.duplicates import mark_duplicates
 from prepare.assembly.shards import Assembly, lay_out_shards, statistics, write_shard, written_shard
-from prepare.assembly.splits import SplitByHash, SplitRule, find_rule, split_position
+from prepare.assembly.splits import SplitByHash, SplitFinder, SplitRule, numbered_parts, split_position
 from prepare.encoding.encode import EncodingOptions, UnitEncoder, UnitJob
 from prepare.unfinished.parts import Part
 from prepare.units import Texts
@@ -30,8 +30,12 @@ def make_parts(folder: Path, texts: list[str], in_part: int = 3) -> list[Path]:
     encoder = UnitEncoder(EncodingOptions(tokenizer=BYTES.spec(), parts=folder, vocabulary=folder, seed=0))
     for item, at in enumerate(range(0, len(texts), in_part)):
         unit = Texts(tuple(text.encode() for text in texts[at : at + in_part]), 1, "", at)
-        encoder.encode(UnitJob(item=item, unit=0, last=True, work=unit))
+        encoder.encode(UnitJob(item=f"{item:06d}", unit=0, last=True, work=unit))
     return sorted(folder.glob("*.part"))
+
+
+def find_rule(parts: list[Path], fraction: float, marks: Path | None = None) -> SplitRule:
+    return SplitFinder(parts, BYTES, fraction, marks).find(parts[0].parent / "heads")
 
 
 def half(text: str) -> int:
@@ -56,28 +60,28 @@ def test_a_small_corpus_has_both_splits_and_only_the_nearest_document_moves(
 ) -> None:
     texts = [f"document {i}" for i in range(count)]
     parts = make_parts(tmp_path, texts)
-    rule = find_rule(parts, BYTES, fraction, None)
-    hashes = np.array([[half(text), 0] for text in texts], np.uint64)
-    val = [text for text, chosen in zip(texts, rule.chosen("val", hashes), strict=True) if chosen]
+    rule = find_rule(parts, fraction)
+    val = [text for part, each in numbered_parts(parts, U2) for text in texts[each.number :][: each.stop]
+           if rule.heads(part, each)[texts.index(text) - each.number, 0] == 0]  # fmt: skip
     ranked = sorted(texts, key=half)
     assert val == ([ranked[0]] if fraction < 0.5 else [text for text in texts if text != ranked[-1]])
     assert rule.record()["fraction"] == fraction
 
 
-@pytest.mark.parametrize(("texts", "words"), [(["same"] * 3, "all 3 documents"), (["x"], "single token")])
+@pytest.mark.parametrize(("texts", "words"), [(["x"] * 3, "same single token"), (["x"], "single token")])
 def test_a_corpus_that_cannot_be_split_is_refused(tmp_path: Path, texts: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        find_rule(make_parts(tmp_path, texts), BYTES, 0.1, None)
+        find_rule(make_parts(tmp_path, texts), 0.1)
 
 
 @pytest.mark.parametrize("fraction", [1e-18, 0.5, 0.999999])
 def test_a_document_of_two_characters_still_gives_both_splits(tmp_path: Path, fraction: float) -> None:
     parts = make_parts(tmp_path, ["ab"])
-    rule = find_rule(parts, BYTES, fraction, None)
+    rule = find_rule(parts, fraction)
     made = assembly(tmp_path, rule)
     shards = [write_shard((made, layout)) for layout in lay_out_shards(parts, made, 10)]
     assert [documents_of(tmp_path / "shards" / shard.file) for shard in shards] == [["a"], ["b"]]
-    assert [(shard.bytes, shard.documents) for shard in shards] == [(1, 1), (1, 1)]
+    assert [(shard.bytes, shard.documents) for shard in shards] == [(1, 1), (1, 0)]
 
 
 def test_a_lone_document_is_never_cut_inside_a_character(tmp_path: Path) -> None:
@@ -91,12 +95,76 @@ def test_a_lone_document_is_never_cut_inside_a_character(tmp_path: Path) -> None
         tokenizer.decode_bytes(ids[:cut].tolist()).decode()
 
 
+def shares(folder: Path, texts: list[str], fraction: float, parts: int = 3) -> tuple[list[list[str]], SplitRule]:
+    """The documents of each split as `prepare` would write them, and the rule."""
+    paths = make_parts(folder, texts, in_part=-(-len(texts) // parts))
+    made = assembly(folder, find_rule(paths, fraction))
+    shards = [write_shard((made, layout)) for layout in lay_out_shards(paths, made, 10**9)]
+    assert [shard.file for shard in shards] == ["train_00000.bin", "val_00000.bin"]
+    found = [documents_of(folder / "shards" / shard.file) for shard in shards]
+    assert sum(shard.documents for shard in shards) == len(texts)
+    assert [shard.documents + shard.tails for shard in shards] == [len(each) for each in found]
+    assert [shard.bytes for shard in shards] == [len("".join(each).encode()) for each in found]
+    assert made.rule.record().get("cut_documents", 0) == sum(shard.tails for shard in shards)
+    return found, made.rule
+
+
+NOTES = ["a note", "another note"]
+
+
+def counting(words: int) -> str:
+    return " ".join(map(str, range(words)))
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.1, 0.01, 0.99])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [*NOTES, counting(10_000)],
+        ["x", counting(10_000)],
+        [counting(200)] * 40,
+        [*NOTES * 50, counting(900), "two é" + counting(5000), counting(700), "two é" + counting(5000)],
+        [f"{number}: {counting(300)}" for number in range(9)],
+        [*NOTES * 2000, *(f"{number} words" for number in range(1500)), counting(1000)],
+        ["an equal sentence"] * 3000,
+    ],
+    ids=["one long", "two", "equal", "unequal", "few", "many duplicates", "equal sentences"],
+)
+def test_val_has_about_its_share_of_the_tokens(tmp_path: Path, texts: list[str], fraction: float) -> None:
+    (train, val), rule = shares(tmp_path / "a", texts, fraction)
+    sizes = [sum(len(text.encode()) + 1 for text in split) for split in (train, val)]
+    assert fraction / 2 <= sizes[1] / sum(sizes) <= 2 * fraction
+    assert (1 - fraction) / 2 <= sizes[0] / sum(sizes)
+    # What is cut is all there, in order.
+    whole = Counter(texts)
+    tails = [text for text in val if text not in whole]
+    heads = [text for text in train if text not in whole]
+    cut = Counter(head + tail for head, tail in zip(heads, tails, strict=True))
+    assert sum(cut.values()) == rule.record().get("cut_documents", 0)
+    assert cut + Counter(text for text in train + val if text in whole) == whole
+    assert not set(train) & set(val)
+    again, _ = shares(tmp_path / "b", texts, fraction, parts=7)
+    assert again == [train, val]
+
+
+def test_documents_that_fit_are_never_cut(tmp_path: Path) -> None:
+    """Five documents of equal length: one of them is a fifth, near enough to a tenth."""
+    (train, val), rule = shares(tmp_path, [f"{number} words and more" * 100 for number in range(5)], 0.1)
+    assert (len(train), len(val)) == (4, 1) and isinstance(rule, SplitByHash)
+
+
+def test_a_fraction_of_zero_leaves_val_empty(tmp_path: Path) -> None:
+    parts = make_parts(tmp_path, ["x"] * 3)
+    made = assembly(tmp_path, find_rule(parts, 0))
+    assert [layout.name for layout in lay_out_shards(parts, made, 10**9)] == ["train_00000"]
+
+
 @pytest.mark.parametrize("shard_tokens", [1, 30, 200, 10**9])
 def test_a_shard_is_closed_by_the_document_that_fills_it(tmp_path: Path, shard_tokens: int) -> None:
     chance = random.Random(0)
     texts = [f"{i} " + "x" * chance.randint(0, 40) for i in range(100)]
     parts = make_parts(tmp_path, texts, in_part=7)
-    made = assembly(tmp_path, find_rule(parts, BYTES, 0.3, None))
+    made = assembly(tmp_path, find_rule(parts, 0.3))
     layouts = lay_out_shards(parts, made, shard_tokens)
     for split in ("train", "val"):
         mine = [text for text in texts if (half(text) < int(0.3 * 2**64)) == (split == "val")]
@@ -148,7 +216,7 @@ def test_duplicates_are_in_no_shard(tmp_path: Path) -> None:
     texts = [f"text {i % 40}" for i in range(150)]
     parts = make_parts(tmp_path, texts)
     marks = mark_duplicates((Part(path, U2).hashes for path in parts), len(texts), tmp_path)
-    made = assembly(tmp_path, find_rule(parts, BYTES, 0.3, marks), marks)
+    made = assembly(tmp_path, find_rule(parts, 0.3, marks), marks)
     shards = [write_shard((made, layout)) for layout in lay_out_shards(parts, made, 50)]
     found = [text for shard in shards for text in documents_of(tmp_path / "shards" / shard.file)]
     assert sorted(found) == sorted(set(texts))
@@ -157,16 +225,16 @@ def test_duplicates_are_in_no_shard(tmp_path: Path) -> None:
 def test_duplicates_of_one_document_leave_a_lone_one(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, ["abcdefghij"] * 5)
     marks = mark_duplicates((Part(path, U2).hashes for path in parts), 5, tmp_path)
-    made = assembly(tmp_path, find_rule(parts, BYTES, 0.2, marks), marks)
+    made = assembly(tmp_path, find_rule(parts, 0.2, marks), marks)
     shards = [write_shard((made, layout)) for layout in lay_out_shards(parts, made, 50)]
     assert [documents_of(tmp_path / "shards" / shard.file) for shard in shards] == [["abcdefgh"], ["ij"]]
-    assert [(shard.documents, shard.bytes) for shard in shards] == [(1, 8), (1, 2)]
+    assert [(shard.bytes, shard.documents) for shard in shards] == [(8, 1), (2, 0)]
 
 
 def test_entropies_are_those_of_plain_counting(tmp_path: Path) -> None:
     texts = [f"the {i} cat {i * i} sat" for i in range(60)]
     parts = make_parts(tmp_path, texts)
-    made = assembly(tmp_path, find_rule(parts, BYTES, 0.2, None))
+    made = assembly(tmp_path, find_rule(parts, 0.2))
     layouts = lay_out_shards(parts, made, 10**9)
     shards = [write_shard((made, layout)) for layout in layouts]
     found = statistics(made, layouts, shards)

@@ -41,6 +41,16 @@ def documents(tmp_path: Path, *sources: object, field: str = "text") -> list[str
     return [whole(document) for unit in units(corpus) for _, document in unit.documents()]
 
 
+def refused(tmp_path: Path, *sources: object, field: str = "text") -> list[tuple[str, str, str]]:
+    """What is skipped: the reason, "broken" or "", and the position with the detail."""
+    found = [(unit, *each) for unit in units(opened(tmp_path, *sources, field=field)) for each in unit.documents()]
+    return [
+        (document.reason, "broken" * document.broken, f"{unit.locate(at)}: {document.detail}")
+        for unit, at, document in found
+        if isinstance(document, Refused)
+    ]
+
+
 def write_jsonl(path: Path, texts: list[str | None], end: bytes = b"\n") -> Path:
     path.write_bytes(b"\n".join(orjson.dumps({"id": i, "text": text}) for i, text in enumerate(texts)) + end)
     return path
@@ -158,14 +168,14 @@ def test_left_out_documents_say_why_and_where(tmp_path: Path) -> None:
     corpus = opened(tmp_path, *(tmp_path / name for name in ("a.txt", "b.jsonl", "c.parquet")))
     found = [(unit.locate(at), document) for unit in units(corpus) for at, document in unit.documents()]
     assert found == [
-        (f"{tmp_path}/a.txt", Refused("not UTF-8")),
+        (f"{tmp_path}/a.txt", Refused("not UTF-8", broken=True)),
         (f"{tmp_path}/b.jsonl at byte 0", b"a"),
-        (f"{tmp_path}/b.jsonl at byte 13", Refused("not UTF-8")),
+        (f"{tmp_path}/b.jsonl at byte 13", Refused("not UTF-8", broken=True)),
         (f"{tmp_path}/b.jsonl at byte 26", Refused("null")),
-        (f"{tmp_path}/b.jsonl at byte 40", Refused("lone surrogate")),
+        (f"{tmp_path}/b.jsonl at byte 40", Refused("lone surrogate", broken=True)),
         (f"{tmp_path}/b.jsonl at byte 58", b""),
         (f"{tmp_path}/c.parquet row 0", b"good"),
-        (f"{tmp_path}/c.parquet row 1", Refused("not UTF-8")),
+        (f"{tmp_path}/c.parquet row 1", Refused("not UTF-8", broken=True)),
         (f"{tmp_path}/c.parquet row 2", Refused("null")),
     ]
 
@@ -222,7 +232,7 @@ def test_a_file_whose_name_looks_like_a_glob_gives_its_stem(tmp_path: Path, monk
 
 
 def _bad_json(folder: Path) -> list[str]:
-    write_jsonl(folder / "a.jsonl", ["x" * 30] * 20, b"\n\nnot json\n")
+    write_jsonl(folder / "a.jsonl", ["x" * 30] * 2, b"\n\nnot json\n")
     return ["a.jsonl"]
 
 
@@ -232,13 +242,49 @@ def _not_an_object(folder: Path) -> list[str]:
 
 
 def _no_field(folder: Path) -> list[str]:
-    (folder / "a.jsonl").write_text('{"text": "a"}\n{"body": "b", "url": "c"}\n')
+    (folder / "a.jsonl").write_text('{"text": "a"}\n{"body": "b", "meta": {"url": "c"}}\n')
     return ["a.jsonl"]
 
 
 def _field_is_number(folder: Path) -> list[str]:
     (folder / "a.jsonl").write_text('{"text": 7}\n')
     return ["a.jsonl"]
+
+
+def _parquet_damaged_inside(folder: Path) -> list[str]:
+    pq.write_table(pa.table({"text": [f"text {i}" for i in range(1000)]}), folder / "a.parquet", compression="zstd")
+    content = bytearray((folder / "a.parquet").read_bytes())
+    content[100:200] = bytes(100)
+    (folder / "a.parquet").write_bytes(content)
+    return ["a.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason", "count", "words"),
+    [
+        (_bad_json, "not JSON", 1, ["a.jsonl at byte 99", "invalid literal"]),
+        (_not_an_object, "not an object", 1, ["a.jsonl at byte 14", "got list"]),
+        (_no_field, "missing", 1, ["a.jsonl at byte 14", "its fields are: body, meta.url"]),
+        (_field_is_number, "not text", 1, ["a.jsonl at byte 0", "'text' holds int"]),
+        (_parquet_damaged_inside, "damaged", 1000, ["a.parquet row 0"]),
+    ],
+)
+@pytest.mark.parametrize("unit_bytes", [64, 1 << 20])
+def test_a_broken_row_is_refused_with_its_position(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unit_bytes: int,
+    make: Callable[[Path], list[str]],
+    reason: str,
+    count: int,
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cut_units(monkeypatch, unit_bytes)
+    found = refused(tmp_path, *make(tmp_path))
+    assert {each[:2] for each in found} == {(reason, "broken" * (reason != "missing"))}
+    assert len(found) == count
+    assert [word for word in words if word not in found[0][2]] == [], found[0]
 
 
 def _not_parquet(folder: Path) -> list[str]:
@@ -258,14 +304,6 @@ def _column_twice(folder: Path) -> list[str]:
 
 def _column_of_numbers(folder: Path) -> list[str]:
     pq.write_table(pa.table({"text": [1]}), folder / "a.parquet")
-    return ["a.parquet"]
-
-
-def _parquet_damaged_inside(folder: Path) -> list[str]:
-    pq.write_table(pa.table({"text": [f"text {i}" for i in range(1000)]}), folder / "a.parquet", compression="zstd")
-    content = bytearray((folder / "a.parquet").read_bytes())
-    content[100:200] = bytes(100)
-    (folder / "a.parquet").write_bytes(content)
     return ["a.parquet"]
 
 
@@ -292,15 +330,10 @@ def _unknown_suffix(folder: Path) -> list[str]:
         (lambda folder: ["*.txt"], ["glob *.txt", "no files", ".jsonl"]),
         (_nothing_readable, ["folder sub", "only .pdf", ".parquet"]),
         (_unknown_suffix, ["a.docx has no known suffix", ".jsonl"]),
-        (_bad_json, ["a.jsonl line 22", "not JSON"]),
-        (_not_an_object, ["a.jsonl line 2", "not a JSON object", '["b"]']),
-        (_no_field, ["a.jsonl line 2", "no field 'text'", "body, url", "--text-field"]),
-        (_field_is_number, ["a.jsonl line 1", "'text' holds int", "expected text"]),
         (_not_parquet, ["a.parquet", "cannot read", "Parquet"]),
         (_no_column, ["a.parquet", "no column 'text'", "body, url", "--text-field"]),
         (_column_twice, ["a.parquet", "several columns 'text'"]),
         (_column_of_numbers, ["a.parquet", "'text' holds int64", "expected text"]),
-        (_parquet_damaged_inside, ["a.parquet", "cannot read row group 0"]),
     ],
 )
 def test_what_is_wrong_with_a_source_is_told_in_one_line(

@@ -40,9 +40,9 @@ def encoded(
     tokenizer = tokenizer or ByteTokenizer()
     options = EncodingOptions(tokenizer=tokenizer.spec(), parts=tmp_path, vocabulary=tmp_path, seed=5)
     work = Texts(tuple(documents), 1, "corpus", 10)
-    summary = UnitEncoder(options).encode(UnitJob(item=3, unit=7, last=True, work=work, limit=limit))
+    summary = UnitEncoder(options).encode(UnitJob(item="key", unit=7, last=True, work=work, limit=limit))
     (path,) = tmp_path.glob("*.part")
-    assert path.name == "000003_000007.part"
+    assert path.name == "key_000007.part"
     part = Part(path, np.dtype("<u2"))
     assert part.summary == summary
     ids = np.split(part.tokens, np.cumsum(part.lengths)[:-1]) if len(part.lengths) else []
@@ -58,7 +58,22 @@ def test_a_part_holds_ids_lengths_bytes_and_hashes(tmp_path: Path) -> None:
     digests = [xxhash.xxh3_128_intdigest(text, 5) for text in texts]
     assert part.hashes.tolist() == [[digest >> 64, digest & (2**64 - 1)] for digest in digests]
     assert (summary.documents, summary.bytes, summary.tokens, summary.last) == (3, 22, 25, True)
-    assert (summary.skipped, summary.unusual) == ({}, {})
+    assert summary.skipped == {}
+    written_out = "<|endoftext|> as ordinary text; --document-separator splits at it"
+    assert summary.unusual == {written_out: {"count": 1, "example": "corpus row 12"}}
+
+
+@pytest.mark.parametrize("block", [1, 5, 12, 13, 14, 100])
+def test_an_end_of_text_that_is_written_out_is_found_across_blocks_and_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr("prepare.encoding.pieces.PIECE_CHARACTERS", 10)
+    text = b"a story<|endoftext|>and another <|endoftext|>"
+    long = Blocks(tuple(text[at : at + block] for at in range(0, len(text), block)))
+    near = Blocks((b"<|endof", b"text|", b"<|endoftext", b"", b"|"))
+    summary, ids, _ = encoded(tmp_path, [long, near, text, b"none"])
+    assert bytes(ids[0]) == text
+    assert [entry["count"] for entry in summary.unusual.values()] == [2]
 
 
 def test_what_is_left_out_is_counted_with_the_first_place(tmp_path: Path) -> None:
@@ -68,7 +83,7 @@ def test_what_is_left_out_is_counted_with_the_first_place(tmp_path: Path) -> Non
     assert summary.skipped == {
         "empty": {"count": 3, "example": "corpus row 10"},
         "null": {"count": 2, "example": "corpus row 12"},
-        "not UTF-8": {"count": 1, "example": "corpus row 17"},
+        "not UTF-8": {"count": 1, "example": "corpus row 17", "broken": True, "first": ["corpus row 17"]},
     }
 
 
@@ -156,7 +171,7 @@ class FailingUnit(OneUnit):
 
 def jobs(tmp_path: Path, *units: Any) -> list[tuple[EncodingOptions, UnitJob]]:
     options = EncodingOptions(tokenizer=ByteTokenizer().spec(), parts=tmp_path, vocabulary=tmp_path, seed=0)
-    return [(options, UnitJob(item=i, unit=0, last=True, work=unit)) for i, unit in enumerate(units)]
+    return [(options, UnitJob(item=str(i), unit=0, last=True, work=unit)) for i, unit in enumerate(units)]
 
 
 def test_a_worker_that_is_killed_is_noticed(tmp_path: Path) -> None:

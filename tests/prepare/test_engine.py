@@ -1,4 +1,4 @@
-"""gigatoken in the place of tiktoken: the same bytes whatever it does, and it is gone at its first fault."""
+"""A faster library in the place of tiktoken: the same bytes whatever it does, and it is gone at its first fault."""
 
 import random
 import sys
@@ -16,12 +16,14 @@ from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import ByteTokenizer
 from prepare import units
 from prepare.encoding import engine
-from prepare.encoding.engine import EngineFault, Gigatoken, can_be_faster
+from prepare.encoding.engine import Checked, EngineFault, fast_libraries
 from prepare.run import PrepareOptions, run
 
 REFERENCE = BytePairTokenizer("gpt2")
-# Letters of Unicode 17, which gigatoken 0.10 knows and tiktoken 0.13 does not.
-NEW_LETTERS = "\u088f\u0c5c\ua7ce\U00010940\U000323b0"
+LIBRARIES = ["gigatoken", "fastokens"]
+# Letters of Unicode 17, which gigatoken 0.10 knows and tiktoken 0.13 does not; and a space to fastokens 0.3.5 that is
+# none to tiktoken.
+NEW_LETTERS = "\u088f\u0c5c\ua7ce\U00010940\U000323b0\u180e"
 
 
 def make_texts(count: int = 300) -> list[str]:
@@ -77,7 +79,7 @@ def prepared(source: Path, name: str, workers: int) -> dict[str, bytes]:
 
 def by_tiktoken(source: Path) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prepare.encoding.work.can_be_faster", lambda name: False)
+        patch.setattr("prepare.encoding.work.fast_libraries", lambda name, distrusted: [])
         return prepared(source, "by_tiktoken", 1)
 
 
@@ -115,6 +117,12 @@ class Panicker(Honest):
         raise PanicException("index out of bounds")
 
 
+def replace_library(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Any]) -> None:
+    """gigatoken is this one, and installed."""
+    monkeypatch.setitem(engine._BUILDERS, "gigatoken", lambda: build().encode)
+    monkeypatch.setattr(engine, "find_spec", lambda name: name)
+
+
 def missing() -> Any:
     raise ImportError("libgigatoken.so")
 
@@ -122,20 +130,23 @@ def missing() -> Any:
 # ---- the same bytes --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_dataset_is_the_same_with_and_without_it(
-    source: Path, workers: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    source: Path, workers: int, library: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("gigatoken")
+    pytest.importorskip(library)
+    monkeypatch.setattr("prepare.encoding.work.fast_libraries", lambda name, distrusted: [library])
     monkeypatch.setattr("pipeline.log.logger.propagate", True)
     assert prepared(source, "fast", workers) == by_tiktoken(source)
     assert "starting over" not in caplog.text
 
 
-def test_each_text_is_encoded_as_tiktoken_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gigatoken")
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_each_text_is_encoded_as_tiktoken_does(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(library)
     monkeypatch.setattr(engine, "CHECK_ONE_IN", 1 << 64)  # its own work, not mended by a check
-    tokenizer = Gigatoken()
+    tokenizer = Checked(library)
     for text in make_texts(2000):
         np.testing.assert_array_equal(tokenizer.encode(text.encode()), REFERENCE.encode(text))
 
@@ -145,9 +156,9 @@ def test_characters_that_only_one_of_the_two_knows_go_to_tiktoken(monkeypatch: p
         def encode(self, content: bytes) -> npt.NDArray[np.uint32]:
             return super().encode(content.replace("\ua7ce".encode(), "\ua7cd".encode()))
 
-    monkeypatch.setattr(engine, "_new_gigatoken", KnowsMore)
+    replace_library(monkeypatch, KnowsMore)
     monkeypatch.setattr(engine, "CHECK_ONE_IN", 1)
-    tokenizer = Gigatoken()
+    tokenizer = Checked("gigatoken")
     for text in ("\ua7ce's", "a \ua7ce", "é", "a"):
         np.testing.assert_array_equal(tokenizer.encode(text.encode()), REFERENCE.encode(text))
 
@@ -161,14 +172,12 @@ def test_a_slice_is_checked_that_follows_from_the_texts(monkeypatch: pytest.Monk
         checked.append(content)
         return encode(plain, content)
 
-    monkeypatch.setattr(engine, "_new_gigatoken", Honest)
+    replace_library(monkeypatch, Honest)
     monkeypatch.setattr(engine.Plain, "encode", note)
-    gigatoken = Gigatoken()
-    for unit in (texts[:1000], texts[1000:]):
-        gigatoken.begin_unit()
-        for text in unit:
-            gigatoken.encode(text)
-    first = {*texts[:2], *texts[1000:1002]}
+    library = Checked("gigatoken")
+    for text in texts:
+        library.encode(text)
+    first = {*texts[:2]}
     assert checked == [text for text in texts if text in first or xxhash.xxh3_64_intdigest(text) % 256 == 0]
     assert 20 < len(checked) < 90
 
@@ -177,7 +186,7 @@ def test_a_slice_is_checked_that_follows_from_the_texts(monkeypatch: pytest.Monk
 def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch, tells_its_size: bool, tmp_path: Path) -> None:
     """It is built anew when it has grown by a limit, or where that is not told after so much text."""
     built: list[Honest] = []
-    monkeypatch.setattr(engine, "_new_gigatoken", lambda: built.append(Honest()) or built[-1])
+    replace_library(monkeypatch, lambda: built.append(Honest()) or built[-1])
     monkeypatch.setattr(engine, "MAX_TEXT_BYTES", 99)
     statm = tmp_path / "statm"
     monkeypatch.setattr(engine, "_STATM", statm)
@@ -186,11 +195,10 @@ def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch, tells_its
     monkeypatch.setattr(engine, "MAX_GROWTH_BYTES", 100)
     if tells_its_size:
         statm.write_text("")
-    gigatoken = Gigatoken()
+    library = Checked("gigatoken")
     for _ in range(10):
-        gigatoken.begin_unit()
-        gigatoken.encode(b"x" * 50)
-        gigatoken.end_unit()
+        library.encode(b"x" * 50)
+        library.end_unit()
     assert len(built) == 6
 
 
@@ -207,7 +215,7 @@ def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch, tells_its
         (missing, "raised ImportError"),
     ],
 )
-def test_one_fault_starts_over_with_tiktoken(
+def test_one_fault_starts_over_with_the_next_one(
     source: Path,
     build: Callable[[], Any],
     words: str,
@@ -215,13 +223,13 @@ def test_one_fault_starts_over_with_tiktoken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("pipeline.log.logger.propagate", True)
-    monkeypatch.setattr(engine, "_new_gigatoken", build)
-    monkeypatch.setattr("prepare.encoding.work.can_be_faster", lambda name: True)
+    replace_library(monkeypatch, build)
+    monkeypatch.setitem(engine._BUILDERS, "fastokens", lambda: Liar().encode)
     assert prepared(source, "faulty", 1) == by_tiktoken(source)
-    (line,) = (
-        record.getMessage() for record in caplog.records if "starting over with tiktoken alone" in record.getMessage()
-    )
-    assert words in line
+    lines = [record.getMessage() for record in caplog.records if "starting over" in record.getMessage()]
+    assert len(lines) == 2  # fastokens comes second, and lies here
+    assert words in lines[0]
+    assert lines[1].startswith("fastokens differs")
 
 
 FAKES = {
@@ -235,7 +243,7 @@ FAKES = {
 @pytest.mark.parametrize(
     ("fault", "words"), [("lie", "gigatoken "), ("raise", "out of luck"), ("die", "killed a worker")]
 )
-def test_a_fault_in_a_worker_starts_over_with_tiktoken(
+def test_a_fault_in_a_worker_starts_over_with_the_next_one(
     tmp_path: Path,
     source: Path,
     fault: str,
@@ -260,27 +268,34 @@ def test_a_fault_in_a_worker_starts_over_with_tiktoken(
 
 
 def test_a_fault_is_told_and_an_interrupt_is_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_new_gigatoken", Panicker)
+    replace_library(monkeypatch, Panicker)
     with pytest.raises(EngineFault, match="PanicException"):
-        Gigatoken().encode(b"a")
+        Checked("gigatoken").encode(b"a")
 
     def interrupted() -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_new_gigatoken", interrupted)
+    monkeypatch.setitem(engine._BUILDERS, "gigatoken", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Gigatoken().encode(b"a")
+        Checked("gigatoken").encode(b"a")
 
 
 # ---- where it is not used --------------------------------------------------------------------------------------------
 
 
 def test_without_the_package_all_is_as_before(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gigatoken", None)
-    assert not can_be_faster(REFERENCE.name)
+    for library in LIBRARIES:
+        monkeypatch.setitem(sys.modules, library, None)
+    assert fast_libraries(REFERENCE.name, set()) == []
     for workers in (1, 2):
         assert prepared(source, f"w{workers}", workers) == by_tiktoken(source)
 
 
 def test_it_is_for_one_vocabulary() -> None:
-    assert not can_be_faster(ByteTokenizer().name)
+    assert fast_libraries(ByteTokenizer().name, set()) == []
+
+
+def test_one_at_fault_is_not_asked_again() -> None:
+    pytest.importorskip("fastokens")
+    assert "fastokens" in fast_libraries(REFERENCE.name, {"gigatoken"})
+    assert fast_libraries(REFERENCE.name, set(LIBRARIES)) == []

@@ -1,5 +1,6 @@
 """Datasets of the Hub, laid out in a local folder as Hugging Face's cache holds them: no network."""
 
+import logging
 import os
 import re
 import sys
@@ -12,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, run_program
-from test_corpus import documents, opened, units
+from test_corpus import documents, opened, refused, units
 
 from pipeline.errors import UserError
+from prepare.run import PrepareOptions, run
 from prepare.sources.hub import parse_name
 from prepare.sources.names import hub_source
 from prepare.units import Refused
@@ -102,10 +104,31 @@ def test_a_repository_of_jsonl_is_streamed_and_only_its_train_split(tmp_path: Pa
     write(repository(hub, "hf:Org/Lines") / "test.jsonl", '{"text": "test row", "id": 0}\n')
     assert documents(tmp_path, "hf:Org/Lines") == [*(f"row {i}" for i in range(20)), None]
     found = opened(tmp_path, "hf:Org/Lines")
-    assert found.record(str) == [{"repository": "Org/Lines", "config": "default", "revision": COMMIT}]
+    (entry,) = found.record(lambda path: "hash")
+    assert entry.items() >= {"repository": "Org/Lines", "config": "default", "revision": COMMIT}.items()
+    assert (Path(entry["path"]).name, entry["bytes"], entry["hash"]) == ("train.jsonl", len(rows), "hash")
     (unit,) = units(found)
     assert list(unit.documents())[20] == (20, Refused("null"))
     assert unit.locate(20) == "Org/Lines row 20"
+
+
+def test_a_local_copy_that_changes_is_seen(tmp_path: Path, hub: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = repository(hub, "hf:Org/Lines") / "train.jsonl"
+    rows = "".join(f'{{"text": "row {i}"}}\n' for i in range(300))
+    write(copy, rows)
+    options = PrepareOptions(["hf:Org/Lines"], name="lines", data_dir=str(tmp_path / "data"), workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(run.__globals__, "finish", lambda *_, **__: pytest.fail("cut off"))
+        with pytest.raises(pytest.fail.Exception):
+            run(options)
+    write(copy, rows.replace("row 7", "one 7"))
+    with caplog.at_level(logging.INFO, "pipeline"):
+        run(options)
+    assert "Org/Lines changed: 1 finished units" in caplog.text
+    run(options)
+    write(copy, rows)
+    with pytest.raises(UserError, match=r"sources differ \(.*train\.jsonl\)"):
+        run(options)
 
 
 def test_one_of_several_configs(tmp_path: Path, hub: Path) -> None:
@@ -134,15 +157,16 @@ def test_a_repository_without_a_train_split_says_which_there_are(tmp_path: Path,
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"body": "a"}, "Org/Bad row 1 has no field 'text', its fields are: body"),
-        ({"text": 3}, "Org/Bad row 1: the field 'text' holds int, expected text"),
+        ({"body": "a"}, "missing"),
+        ({"text": 3}, "not text"),
+        ({"text": None}, "null"),
     ],
 )
 def test_streamed_rows_are_checked(tmp_path: Path, hub: Path, row: dict[str, Any], words: str) -> None:
     write(repository(hub, "hf:Org/Bad") / "train.jsonl", orjson.dumps(row).decode() + "\n")
-    with pytest.raises(UserError) as caught:
-        documents(tmp_path, "hf:Org/Bad")
-    assert words in str(caught.value)
+    ((reason, _, where),) = refused(tmp_path, "hf:Org/Bad")
+    assert reason == words
+    assert "Org/Bad row 0" in where
 
 
 def test_a_streamed_file_that_is_damaged_is_one_line(tmp_path: Path, hub: Path) -> None:

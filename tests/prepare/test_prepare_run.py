@@ -17,8 +17,9 @@ import pytest
 import tiktoken
 import xxhash
 import zstandard
-from conftest import write_gz, write_jsonl, write_text_files
+from conftest import run_program, write_gz, write_jsonl, write_text_files
 
+from observe.verify import run as verify
 from pipeline.dataset.shards import MANIFEST_NAME, load_manifest
 from pipeline.errors import UserError
 from pipeline.vocabulary.merges import write_ranks
@@ -188,9 +189,43 @@ def test_one_document_is_cut_in_two(tmp_path: Path) -> None:
     assert [bytes(ids).decode() for ids in train] == [text[:855]]
     assert [bytes(ids).decode() for ids in val] == [text[855:]]
     manifest = load_manifest(folder)
-    assert manifest.val_rule == {"kind": "position", "fraction": 0.1, "threshold": 1710}
+    assert (manifest.val_rule["kind"], manifest.val_rule["fraction"]) == ("position", 0.1)
+    assert manifest.val_rule["cut_documents"] == 1
+    # A document that is cut counts once, in train.
+    assert [(shard.documents, shard.tails) for shard in manifest.shards] == [(1, 0), (0, 1)]
     assert [manifest.count(split, "bytes") for split in ("train", "val")] == [1710, 191]
     assert folder.name == "book"
+
+
+def test_a_duplicate_is_named_with_the_document_that_it_repeats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "SMALLEST_UNIT_BYTES", 60)
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text("".join(f'{{"text": "{text}"}}\n' for text in ["", "one", "two", "three", "four", "five"]))
+    second.write_text("".join(f'{{"text": "{text}"}}\n' for text in ["six", "", "seven", "two", "two", "one"]))
+    skipped = load_manifest(prepare(tmp_path, first, second, dedup=True)).skipped
+    (where, same) = ((second, 47), (first, 29))
+    assert skipped["duplicate"] == {
+        "count": 3,
+        "example": f"{where[0]} at byte {where[1]} (line 4), the same as {same[0]} at byte {same[1]} (line 3)",
+    }
+    twice = write_jsonl(tmp_path, ["other", "same", "", "same", "same"])
+    skipped = load_manifest(prepare(tmp_path, twice, dedup=True, name="twice")).skipped
+    assert skipped["duplicate"]["example"] == f"{twice} at byte 45 (line 4), the same as {twice} at byte 17 (line 2)"
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "word", "bpe:300"])
+def test_one_long_file_and_two_notes_are_split_by_tokens(tmp_path: Path, tokenizer: str) -> None:
+    for name, text in (("long", " ".join(map(str, range(12_000)))), ("a", "a note"), ("b", "another note")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    folder = prepare(tmp_path, *sorted(tmp_path.glob("*.txt")), tokenizer=tokenizer, name="notes")
+    manifest = load_manifest(folder)
+    train, val = (manifest.count(split, "tokens") for split in ("train", "val"))
+    assert 0.05 <= val / (train + val) <= 0.2
+    assert sum(manifest.count(split, "documents") for split in ("train", "val")) == 3
+    assert (manifest.val_rule["kind"], manifest.val_rule["cut_documents"]) == ("position", 1)
+    verify(folder)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -202,8 +237,37 @@ def test_small_corpora_have_both_splits(tmp_path: Path, count: int, fraction: fl
     assert sorted(map(len, splits)) == [1, count - 1]
 
 
+@pytest.mark.slow
+def test_a_fraction_of_zero_prepares_without_val_and_trains(tmp_path: Path, documents: list[str]) -> None:
+    write_jsonl(tmp_path, documents)
+    tiny = [
+        "quickstart", "data.dataset=c", "run.name=r", "run.device=cpu", "train.max_steps=2", "train.tokens_per_step=64",
+        "train.micro_batch_size=2", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.block_size=16",
+        "schedule.warmup_steps=0", "eval.sample_prompt=",
+    ]  # fmt: skip
+    commands: list[tuple[list[str], int, str]] = [
+        (["prepare", "c.jsonl", "--val-fraction", "0", "--tokenizer", "byte"], 0, "val: 0 tokens"),
+        (["verify", "c"], 0, "verified: data/c: "),
+        (["inspect", "c"], 0, "val_rule"),
+        (["inspect", "c", "--json"], 0, '"val": {"tokens": 0, "documents": 0'),
+        (["train", *tiny], 2, "has no val split: train without evaluation (eval.every_steps=0), or prepare it again"),
+        (["train", *tiny, "eval.every_steps=0"], 0, "step 2"),
+        (["eval", "--ckpt", "latest"], 2, "val split has 0 token(s): expected at least 2"),
+        (["eval", "--ckpt", "latest", "--split", "train"], 0, "perplexity"),
+        (["sample", "--ckpt", "latest", "--prompt", "<|endoftext|>"], 0, "<|endoftext|> in a prompt is ordinary text"),
+    ]
+    for command, code, words in commands:
+        done = run_program(*command, cwd=tmp_path)
+        assert (done.returncode, words in done.stdout + done.stderr) == (code, True), (
+            command,
+            done.stdout,
+            done.stderr,
+        )
+    assert load_manifest(tmp_path / "data" / "c").splits["val"] == []
+
+
 def test_no_workable_split_leaves_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"all 4 documents .* identical"):
+    with pytest.raises(UserError, match="is the same single token"):
         prepare(tmp_path, write_jsonl(tmp_path, ["same"] * 4))
     with pytest.raises(UserError, match="corpus is empty"):
         prepare(tmp_path, write_jsonl(tmp_path, ["", ""]), name="empty")
@@ -334,28 +398,17 @@ def test_force_that_fails_leaves_the_earlier_dataset_whole(tmp_path: Path, jsonl
     assert contents(folder) == before
 
 
-def test_leftovers_are_cleared_and_foreign_files_are_not(tmp_path: Path, jsonl: Path) -> None:
+def test_files_of_other_programs_are_neither_removed_nor_replaced(tmp_path: Path, jsonl: Path) -> None:
     folder = tmp_path / "data" / "corpus"
     folder.mkdir(parents=True)
-    for name in (
-        "train_00000.bin",
-        "train_00007.bin",
-        "train.bin",
-        "film.partial",
-        "README.md",
-    ):
+    others = ("train_00007.bin", "train.bin", "film.partial", "README.md")
+    for name in others:
         (folder / name).write_text("old")
     prepare(tmp_path, jsonl)
-    names = {path.name for path in folder.iterdir()}
-    assert names == {
-        ".lock",
-        MANIFEST_NAME,
-        "train_00000.bin",
-        "val_00000.bin",
-        "train.bin",
-        "film.partial",
-        "README.md",
-    }
+    prepare(tmp_path, jsonl, force=True)
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert names == {MANIFEST_NAME, "train_00000.bin", "val_00000.bin", *others}
+    assert all((folder / name).read_text() == "old" for name in others)
 
 
 def test_a_second_prepare_of_the_same_dataset_is_refused(tmp_path: Path, jsonl: Path) -> None:
@@ -375,7 +428,11 @@ def test_a_second_prepare_of_the_same_dataset_is_refused(tmp_path: Path, jsonl: 
     ("options", "words"),
     [
         ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3': expected one of gpt2"),
-        ({"val_fraction": 0.0}, "invalid --val-fraction 0.0: expected a number between 0 and 1"),
+        (
+            {"val_fraction": -0.1},
+            "invalid --val-fraction -0.1: expected 0 for no val split, or a fraction such as 0.01",
+        ),
+        ({"val_fraction": 5e-324}, "--val-fraction 5e-324"),
         ({"val_fraction": 1.0}, "--val-fraction 1.0"),
         ({"val_fraction": float("nan")}, "--val-fraction nan"),
         ({"name": "../up"}, "invalid --name '../up': expected"),

@@ -19,7 +19,7 @@ from conftest import ROOT
 from test_corpus import documents, opened, units, whole
 
 from pipeline.errors import UserError
-from prepare.documents import parquet
+from prepare.documents import columns, parquet
 from prepare.units import Refused
 
 MEGABYTES = 200
@@ -138,7 +138,7 @@ def test_a_value_that_a_dictionary_repeats_is_unfolded_row_by_row(
     assert documents(tmp_path, tmp_path / "a.parquet") == texts
     group = parquet._row_group(str(tmp_path / "a.parquet"), "text", 0, 8192)
     assert {len(rows) for rows in group.read(0, 100)} == {2 if looked_at > 1000 else 1}
-    chunk = parquet._chunk(pq.ParquetFile(tmp_path / "a.parquet"), 0, "text")
+    chunk = parquet._chunk(str(tmp_path / "a.parquet"), pq.ParquetFile(tmp_path / "a.parquet"), group=0, column="text")
     assert parquet._dictionary_bytes(str(tmp_path / "a.parquet"), chunk) == 3 * (40_000 + 4)
 
 
@@ -206,16 +206,18 @@ def test_absurd_claims_are_refused_before_anything_is_read(
 def test_a_row_group_with_fewer_rows_than_promised(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
     (unit,) = units(opened(tmp_path, tmp_path / "a.parquet"))
-    with pytest.raises(UserError, match=r"a\.parquet row group 0 ends after 2 rows, fewer than its footer claims"):
-        list(replace(unit, stop=3).documents())
+    _, _, (row, lost) = replace(unit, stop=3).documents()
+    assert (row, lost) == (2, Refused("damaged", broken=True))
+    assert isinstance(lost, Refused)
+    assert "a.parquet row group 0 ends after 2 rows, fewer than its footer claims" in lost.detail
 
 
 def test_long_values_of_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "LONG_BYTES", 10)
-    monkeypatch.setattr(parquet, "BLOCK_BYTES", 3)
+    monkeypatch.setattr(columns, "LONG_BYTES", 10)
+    monkeypatch.setattr(columns, "BLOCK_BYTES", 3)
     texts = ["short", None, "é" * 20, "", "x" * 11]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     (unit,) = units(opened(tmp_path, tmp_path / "a.parquet"))
     found = [document for _, document in unit.documents()]
     assert [whole(document) for document in found] == texts
-    assert [type(document) for document in found] == [bytes, Refused, parquet.LongValue, bytes, parquet.LongValue]
+    assert [type(document) for document in found] == [bytes, Refused, columns.LongValue, bytes, columns.LongValue]

@@ -244,6 +244,37 @@ def test_a_long_document_is_learned_from_in_pieces(tmp_path: Path, monkeypatch: 
     assert learned.spec() == learn("word", iter([document, "x"])).spec()
 
 
+@pytest.mark.parametrize(
+    "documents",
+    [
+        [" ".join(f"word{i}" for i in range(20_000))],
+        ["the same line\n" * 20_000],
+        [f"document number {i} of many" for i in range(8_000)],
+        ["the same document"] * 8_000,
+        [" ".join(f"word{i}" for i in range(20_000)), *(f"a short one {i}" for i in range(50))],
+    ],
+    ids=["one", "one of equal pieces", "many", "equal", "mixed"],
+)
+def test_a_vocabulary_is_learnt_from_about_as_much_text_as_it_needs(
+    monkeypatch: pytest.MonkeyPatch, documents: list[str]
+) -> None:
+    monkeypatch.setattr("prepare.encoding.pieces.PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(vocabulary, "LEARN_BYTES", 20_000)
+    seen: list[str] = []
+    monkeypatch.setattr(
+        vocabulary, "learn_vocabulary", lambda name, texts: (seen.extend(texts), learn_vocabulary(name, seen))[1]
+    )
+    size = sum(map(len, documents))
+    items = [Texts(tuple(text.encode() for text in documents), size, "", 0)]
+    for name in ("word", "bpe:300"):
+        seen.clear()
+        learned = learn_from(items, name, None)
+        if documents[0] != "the same document":
+            assert 10_000 <= sum(map(len, seen)) <= 40_000
+        assert learned.spec() == learn_from(items, name, None).spec()
+        assert learned.vocab_size > (4 if name == "word" else 257)
+
+
 def test_words_come_by_frequency_then_by_the_word_and_the_rare_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = ["b a c a", "c b a d e"]
     whole = learn_vocabulary("word", iter(documents))

@@ -213,6 +213,16 @@ def test_what_a_model_writes_commands_no_terminal_and_a_pipe_gets_it_exactly(
     assert out == ("\\x1bc\\x1b[2J\\x07\\r\\x9b1m\ta\u00a0b\\u202e\n\n" if at_terminal else f"\x1bc{text}\n")
 
 
+@pytest.mark.slow
+def test_a_prompt_with_an_end_of_text_written_out_is_noted(inside: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "pipeline"):
+        sample.run(SampleOptions(ckpt="latest", prompts=["<|endoftext|>"], max_new_tokens=2, seed=1))
+        assert "note: <|endoftext|> in a prompt is ordinary text" in caplog.text
+        caplog.clear()
+        sample.run(SampleOptions(ckpt="latest", prompts=["A"], max_new_tokens=2, seed=1))
+        assert "ordinary text" not in caplog.text
+
+
 def test_a_text_longer_than_the_context_is_noted_once(inside: Path, caplog: pytest.LogCaptureFixture) -> None:
     told = "a text of 41 tokens is longer than the model's context of 16"
     with caplog.at_level("INFO", "pipeline"):

@@ -27,7 +27,9 @@ from slurm_cluster import (
 
 from pipeline.dataset.shards import load_manifest
 from prepare.run import PrepareOptions, run
+from prepare.sources.corpus import Snapshot, open_corpus
 from prepare.unfinished.journal import Journal, Share
+from prepare.units import Reading
 
 
 def check_came_back(cluster: Cluster, job: str) -> None:
@@ -399,4 +401,8 @@ def finished_items(dataset: Path, task: int, tasks: int = 3) -> int:
     """How many items of the corpus a task of a preparation has finished."""
     journal = Journal(dataset)
     plan = journal.plan()
-    return len(journal.finished_units().keys() & set(Share(task, tasks).items(plan.sizes))) if plan else 0
+    if plan is None:
+        return 0
+    listed = list(Snapshot(open_corpus(plan.sources, Reading(), dataset), plan.unit_bytes, lambda file: file))
+    mine = Share(task, tasks).items([item.size for _, item in listed])
+    return len(journal.finished().keys() & {listed[number][0] for number in mine})
