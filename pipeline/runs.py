@@ -12,13 +12,11 @@ runs/<name>/config.toml           the resolved config
 """
 
 import json
-import subprocess
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import pipeline
-from pipeline.files import hash_bytes, write_atomic
+from pipeline.files import write_atomic
 
 
 class State(StrEnum):
@@ -71,18 +69,6 @@ class RunFolder:
         """Forget what was recorded past `step`, where a run resumes: one curve, no step twice."""
         _drop_rows_after(self.metrics, step)
         _drop_rows_after(self.bad_steps, step - 1)  # a bad step's row has the number of steps before it
-
-
-def code_version() -> str:
-    """The release, the commit in a checkout, and a hash of the sources, which may differ from it."""
-    sources = sorted(path for package in ("pipeline", "train") for path in (pipeline.HOME / package).rglob("*.py"))
-    digest = hash_bytes(b"".join(path.read_bytes() for path in sources))[:12]
-    try:
-        command = ["git", "-C", str(pipeline.HOME), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # a container without git
-        commit = ""
-    return f"{pipeline.__version__} commit {commit or 'unknown'} sources {digest}"
 
 
 def newest_run(runs: Path) -> Path | None:

@@ -1,10 +1,12 @@
-"""Is every node of a SLURM job fit to train on? A few seconds, on all ranks, before the first step.
+"""What a start runs on: the version of the code; and is every node of a SLURM job fit to train on? A few
+seconds, on all ranks, before the first step.
 
 A GPU that computes wrong numbers, or a link that lost half its speed, costs days if nobody looks.
 """
 
 import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,8 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import pipeline
 from pipeline import launch
 from pipeline.errors import EXIT_NODE, NodeFailed
+from pipeline.files import hash_bytes
 from pipeline.log import logger
 from pipeline.machine.ranks import World
 
@@ -115,3 +119,15 @@ def _measure(world: World, groups: list[str]) -> float:
         right &= bool((values == size).all())  # waits for the device
         fastest_s = min(fastest_s, time.perf_counter() - began)
     return 2 * (size - 1) / size * values.nbytes / fastest_s / 1e9 if right else 0.0
+
+
+def code_version() -> str:
+    """The release, the commit in a checkout, and a hash of the sources, which may differ from it."""
+    sources = sorted(path for package in ("pipeline", "train") for path in (pipeline.HOME / package).rglob("*.py"))
+    digest = hash_bytes(b"".join(path.read_bytes() for path in sources))[:12]
+    try:
+        command = ["git", "-C", str(pipeline.HOME), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # a container without git
+        commit = ""
+    return f"{pipeline.__version__} commit {commit or 'unknown'} sources {digest}"

@@ -22,11 +22,11 @@ from pipeline.machine import ranks
 from pipeline.machine.device import pick_dtype, share_threads, should_compile
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
-from pipeline.runs import RunFolder, State, code_version
+from pipeline.runs import RunFolder, State
 from train import parallel, resume
 from train.data.staging import stage
 from train.metrics import FileMetrics, Metrics
-from train.nodes import check_nodes
+from train.nodes import check_nodes, code_version
 from train.preview import Preview
 from train.replicas import check_replicas
 from train.stop import StopRequest
