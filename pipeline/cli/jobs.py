@@ -109,9 +109,6 @@ def batch(question: str, arguments: tuple[str, ...]) -> None:
         click.echo(site.shell(site.load()), nl=False)
         return
     log.logger.handlers[0].setFormatter(logging.Formatter("train.sbatch: %(message)s"))
-    run_dir, job, number, *ended = arguments
-    folder = RunFolder(Path(run_dir))
-    begins = question == "begin"
-    sys.exit(
-        starts.begin(folder, job, int(number)) if begins else starts.end(folder, job, int(number), ended == ["yes"])
-    )
+    folder, (job, text, *ended) = RunFolder(Path(arguments[0])), arguments[1:]
+    number = int(text)
+    sys.exit(starts.end(folder, job, number, ended == ["yes"]) if ended else starts.begin(folder, job, number))
