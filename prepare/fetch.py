@@ -11,7 +11,7 @@ from prepare.storage.files import is_url, shown
 from prepare.units import Reading
 
 
-def run(source: str, tokenizer: str) -> dict[str, str]:
+def run(source: str, tokenizer: str, split: str = Reading.split) -> dict[str, str]:
     """Download what the cache lacks; the environment variables that make the other commands read it
     alone.
     """
@@ -22,7 +22,7 @@ def run(source: str, tokenizer: str) -> dict[str, str]:
     if not learns_from_corpus(tokenizer):
         open_vocabulary(tokenizer)
     if hub := hub_source(source):
-        fetch_hub(hub)
+        fetch_hub(hub, split)
     elif source == "shakespeare":
         _ = Shakespeare(Reading()).path
     elif is_url(source):

@@ -7,13 +7,14 @@ from typing import Any
 
 from pipeline.errors import UserError, one_line
 from prepare.encoding.vocabulary import check_name
+from prepare.sources.names import has_splits
 from prepare.storage.files import shown
 from prepare.unfinished.journal import Share
 from prepare.units import Reading
 
 # Recorded in the manifest: a dataset prepared with others of these is another dataset.
 DETERMINE_BYTES = (
-    "tokenizer", "text_field", "document_separator", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup",
+    "tokenizer", "text_field", "document_separator", "split", "val_fraction", "shard_tokens", "limit_docs", "seed", "dedup",
 )  # fmt: skip
 
 # `bad_rows`: count and skip any number of broken rows, or end at the first; by default they are
@@ -27,8 +28,9 @@ class PrepareOptions:
     name: str = ""
     data_dir: str = "data"
     tokenizer: str = "gpt2"
-    text_field: str = "text"
+    text_field: str = Reading.text_field
     document_separator: str | None = None
+    split: str = Reading.split
     val_fraction: float | None = None
     shard_tokens: int = 100_000_000
     workers: int | None = None
@@ -42,7 +44,7 @@ class PrepareOptions:
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.text_field, self.document_separator)
+        return Reading(self.text_field, self.document_separator, split=self.split)
 
 
 def check(options: PrepareOptions) -> Share:
@@ -71,6 +73,8 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
     # lead elsewhere.
     if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):
         yield f"invalid --name {options.name!r}: expected up to 64 letters, digits, '.', '_' and '-', not '.' first"
+    if options.split != Reading.split and not any(has_splits(source) for source in options.sources):
+        yield f"--split {options.split} has no effect: no source is a dataset of the Hub or a folder with splits"
     for name in ("workers", "limit_docs", "shard_tokens"):
         if (count := getattr(options, name)) is not None and count < 1:
             yield f"invalid --{name.replace('_', '-')} {count}: expected at least 1"

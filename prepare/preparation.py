@@ -145,7 +145,14 @@ class Preparation:
         # Sources are compared by their content, but a file is read only if its size or its time is
         # another than when it was prepared.
         known = prepared_hashes(self.dataset)
-        sources = self.corpus.record(lambda path: known.get(local_file(path)) or hash_file(path))
+        by_path = {file.path: digest for file, digest in known.items()}
+
+        def hash_of(path: Path) -> str:
+            if not path.exists() and str(path) in by_path:  # no longer in the cache of the Hub
+                return by_path[str(path)]
+            return known.get(local_file(path)) or hash_file(path)
+
+        sources = self.corpus.record(hash_of)
         advice = "Prepare under another --name, or replace it with --force"
         if manifest.sources != sources:
             changed = [entry for entry in sources if entry not in manifest.sources] or manifest.sources
@@ -240,9 +247,10 @@ def shortened(names: list[str]) -> str:
 
 def _differences(earlier: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
     return [
-        f"{name} was {earlier.get(name)!r} and is now {chosen.get(name)!r}"
+        f"{name} was {was!r} and is now {chosen.get(name)!r}"
         for name in {**chosen, **earlier}
-        if earlier.get(name) != chosen.get(name)
+        # An option that an earlier version did not have was at its default.
+        if (was := earlier.get(name, getattr(PrepareOptions, name, None))) != chosen.get(name)
     ]
 
 

@@ -43,6 +43,7 @@ class Reading:
     text_field: str = "text"
     # Splits text files into documents; escapes such as `\\n` as the user typed them.
     document_separator: str | None = None
+    split: str = "train"
 
     @property
     def separator(self) -> bytes:

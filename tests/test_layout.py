@@ -50,10 +50,10 @@ ORDER = {
     "export": ("options", "model_card", "gguf", "run"),
     "slurm": ("sbatch", "doctor", "job", "starts", "checks", "submit"),
 }  # fmt: skip
-# Code lines a package may hold: without blanks, comments and docstrings. Of prepare a tenth more than it was given:
-# for twice as many formats, and a journal by file that survives sources which change.
+# Code lines a package may hold: without blanks, comments and docstrings. Of prepare a quarter more than it was given (3,300):
+# twice as many formats, listings that count what they pass over, a journal by file that survives sources which change.
 CEILINGS = {
-    "pipeline": 4200, "prepare": 3630, "train": 1800, "observe": 1400, "slurm": 800, "sample": 500, "score": 500, "export": 500,
+    "pipeline": 4200, "prepare": 4150, "train": 1800, "observe": 1400, "slurm": 800, "sample": 500, "score": 500, "export": 500,
 }  # fmt: skip
 # Rooms of `pipeline` that answer before torch is there; and the whole of prepare.
 WITHOUT_TORCH = (

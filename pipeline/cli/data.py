@@ -29,6 +29,7 @@ def _source_kinds() -> str:
         "tokenizer": "gpt2, cl100k_base, o200k_base, char, byte, word, bpe:N, or a tokenizer.json or .tiktoken file.",
         "text_field": "Field or column that holds the text; meta.content is the field content inside meta.",
         "document_separator": "Text between the documents of a text file, such as '<|endoftext|>'; \\n is a newline.",
+        "split": "Split of a Hub dataset, or of a folder that save_to_disk wrote.",
         "val_fraction": "Fraction of the tokens for val, 0 for none; by default it depends on the corpus's size.",
         "shard_tokens": "Tokens after which a shard is closed.",
         "workers": "Processes; by default one for each core.",
@@ -79,12 +80,13 @@ def merge(folder: Path, workers: int | None) -> None:
 @click.command(cls=Command, group=GROUP, example="pipeline fetch openwebtext")
 @click.argument("source", cls=Argument, help="A named corpus, or hf:ORG/NAME[:CONFIG][@REVISION].")
 @click.option("--tokenizer", default="gpt2", metavar="NAME", help="Vocabulary to fetch too; gpt2 needs no fetching.")
-def fetch(source: str, tokenizer: str) -> None:
+@click.option("--split", metavar="NAME", help="Split of a Hub dataset, if not train.")
+def fetch(source: str, tokenizer: str, split: str | None) -> None:
     """Download a corpus and a vocabulary for nodes without a network.
 
     They go to Hugging Face's cache. It prints the environment variables to set on those nodes.
     """
     from prepare.fetch import run
 
-    for name, value in run(source, tokenizer).items():
+    for name, value in run(source, tokenizer, **({"split": split} if split else {})).items():
         click.echo(f"export {name}={shlex.quote(value)}")

@@ -7,6 +7,7 @@ plain JSON lines.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from prepare.documents.arrow import each_value_of_column
 from prepare.documents.fields import MOST_ROW_BYTES, TOO_LONG
 from prepare.documents.jsontext import each_value, parse
 from prepare.documents.splitting import each_piece
@@ -53,8 +54,9 @@ class _InStream:
     reading: Reading
 
     def locate(self, position: int) -> str:
-        """By the line of a table, or the byte of the decompressed text."""
-        where = f"line {position}" if self.format in DELIMITERS else f"at byte {position} of its text"
+        """By the line of a table, the row of an Arrow file, or the byte of the decompressed text."""
+        words = {Format.CSV: "line {}", Format.TSV: "line {}", Format.ARROW: "row {}"}
+        where = words.get(self.format, "at byte {} of its text").format(position)
         return f"{shown(self.path)} {where}"
 
 
@@ -100,6 +102,8 @@ class Stream(_InStream):
             case Format.CSV | Format.TSV:
                 delimiter = DELIMITERS[self.format]
                 yield from each_field(blocks, name, text_field=self.reading.text_field, delimiter=delimiter)
+            case Format.ARROW:
+                yield from each_value_of_column(self.path, self.reading.text_field)
             case _:
                 yield from each_record(blocks, name)
 

@@ -17,11 +17,14 @@ from pipeline.files import hash_bytes
 from prepare.documents.fields import NOT_TEXT
 from prepare.sources.hub import open_hub
 from prepare.sources.items import Source, keyed_items, units_with_fields, usual_text_bytes
-from prepare.sources.local import Files, Shakespeare, Stdin, open_files, open_stdlib
-from prepare.sources.names import SOURCE_KINDS, did_you_mean, hub_source
-from prepare.sources.remote import RemoteFiles, list_remote
-from prepare.storage.files import StoredFile, is_url
+from prepare.sources.local import Files, Stdin, open_files, open_shakespeare, open_stdlib
+from prepare.sources.names import SOURCE_KINDS, did_you_mean, hub_source, without_file_protocol
+from prepare.sources.remote import RemoteFiles, open_remote
+from prepare.storage.files import StoredFile, is_url, shown
 from prepare.units import MISSING, NULL, STDIN_SPOOL, Item, Reading, Refused, unit_bytes
+
+# Of a source that does not exist: it may be a text that someone forgot to write to a file.
+LONGEST_QUOTE = 200
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Snapshot:
         self._file_bytes = self._item_bytes = position = 0
         times: Counter[str] = Counter()
         for number, (source, files) in enumerate(zip(self.corpus.sources, self._files, strict=True)):
-            for key, item in keyed_items(self._counted(files), source, self._unit_bytes):
+            for key, item in keyed_items(self._counted(source.ready(files)), source, self._unit_bytes):
                 # A source may be given twice; its text is then wanted twice.
                 times[key] += 1
                 unique = key if times[key] == 1 else hash_bytes(f"{key} {times[key]}".encode())
@@ -110,7 +113,7 @@ class Snapshot:
             return sum(map(usual_text_bytes, self.files))
         return sum(file.size for file in self.files) * self._item_bytes // self._file_bytes
 
-    def _counted(self, files: list[StoredFile]) -> Iterator[StoredFile]:
+    def _counted(self, files: Iterator[StoredFile]) -> Iterator[StoredFile]:
         for file in files:
             yield file
             self._file_bytes += file.size
@@ -126,32 +129,37 @@ def open_corpus(sources: list[str], reading: Reading, folder: Path, earlier: Cor
         raise UserError(f"no source given: expected {SOURCE_KINDS}")
     if sources.count("-") > 1:
         raise UserError("stdin (-) is given twice as a source: it can be read only once")
-    before = earlier.sources if earlier else [None] * len(sources)
+    before, seen = earlier.sources if earlier else [None] * len(sources), set[str]()
     return Corpus(
         sources,
         [
-            known if known and not isinstance(known, Files | RemoteFiles) else _open_source(source, reading, folder)
+            known
+            if known and not isinstance(known, Files | RemoteFiles)
+            else _open_source(source, reading, folder, seen)
             for source, known in zip(sources, before, strict=True)
         ],
     )
 
 
-def _open_source(source: str, reading: Reading, folder: Path) -> Source:
+def _open_source(source: str, reading: Reading, folder: Path, seen: set[str]) -> Source:
     hub = hub_source(source)
     if hub is not None:
-        return open_hub(hub, reading)
+        return open_hub(hub, reading, seen)
     if source == "stdlib":
-        return open_stdlib(reading)
+        return open_stdlib(reading, seen)
     if source == "shakespeare":
-        return Shakespeare(reading)
+        return open_shakespeare(reading, seen)
     if source == "-":
         return Stdin(reading, folder / STDIN_SPOOL)
+    if is_url(source) and not source.partition("://")[2].strip("/"):
+        raise UserError(f"{shown(source)} is not a complete URL: expected {SOURCE_KINDS}")
     # A file:// URL is read as the path it holds: it can be hashed, and needs no fsspec.
-    if is_url(source) and not source.startswith("file://"):
-        return RemoteFiles(reading, source, list_remote(source))
-    found = open_files(source.removeprefix("file://"), reading)
+    if is_url(path := without_file_protocol(source)):
+        return open_remote(source, reading, seen)
+    found = open_files(path, reading, seen)
     if found is None:
         raise UserError(
-            f"no source {source!r}{did_you_mean(source)}: not a file, folder or named corpus; expected {SOURCE_KINDS}"
+            f"no source {source[:LONGEST_QUOTE]!r}{did_you_mean(source)}: not a file, folder or named corpus; "
+            f"expected {SOURCE_KINDS}"
         )
     return found

@@ -21,56 +21,29 @@ from pipeline.files import hash_bytes, write_atomic
 from pipeline.log import ProgressReport, logger
 from prepare.documents.fields import text_of
 from prepare.documents.parquet import MOST_ROWS
+from prepare.sources.hub_parquet import HubName, HubParquet, cause_of, record_files
 from prepare.sources.items import Source
+from prepare.sources.listing import Listing
 from prepare.storage.files import StoredFile, assets, local_file
 from prepare.units import SMALLEST_UNIT_BYTES, Document, Item, Reading, Texts, grouped
 
-
-@dataclass(frozen=True)
-class HubName:
-    """A dataset of the Hub: as the user typed it, or with its config and commit."""
-
-    repository: str
-    config: str | None
-    revision: str | None
-
-
-@dataclass(frozen=True)
-class HubParquet(Source):
-    """Parquet files in the local cache, by their paths in the repository."""
-
-    dataset: HubName
-    paths: dict[str, Path]
-
-    def files(self) -> list[Path]:
-        return list(self.paths.values())
-
-    def stored(self) -> list[StoredFile]:
-        # By the commit and not by the time, which differs between the caches of two machines.
-        return [replace(local_file(path), etag=self.dataset.revision) for path in self.files()]
-
-    def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
-        return [
-            {**asdict(self.dataset), "path": name, "bytes": path.stat().st_size, "hash": hash_of(path)}
-            for name, path in self.paths.items()
-        ]
+FILES_A_REQUEST = 500
 
 
 @dataclass(frozen=True)
 class HubStream(Source):
     """A dataset that is not Parquet: the parent reads it through `datasets` and packs the texts
-    into units. `copies` are its files where they are on this machine.
+    into units.
+
+    `paths`: its files by their paths in the repository, if they are in the cache.
     """
 
     dataset: HubName
     builder: Any = field(repr=False)
-    copies: tuple[Path, ...] = ()
+    paths: dict[str, Path]
 
     is_stream = True
     size = 0
-
-    def files(self) -> list[Path]:
-        return list(self.copies)
 
     def stored(self) -> list[StoredFile]:
         stamps = "".join(map(repr, super().stored()))
@@ -79,6 +52,9 @@ class HubStream(Source):
 
     def split(self, file: StoredFile, unit_bytes: int) -> Iterator[Item]:
         yield self
+
+    def files(self) -> list[Path]:
+        return list(self.paths.values())
 
     def units(self) -> Iterator[Texts]:
         first = 0
@@ -90,16 +66,13 @@ class HubStream(Source):
         return f"{self.dataset.repository} row {position}"
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
-        known = asdict(self.dataset)
-        copies = [
-            {**known, "path": path.name, "bytes": path.stat().st_size, "hash": hash_of(path)} for path in self.copies
-        ]
-        return copies or [known]
+        sizes = {name: local_file(path).size for name, path in self.paths.items()}
+        return record_files(self.dataset, sizes, lambda name: hash_of(self.paths[name])) or [asdict(self.dataset)]
 
     def _texts(self) -> Iterator[Document]:
         repository = self.dataset.repository
         try:
-            for row in self.builder.as_streaming_dataset(split="train"):
+            for row in self.builder.as_streaming_dataset(split=self.reading.split):
                 yield text_of(row, self.reading.text_field)
         except UserError:
             raise
@@ -123,90 +96,111 @@ class Unreachable(UserError):
     """The Hub could not be asked, or does not know the dataset; the cache may have it all the same."""
 
 
-def open_hub(source: str, reading: Reading) -> HubParquet | HubStream:
+def open_hub(source: str, reading: Reading, seen: set[str]) -> HubParquet | HubStream:
     """Parquet repositories become local files in Hugging Face's cache; any other kind is streamed
-    through `datasets`.
+    through `datasets`. Nothing that was `seen` before is read again.
     """
+    found, listing = _open(parse_name(source), reading), Listing(seen)
+    name = found.dataset
+    commit = f"{name.repository}@{name.revision}"
+    if isinstance(found, HubStream):
+        if listing.is_new(f"{commit}:{name.config}:{reading.split}", name.repository):
+            return found
+        return HubParquet(reading, name, {}, passed=listing.passed_over)
+    new = {path: size for path, size in found.sizes.items() if listing.is_new(f"{commit}/{path}", f"{commit}/{path}")}
+    return replace(found, sizes=new, passed=listing.passed_over)
+
+
+def _open(typed: HubName, reading: Reading) -> HubParquet | HubStream:
     from huggingface_hub import constants
 
-    name = parse_name(source)
-    known = _load_listing(name)
+    known = _load_listing(typed, reading.split)
 
-    def cached() -> HubParquet | HubStream:
-        return _open_parquet(*known, reading) if known else _open_snapshot(name, reading)
+    def cached(*, complete: bool) -> HubParquet | HubStream:
+        if known is None:
+            return _open_snapshot(typed, reading)
+        found = HubParquet(reading, *known)
+        if complete:  # no file can be downloaded later
+            found.files()
+        return found
 
     # A commit never changes, so the Hub need not be asked for the files of one that is known.
-    if constants.HF_HUB_OFFLINE or (known and name.revision == known[0].revision):
-        return cached()
+    if constants.HF_HUB_OFFLINE or (known and typed.revision == known[0].revision):
+        return cached(complete=constants.HF_HUB_OFFLINE)
     try:
-        return _open_online(name, reading)
+        return _open_online(typed, reading)
     except Unreachable as fault:
         logger.info("%s; looking in the cache", fault)
         try:
-            return cached()
+            return cached(complete=True)
         except Unreachable:
             raise fault from None
 
 
-def _load_listing(typed: HubName) -> tuple[HubName, list[str]] | None:
-    """What a name was resolved to, and the Parquet files of its train split: all that must be known
-    of a dataset to find it in the cache.
+def _load_listing(typed: HubName, split: str) -> tuple[HubName, dict[str, int]] | None:
+    """What a name was resolved to, and the Parquet files of a split with their sizes: all that must
+    be known of a dataset to find it in the cache.
     """
     try:
-        listing = json.loads(_listing_path(typed).read_bytes())
-        return HubName(listing["repository"], listing["config"], listing["revision"]), listing["files"]
+        listing = json.loads(_listing_path(typed, split).read_bytes())
+        return HubName(listing["repository"], listing["config"], listing["revision"]), listing["sizes"]
     except (OSError, ValueError, TypeError, KeyError):  # absent or damaged: the Hub knows it
         return None
 
 
-def _save_listing(typed: HubName, found: HubName, files: list[str]) -> None:
+def _save_listing(typed: HubName, found: HubParquet) -> None:
     # By what the user typed; and, as a branch moves, by the commit; the same for a config that was
     # not named.
-    content = json.dumps({**asdict(found), "files": files}).encode()
-    for config, revision in product({typed.config, found.config}, {typed.revision, found.revision}):
-        path = _listing_path(HubName(found.repository, config, revision))
+    name = found.dataset
+    content = json.dumps({**asdict(name), "sizes": found.sizes}).encode()
+    for config, revision in product({typed.config, name.config}, {typed.revision, name.revision}):
+        path = _listing_path(HubName(name.repository, config, revision), found.reading.split)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
 
 
-def _listing_path(name: HubName) -> Path:
-    file = f"{name.repository}:{name.config or ''}@{name.revision or ''}.json"
+def _listing_path(name: HubName, split: str) -> Path:
+    file = f"{name.repository}:{name.config or ''}@{name.revision or ''}#{split}.json"
     return assets() / "datasets" / quote(file, safe="")
 
 
-def _open_parquet(name: HubName, files: list[str], reading: Reading) -> HubParquet:
-    """Downloads what the cache lacks. Raises UserError."""
-    from huggingface_hub import hf_hub_download
-
-    _quiet()
-    paths = {}
-    with ProgressReport(f"download {name.repository}", total=len(files), unit="files") as report:
-        for file in files:
-            try:
-                path = hf_hub_download(name.repository, file, repo_type="dataset", revision=name.revision)
-            except Exception as error:  # what the Hub, the network and the cache raise has no common kind
-                raise UserError(
-                    f"{file} of dataset {name.repository} is not in the cache and could not be downloaded "
-                    f"({_cause(error)}): run pipeline fetch hf:{name.repository}:{name.config}@{name.revision} "
-                    "on a machine with a network"
-                ) from None
-            paths[file] = Path(path)
-            report.advance(1)
-    return HubParquet(reading, name, paths)
-
-
 def _open_online(typed: HubName, reading: Reading) -> HubParquet | HubStream:
-    builder, urls = _load_builder(typed, typed.repository)
+    builder, urls = _load_builder(typed, typed.repository, reading.split)
     # `datasets` resolves a branch to its commit: hf://datasets/ORG/NAME@COMMIT/data/train-0.parquet
     parts = [re.fullmatch("hf://datasets/[^@]+@([0-9a-f]{40})/(.+)", url) for url in urls]
     name = HubName(typed.repository, builder.config.name, parts[0][1] if parts[0] else typed.revision)
     if not name.revision or not all(parts) or not all(url.endswith(".parquet") for url in urls):
-        return HubStream(reading, name, builder)
-    files = [each[2] for each in parts if each]
+        return HubStream(reading, name, builder, {})
+    found = HubParquet(reading, name, _sizes(name, [each[2] for each in parts if each]))
     # Before the download: if that is interrupted, the list says what is missing, and the files that
     # are there are not taken for the complete split.
-    _save_listing(typed, name, files)
-    return _open_parquet(name, files, reading)
+    _save_listing(typed, found)
+    if missing := [size for file, size in found.sizes.items() if not found.path(file).exists()]:
+        logger.info(
+            "%s: downloading %s MB in %d files while they are read",
+            name.repository,
+            f"{sum(missing) / 1e6:,.0f}",
+            len(missing),
+        )
+    return found
+
+
+def _sizes(name: HubName, files: list[str]) -> dict[str, int]:
+    """The files with their sizes, as the Hub lists them."""
+    from huggingface_hub import RepoFile, get_paths_info
+
+    try:
+        found = [
+            info
+            for begin in range(0, len(files), FILES_A_REQUEST)
+            for info in get_paths_info(
+                name.repository, files[begin : begin + FILES_A_REQUEST], revision=name.revision, repo_type="dataset"
+            )
+        ]
+        sizes = {info.path: info.size for info in found if isinstance(info, RepoFile)}
+        return {file: sizes[file] for file in files}
+    except Exception as error:  # as in _load_builder
+        raise _hub_fault(name.repository, error) from None
 
 
 def _open_snapshot(typed: HubName, reading: Reading) -> HubParquet | HubStream:
@@ -219,38 +213,44 @@ def _open_snapshot(typed: HubName, reading: Reading) -> HubParquet | HubStream:
     _quiet()
     try:
         found = snapshot_download(typed.repository, repo_type="dataset", revision=typed.revision, local_files_only=True)
-    except Exception as error:  # as in _open_parquet
+    except Exception as error:  # as in HubParquet
         raise Unreachable(
-            f"dataset {typed.repository} is not complete in Hugging Face's cache ({_cause(error)}): "
+            f"dataset {typed.repository} is not complete in Hugging Face's cache ({cause_of(error)}): "
             f"run pipeline fetch hf:{typed.repository} on a machine with a network"
         ) from None
     root = Path(found).resolve()
     logger.info("%s: using the copy in the cache, %s", typed.repository, root)
-    builder, urls = _load_builder(HubName(typed.repository, typed.config, None), str(root))
+    builder, urls = _load_builder(HubName(typed.repository, typed.config, None), str(root), reading.split)
     name = HubName(typed.repository, builder.config.name, root.name)
-    if not all(url.endswith(".parquet") for url in urls):
-        return HubStream(reading, name, builder, copies=tuple(map(Path, urls)))
-    return HubParquet(reading, name, {Path(url).relative_to(root).as_posix(): Path(url) for url in urls})
+    # A data file may lie elsewhere, such as behind a URL that the repository names.
+    paths = {Path(url).relative_to(root).as_posix(): Path(url) for url in urls if Path(url).is_relative_to(root)}
+    if len(paths) < len(urls) or not all(url.endswith(".parquet") for url in urls):
+        return HubStream(reading, name, builder, paths)
+    return HubParquet(reading, name, {file: local_file(path).size for file, path in paths.items()})
 
 
-def fetch_hub(source: str) -> None:
-    """Bring a dataset into Hugging Face's cache: the Parquet files of its train split, or the
-    complete repository.
+def fetch_hub(source: str, split: str) -> None:
+    """Bring a dataset into Hugging Face's cache: the Parquet files of a split, or the complete
+    repository.
     """
     from huggingface_hub import snapshot_download
 
-    found = open_hub(source, Reading())
-    if isinstance(found, HubStream):
-        name = found.dataset
-        try:
-            snapshot_download(name.repository, repo_type="dataset", revision=name.revision)
-        except Exception as error:  # as in _open_parquet
-            raise _hub_fault(name.repository, error) from None
+    found = open_hub(source, Reading(split=split), set())
+    name = found.dataset
+    if isinstance(found, HubParquet):
+        with ProgressReport(f"download {name.repository}", total=len(found.sizes), unit="files") as report:
+            for _ in found.downloaded():
+                report.advance(1)
+        return
+    try:
+        snapshot_download(name.repository, repo_type="dataset", revision=name.revision)
+    except Exception as error:  # as in HubParquet
+        raise _hub_fault(name.repository, error) from None
 
 
-def _load_builder(name: HubName, path: str) -> tuple[Any, list[str]]:
+def _load_builder(name: HubName, path: str, split: str) -> tuple[Any, list[str]]:
     """The reader that `datasets` chooses for a repository, or for its local copy at `path`, and the
-    files of its train split.
+    files of a split.
     """
     try:
         import datasets
@@ -264,10 +264,13 @@ def _load_builder(name: HubName, path: str) -> tuple[Any, list[str]]:
         builder = datasets.load_dataset_builder(path, name=name.config, revision=name.revision)
     except Exception as error:  # datasets lets through what the Hub, the network and its parsers raise
         raise _hub_fault(name.repository, error) from None
-    files = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
-    if not files.get("train"):
-        raise UserError(f"dataset {name.repository} has no split 'train', its splits are: {', '.join(files)}")
-    return builder, files["train"]
+    files = {str(each): list(found) for each, found in (builder.config.data_files or {}).items()}
+    if not files.get(split):
+        splits = ", ".join(files)
+        raise UserError(
+            f"dataset {name.repository} has no split {split!r}, its splits are: {splits}; choose with --split"
+        )
+    return builder, files[split]
 
 
 def _quiet() -> None:
@@ -278,10 +281,6 @@ def _quiet() -> None:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if not sys.stderr.isatty():
         disable_progress_bars()
-
-
-def _cause(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _hub_fault(repository: str, error: Exception) -> UserError:
@@ -295,6 +294,6 @@ def _hub_fault(repository: str, error: Exception) -> UserError:
         configs = names[1].replace("'", "")
         return UserError(f"dataset {repository} has several configs: {configs}; write hf:{repository}:CONFIG")
     return Unreachable(
-        f"dataset {repository} could not be opened ({_cause(error)}): check its name and the network, "
+        f"dataset {repository} could not be opened ({cause_of(error)}): check its name and the network, "
         f"or run pipeline fetch hf:{repository} on a machine with one and share its HF_HOME"
     )

@@ -3,7 +3,7 @@ behind URLs.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import xxhash
 
 from pipeline.files import hash_bytes
-from prepare.documents.arrow import split_batches
 from prepare.documents.lines import TextFile, is_utf8, split_lines
 from prepare.documents.parquet import split_rows
 from prepare.documents.streams import Stream
@@ -28,9 +27,13 @@ FILE_COST_BYTES = 64
 
 @dataclass(frozen=True)
 class Source:
-    """What the user named, as files; one of another kind overrides `stored` and `split`."""
+    """What the user named, as files; one of another kind overrides `stored` and `split`.
+
+    `passed`: what the listing of its files passed over.
+    """
 
     reading: Reading
+    passed: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True, repr=False)
     is_stream: ClassVar[bool] = False  # the size of one is not known
 
     def files(self) -> list[Path]:
@@ -47,9 +50,13 @@ class Source:
         """A file in pieces, in order; their units hold about so much text."""
         return _items(file, self.reading, unit_bytes)
 
+    def ready(self, files: list[StoredFile]) -> Iterator[StoredFile]:
+        """The files in order, each once it can be read."""
+        return iter(files)
+
     def passed_over(self) -> dict[str, dict[str, Any]]:
         """What lies below the source and is not read: reason -> `count` and one `example`."""
-        return {}
+        return self.passed
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         """The manifest's entries for this source."""
@@ -121,8 +128,6 @@ def _items(file: StoredFile, reading: Reading, unit_bytes: int) -> Iterator[Item
     match format_of(name):
         case Format.PARQUET:
             yield from split_rows(file.path, file.size, reading.text_field, unit_bytes)
-        case Format.ARROW:
-            yield from split_batches(file.path, reading.text_field, unit_bytes)
         case Format.TEXT if not reading.document_separator:
             yield TextFile(file.path, size)
         # What can be read from any byte is split here, and its units read themselves; the rest is a

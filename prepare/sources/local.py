@@ -5,14 +5,14 @@ copy of stdin, and Tiny Shakespeare in Hugging Face's cache.
 import hashlib
 import json
 import os
+import stat
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from glob import glob
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import hash_bytes, hash_file, write_atomic
@@ -20,12 +20,13 @@ from prepare.documents.lines import split_lines
 from prepare.documents.streams import Stream
 from prepare.formats import READABLE, Format, format_of
 from prepare.sources.items import Source
+from prepare.sources.listing import Listing
 from prepare.sources.names import is_glob
+from prepare.sources.walk import every_file, matches
 from prepare.storage.compressed import BYTE_ORDER_MARK, recognized_blocks
-from prepare.storage.files import StoredFile, assets, blocks, shown
+from prepare.storage.files import StoredFile, assets, blocks, reading, shown
 from prepare.units import BLOCK_BYTES, Item, Reading
 
-Name = TypeVar("Name", str, Path)
 # Folders with more files are recorded in the manifest as one entry.
 MOST_FILES_LISTED = 1000
 
@@ -114,17 +115,17 @@ class Stdin(Source):
 
 @dataclass(frozen=True)
 class Shakespeare(Source):
-    """Tiny Shakespeare, downloaded when it is first needed."""
+    """Tiny Shakespeare, downloaded when it is first needed; nothing where it was named before."""
 
     def stored(self) -> list[StoredFile]:
-        return [StoredFile(str(_shakespeare()), SHAKESPEARE_BYTES, SHAKESPEARE_SHA256)]
+        return [] if self.passed else [StoredFile(str(_shakespeare()), SHAKESPEARE_BYTES, SHAKESPEARE_SHA256)]
 
     def split(self, file: StoredFile, unit_bytes: int) -> Iterator[Item]:
         return super().split(replace(file, path=str(self.path)), unit_bytes)
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         about = {"path": "shakespeare", "url": SHAKESPEARE_URL}
-        return [{**about, "bytes": SHAKESPEARE_BYTES, "sha256": SHAKESPEARE_SHA256}]
+        return [] if self.passed else [{**about, "bytes": SHAKESPEARE_BYTES, "sha256": SHAKESPEARE_SHA256}]
 
     @cached_property
     def path(self) -> Path:
@@ -144,50 +145,51 @@ def _shakespeare() -> Path:
     return assets() / "shakespeare" / "input.txt"
 
 
-def open_files(source: str, reading: Reading) -> Files | None:
-    """The files that a path or a glob names; None if it is neither."""
-    path = Path(source)
-    if path.is_file():
-        if not format_of(path.name):
-            raise UserError(f"{source} has no known suffix: expected one of {READABLE}")
-        return Files(reading, [path])
-    if path.is_dir():
-        return Files(reading, readable(_walk(path), f"the folder {source}"), root=path)
-    if is_glob(source):
-        # Path.glob takes no absolute pattern.
-        found = sorted(path for match in glob(source, recursive=True) if (path := Path(match)).is_file())  # noqa: PTH207
-        return Files(reading, readable(found, f"the glob {source}"))
-    return None
+def open_files(source: str, reading: Reading, seen: set[str]) -> Files | None:
+    """The files that a path or a glob names, except those `seen` before; None if it is neither."""
+    path, listing = Path(source), Listing(seen)
+    found = _found(path)
+    if found is None:
+        if not is_glob(source):
+            return None
+        paths = matches(source, listing, reading.split)
+        listing.check(f"the glob {shown(source)}", paths)
+        return Files(reading, paths, passed=listing.passed_over)
+    if stat.S_ISDIR(found.st_mode):
+        paths = every_file(path, listing, reading.split)
+        listing.check(f"the folder {shown(source)}", paths)
+        return Files(reading, paths, root=path, passed=listing.passed_over)
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{shown(source)} is not a regular file: write its text to a file, or pipe it into prepare -")
+    if not format_of(path.name):
+        raise UserError(f"{shown(source)} has no known suffix: expected one of {READABLE}")
+    paths = [path] if listing.takes(source, found.st_size, os.path.realpath(path)) else []
+    return Files(reading, paths, passed=listing.passed_over)
 
 
-def open_stdlib(reading: Reading) -> Files:
-    root = Path(sysconfig.get_path("stdlib"))
-    sources = [path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py"]
+def _found(path: Path) -> os.stat_result | None:
+    """None where nothing has this name."""
+    try:
+        return path.stat()
+    except PermissionError:  # something may have it
+        with reading(str(path)):
+            raise
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+
+
+def open_stdlib(reading: Reading, seen: set[str]) -> Files:
+    root, listing = Path(sysconfig.get_path("stdlib")), Listing(seen)
+    paths = matches(f"{root}/**/*.py", listing, reading.split, STDLIB_WITHOUT)
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    return Files(reading, sources, root=root, about={"path": "stdlib", "python": python})
+    about = {"path": "stdlib", "python": python}
+    return Files(reading, paths, root=root, about=about, passed=listing.passed_over)
 
 
-def _walk(folder: Path, without: Set[str] = frozenset()) -> list[Path]:
-    """Every file below `folder`, sorted by path; folders `without`, and hidden ones (.git, .cache),
-    are not entered.
-    """
-    paths = []
-    # Links to folders are not followed: one to a parent would never end.
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
-        # Neither sockets, pipes nor links to nothing.
-        paths += [path for name in names if not name.startswith(".") and (path := Path(root, name)).is_file()]
-    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def readable(names: list[Name], what: str) -> list[Name]:
-    """The names of a known suffix. Raises UserError if there is none."""
-    known = [name for name in names if format_of(str(name))]
-    if not known:
-        found = sorted({Path(name).suffix or Path(name).name for name in names})
-        listing = f"only {' '.join(found[:8])}" if found else "no files"
-        raise UserError(f"{what} has no readable files, found {listing}: expected {READABLE}")
-    return known
+def open_shakespeare(reading: Reading, seen: set[str]) -> Source:
+    listing = Listing(seen)
+    listing.is_new(SHAKESPEARE_URL, SHAKESPEARE_URL)
+    return Shakespeare(reading, passed=listing.passed_over)
 
 
 def _is_json_object(head: bytes) -> bool:

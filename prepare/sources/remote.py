@@ -6,7 +6,7 @@ file is recorded.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 from pipeline.errors import UserError, one_line
 from prepare.formats import READABLE, format_of
 from prepare.sources.items import Source
-from prepare.sources.local import readable
+from prepare.sources.listing import FOLDER_OF_A_GLOB, HIDDEN_FILE, Listing
 from prepare.sources.names import is_glob
 from prepare.storage.files import StoredFile, describe, filesystem, is_web, name_of, reading, remote_file, shown
+from prepare.units import Reading
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,12 @@ class RemoteFiles(Source):
         return [{"path": shown(file.path), "bytes": file.size, "etag": file.etag} for file in self.remotes]
 
 
-def list_remote(source: str) -> list[StoredFile]:
+def open_remote(source: str, reading: Reading, seen: set[str]) -> RemoteFiles:
+    listing = Listing(seen)
+    return RemoteFiles(reading, source, _list_remote(source, listing), passed=listing.passed_over)
+
+
+def _list_remote(source: str, listing: Listing) -> list[StoredFile]:
     """The readable files that a URL names, sorted: the file, those below the folder, or those that
     a glob matches.
     """
@@ -41,7 +47,15 @@ def list_remote(source: str) -> list[StoredFile]:
         if not format_of(name_of(source)):
             raise UserError(f"{shown(source)} has no known suffix: expected one of {READABLE}")
         with reading(source):
-            return [describe(source)]
+            found = describe(source)
+        # What follows a # is never sent.
+        return [found] if listing.takes(source, found.size, source.partition("#")[0]) else []
+    files = [file for file in _find(source, listing) if listing.takes(file.path, file.size, file.path)]
+    listing.check(shown(source), files)
+    return files
+
+
+def _find(source: str, listing: Listing) -> Iterator[StoredFile]:
     system, name = filesystem(source)
     try:
         # An earlier listing may be out of date.
@@ -59,10 +73,11 @@ def list_remote(source: str) -> list[StoredFile]:
         ) from None
     # Hidden files are skipped below what the user named, even if the path to it has a hidden part.
     root = re.split(r"[*?[]", name)[0].rpartition("/")[0] if is_glob(name) else name
-    files = {path: info for path, info in found.items() if info["type"] == "file" and not _hidden(path, root)}
-    names = readable(sorted(files), shown(source))
-    return [remote_file(str(system.unstrip_protocol(path)), files[path]) for path in names]
-
-
-def _hidden(path: str, root: str) -> bool:
-    return any(part.startswith(".") for part in path.removeprefix(root).split("/"))
+    for path, info in sorted(found.items()):
+        url = str(system.unstrip_protocol(path))
+        if any(part.startswith(".") for part in path.removeprefix(root).split("/")):
+            listing.pass_over(HIDDEN_FILE, url)
+        elif info["type"] == "file":
+            yield remote_file(url, info)
+        elif "**" not in name:  # which also names what is in the folder
+            listing.pass_over(FOLDER_OF_A_GLOB, url)

@@ -6,6 +6,7 @@ itself (such as AWS_* variables); http(s) through requests, which tiktoken needs
 
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.errors import UserError, one_line
+from pipeline.log import printable
 from prepare.units import BLOCK_BYTES
 
 # The size of a request: at 4 MB the time to first byte no longer counts.
@@ -71,13 +72,15 @@ def name_of(path: str) -> str:
 
 def shown(path: str) -> str:
     """A path or URL for messages and manifests, without a URL's query and user, which may hold
-    keys, and in valid UTF-8.
+    keys, and with control characters and bytes that are not UTF-8 escaped.
     """
-    if not is_url(path):
-        # Bytes of a name that are not UTF-8 as \xNN: it goes into JSON and onto terminals.
-        return os.fsencode(path).decode(errors="backslashreplace")
-    parts = urlsplit(path)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    if is_url(path):
+        # Not urlsplit, which takes `zip://a::s3://b` apart wrongly and refuses `http://[`.
+        protocol, _, rest = re.split("[?#]", path)[0].partition("://")
+        host, slash, name = rest.partition("/")
+        path = f"{protocol}://{host.rpartition('@')[2]}{slash}{name}"
+    # A name may hold any bytes, which Python keeps as surrogates.
+    return printable(os.fsencode(path).decode(errors="backslashreplace"))
 
 
 @contextmanager
@@ -197,7 +200,7 @@ def _with_retries(url: str, ask: Callable[[], Any]) -> Any:
 
 
 def _description(error: Exception, url: str) -> str:
-    secret = urlsplit(url).query
+    secret = url.partition("?")[2]
     text = f"{type(error).__name__}: {one_line(error)}".replace(url, shown(url))
     return text.replace(secret, "...") if secret else text
 

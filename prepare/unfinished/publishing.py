@@ -29,7 +29,8 @@ def is_publishing(journal: Journal) -> bool:
 
 def publish(journal: Journal, manifest: Manifest, hashes: dict[StoredFile, str]) -> None:
     known = [[file.path, file.size, file.etag, digest] for file, digest in hashes.items()]
-    record = {"files": [path.name for path in _staged(journal)], "hashes": known}
+    names = [path.name for path in _staged(journal) if path.name != RECORD_NAME]  # a kill may have left it
+    record = {"files": names, "hashes": known}
     write_atomic(journal.staged / RECORD_NAME, dump(record))
     manifest.save(journal.staged)
     finish_publishing(journal)

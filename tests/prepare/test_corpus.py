@@ -328,7 +328,7 @@ def _unknown_suffix(folder: Path) -> list[str]:
         (lambda folder: ["Shakespear"], ["did you mean shakespeare?"]),
         (lambda folder: ["hf:nothing"], ["hf:nothing", "hf:ORG/NAME"]),
         (lambda folder: ["*.txt"], ["glob *.txt", "no files", ".jsonl"]),
-        (_nothing_readable, ["folder sub", "only .pdf", ".parquet"]),
+        (_nothing_readable, ["folder sub", "only 1 unknown suffix .pdf (sub/a.pdf)", ".parquet"]),
         (_unknown_suffix, ["a.docx has no known suffix", ".jsonl"]),
         (_not_parquet, ["a.parquet", "cannot read", "Parquet"]),
         (_no_column, ["a.parquet", "no column 'text'", "body, url", "--text-field"]),

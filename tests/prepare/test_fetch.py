@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
+from urllib.parse import parse_qs
 
 import huggingface_hub.constants
 import pytest
@@ -20,6 +21,7 @@ from test_sources_remote import Handler
 
 from pipeline.dataset.shards import load_manifest
 from pipeline.errors import UserError
+from pipeline.files import hash_file
 from pipeline.vocabulary.byte_pair import GPT2_RANKS
 from prepare import fetch
 from prepare.run import PrepareOptions, run
@@ -50,11 +52,9 @@ class OneDataset(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        paths = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
         self.asked.append(self.path)
-        found = [
-            name for name in self.names() if any(name == each or name.startswith(f"{each}/") for each in asked["paths"])
-        ]
+        found = [name for name in self.names() if any(name == each or name.startswith(f"{each}/") for each in paths)]
         self.answer(json.dumps([self.entry(name) for name in found]).encode())
 
     def answer_tree(self, below: str) -> None:
@@ -97,7 +97,7 @@ class OneDataset(BaseHTTPRequestHandler):
         for name, value in about.items():
             self.send_header(name, str(value))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
@@ -157,6 +157,21 @@ def test_a_dataset_of_the_hub_is_fetched_once_and_read_without_the_hub(
 
 
 @pytest.mark.slow
+def test_each_split_is_fetched_and_known_by_itself(tmp_path: Path, far: dict[str, str]) -> None:
+    assert run_program("fetch", "hf:Org/Far", "--split", "test", cwd=tmp_path, **far).returncode == 0
+    assert set(paths_asked()) == {"test-0.parquet"}
+    arguments = ("prepare", "hf:Org/Far", "--tokenizer", "byte")
+    offline = {**far, "HF_HUB_OFFLINE": "1"}
+    prepared = run_program(*arguments, "--split", "test", "--name", "a", cwd=tmp_path, **offline)
+    assert prepared.returncode == 0, prepared.stderr
+    assert [entry["path"] for entry in load_manifest(tmp_path / "data" / "a").sources] == ["data/test-0.parquet"]
+    assert load_manifest(tmp_path / "data" / "a").options["split"] == "test"
+    unknown = run_program(*arguments, "--split", "dev", cwd=tmp_path, **far)
+    assert unknown.returncode == 2
+    assert "dataset Org/Far has no split 'dev', its splits are: train, test; choose with --split" in unknown.stderr
+
+
+@pytest.mark.slow
 def test_half_a_dataset_is_completed_with_a_network_and_refused_without_one(
     tmp_path: Path, far: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +202,8 @@ def test_a_dataset_that_is_not_parquet_is_fetched_as_the_complete_repository(
     prepared = run_program("prepare", "hf:Org/Far", "--tokenizer", "byte", cwd=tmp_path, **far, HF_HUB_OFFLINE="1")
     assert prepared.returncode == 0, prepared.stderr
     (entry,) = load_manifest(tmp_path / "data" / "far").sources
-    assert entry == {"repository": "Org/Far", "config": "default", "revision": COMMIT}
+    about = {"repository": "Org/Far", "config": "default", "revision": COMMIT, "path": "train.jsonl", "bytes": 840}
+    assert entry == {**about, "hash": hash_file(tmp_path / "served" / "train.jsonl")}
 
 
 @pytest.mark.slow
@@ -246,7 +262,7 @@ def test_a_vocabulary_lies_in_the_cache_where_tiktoken_looks_for_it(
     table = GPT2_RANKS.read_bytes()
     asked: list[str] = []
     monkeypatch.setattr(tiktoken.load, "read_file", lambda url: asked.append(url) or table)
-    monkeypatch.setattr(fetch, "fetch_hub", lambda source: None)
+    monkeypatch.setattr(fetch, "fetch_hub", lambda source, split: None)
     for _ in range(2):
         fetch.run("openwebtext", name)
         tiktoken.registry.ENCODINGS.clear()

@@ -119,7 +119,7 @@ def write_arrow(path: Path, table: pa.Table, kind: str, rows: int, **options: st
 def test_arrow_files_and_streams(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, rows: int, unit_bytes: int
 ) -> None:
-    cut_units(monkeypatch, unit_bytes)
+    monkeypatch.setattr(streams, "UNIT_BYTES", unit_bytes)
     table = pa.table({"id": list(range(100)), "meta": [{"content": text, "n": 1} for text in ARROW_TEXTS]})
     for compression in ("none", "zstd"):
         path = tmp_path / f"{compression}.arrow"

@@ -4,7 +4,10 @@ import logging
 import os
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event, get_ident
 from typing import Any
 
 import huggingface_hub.constants
@@ -13,13 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, run_program
-from test_corpus import documents, opened, refused, units
+from test_corpus import documents, opened, refused, units, whole
 
 from pipeline.errors import UserError
 from prepare.run import PrepareOptions, run
+from prepare.sources.corpus import open_corpus
 from prepare.sources.hub import parse_name
+from prepare.sources.hub_parquet import HubName, HubParquet
 from prepare.sources.names import hub_source
-from prepare.units import Refused
+from prepare.units import Reading, Refused
 
 COMMIT = "0123456789" * 4
 TWO_CONFIGS = "---\nconfigs:\n- config_name: one\n  data_files: one/*\n- config_name: two\n  data_files: two/*\n---\n"
@@ -104,9 +109,11 @@ def test_a_repository_of_jsonl_is_streamed_and_only_its_train_split(tmp_path: Pa
     write(repository(hub, "hf:Org/Lines") / "test.jsonl", '{"text": "test row", "id": 0}\n')
     assert documents(tmp_path, "hf:Org/Lines") == [*(f"row {i}" for i in range(20)), None]
     found = opened(tmp_path, "hf:Org/Lines")
-    (entry,) = found.record(lambda path: "hash")
-    assert entry.items() >= {"repository": "Org/Lines", "config": "default", "revision": COMMIT}.items()
-    assert (Path(entry["path"]).name, entry["bytes"], entry["hash"]) == ("train.jsonl", len(rows), "hash")
+    path = repository(hub, "hf:Org/Lines") / "train.jsonl"
+    about = {"repository": "Org/Lines", "config": "default", "revision": COMMIT}
+    assert found.record(str) == [
+        {**about, "path": "train.jsonl", "bytes": path.stat().st_size, "hash": str(path.resolve())}
+    ]
     (unit,) = units(found)
     assert list(unit.documents())[20] == (20, Refused("null"))
     assert unit.locate(20) == "Org/Lines row 20"
@@ -152,6 +159,119 @@ def test_a_repository_without_a_train_split_says_which_there_are(tmp_path: Path,
     write(repository(hub, "hf:Org/Test") / "test.jsonl", '{"text": "a"}\n')
     with pytest.raises(UserError, match=r"Org/Test has no split 'train', its splits are: test"):
         documents(tmp_path, "hf:Org/Test")
+
+
+def test_a_split_is_chosen_and_an_unknown_one_names_those_there_are(tmp_path: Path, hub: Path) -> None:
+    for split in ("train", "validation"):
+        write_parquet(repository(hub, "hf:Org/Pages") / "data" / f"{split}-0.parquet", [split])
+        write(repository(hub, "hf:Org/Lines") / f"{split}.jsonl", orjson.dumps({"text": split}).decode() + "\n")
+    for source in ("hf:Org/Pages", "hf:Org/Lines"):
+        for split in ("train", "validation"):
+            found = open_corpus([source], Reading(split=split), tmp_path)
+            assert [whole(document) for unit in units(found) for _, document in unit.documents()] == [split]
+            assert [split in entry["path"] for entry in found.record(str)] == [True]
+        with pytest.raises(UserError, match=r"has no split 'dev', its splits are: train, validation; choose with --sp"):
+            open_corpus([source], Reading(split="dev"), tmp_path)
+
+
+@pytest.mark.parametrize("source", ["hf:Org/Pages", "hf:Org/Lines"])
+def test_a_local_copy_is_known_by_size_time_and_hash(tmp_path: Path, hub: Path, source: str) -> None:
+    folder = repository(hub, source)
+    path = folder / ("train.parquet" if source == "hf:Org/Pages" else "train.jsonl")
+    if path.suffix == ".parquet":
+        write_parquet(path, ["some words"])
+    else:
+        write(path, '{"text": "some words"}\n')
+    options = PrepareOptions([source], name="x", data_dir=str(tmp_path / "data"), tokenizer="byte", workers=1)
+    run(options)
+    before = opened(tmp_path, source).stored
+    run(options)
+    content = path.read_bytes().replace(b"words", b"birds")
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(0, 5))
+    assert opened(tmp_path, source).stored != before
+    run(options)  # the same bytes at another time are the same dataset
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="was prepared differently: the sources differ"):
+        run(options)
+
+
+def test_a_dataset_that_is_named_twice_is_read_once(tmp_path: Path, hub: Path) -> None:
+    write_parquet(repository(hub, "hf:Org/Pages") / "train.parquet", ["a"])
+    write(repository(hub, "hf:Org/Lines") / "train.jsonl", '{"text": "b"}\n')
+    sources = ("hf:Org/Pages", "hf:Org/Lines", f"hf:Org/Pages@{COMMIT}", "hf:Org/Lines@main")
+    assert documents(tmp_path, *sources) == ["a", "b"]
+    found = [source.passed_over() for source in opened(tmp_path, *sources).sources]
+    assert [len(each) for each in found] == [0, 0, 1, 1]
+    assert found[2]["already listed"] == {"count": 1, "example": f"Org/Pages@{COMMIT}/train.parquet"}
+
+
+class Downloads:
+    """Stands in for `hf_hub_download`: which files were asked for, and those that wait until they are let go."""
+
+    def __init__(self, found: HubParquet) -> None:
+        self.found, self.asked, self.threads = found, [], set()  # type: ignore[var-annotated]
+        self.released = {name: Event() for name in found.sizes}
+
+    def __call__(self, repository: str, name: str, **_: Any) -> str:
+        self.asked.append(name)
+        self.threads.add(get_ident())
+        assert self.released[name].wait(20)
+        if name == "broken.parquet":
+            raise ConnectionError("reset\nby peer")
+        write_parquet(self.found.path(name), [name])
+        return str(self.found.path(name))
+
+
+def coming(hub: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[HubParquet, Downloads]:
+    found = HubParquet(Reading(), HubName("Org/Far", "default", COMMIT), dict.fromkeys(names, 10))
+    downloads = Downloads(found)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", downloads)
+    return found, downloads
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_the_next_file_is_downloaded_while_one_is_read(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, downloads = coming(hub, monkeypatch, "0.parquet", "1.parquet", "2.parquet")
+    planned = {file.path: file.etag for file in found.stored()}
+    assert sum(file.size for file in found.stored()) == 30, "known before anything is downloaded"
+    files = found.downloaded()
+    assert downloads.asked == []
+    downloads.released["0.parquet"].set()
+    assert next(files).path == str(found.path("0.parquet"))
+    wait_for(lambda: downloads.asked == ["0.parquet", "1.parquet"])
+    assert downloads.asked == ["0.parquet", "1.parquet"], "one ahead, and not all"
+    assert get_ident() not in downloads.threads
+    for name in ("1.parquet", "2.parquet"):
+        downloads.released[name].set()
+        assert next(files).path == str(found.path(name))
+    assert list(files) == []
+    assert {file.path: file.etag for file in found.stored()} == planned
+    os.utime(found.path("1.parquet"))
+    assert found.stored()[1].etag != planned[str(found.path("1.parquet"))], "as an edit would leave it"
+
+
+def test_a_download_that_fails_in_the_background_is_the_same_one_line(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, downloads = coming(hub, monkeypatch, "0.parquet", "broken.parquet", "2.parquet")
+    for event in downloads.released.values():
+        event.set()
+    files = found.downloaded()
+    next(files)
+    with pytest.raises(UserError) as caught:
+        next(files)
+    assert str(caught.value) == (
+        "broken.parquet of dataset Org/Far is not in the cache and could not be downloaded (ConnectionError: reset by peer): "
+        f"run pipeline fetch hf:Org/Far:default@{COMMIT} on a machine with a network"
+    )
+    assert downloads.asked == ["0.parquet", "broken.parquet"]
 
 
 @pytest.mark.parametrize(

@@ -343,9 +343,9 @@ def test_packed_parquet_is_not_read(tmp_path: Path) -> None:
         opened(tmp_path, tmp_path / "a.parquet.gz")
 
 
-def test_a_file_that_is_named_twice_is_read_twice(tmp_path: Path, block_bytes: int) -> None:
+def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path, block_bytes: int) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(JSONL))
-    assert documents(tmp_path, tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl.gz") == TEXTS * 2
+    assert documents(tmp_path, tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl.gz") == TEXTS
 
 
 def outcome(document: readers.Document) -> str | None:

@@ -121,7 +121,7 @@ def test_a_workers_process_reads_what_the_parent_planned(tmp_path: Path, bucket:
     [
         ("s3://nowhere/a.txt", ["s3://nowhere/a.txt"]),
         ("s3://corpus/missing.txt", ["s3://corpus/missing.txt", "no files"]),
-        ("s3://corpus/*.pdf", ["s3://corpus/*.pdf", "only .pdf", ".parquet"]),
+        ("s3://corpus/*.pdf", ["s3://corpus/*.pdf", "only 1 unknown suffix .pdf (s3://corpus/a.pdf)", ".parquet"]),
         ("s3://corpus/bad.parquet", ["s3://corpus/bad.parquet", "Parquet"]),
         ("s3://corpus/bad.jsonl.gz", ["s3://corpus/bad.jsonl.gz", "truncated"]),
         ("s3://corpus/bad.jsonl", ["s3://corpus/bad.jsonl line 2", "not JSON"]),
@@ -225,6 +225,7 @@ def test_keys_in_an_address_are_not_written_down(tmp_path: Path, web: str) -> No
     source = web.replace("//", "//user:word@") + "/d.txt?signature=secret"
     found = opened(tmp_path, source)
     assert documents(tmp_path, source) == ["one text"]
+    assert documents(tmp_path, source, f"{source}#top", f"{web}/a.jsonl", source) == ["one text", *TEXTS]
     assert found.record(str)[0]["path"] == f"{web}/d.txt"
     with pytest.raises(UserError) as caught:
         opened(tmp_path, "http://user:word@127.0.0.1:9/d.txt?signature=secret")
