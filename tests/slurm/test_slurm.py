@@ -55,7 +55,7 @@ printf '%s\\n' "$@" >srun.args
 (until [[ $1 == bash || $# == 0 ]]; do shift; done; SLURM_PROCID=1 SLURMD_NODENAME=n2 TASK_PYTHON=fake-python "$@") >srun.task
 mkdir -p "$RUN_DIR/checkpoints"
 echo "step_$SRUN_STEP" >"$RUN_DIR/checkpoints/latest"
-echo "{\\"state\\": \\"$SRUN_STATE\\", \\"step\\": 1, \\"reason\\": \\"$SRUN_REASON\\"}" >"$RUN_DIR/status.json"
+echo "{\\"state\\": \\"$SRUN_STATE\\", \\"step\\": 1, \\"reason\\": \\"$SRUN_REASON\\", \\"step_s\\": ${SRUN_STEP_S:-null}}" >"$RUN_DIR/status.json"
 [[ -z ${SRUN_SAYS:-} ]] || echo -e "$SRUN_SAYS" >&2
 exit "${SRUN_EXIT:-0}"
 """
@@ -418,14 +418,14 @@ def test_a_start_that_trains_for_a_small_part_of_its_time_counts_as_stalled(pret
 
 def test_a_second_job_on_a_run_touches_nothing(pretend: Pretend, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "tiny"
-    (tmp_path / "queue").write_text(f"69|RUNNING|pipeline:{run_dir}|/elsewhere|(null)\n")
+    (tmp_path / "queue").write_text(f"69|69|RUNNING|pipeline:{run_dir}|/elsewhere|(null)\n")
     code, errors = ended(pretend())
     assert (code, errors.splitlines()) == (
         2,
         [f"train.sbatch: error: {run_dir} is being trained by job 69: wait for it, or choose another run.name"],
     )
     assert not run_dir.exists()
-    for harmless in (f"70|RUNNING|pipeline:{run_dir}", f"69|PENDING|pipeline:{run_dir}", "69|RUNNING|pipeline:/other"):
+    for harmless in (f"70|70|RUNNING|pipeline:{run_dir}", f"69|69|PENDING|pipeline:{run_dir}", "69|69|RUNNING|pipeline:/other"):
         (tmp_path / "queue").write_text(f"{harmless}|/elsewhere|(null)\n")
         assert ended(pretend())[0] == 0
 
