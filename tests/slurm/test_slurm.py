@@ -425,7 +425,12 @@ def test_a_second_job_on_a_run_touches_nothing(pretend: Pretend, tmp_path: Path)
         [f"train.sbatch: error: {run_dir} is being trained by job 69: wait for it, or choose another run.name"],
     )
     assert not run_dir.exists()
-    for harmless in (f"70|70|RUNNING|pipeline:{run_dir}", f"69|69|PENDING|pipeline:{run_dir}", "69|69|RUNNING|pipeline:/other"):
+    mine, waits, other = (
+        f"70|70|RUNNING|pipeline:{run_dir}",
+        f"69|69|PENDING|pipeline:{run_dir}",
+        "69|69|RUNNING|pipeline:/x",
+    )
+    for harmless in (mine, waits, other):
         (tmp_path / "queue").write_text(f"{harmless}|/elsewhere|(null)\n")
         assert ended(pretend())[0] == 0
 
