@@ -55,7 +55,8 @@ printf '%s\\n' "$@" >srun.args
 (until [[ $1 == bash || $# == 0 ]]; do shift; done; SLURM_PROCID=1 SLURMD_NODENAME=n2 TASK_PYTHON=fake-python "$@") >srun.task
 mkdir -p "$RUN_DIR/checkpoints"
 echo "step_$SRUN_STEP" >"$RUN_DIR/checkpoints/latest"
-echo "{\\"state\\": \\"$SRUN_STATE\\", \\"step\\": 1, \\"reason\\": \\"$SRUN_REASON\\", \\"step_s\\": ${SRUN_STEP_S:-null}}" >"$RUN_DIR/status.json"
+reason=$SRUN_REASON step_s=${SRUN_STEP_S:-null}
+echo "{\\"state\\": \\"$SRUN_STATE\\", \\"step\\": 1, \\"reason\\": \\"$reason\\", \\"step_s\\": $step_s}" >"$RUN_DIR/status.json"
 [[ -z ${SRUN_SAYS:-} ]] || echo -e "$SRUN_SAYS" >&2
 exit "${SRUN_EXIT:-0}"
 """
