@@ -3,6 +3,7 @@
 import errno
 
 EXIT_USER, EXIT_DIVERGED = 2, 3
+EXIT_NODE = 69  # a node is not fit to train on; EX_UNAVAILABLE of sysexits.h
 EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed, as a lost rank or a hang is no fault of it
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -35,6 +36,12 @@ class Diverged(Failure):
     """Training skipped too many steps in a row."""
 
     code = EXIT_DIVERGED
+
+
+class NodeFailed(Failure):
+    """A node is not fit to train on; the text names it. train.sbatch queues the job again without it."""
+
+    code = EXIT_NODE
 
 
 class Left(SystemExit):

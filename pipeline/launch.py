@@ -1,5 +1,5 @@
-"""Which rank of a run this process is, and where the ranks meet: from torchrun or, with one task
-per rank, from srun. No torch.
+"""Which rank of a run this process is: from torchrun or, with one task per rank, from srun. No
+torch.
 
 torchrun   RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE
 srun       SLURM_STEP_NUM_TASKS and others that srun sets. SLURM_NTASKS and SLURM_PROCID will not
@@ -14,22 +14,14 @@ import signal
 import socket
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
 from pipeline.errors import EXIT_USER, Left, UserError
 
-# The kernel assigns ports from 32768 on to outgoing connections.
-FIRST_PORT, PORTS, PORTS_PER_JOB = 20000, 12000, 16
 # Launchers kill the other ranks once one has exited, so those that stay silent exit later than the
 # one that reports.
 SILENCE_S = 10.0
-# Nodes may start minutes apart, because of a prolog or of a disk that is slow to load Python. The
-# first one waits longer.
-REACH_S = 120.0
-WELCOME_S = REACH_S + 60.0
-RETRY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -103,84 +95,6 @@ def leave_to_first() -> NoReturn:
 def _stay_silent() -> None:
     signal.signal(signal.SIGTERM, lambda *_: leave(EXIT_USER))
     time.sleep(SILENCE_S)
-
-
-def meeting_point() -> tuple[str, int]:
-    """The host and port at which rank 0 of a step waits for the others: by default on the step's
-    first node. Each start and each step of a job has its own port, in case the last one still holds
-    it.
-    """
-    host = os.environ.get("MASTER_ADDR") or first_host(os.environ["SLURM_STEP_NODELIST"])
-    own = _number("SLURM_RESTART_COUNT", 0) + _number("SLURM_STEP_ID", 0)
-    port = FIRST_PORT + (_number("SLURM_JOB_ID", 0) * PORTS_PER_JOB + own) % PORTS
-    return host, int(os.environ.get("MASTER_PORT") or port)
-
-
-def check_nodes(*, reach_s: float = REACH_S, welcome_s: float = WELCOME_S) -> None:
-    """Raises a UserError that names a node of srun's step which cannot resolve, or reach, the first
-    one. Before torch is imported, so that nodes are here soon: torch would wait for half an hour,
-    then name neither node.
-    """
-    place = _claimed()
-    if not place.by_srun:
-        return
-    host, port = meeting_point()
-    try:
-        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        # srun exits with the highest code of its tasks: 143 for one that SIGTERM ends while it starts.
-        time.sleep(RETRY_S)
-        wait_for_turn()  # the first node may not know its name either
-        raise UserError(
-            f"node {node_name()} cannot resolve {host!r}, where the ranks meet ({error.strerror}): "
-            "set MASTER_ADDR to an address of the first node that every node reaches"
-        ) from None
-    # One rank speaks for its node. Rank 0 listens on the port that torch's store takes next.
-    others = _number("SLURM_STEP_NUM_NODES", 1) - 1
-    if others and place.rank == 0:
-        _welcome(port, others, welcome_s)
-    elif others and place.local_rank == 0:
-        _reach(host, port, reach_s)
-
-
-def _welcome(port: int, guests: int, patience_s: float) -> None:
-    """Listen until so many nodes have connected. One that cannot connect reports that itself."""
-    deadline = time.monotonic() + patience_s
-    dual_stack = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual_stack else socket.AF_INET
-    try:
-        listener = socket.create_server(("", port), family=family, dualstack_ipv6=dual_stack)
-    except OSError as error:
-        raise UserError(
-            f"port {port} of node {node_name()} is unavailable ({error.strerror}): set MASTER_PORT to a free one"
-        ) from None
-    with listener:
-        for _ in range(guests):
-            listener.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                return
-            with connection, suppress(OSError):
-                connection.settimeout(RETRY_S)
-                connection.recv(1)  # the guest closes first: the side that does so keeps the port busy for a while
-
-
-def _reach(host: str, port: int, patience_s: float) -> None:
-    """Connect to the first node, retrying for so long."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001)).close()
-            return
-        except OSError as error:
-            if time.monotonic() + RETRY_S > deadline:
-                outlive_others()
-                raise UserError(
-                    f"node {node_name()} cannot reach {host}:{port}, where the ranks meet ({error}): set MASTER_ADDR to an "
-                    "address of the first node in a network that all nodes share, and open the nodes' ports to each other"
-                ) from None
-        time.sleep(RETRY_S)
 
 
 def first_host(nodes: str) -> str:

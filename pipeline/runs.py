@@ -2,6 +2,7 @@
 No torch.
 
 runs/<name>/config.toml           the resolved config
+            version.txt           the code that trained it last: release, commit, hash of the sources
             status.json           running, done, stopped or failed; step; why it ended
             metrics.jsonl         one row of numbers per logged step
             bad_steps.jsonl       one row per step that did not reach the weights
@@ -79,7 +80,7 @@ class RunFolder:
         self.config, self.status = path / "config.toml", path / "status.json"
         self.metrics, self.bad_steps = path / "metrics.jsonl", path / "bad_steps.jsonl"
         self.log, self.tensorboard = path / "log.txt", path / "tb"
-        self.save_now = path / "save-now"
+        self.save_now, self.version = path / "save-now", path / "version.txt"
 
     def write_status(self, status: Status) -> None:
         """Dated now. On a full disk the old file is overwritten: a reader finds how the run ended."""

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from math import ceil
 from pathlib import Path
 
 from pipeline.budget import accumulation_steps
@@ -15,14 +16,17 @@ from pipeline.errors import UserError
 from pipeline.files import holder
 from slurm import sbatch
 from slurm.doctor import Status, examine
-from slurm.job import Job, Script, ask
+from slurm.job import Job, Script, ask, queued, shown
+from slurm.starts import LEAST_WORK
 
+# From SLURM's start of a job to its first step: Python and torch from a shared disk, the ranks' meeting.
+START_UP_S = 60
 # How options start that --sbatch may not set because the checks rest on them, and the option that
 # sets them here.
 _BOTH = {f"{name}=": f"--{name}" for name in ("job-name", "cpus-per-task", "time", "partition", "account")}
 OF_TRAIN = {
-    **_BOTH, "nodes=": "--nodes", "ntasks": "RANKS_PER_NODE", "gpus": "--gpus-per-node", "gres=gpu": "--gpus-per-node",
-    "array=": "--array", "dependency=": "--after",
+    **_BOTH, "nodes=": "--nodes", "ntasks": "RANKS_PER_NODE", "gpus=": "--gpus-per-node", "gpus-per-node": "--gpus-per-node",
+    "gpus-per-socket": "--gpus-per-node", "array=": "--array", "dependency=": "--after",
 }  # fmt: skip
 OF_PREPARE = {**_BOTH, "nodes=": "--tasks", "array=": "--tasks"}
 
@@ -52,11 +56,31 @@ def job_faults(job: Job, own_options: dict[str, str], script: Script, dry_run: b
     for other in job.others:
         if instead := next((option for start, option in own_options.items() if other.startswith(start)), ""):
             yield f"--sbatch {other} is not allowed, because submit checks it: use {instead}"
-        elif not re.fullmatch(r"[a-z][a-z-]+=\S.*", other):
-            yield f"invalid --sbatch {other!r}: expected OPTION=VALUE, such as qos=long"
+        elif not re.fullmatch(r"[a-z][a-z-]+(=\S.*)?", other):
+            yield f"invalid --sbatch {other!r}: expected OPTION=VALUE or OPTION, such as qos=long or exclusive"
     # The script is ours, but a site may have changed it.
     yield from findings(script, Status.FAIL)
     yield from _partition_faults(job, script.cpus)
+    # SLURM takes an id that it does not know for that of a job which has succeeded.
+    state = shown(job.after).get("JobState", "") if job.after else ""
+    if re.match("UNKNOWN|BOOT_FAIL|CANCELLED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_M|TIMEOUT", state):
+        yield f"--after {job.after}: that job is {state.lower()}; name another, or none if it succeeded long ago"
+
+
+def start_faults(job: Job, script: Script) -> Iterator[str]:
+    """Tasks that a site's script has and nothing here counts on; a limit that start-up and the early
+    signal use up, so that each start would train for a few steps.
+    """
+    values, ranks = sbatch.values(script.text), job.ranks_per_node
+    if (tasks := values.get("ntasks-per-node", "1")) not in ("1", str(ranks)):
+        yield f"--ntasks-per-node={tasks} in the script, for {ranks} rank(s) a node: set it to 1, or that number"
+    limit_s, lead_s = sbatch.seconds(job.time) or 0, sbatch.early_signal(values.get("signal", "")).lead_s
+    least_s = ceil((START_UP_S + lead_s) / (1 - LEAST_WORK))
+    if lead_s < limit_s < least_s:  # up to the lead, that is its own fault
+        yield (
+            f"--time {job.time} leaves no time to train: {START_UP_S} s to start, the signal {lead_s} s before the end, "
+            f"and a tenth for training need {ceil(least_s / 60)} minutes"
+        )
 
 
 def findings(script: Script, status: Status) -> Iterator[str]:
@@ -106,21 +130,18 @@ def unwritable(folders: Iterable[Path]) -> Iterator[str]:
             yield f"cannot write to {folder}: no permission to write to {existing}; choose another folder"
 
 
-def duplicates(script: Script, runs: list[Config]) -> Iterator[str]:
-    """Another job, or another process, that does the same work."""
-    name = script.options.get("job-name", "")
-    command = ["squeue", "--all", "--noheader", f"--user={os.getuid()}", f"--name={name}", "--format=%A|%T|%Z"]
-    queue = ask(command) if name else ""
-    same = {tuple(line.split("|")[:2]) for line in queue.splitlines() if line.split("|")[2:] == [str(Path.cwd())]}
-    for job_id, state in sorted(same):
-        yield (
-            f"job {job_id}, named {name} and submitted from this folder, is already {state.lower()}: wait for it, "
-            f"scancel {job_id}, or choose another --job-name, and another run.name if it trains"
-        )
-    if not same:
-        for run in runs:
-            if holding := holder(run.run_dir):
-                yield f"{run.run_dir} is being written by {holding}: wait for it, or choose another run.name"
+def duplicates(folders: Iterable[Path]) -> Iterator[str]:
+    """Another job, or another process, that writes the same run or dataset, whatever it is called."""
+    jobs = list(queued())
+    for folder in folders:
+        same = [job for job in jobs if str(folder.absolute()) in job.folders]
+        for job in same[:1]:
+            yield (
+                f"job {job.job_id}, which is {job.state.lower()}, writes {folder}: wait for it, scancel {job.job_id}, "
+                "or choose another name"
+            )
+        if not same and (holding := holder(folder)):
+            yield f"{folder} is being written by {holding}: wait for it, or choose another name"
 
 
 def run_faults(config: Config, job: Job) -> Iterator[str]:

@@ -5,12 +5,18 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+from pipeline.config.load import config_from_arguments
 from pipeline.errors import UserError
 from pipeline.log import logger
 from slurm import sbatch
 
+# How a comment starts that names the folders of a job's runs.
+RUNS = "pipeline:"
 # The variables of a job's environment that hold for the cluster and not for that job alone.
 OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_WORKING_CLUSTER"}
 
@@ -21,25 +27,27 @@ class Job:
 
     time: str
     nodes: int = 1
-    gpus_per_node: str = "0"  # [TYPE:]N
+    gpus_per_node: str = ""  # [TYPE:]N
     cpus_per_task: int | None = None
     partition: str = ""
     account: str = ""
     job_name: str = ""
     array: str = ""
     after: str = ""  # the id of a job that has to succeed first
-    others: tuple[str, ...] = ()  # OPTION=VALUE, passed on to sbatch
+    others: tuple[str, ...] = ()  # OPTION or OPTION=VALUE, passed on to sbatch
+    folders: tuple[Path, ...] = ()  # of its runs or its dataset
 
     @property
     def options(self) -> dict[str, str]:
         """By sbatch's names."""
         every = {
-            "job-name": self.job_name, "nodes": str(self.nodes), "gpus-per-node": self.gpus_per_node if self.gpus else "",
+            "job-name": self.job_name, "nodes": str(self.nodes), "gpus-per-node": self.gpus_per_node.removeprefix("0"),
             "cpus-per-task": str(self.cpus_per_task or ""), "time": self.time, "partition": self.partition,
             "account": self.account, "array": self.array, "dependency": self.after and f"afterok:{self.after}",
             # Otherwise it would stay in the queue for ever once that job has failed, and block the
             # next attempt.
             "kill-on-invalid-dep": self.after and "yes",
+            "comment": comment_on(self.folders) if self.folders else "",
         }  # fmt: skip
         others = {name: value for name, _, value in (other.partition("=") for other in self.others)}
         return {name: value for name, value in every.items() if value} | others
@@ -47,10 +55,12 @@ class Job:
     @property
     def gpus(self) -> int:
         """GPUs on each node, of any type."""
-        count = sbatch.gpu_count(self.gpus_per_node)
+        requests = [gpus for gpus in (self.gpus_per_node, *map(sbatch.gpus_of, self.others)) if gpus]
+        if len(requests) != 1:
+            raise UserError(f"--gpus-per-node is given {len(requests)} times: give it, or gres=gpu:N, once; 0 for none")
+        count = sbatch.gpu_count(requests[0])
         if count is None:
-            given = self.gpus_per_node
-            raise UserError(f"invalid --gpus-per-node {given!r}: expected N or TYPE:N, such as 8 or h100:4")
+            raise UserError(f"invalid --gpus-per-node {requests[0]!r}: expected N or TYPE:N, such as 8 or h100:4")
         return count
 
     @property
@@ -88,7 +98,7 @@ class Script:
     def submit(self, *extra: str) -> str:
         """The job's id. Raises UserError with sbatch's reason."""
         # Also on the command line, because SBATCH_* variables override a script's own lines.
-        options = [f"--{name}={value}" for name, value in self.options.items()]
+        options = [sbatch.option(name, value) for name, value in self.options.items()]
         done = subprocess.run(
             ["sbatch", "--parsable", *options, *extra],
             input=self.text, env=_environment(), capture_output=True, text=True, check=False,
@@ -114,10 +124,47 @@ def fill(name: str, job: Job, arguments: list[str], lead_s: int = 0) -> Script:
     prologue = [
         "# Filled in by `pipeline submit`. sbatch's command line may add arguments after the file name.",
         f"export PYTHON={shlex.quote(python)}",
+        *(f"export {name}={shlex.quote(value)}" for name, value in os.environ.items() if name == "PIPELINE_SITE"),
         f'set -- {shlex.join(arguments)} "$@"',
         "",
     ]
     return Script(options, sbatch.fill(text, options, prologue))
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job in the queue, waiting or at work, and the folders of its runs or its dataset."""
+
+    job_id: str
+    array_id: str  # equal for the elements of an array; elsewhere the job's
+    state: str
+    folders: frozenset[str]
+
+
+def comment_on(folders: Iterable[Path]) -> str:
+    """By which other jobs recognise the runs of a job, whatever its name."""
+    return RUNS + ":".join(str(folder.absolute()) for folder in folders)
+
+
+def queued() -> Iterator[Queued]:
+    """Our jobs in the queue, of any user. Raises nothing: a queue that does not answer is empty."""
+    for line in ask(["squeue", "--all", "--noheader", "--format=%A|%F|%T|%k|%Z|%o"]).splitlines():
+        job_id, array_id, state, comment, folder, command = (line.split("|", 5) + [""] * 5)[:6]
+        if comment.startswith(RUNS):
+            yield Queued(job_id, array_id, state, frozenset(comment.removeprefix(RUNS).split(":")))
+        elif Path(command.partition(" ")[0]).name == "train.sbatch" and folder == str(Path.cwd()):
+            # `sbatch train.sbatch` by hand, which sets its comment once it starts.
+            words = re.sub(r"--(resume|stage)[= ]\S+", "", command.partition(" ")[2]).split()
+            with suppress(UserError):
+                yield Queued(job_id, array_id, state, frozenset([str(config_from_arguments(words).run_dir.absolute())]))
+
+
+def shown(job_id: str) -> dict[str, str]:
+    """What `scontrol show job` prints, such as JobState and Reason: UNKNOWN for a job that SLURM
+    does not have; empty where it does not answer.
+    """
+    text = ask(["bash", "-c", 'scontrol show job "$1" 2>&1', "bash", job_id])
+    return {"JobState": "UNKNOWN"} if "Invalid job id" in text else dict(re.findall(r"(\w+)=(\S+)", text))
 
 
 def ask(command: list[str]) -> str:

@@ -111,6 +111,18 @@ def gpu_count(value: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def gpus_of(other: str) -> str | None:
+    """What another option asks for in GPUs of a node that has one task: `gres=gpu:h100:2` or
+    `gpus-per-task=2`; None if it asks for none.
+    """
+    name, _, value = other.partition("=")
+    if name == "gres":
+        value = next((part for part in value.split(",") if re.match(r"gpu(:|$)", part)), "")
+        # A type or nothing stands for one of them.
+        return (value and (value.removeprefix("gpu:") if value[-1].isdigit() and ":" in value else "1")) or None
+    return value if name == "gpus-per-task" else None
+
+
 def elements(array: str) -> list[int]:
     """The indices of `--array` (0-7, 1,3,5 or 0-15:4), without a limit (%2); empty if invalid."""
     numbers: list[int] = []
@@ -128,6 +140,11 @@ def file_name(pattern: str, known: Mapping[str, str]) -> str:
     return re.sub("|".join(known), lambda match: known[match[0]], pattern)
 
 
+def option(name: str, value: str) -> str:
+    """An option as sbatch takes it, one without a value (`--exclusive`) too."""
+    return f"--{name}={value}" if value else f"--{name}"
+
+
 def find(name: str) -> Path:
     """One of our batch scripts, which are next to this file."""
     return Path(__file__).with_name(name)
@@ -143,7 +160,7 @@ def fill(text: str, options: Mapping[str, str], prologue: list[str]) -> str:
     commands = first_command(text) - 1
     head = lines[:commands]
     for name, value in options.items():
-        filled = f"#SBATCH --{name}={shlex.quote(value)}"
+        filled = f"#SBATCH {option(name, shlex.quote(value) if value else '')}"
         pattern = re.compile(rf"##?SBATCH --{re.escape(name)}(=|\s|$)")
         matches = [number for number, line in enumerate(head) if pattern.match(line)]
         active = [number for number in matches if head[number].startswith("#SBATCH")]

@@ -7,27 +7,32 @@ without a GPU and without importing torch.
 """
 
 import os
+import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
 from pipeline.budget import checkpoint_bytes, data_arithmetic, most_checkpoints, step_arithmetic
+from pipeline.config import site
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
-from pipeline.files import holder
 from pipeline.log import logger
 from pipeline.runs import RunFolder
 from slurm import checks, sbatch
 from slurm.doctor import Status
-from slurm.job import Job, Script, fill
+from slurm.job import Job, Script, ask, fill, shown
 
 # For exiting and the requeue, after the save.
 EXIT_S = 60
+# Reasons that end only if someone changes the job, or the rules; https://slurm.schedmd.com/job_reason_codes.html
+NEVER = re.compile(r"Invalid|NotAllowed|NeverSatisfied|BadConstraints|Partition(Time|Node)Limit|PerJob")
+LOOK_S = 1.0
 # A rank computes on one and reads ahead on another; the rest is for NCCL's threads and for saving.
 CORES_PER_GPU = 4
 
@@ -41,11 +46,12 @@ def train(arguments: list[str], *, config_arguments: list[str], stage: str | Non
     runs, faults = checks.configs(config_arguments, job.array)
     if stage is not None and not stage.startswith(("/", "$")):
         faults.append(f"invalid --stage {stage!r}: expected an absolute path on the nodes' disks, or '$VARIABLE'")
-    job = _completed(job, runs)
+    job = replace(_completed(job, runs), folders=tuple(run.run_dir for run in runs))
+    site.load()  # for its errors, which every script would have
     script = fill("train.sbatch", job, arguments, max(map(_measured_lead_s, runs), default=0))
     faults += checks.job_faults(job, checks.OF_TRAIN, script, dry_run)
-    faults += checks.unwritable([Path(), *(run.run_dir for run in runs)])
-    faults += checks.duplicates(script, runs)
+    faults += checks.start_faults(job, script)
+    faults += [*checks.unwritable([Path(), *job.folders]), *checks.duplicates(job.folders)]
     faults += (fault for run in _distinct(runs) for fault in checks.run_faults(run, job))
     _raise_or_warn(faults, script)
     if script.cpus < job.ranks_per_node:
@@ -57,6 +63,7 @@ def train(arguments: list[str], *, config_arguments: list[str], stage: str | Non
         sys.stdout.write(script.text)
         return
     job_id = script.submit()
+    _raise_if_stuck(job_id)
     dependency = f", and waits for job {job.after}: if that fails, SLURM cancels this one" if job.after else ""
     more = f" and {len(runs) - 1} more" if runs[1:] else ""
     _report(job_id, [
@@ -68,18 +75,18 @@ def train(arguments: list[str], *, config_arguments: list[str], stage: str | Non
     ])  # fmt: skip
 
 
-def prepare(arguments: list[str], *, dataset: Path, tasks: int, job: Job, dry_run: bool) -> None:
-    """Check a preparation job, then print its script or submit it; as an array, with the job that
-    joins and verifies.
+def prepare(arguments: list[str], *, dataset: Path, tasks: int, at_a_time: str, job: Job, dry_run: bool) -> None:
+    """Check a preparation job, then print its script or submit it; as an array, of which
+    `at_a_time` run together, with the job that joins and verifies.
 
     `arguments` are those of `pipeline prepare`, which has checked them.
     """
-    job = replace(job, job_name=job.job_name or dataset.name, array=f"0-{tasks - 1}" if tasks > 1 else "")
+    array = f"0-{tasks - 1}{at_a_time and f'%{at_a_time}'}" if tasks > 1 else ""
+    job = replace(job, job_name=job.job_name or dataset.name, array=array, gpus_per_node="0", folders=(dataset,))
+    site.load()
     script = fill("prepare.sbatch", job, arguments)
     faults = list(checks.job_faults(job, checks.OF_PREPARE, script, dry_run))
-    faults += [*checks.unwritable([Path(), dataset]), *checks.duplicates(script, [])]
-    if holding := holder(dataset):
-        faults.append(f"{dataset} is being written by {holding}: wait for it, or choose another --name")
+    faults += [*checks.unwritable([Path(), dataset]), *checks.duplicates([dataset])]
     _raise_or_warn(faults, script)
     logger.info("%d job(s) make %s, each for %s at a time", tasks, dataset, sbatch.format_time(job.time))
     if dry_run:
@@ -89,6 +96,7 @@ def prepare(arguments: list[str], *, dataset: Path, tasks: int, job: Job, dry_ru
             logger.info("then, with the id that sbatch prints: sbatch --dependency=afterany:JOB %s", command)
         return
     first_id = last_id = script.submit()
+    _raise_if_stuck(first_id)
     lines = [f"job {first_id} ({job.job_name}) is in the queue", f"follow   tail -F {script.log(first_id)}"]
     if tasks > 1:
         merge = fill("merge.sbatch", replace(job, array="", job_name=f"{job.job_name}-merge"), [str(dataset)])
@@ -126,6 +134,18 @@ def _raise_or_warn(faults: list[str], script: Script) -> None:
         raise UserError("; ".join(dict.fromkeys(faults)))  # two runs may have the same fault
     for warning in checks.findings(script, Status.WARN):
         logger.warning("warning: %s", warning)
+
+
+def _raise_if_stuck(job_id: str) -> None:
+    """Cancels a job that SLURM accepted, and a second later says it will never start."""
+    time.sleep(LOOK_S)
+    job = shown(job_id)
+    if NEVER.search(reason := job.get("Reason", "")) and job.get("JobState") in ("PENDING", "CANCELLED"):
+        ask(["scancel", job_id])
+        raise UserError(
+            f"job {job_id} was cancelled, because it would wait forever: SLURM's reason is {reason}; check --account, "
+            "--partition, --time, --nodes and --after, and --sbatch qos=..."
+        )
 
 
 def _report(job_id: str, lines: list[str]) -> None:

@@ -41,14 +41,14 @@ ORDER = {
         "options", "preparation", "run",
     ),
     "train": (
-        "data", "optimizer", "parallel", "replicas", "resume", "spikes", "evaluation", "metrics", "preview", "stop", "saving",
-        "trainer", "memory", "run",
+        "data", "nodes", "optimizer", "parallel", "replicas", "resume", "spikes", "evaluation", "metrics", "preview", "stop",
+        "saving", "trainer", "memory", "run",
     ),
     "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
     "score": ("options", "loss", "harness", "tables", "run"),
     "observe": ("tables", "shared_documents", "sample", "quality", "inspect", "verify"),
     "export": ("options", "model_card", "gguf", "run"),
-    "slurm": ("sbatch", "doctor", "job", "checks", "submit"),
+    "slurm": ("sbatch", "doctor", "job", "starts", "checks", "submit"),
 }  # fmt: skip
 # Code lines a package may hold: without blanks, comments and docstrings. Of prepare a quarter more than it was given (3,300):
 # twice as many formats, listings that count what they pass over, a journal by file that survives sources which change.
@@ -58,7 +58,8 @@ CEILINGS = {
 # Rooms of `pipeline` that answer before torch is there; and the whole of prepare.
 WITHOUT_TORCH = (
     "pipeline.errors", "pipeline.log", "pipeline.files", "pipeline.config", "pipeline.launch", "pipeline.budget",
-    "pipeline.runs", "pipeline.vocabulary", "pipeline.dataset", "pipeline.machine.gpus", "prepare", "slurm",
+    "pipeline.runs", "pipeline.vocabulary", "pipeline.dataset", "pipeline.machine.gpus", "pipeline.machine.meeting", "prepare",
+    "slurm",
 )  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -29,6 +29,7 @@ from train import parallel, resume
 from train.data.staging import stage
 from train.memory import explained
 from train.metrics import FileMetrics, Metrics
+from train.nodes import check_nodes, code_version
 from train.preview import Preview
 from train.replicas import check_replicas
 from train.stop import StopRequest
@@ -72,6 +73,7 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
     # that means nothing.
     world.check_agreement("the dataset", mixture.fingerprint)
     world.check_agreement("the config", to_dict(config))
+    check_nodes(world)
     if stage_to is not None:
         mixture = stage(mixture, config, world, into=stage_to, dry_run=dry_run)
     mesh = parallel.mesh_of(config.parallel.strategy, world)
@@ -221,5 +223,9 @@ def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
     # Now: the best may be one of those just set aside.
     trainer.checkpoints.best_val_loss = choose_best(folder.checkpoints, trainer.config.eval.tokens)
     metrics = FileMetrics(folder, trainer.step, trainer.config.log.tensorboard)
+    version = code_version()
+    if folder.version.exists() and (before := folder.version.read_text().strip()) != version:
+        logger.info("note: trained until now by code %s, from here on by %s", before, version)
+    write_atomic(folder.version, f"{version}\n".encode())
     write_atomic(folder.config, to_toml(trainer.config).encode())
     return metrics

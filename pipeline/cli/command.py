@@ -15,8 +15,8 @@ from typing import Any, get_args, get_origin
 
 import click
 
-from pipeline import launch
 from pipeline.errors import EXIT_INTERRUPTED
+from pipeline.machine import meeting
 
 # A field's line of help, or what differs from its own name and type as click calls it, and `flag`.
 Shown = str | dict[str, Any]
@@ -92,7 +92,7 @@ class Command(Page):
     def invoke(self, ctx: click.Context) -> Any:
         if self.on_ranks:
             # Before a stage imports torch, which takes minutes from a shared disk.
-            launch.check_nodes()
+            meeting.check_nodes()
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -121,6 +121,8 @@ class Group(Page, click.Group):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[str]] = {}
         for name, command in self.commands.items():
+            if command.hidden:
+                continue
             assert isinstance(command, Page) and command.help
             groups.setdefault(command.heading, []).append(f"{name:<12} {command.help.splitlines()[0]}")
         for heading, lines in groups.items():

@@ -1,9 +1,14 @@
 """The commands that submit SLURM jobs: submit train, submit prepare."""
 
+import logging
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
+from pipeline import log
 from pipeline.cli import data, training
 from pipeline.cli.command import Argument, Command, Group, Shown
 
@@ -13,7 +18,10 @@ JOB: dict[str, Shown] = {
     "cpus_per_task": {"type": AT_LEAST_1, "help": "Cores of each node; by default the script's, at least 4 for each GPU."},
     "partition": "Partition to run in.",
     "account": "Account to charge.",
-    "others": {"flag": "--sbatch", "metavar": "OPTION=VALUE", "help": "Another option of sbatch (qos=long); may be repeated."},
+    "others": {
+        "flag": "--sbatch", "metavar": "OPTION[=VALUE]",
+        "help": "Another option of sbatch (qos=long, exclusive); may be repeated.",
+    },
 }  # fmt: skip
 # Options that are not ours are arguments: those of the command that the job runs.
 PASSED_ON = {"ignore_unknown_options": True}
@@ -33,7 +41,7 @@ def submit() -> None:
     | {
         # Required, although a job has a default: on a cluster each is somebody's decision.
         "nodes": {"type": AT_LEAST_1, "required": True, "help": "Number of nodes."},
-        "gpus_per_node": {"metavar": "[TYPE:]N", "required": True, "help": "GPUs of each node, 0 for none."},
+        "gpus_per_node": {"metavar": "[TYPE:]N", "help": "GPUs of each node, 0 for none; or --sbatch gres=gpu:N."},
         "array": {"metavar": "IDS", "help": "Several runs: 0-7, 1,3,5 or 0-15%4; %a in arguments is the number of each."},
         "after": {"metavar": "JOB", "help": "Wait until this job has succeeded; its dataset need not exist yet."},
         "job_name": "By default the run's name.",
@@ -65,9 +73,11 @@ def train(options: Any, arguments: tuple[str, ...], dry_run: bool) -> None:
 @click.argument(
     "arguments", cls=Argument, metavar="SOURCE... [OPTION]...", nargs=-1, required=True, help="As for pipeline prepare."
 )
-@click.option("--tasks", type=AT_LEAST_1, default=1, metavar="N", help="Jobs to share it; one more joins their parts.")
+@click.option(
+    "--tasks", default="1", metavar="N[%M]", help="Jobs to share it, M at a time; one more joins their parts."
+)
 @dry_run_option
-def prepare(options: Any, arguments: tuple[str, ...], tasks: int, dry_run: bool) -> None:
+def prepare(options: Any, arguments: tuple[str, ...], tasks: str, dry_run: bool) -> None:
     """Submit a preparation, or several jobs that share a dataset.
 
     The number of the job that ends last goes to stdout.
@@ -75,5 +85,30 @@ def prepare(options: Any, arguments: tuple[str, ...], tasks: int, dry_run: bool)
     from prepare.run import check_before
     from slurm.submit import prepare as submit_preparation
 
-    dataset = check_before(data.prepare.parse(arguments)["options"], tasks)
-    submit_preparation(list(arguments), dataset=dataset, tasks=tasks, job=options, dry_run=dry_run)
+    parts = re.fullmatch(r"([1-9]\d*)(?:%([1-9]\d*))?", tasks)
+    if parts is None:
+        raise click.BadParameter(f"expected N or N%M, got {tasks!r}", param_hint="--tasks")
+    dataset = check_before(data.prepare.parse(arguments)["options"], int(parts[1]))
+    submit_preparation(
+        list(arguments), dataset=dataset, tasks=int(parts[1]), at_a_time=parts[2] or "", job=options, dry_run=dry_run
+    )
+
+
+@click.command(hidden=True)
+@click.argument("question", type=click.Choice(["site", "begin", "end"]))
+@click.argument("arguments", nargs=-1)
+def batch(question: str, arguments: tuple[str, ...]) -> None:
+    """What the batch scripts ask on a node, where the exit code is the answer: `site`, `begin RUN_DIR
+    JOB RESTARTS`, `end RUN_DIR JOB CODE ENDED`.
+    """
+    from pipeline.config import site
+    from pipeline.runs import RunFolder
+    from slurm import starts
+
+    if question == "site":
+        click.echo(site.shell(site.load()), nl=False)
+        return
+    log.logger.handlers[0].setFormatter(logging.Formatter("train.sbatch: %(message)s"))
+    folder, (job, text, *ended) = RunFolder(Path(arguments[0])), arguments[1:]
+    number = int(text)
+    sys.exit(starts.end(folder, job, number, ended == ["yes"]) if ended else starts.begin(folder, job, number))

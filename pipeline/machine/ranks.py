@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -23,6 +24,7 @@ from pipeline.errors import EXIT_USER, UserError, as_failure, code_of, reason_of
 from pipeline.launch import Placement
 from pipeline.log import logger
 from pipeline.machine.device import memory_failure, pick_device
+from pipeline.machine.meeting import Meeting, meeting
 from pipeline.machine.watch import START_S, Watch
 
 # Logged before the ranks meet: one of them is often why they meet at one site and hang at another.
@@ -143,7 +145,7 @@ def _join(place: Placement, device: torch.device, timeout: datetime.timedelta) -
     settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(NETWORK_SETTINGS)]
     if settings:
         logger.info("%d ranks over %s, with %s", place.size, backend, " ".join(settings))
-    store = _srun_store(place, timeout) if place.by_srun else _torchrun_store(place, timeout)
+    store = _srun_store(place, meeting(), timeout) if place.by_srun else _torchrun_store(place, timeout)
     # NCCL's flight recorder, which the watch prints after a hang: the last 2,000 collectives.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     # Longer than the watch waits, as that can name the rank that is late.
@@ -192,18 +194,19 @@ def _torchrun_store(place: Placement, timeout: datetime.timedelta) -> Store:
     return PrefixStore(f"start {start}", store)
 
 
-def _srun_store(place: Placement, timeout: datetime.timedelta) -> Store:
+def _srun_store(place: Placement, meeting: Meeting, timeout: datetime.timedelta) -> Store:
     """The same if srun started the ranks: rank 0 hosts it. Raises UserError if they cannot meet."""
-    host, port = launch.meeting_point()
-    logger.info("waiting for %d ranks of srun at %s:%d", place.size, host, port)
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"  # IPv6 in brackets
+    # The socket of the meeting, which has held the port since.
+    listener = None if meeting.listener is None else meeting.listener.detach()
     try:
-        store: Store = next(rendezvous(f"tcp://{address}", place.rank, place.size, timeout=timeout))[0]
-        return store
+        return TCPStore(
+            meeting.host, meeting.port, world_size=place.size, is_master=place.rank == 0, timeout=timeout,
+            multi_tenant=True, master_listen_fd=listener,
+        )  # fmt: skip
     except dist.DistError as error:
         raise UserError(
-            f"the ranks cannot meet at {host}:{port} ({str(error).splitlines()[0]}): set MASTER_ADDR to an address of the "
-            "first node that every node reaches, MASTER_PORT to a port that is free there"
+            f"the ranks cannot meet at {meeting.host}:{meeting.port} ({str(error).splitlines()[0]}): set MASTER_ADDR to an "
+            "address of the first node that every node reaches"
         ) from None
 
 

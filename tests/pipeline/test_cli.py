@@ -164,7 +164,7 @@ def test_an_option_that_is_not_given_has_the_stages_default_and_a_list_may_be_re
 
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_what_runs_on_ranks_checks_the_nodes_before_torch_is_imported(command: str) -> None:
-    code = f"from pipeline import launch\nlaunch.check_nodes = lambda: print('checked')\n{HELP}"
+    code = f"from pipeline.machine import meeting\nmeeting.check_nodes = lambda: print('checked')\n{HELP}"
     done = python("-c", code, command, *(["--print-run-dir"] if command == "train" else ["--split", "test"]))
     assert done.stdout.splitlines()[0] == "checked"
 

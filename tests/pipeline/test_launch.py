@@ -1,17 +1,14 @@
-"""Which rank a process is, and where ranks meet: tables of what launchers set, and steps of srun on a real two-node SLURM."""
+"""Which rank a process is: tables of what launchers set, and steps of srun on a real two-node SLURM."""
 
 import os
 import shlex
 import signal
-import socket
 import subprocess
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from slurm_cluster import Cluster, free_ports, write_config
+from slurm_cluster import Cluster, write_config
 from torch.distributed import HashStore
 
 from pipeline import launch
@@ -149,19 +146,6 @@ def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
     assert launch.first_host(nodes) == first
 
 
-def test_the_meeting_point_is_the_first_node_and_the_users_word_goes_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    started(monkeypatch, step(9, "8(x2)", 1, 1))
-    host, port = launch.meeting_point()
-    assert host == "n1"
-    # Below 32768, where the kernel's begin, and another one for each step and start.
-    assert port == 20000 + (70 * 16 + 3) % 12000
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert launch.meeting_point() == ("n1", port + 1)
-    monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    assert launch.meeting_point() == ("10.0.0.7", 29500)
-
-
 def test_tasks_that_srun_bound_to_cores_do_not_share_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr("torch.set_num_threads", taken.append)
@@ -205,6 +189,7 @@ def test_a_rank_of_srun_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch, seen:
     monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
     monkeypatch.setattr("torch.cuda.set_device", taken.append)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("pipeline.machine.ranks.meeting", lambda: None)
     monkeypatch.setattr("pipeline.machine.ranks._srun_store", lambda *_: HashStore())
     started(monkeypatch, step(11, "8(x2)", 1, 3))
     world = distributed.start("auto")
@@ -258,87 +243,6 @@ def test_a_node_without_its_gpus_is_named_and_the_cpu_may_be_asked_for(
         UserError, match=r"^SLURM allocated 8 GPU\(s\) to this job on n2, .*--exclude=n2, or set run.device=cpu"
     ):
         distributed.start("auto")
-
-
-# --- nodes that find each other ---
-
-
-def meet(monkeypatch: pytest.MonkeyPatch, address: str, nodes: int = 3, **patience: float) -> list[str]:
-    """What each node's first rank reports where `nodes` nodes start, the first one last; empty if it is satisfied."""
-    port = str(free_ports(1)[0])
-    monkeypatch.setenv("SLURM_STEP_NUM_NODES", str(nodes))
-    monkeypatch.setenv("SLURMD_NODENAME", "n7")
-    monkeypatch.setattr(launch, "meeting_point", lambda: (address, int(port)))
-    monkeypatch.setattr(launch, "outlive_others", lambda: None)
-
-    here = threading.local()
-
-    def check(node: int) -> str:
-        here.node = node
-        try:
-            launch.check_nodes(**patience)
-        except UserError as error:
-            return str(error).replace(port, "PORT")
-        return ""
-
-    # A node is a thread here.
-    monkeypatch.setattr(launch, "_claimed", lambda: Placement(here.node, nodes, 0, 1, by_srun=True))
-    with ThreadPoolExecutor(nodes) as pool:
-        return list(pool.map(check, reversed(range(nodes))))
-
-
-def test_nodes_that_start_in_any_order_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert meet(monkeypatch, "127.0.0.1") == [""] * 3
-    assert meet(monkeypatch, "localhost", nodes=2) == [""] * 2
-
-
-@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
-def test_nodes_and_ranks_that_reach_each_other_by_ipv6_alone_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert meet(monkeypatch, "::1", nodes=2, reach_s=10.0, welcome_s=10.0) == [""] * 2
-    with ThreadPoolExecutor(2) as pool:
-        stores = list(pool.map(distributed._srun_store, [Placement(rank, 2, by_srun=True) for rank in (1, 0)]))
-    stores[0].set("from", "rank 1")
-    assert stores[1].get("from") == b"rank 1"
-
-
-def test_a_node_that_cannot_be_reached_is_named_with_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_welcome", lambda *_: None)
-    reached = meet(monkeypatch, "127.0.0.1", nodes=2, reach_s=0.2)
-    assert reached[1] == ""
-    assert reached[0].startswith("node n7 cannot reach 127.0.0.1:PORT, where the ranks meet (")
-    assert "refused" in reached[0] and "set MASTER_ADDR" in reached[0]
-
-
-def test_a_first_node_that_does_not_resolve_is_named_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object, **__: object) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", fails)
-    monkeypatch.setattr(launch, "wait_for_turn", lambda: None)
-    for report in meet(monkeypatch, "a01", nodes=2):
-        assert report.startswith(
-            "node n7 cannot resolve 'a01', where the ranks meet (Name or service not known): set MASTER"
-        )
-
-
-def test_the_first_node_does_not_wait_for_ever_for_a_node_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_reach", lambda *_: None)
-    assert meet(monkeypatch, "127.0.0.1", nodes=2, welcome_s=0.2) == [""] * 2
-
-
-def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURMD_NODENAME", "n7")
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=rf"^port {port} of node n7 is unavailable .*in use"):
-            launch._welcome(port, 1, 1.0)
-
-
-def test_a_process_that_srun_did_not_start_looks_for_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "meeting_point", lambda: pytest.fail("looked"))
-    for variables in ({}, BATCH, ONE_TASK, TORCHRUN | step(1, "1(x2)", 1, 0)):
-        started(monkeypatch, variables)
-        launch.check_nodes()
 
 
 # --- a real SLURM ---

@@ -1,13 +1,16 @@
 """The batch scripts: their directives, and their decisions against stand-ins for SLURM's commands."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -46,31 +49,42 @@ def test_the_directives_that_saving_and_requeueing_rest_on_are_there() -> None:
 
 FAKE_SRUN = """#!/bin/bash
 env >srun.env
+[[ -z ${SRUN_SLEEP:-} ]] || { : >srun.args; sleep "$SRUN_SLEEP"; }
 printf '%s\\n' "$@" >srun.args
 # What a task would run: srun's options up to "bash", then the command.
-(until [[ $1 == bash || $# == 0 ]]; do shift; done; PYTHON=fake-python "$@") >srun.task
+(until [[ $1 == bash || $# == 0 ]]; do shift; done; SLURM_PROCID=1 SLURMD_NODENAME=n2 TASK_PYTHON=fake-python "$@") >srun.task
 mkdir -p "$RUN_DIR/checkpoints"
 echo "step_$SRUN_STEP" >"$RUN_DIR/checkpoints/latest"
-echo "{\\"state\\": \\"$SRUN_STATE\\", \\"step\\": 1, \\"reason\\": \\"$SRUN_REASON\\"}" >"$RUN_DIR/status.json"
+reason=$SRUN_REASON step_s=${SRUN_STEP_S:-null}
+echo "{\\"state\\": \\"$SRUN_STATE\\", \\"step\\": 1, \\"reason\\": \\"$reason\\", \\"step_s\\": $step_s}" >"$RUN_DIR/status.json"
+[[ -z ${SRUN_SAYS:-} ]] || echo -e "$SRUN_SAYS" >&2
 exit "${SRUN_EXIT:-0}"
 """
 # A rank that gets the warning signal before it handles it.
 FAKE_PYTHON = """#!/bin/bash
 kill -USR2 $$
 echo "$@"
+[[ -z ${RANK_SAYS:-} ]] || echo "$RANK_SAYS" >&2
 """
 FAKE_SCONTROL = """#!/bin/bash
 case $1 in
     show) if [[ ${SCONTROL_FAILS:-} ]]; then exit 1; fi ;;&
+    show) if [[ $2 == job ]]; then echo "JobState=${JOB_STATE:-RUNNING} Partition=all NumNodes=2 ExcNodeList=(null)"; exit; fi ;;&
     show) if [[ $2 == node ]]; then echo "   NodeAddr=localhost NodeHostName=$3 Version=22.05.8"; else echo n1; echo n2; fi ;;
     requeue) if [[ ${NO_REQUEUE:-} ]]; then exit 1; fi; echo "$2" >>requeued ;;
+    update) echo "$*" >>updated ;;
 esac
+"""
+FAKE_SINFO = """#!/bin/bash
+printf '%s\\n' ${NODES:-n1 n2 n3}
 """
 FAKE_SQUEUE = """#!/bin/bash
 if [[ ${SQUEUE_FAILS:-} ]]; then exit 1; fi
 case "$*" in
     *PreemptTime*) echo "${PREEMPTED:-N/A}   " ;;
     *%K*) echo "${ARRAY_INDEX:-N/A}" ;;
+    *%o*) cat queue 2>/dev/null ;;
+    *%k*) echo "(null)" ;;
     *) [[ $SLURM_TIME_FORMAT == standard ]] && end=2030-01-01T00:00:00; echo "${end:-00:00}  ${STARTS:-0} " ;;
 esac
 """
@@ -81,7 +95,14 @@ def pretend(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     """Starts a batch script as SLURM would, in `tmp_path`; srun, scontrol and squeue are stand-ins steered by variables."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    stand_ins = {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "squeue": FAKE_SQUEUE, "fake-python": FAKE_PYTHON}
+    stand_ins = {
+        "srun": FAKE_SRUN,
+        "scontrol": FAKE_SCONTROL,
+        "squeue": FAKE_SQUEUE,
+        "sinfo": FAKE_SINFO,
+        "fake-python": FAKE_PYTHON,
+    }
+    stand_ins["scancel"] = "#!/bin/bash\n"
     for name, text in stand_ins.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
@@ -117,6 +138,18 @@ Pretend = Callable[..., "subprocess.Popen[str]"]
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
     _, errors = process.communicate(timeout=60)
     return process.returncode, errors
+
+
+def start_of(run_dir: Path) -> dict[str, Any]:
+    """What the folder of a run says about the last start of its job."""
+    found: dict[str, Any] = json.loads((run_dir / "slurm.json").read_text())
+    return found
+
+
+def exclusions(folder: Path) -> list[str]:
+    """What SLURM was asked to keep the job away from."""
+    path = folder / "updated"
+    return [line for line in path.read_text().splitlines() if "ExcNodeList" in line] if path.exists() else []
 
 
 def requeued(folder: Path) -> list[str]:
@@ -248,15 +281,159 @@ def test_an_array_element_has_its_own_run_and_requeues_only_itself(pretend: Pret
     assert code == 0 and errors.count(f"{tmp_path}/my runs/seed-3-of-3") == 1
     assert requeued(tmp_path) == ["70_3"]
     assert (tmp_path / "srun.args").read_text().splitlines()[-4:-1] == ["tiny.toml", "run.seed=3", "run.dir=my runs"]
-    assert (tmp_path / "my runs" / "seed-3-of-3" / "slurm-progress").read_text() == "none 0\n"
+    assert (
+        start_of(tmp_path / "my runs" / "seed-3-of-3").items()
+        >= {"job": "70_3", "checkpoint": "none", "stalled": 0}.items()
+    )
 
 
-@pytest.mark.parametrize("code", ["2", "3", "1"])
-def test_a_failure_is_not_requeued_and_keeps_its_exit_code(pretend: Pretend, tmp_path: Path, code: str) -> None:
-    found, errors = ended(pretend(SRUN_STATE="failed", SRUN_EXIT=code))
-    assert found == int(code)
+KILLED = "srun: error: n2: task 1: Killed"
+ENDED_BY_SRUN = "srun: error: n1: tasks 0-3: Terminated"
+
+
+@pytest.mark.parametrize(
+    ("says", "srun_code", "code"),
+    [
+        ("", 2, 2),
+        ("", 3, 3),
+        ("", 143, 143),  # scancel --signal=TERM before training handles it
+        (ENDED_BY_SRUN, 143, 143),
+        ("", 130, 130),
+        (f"srun: error: n1: task 0: Exited with exit code 2\n{ENDED_BY_SRUN}", 143, 2),
+        (f"{ENDED_BY_SRUN}\nsrun: error: n1: tasks 0-1: Exited with exit code 3", 143, 3),
+        ("srun: error: n2: task 1: Exited with exit code 1\nsrun: error: n1: task 0: Exited with exit code 2", 2, 2),
+    ],
+)
+def test_an_error_of_the_user_and_a_divergence_are_not_requeued_and_keep_their_exit_code(
+    pretend: Pretend, tmp_path: Path, says: str, srun_code: int, code: int
+) -> None:
+    """srun itself exits with the highest code: 143, of the tasks that it ended after the first failure."""
+    found, errors = ended(pretend(SRUN_STATE="failed", SRUN_EXIT=str(srun_code), SRUN_SAYS=says))
+    assert found == code
     assert f"error: training failed (exit code {code}) and is not requeued" in errors
     assert requeued(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("says", "srun_code", "told"),
+    [
+        (f"{KILLED}\n{ENDED_BY_SRUN}", 143, "task 1 on n2: Killed"),
+        (
+            "srun: error: n2: task 1: Out Of Memory\nsrun: error: n1: task 0: Exited with exit code 2",
+            143,
+            "Out Of Memory",
+        ),
+        ("srun: error: n1: task 0: Exited with exit code 1", 1, "task 0 on n1: Exited with exit code 1"),
+        ("srun: error: n2: tasks 2-3: Aborted (core dumped)", 134, "tasks? 2-3 on n2: Aborted"),
+        ("srun: error: n2: task 3: Exited with exit code 137", 137, "task 3 on n2: "),
+        ("", 1, "exit code 1"),
+    ],
+    ids=["killed", "host memory", "exception", "NCCL abort", "killed inside", "srun says nothing"],
+)
+def test_a_crash_is_requeued_from_the_last_checkpoint(
+    pretend: Pretend, tmp_path: Path, says: str, srun_code: int, told: str
+) -> None:
+    _, errors = ended(pretend(SRUN_STATE="failed", SRUN_EXIT=str(srun_code), SRUN_SAYS=says, SRUN_STEP="7"))
+    assert requeued(tmp_path) == ["70"]
+    assert re.search(rf"error: training crashed \(.*{told}.*\), saved step_7: requeueing job 70", errors), errors
+    assert exclusions(tmp_path) == []
+
+
+def test_crashes_without_progress_end_with_the_exit_code_of_the_crash(pretend: Pretend, tmp_path: Path) -> None:
+    crash = {"SRUN_STATE": "failed", "SRUN_EXIT": "1", "SRUN_STEP": "5"}
+    codes = [ended(pretend(STARTS=str(start), **crash))[0] for start in range(3)]
+    assert codes == [0, 0, 1] and requeued(tmp_path) == ["70", "70"]  # the first made step 5, the others nothing
+    assert "2 starts in a row made no checkpoint" in ended(pretend(STARTS="2", **crash))[1]
+
+
+def test_a_node_that_ended_two_starts_is_excluded_from_the_third(pretend: Pretend, tmp_path: Path) -> None:
+    for start in range(2):
+        _, errors = ended(
+            pretend(STARTS=str(start), SRUN_STATE="failed", SRUN_EXIT="137", SRUN_SAYS=KILLED, SRUN_STEP=str(start + 1))
+        )
+        assert ("excluded for job 70: n2" in errors) == (start == 1)
+    assert exclusions(tmp_path) == ["update JobId=70 ExcNodeList=n2"]
+    # Of another job nothing is known.
+    ended(pretend(STARTS="0", SRUN_STATE="failed", SRUN_EXIT="137", SRUN_SAYS=KILLED, SRUN_STEP="9"))
+    assert len(exclusions(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RuntimeError: CUDA error: uncorrectable ECC error encountered",
+        "NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus.",
+        "error: node n2 failed its check: 7 of 8 GPUs",
+    ],
+    ids=["ECC", "Xid", "check"],
+)
+def test_a_node_whose_hardware_is_broken_is_excluded_at_once(pretend: Pretend, tmp_path: Path, line: str) -> None:
+    """Though the first task that failed was another node's."""
+    says = "srun: error: n1: task 0: Exited with exit code 1"
+    _, errors = ended(pretend(SRUN_STATE="failed", SRUN_EXIT="1", SRUN_SAYS=says, RANK_SAYS=line))
+    log = (tmp_path / "runs" / "tiny" / "ranks" / "rank-1.log").read_text()
+    assert log.splitlines() == ["--- start 0 of job 70 on n2", line] or line in log
+    assert "excluded for job 70: n2" in errors and requeued(tmp_path) == ["70"]
+
+
+def test_a_node_without_which_the_job_could_not_start_is_not_excluded(pretend: Pretend, tmp_path: Path) -> None:
+    _, errors = ended(pretend(SRUN_STATE="failed", SRUN_EXIT="1", RANK_SAYS="uncorrectable ECC error", NODES="n1 n2"))
+    assert "warning: n2 failed, but partition all has no other node for the job" in errors
+    assert requeued(tmp_path) == ["70"] and exclusions(tmp_path) == []
+
+
+@pytest.mark.parametrize("state", ["NODE_FAIL", "PENDING"])
+def test_a_job_that_slurm_ends_itself_is_not_said_to_be_over(pretend: Pretend, tmp_path: Path, state: str) -> None:
+    """A node died: SLURM queues the job again, and srun's failure is not the last word."""
+    code, errors = ended(pretend(SRUN_STATE="running", SRUN_EXIT="1", SRUN_STEP="7", JOB_STATE=state))
+    assert code == 1 and requeued(tmp_path) == []
+    assert f"SLURM ended this start ({state}), saved step_7: a requeued job resumes from it" in errors
+    assert "not requeued" not in errors
+
+
+def test_a_signal_to_the_script_is_seen_before_it_says_that_the_run_is_over(pretend: Pretend, tmp_path: Path) -> None:
+    process = pretend(SRUN_STATE="stopped", SRUN_REASON="SIGTERM", SRUN_SLEEP="3")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "srun.args").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, errors = ended(process)
+    assert code == 0 and "SLURM ended this start (SIGTERM), saved step_1" in errors
+    assert "not requeued" not in errors and requeued(tmp_path) == []
+
+
+def test_a_start_that_trains_for_a_small_part_of_its_time_counts_as_stalled(pretend: Pretend, tmp_path: Path) -> None:
+    """One step of a tenth of a second for each start-up of seconds: checkpoints alone would be progress."""
+    for start in range(3):
+        code, errors = ended(pretend(STARTS=str(start), SRUN_STEP=str(start + 1), SRUN_STEP_S="0.000001"))
+        if code:
+            break
+    assert (code, start) == (65, 1)
+    assert "2 starts in a row" in errors and "trained for less than a tenth of their time" in errors
+    for start in range(3):  # a step takes most of the time
+        assert ended(pretend(STARTS=str(start), SRUN_STEP=str(10 * start + 10), SRUN_STEP_S="60"))[0] == 0
+    # A single step in each start may be one that compiled for a minute.
+    codes = [ended(pretend(STARTS=str(start), SRUN_STEP=str(start + 40), SRUN_STEP_S="60"))[0] for start in range(3)]
+    assert codes[:2] == [0, 0] and codes[2] == 65
+
+
+def test_a_second_job_on_a_run_touches_nothing(pretend: Pretend, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "tiny"
+    (tmp_path / "queue").write_text(f"69|69|RUNNING|pipeline:{run_dir}|/elsewhere|(null)\n")
+    code, errors = ended(pretend())
+    assert (code, errors.splitlines()) == (
+        2,
+        [f"train.sbatch: error: {run_dir} is being trained by job 69: wait for it, or choose another run.name"],
+    )
+    assert not run_dir.exists()
+    mine, waits, other = (
+        f"70|70|RUNNING|pipeline:{run_dir}",
+        f"69|69|PENDING|pipeline:{run_dir}",
+        "69|69|RUNNING|pipeline:/x",
+    )
+    for harmless in (mine, waits, other):
+        (tmp_path / "queue").write_text(f"{harmless}|/elsewhere|(null)\n")
+        assert ended(pretend())[0] == 0
 
 
 @pytest.mark.slow
@@ -289,9 +466,9 @@ def test_without_the_nodes_names_the_job_ends(pretend: Pretend, tmp_path: Path) 
 @pytest.mark.slow
 def test_two_starts_in_a_row_without_a_new_checkpoint_end_the_chain(pretend: Pretend, tmp_path: Path) -> None:
     codes = [ended(pretend(STARTS=str(start), SRUN_STEP="5"))[0] for start in range(4)]
-    # Start 0 made step 5, starts 1 and 2 nothing new.
-    assert codes == [0, 0, 0, 65]
-    assert len(requeued(tmp_path)) == 3
+    # Start 0 made step 5, starts 1 and 2 nothing new; one that SLURM itself requeued would end at its start.
+    assert codes == [0, 0, 65, 65]
+    assert len(requeued(tmp_path)) == 2
     # A new job begins the count anew; so does progress.
     assert [ended(pretend(SRUN_STEP="6"))[0], ended(pretend(STARTS="1"))[0]] == [0, 0]
-    assert (tmp_path / "runs" / "tiny" / "slurm-progress").read_text() == "step_6 0\n"
+    assert start_of(tmp_path / "runs" / "tiny").items() >= {"checkpoint": "step_6", "stalled": 0}.items()

@@ -40,7 +40,7 @@ name=$(basename "$0")
 cat "$name.rows" 2>/dev/null
 [[ " $* " != *" --all "* ]] || cat "$name.hidden" 2>/dev/null
 """
-JOB = Job(time="24:00:00", nodes=2)
+JOB = Job(time="24:00:00", nodes=2, gpus_per_node="0")
 
 
 @pytest.fixture
@@ -48,12 +48,14 @@ def site(tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureF
     """A folder to submit from, with a dataset, a config and stand-ins for SLURM's commands."""
     commands = tiny / "bin"
     commands.mkdir()
-    for name, text in (("sbatch", FAKE_SBATCH), ("squeue", FAKE_LIST), ("sinfo", FAKE_LIST)):
+    for name, text in (("sbatch", FAKE_SBATCH), ("squeue", FAKE_LIST), ("sinfo", FAKE_LIST), ("scontrol", FAKE_LIST)):
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     (tiny / "tiny.toml").write_text(to_toml(tiny_config(tiny, run={"name": "run"})))
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    for name in ("PYTHON", "RANKS_PER_NODE", "SBATCH_PARTITION"):
+    monkeypatch.setattr(submit, "LOOK_S", 0.0)
+    monkeypatch.setenv("HOME", str(tiny))  # no site file of this machine's user
+    for name in ("PIPELINE_SITE", "PYTHON", "RANKS_PER_NODE", "SBATCH_PARTITION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tiny)
     # The command line sets the log up for itself; undone after the test.
@@ -243,21 +245,113 @@ def test_other_options_of_sbatch_go_into_the_script_and_onto_the_command_line(
     [
         ("time=60", "is not allowed, because submit checks it: use --time"),
         ("dependency=afterok:7", "is not allowed, because submit checks it: use --after"),
-        ("gpus-per-task=1", "is not allowed, because submit checks it: use --gpus-per-node"),
-        ("gres=gpu:h100:4", "is not allowed, because submit checks it: use --gpus-per-node"),
+        ("gpus=8", "is not allowed, because submit checks it: use --gpus-per-node"),
+        ("gpus-per-socket=1", "is not allowed, because submit checks it: use --gpus-per-node"),
         ("ntasks-per-node=8", "is not allowed, because submit checks it: use RANKS_PER_NODE"),
-        *((other, "") for other in ("--qos=long", "exclusive", "qos=", "qos=a\nhostname")),
+        *((other, "") for other in ("--qos=long", "qos=", "qos=a\nhostname", "exclusive user")),
     ],
 )
 def test_an_option_that_submit_sets_itself_or_cannot_read_is_refused(site: Path, other: str, told: str) -> None:
     with pytest.raises(UserError) as error:
         submitted(["tiny.toml"], replace(JOB, others=(other,)), dry_run=True)
-    wanted = f"--sbatch {other} {told}" if told else f"invalid --sbatch {other!r}: expected OPTION=VALUE, such as qos="
+    wanted = (
+        f"--sbatch {other} {told}" if told else f"invalid --sbatch {other!r}: expected OPTION=VALUE or OPTION, such as"
+    )
     assert str(error.value).startswith(wanted)
     submitted(["tiny.toml"], replace(JOB, others=("gres=nvme:1", "time-min=10")), dry_run=True)
 
 
-@pytest.mark.parametrize("gpus", ["-1", "all", "h100:", "h100", "a:1,b:1", "8.0", ""])
+@pytest.mark.parametrize(
+    ("other", "ranks", "option"),
+    [
+        ("gres=gpu:2", 2, {"gres": "gpu:2"}),
+        ("gres=nvme:1,gpu:h100:4", 4, {"gres": "nvme:1,gpu:h100:4"}),
+        ("gres=gpu", 1, {"gres": "gpu"}),
+        ("gpus-per-task=4", 4, {"gpus-per-task": "4"}),
+        ("gpus-per-task=h100:2", 2, {"gpus-per-task": "h100:2"}),
+    ],
+)
+def test_gpus_may_be_asked_for_as_the_site_has_it(
+    site: Path, capsys: pytest.CaptureFixture[str], other: str, ranks: int, option: dict[str, str]
+) -> None:
+    job = replace(JOB, gpus_per_node="", others=(other, "exclusive"))
+    assert (job.gpus, job.ranks) == (ranks, 2 * ranks)
+    submitted(["tiny.toml", "train.tokens_per_step=1024"], job, dry_run=True)
+    script = capsys.readouterr().out
+    assert options(script).items() >= (option | {"exclusive": ""}).items() and "gpus-per-node" not in options(script)
+    assert "#SBATCH --exclusive\n" in script
+    assert faults(["tiny.toml"], replace(job, gpus_per_node="2")).startswith("--gpus-per-node is given 2 times")
+    assert faults(["tiny.toml"], replace(JOB, gpus_per_node="")).startswith("--gpus-per-node is given 0 times: give it")
+
+
+def test_tasks_of_a_changed_script_that_are_not_the_ranks_are_told(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "slurm" / "train.sbatch").read_text()
+    (site / "train.sbatch").write_text(text.replace("--ntasks-per-node=1", "--ntasks-per-node=4"))
+    monkeypatch.setattr(sbatch, "find", lambda name: site / name)
+    assert faults(["tiny.toml"]) == (
+        "--ntasks-per-node=4 in the script, for 1 rank(s) a node: set it to 1, or that number"
+    )
+    submitted(["tiny.toml", "train.tokens_per_step=256"], replace(JOB, gpus_per_node="4"), dry_run=True)
+
+
+def test_a_time_limit_that_start_up_and_signal_use_up_is_told(site: Path) -> None:
+    """Jobs of two minutes with the signal at 85 s trained one step a start."""
+    told = faults(["tiny.toml"], replace(JOB, time="2", others=("signal=USR2@85",)))
+    assert told == (
+        "--time 2 leaves no time to train: 60 s to start, the signal 85 s before the end, and a tenth for training need 3 minutes"
+    )
+    assert "need 7 minutes" in faults(["tiny.toml"], replace(JOB, time="6"))
+    submitted(["tiny.toml"], replace(JOB, time="7"), dry_run=True)
+    submitted(["tiny.toml"], replace(JOB, time="3", others=("signal=USR2@85",)), dry_run=True)
+
+
+FAKE_SCONTROL = """#!/bin/bash
+cat "shown.$3" 2>/dev/null || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("shown", "stuck"),
+    [
+        ("JobState=PENDING Reason=InvalidAccount", True),
+        ("JobState=PENDING Reason=QOSMaxWallDurationPerJobLimit", True),
+        ("JobState=CANCELLED Reason=DependencyNeverSatisfied", True),
+        ("JobState=PENDING Reason=PartitionTimeLimit", True),
+        ("JobState=PENDING Reason=Priority", False),
+        ("JobState=PENDING Reason=Dependency", False),
+        ("JobState=PENDING Reason=Resources", False),
+        ("JobState=RUNNING Reason=None", False),
+    ],
+)
+def test_a_reason_of_the_queue_that_never_ends_is_told_a_second_later(
+    site: Path, capsys: pytest.CaptureFixture[str], shown: str, stuck: bool
+) -> None:
+    for name, text in (("scontrol", FAKE_SCONTROL), ("scancel", '#!/bin/bash\necho "$@" >scancel.args\n')):
+        (site / "bin" / name).write_text(text)
+        (site / "bin" / name).chmod(0o755)
+    (site / "shown.42").write_text(f"JobId=42 JobName=run\n   {shown} Dependency=(null)\n")
+    if stuck:
+        assert faults(["tiny.toml"], dry_run=False).startswith(
+            f"job 42 was cancelled, because it would wait forever: SLURM's reason is {shown.rpartition('=')[2]}; check"
+        )
+        assert (site / "scancel.args").read_text() == "42\n"
+    else:
+        submitted(["tiny.toml"], JOB, dry_run=False)
+        assert capsys.readouterr().out == "42\n"
+
+
+def test_a_job_to_wait_for_that_never_was_or_has_failed_is_told(site: Path) -> None:
+    (site / "bin" / "scontrol").write_text(FAKE_SCONTROL)
+    (site / "bin" / "scontrol").chmod(0o755)
+    (site / "shown.17").write_text("JobId=17\n   JobState=FAILED Reason=NonZeroExitCode\n")
+    assert faults(["tiny.toml"], replace(JOB, after="16")).startswith("--after 16: that job is unknown; name another")
+    assert faults(["tiny.toml"], replace(JOB, after="17")).startswith("--after 17: that job is failed; name another")
+    for state in ("PENDING", "RUNNING", "COMPLETED"):
+        (site / "shown.17").write_text(f"JobId=17\n   JobState={state} Reason=None\n")
+        submitted(["tiny.toml"], replace(JOB, after="17"), dry_run=True)
+
+
+@pytest.mark.parametrize("gpus", ["-1", "all", "h100:", "h100", "a:1,b:1", "8.0"])
 def test_gpus_are_a_number_of_a_type_or_of_any(site: Path, gpus: str) -> None:
     assert faults(["tiny.toml"], replace(JOB, gpus_per_node=gpus)) == (
         f"invalid --gpus-per-node {gpus!r}: expected N or TYPE:N, such as 8 or h100:4"
@@ -279,7 +373,9 @@ def test_each_rank_has_cores_and_a_user_who_asks_for_fewer_is_warned(
 
 
 def test_everything_wrong_is_told_at_once(site: Path) -> None:
-    told = faults(["tiny.toml", "data.dataset=other", "run.device=cuda"], Job(time="1:2:3:4", nodes=3))
+    told = faults(
+        ["tiny.toml", "data.dataset=other", "run.device=cuda"], Job(time="1:2:3:4", nodes=3, gpus_per_node="0")
+    )
     for part in (
         "invalid --time '1:2:3:4': expected minutes, h:mm:ss or d-hh:mm:ss; for a day, write 24:00:00 (line ",
         "train.tokens_per_step=128 does not divide: one micro-batch of every rank is micro_batch_size 2 x block_size 16 x 3",
@@ -319,9 +415,12 @@ def test_a_walltime_within_the_lead_time_is_told(site: Path) -> None:
         (replace(JOB, partition="gpus"), "unknown partition gpus: expected one of short, long"),
         (replace(JOB, partition="long,big"), "unknown partition big: expected one of short, long"),
         (JOB, "--time 24:00:00 is over the limit of partition short, 30:00"),
-        (Job(time="10", nodes=8, partition="long"), "--nodes 8 is more than the 4 of partition long"),
         (
-            Job(time="10", nodes=2, cpus_per_task=17, partition="long"),
+            Job(time="10", nodes=8, gpus_per_node="0", partition="long"),
+            "--nodes 8 is more than the 4 of partition long",
+        ),
+        (
+            Job(time="10", nodes=2, gpus_per_node="0", cpus_per_task=17, partition="long"),
             "--cpus-per-task 17 is more than the 16 of a node of partition long",
         ),
     ],
@@ -340,19 +439,31 @@ def test_a_hidden_partition_takes_jobs_too_and_the_default_stays(
     submitted(["tiny.toml"], replace(JOB, partition="private"), dry_run=True)
     assert options(capsys.readouterr().out)["partition"] == "private"
     assert faults(["tiny.toml"]) == "--time 24:00:00 is over the limit of partition short, 30:00"
-    (site / "squeue.hidden").write_text(f"7|PENDING|{site}\n")
-    assert "job 7, named run and submitted from this folder, is already pending" in faults(
+    (site / "squeue.hidden").write_text(f"7|7|PENDING|pipeline:{site}/runs/run|/else|(null)\n")
+    assert f"job 7, which is pending, writes {site}/runs/run" in faults(
         ["tiny.toml"], replace(JOB, partition="private")
     )
 
 
-def test_a_run_that_is_in_the_queue_or_at_work_is_told(site: Path) -> None:
-    (site / "squeue.rows").write_text(f"7|PENDING|{site}\n7|PENDING|{site}\n8|RUNNING|/elsewhere\n")
-    told = faults(["tiny.toml"])
-    assert told.startswith(
-        "job 7, named run and submitted from this folder, is already pending: wait for it, scancel 7, or"
-    )
-    assert "8" not in told
+def test_a_run_that_is_in_the_queue_or_at_work_is_told_by_its_folder_and_not_its_name(site: Path) -> None:
+    """Whatever the other job is called, and wherever it was submitted; one by hand, by its command."""
+    run = site / "runs" / "run"
+    for row in (
+        f"7|7|PENDING|pipeline:{run}|/elsewhere|(null)",
+        f"7|5|RUNNING|pipeline:/other:{run}|/elsewhere|(null)",
+        f"7|7|PENDING|(null)|{site}|/home/me/slurm/train.sbatch tiny.toml --resume must optimizer.lr=1",
+    ):
+        (site / "squeue.rows").write_text(f"{row}\n")
+        told = faults(["tiny.toml"], replace(JOB, job_name="another"))
+        assert re.match(rf"job 7, which is (pending|running), writes {run}: wait for it, scancel 7, or choose", told)
+    for row in (
+        "8|8|RUNNING|pipeline:/elsewhere/runs/run|/elsewhere|(null)",
+        f"8|8|RUNNING|mine|{site}|/home/me/slurm/train.sbatch tiny.toml run.name=other",
+        f"8|8|RUNNING|(null)|{site}|/home/me/job.sh tiny.toml",
+        f"8|8|RUNNING|(null)|{site}|/home/me/slurm/train.sbatch nonsense=",
+    ):
+        (site / "squeue.rows").write_text(f"{row}\n")
+        submitted(["tiny.toml"], replace(JOB, job_name="run"), dry_run=True)
     (site / "squeue.rows").unlink()
     with one_writer(site / "runs" / "run"):
         assert "runs/run is being written by process" in faults(["tiny.toml"])
@@ -454,6 +565,7 @@ def test_a_preparation_is_submitted_with_its_own_options(
         (["stdlib", "--tasks", "4", "--force"], "--force cannot be combined with --tasks"),
         (["-"], "--task-id and stdin (-) cannot be submitted"),
         (["stdlib", "--time", "x"], "invalid --time 'x': expected minutes"),
+        (["stdlib", "--tasks", "8%"], "Invalid value for --tasks: expected N or N%M, got '8%'"),
         ([], "Missing argument 'SOURCE... [OPTION]...'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -603,10 +715,7 @@ def test_a_submitted_run_ends_done_and_the_printed_script_is_taken(
     job = done.stdout.strip()
     assert f"tail -F submitted-{job}.out" in done.stderr
     twice = run_program("submit", "train", *given, cwd=cluster.folder)
-    assert (
-        twice.returncode == 2
-        and f"error: job {job}, named submitted and submitted from this folder, is " in twice.stderr
-    )
+    assert twice.returncode == 2 and f"error: job {job}, which is " in twice.stderr
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
     assert status_of(config.run_dir) == ("done", 30)
 
