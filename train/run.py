@@ -26,12 +26,12 @@ from pipeline.machine.watch import Fault
 from pipeline.model.language_model import LanguageModel
 from pipeline.runs import RunFolder, State
 from train import parallel, resume
+from train.checks.nodes import check_nodes, code_version
+from train.checks.replicas import check_replicas
 from train.data.staging import stage
 from train.memory import explained
 from train.metrics import FileMetrics, Metrics
-from train.nodes import check_nodes, code_version
 from train.preview import Preview
-from train.replicas import check_replicas
 from train.stop import StopRequest
 from train.trainer import Trainer
 

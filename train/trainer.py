@@ -24,13 +24,13 @@ from pipeline.model.sharding import whole
 from pipeline.runs import Position, RunFolder
 from pipeline.vocabulary.specs import from_spec
 from train import parallel
+from train.checks.replicas import check_replicas
 from train.data.batches import Prefetcher, model_inputs
 from train.evaluation import Evaluation, ValLoss
 from train.metrics import LiveStatus, Metrics, Row, Throughput, val_columns
 from train.optimizer.groups import build_optimizer
 from train.optimizer.schedule import learning_rate
 from train.preview import Preview, Previews
-from train.replicas import check_replicas
 from train.saving import Checkpoints
 from train.spikes import Outcome, StepGuard, StepResult
 from train.stop import StopRequest

@@ -26,7 +26,7 @@ def evaluation_texts(name: str) -> Iterator[tuple[int, str]]:
     """
     try:
         is_task = name.endswith(TASK_SUFFIX) or not (format_of(name) or "/" in name or Path(name).exists())
-        files = None if is_task else open_files(name, Reading())
+        files = None if is_task else open_files(name, Reading(), set())
         if not name or not (is_task or files):  # an unset shell variable is not the working folder
             raise UserError("no such file")
         rows = (row for path in files.paths for row in _file_rows(str(path))) if files else _task_rows(name)

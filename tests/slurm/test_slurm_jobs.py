@@ -215,8 +215,8 @@ def test_a_node_that_is_lost_is_not_the_end_of_the_run(cluster: Cluster, long_cu
 BROKEN = """
 import os
 if os.environ.get("SLURMD_NODENAME") == "n1" and "SLURM_STEP_ID" in os.environ:
-    import train.nodes
-    train.nodes.faults_here = lambda world: iter(["7 GPU(s) where SLURM allocated 8"])
+    import train.checks.nodes
+    train.checks.nodes.faults_here = lambda world: iter(["7 GPU(s) where SLURM allocated 8"])
 """
 
 

@@ -16,7 +16,7 @@ from pipeline.config.load import to_toml
 from pipeline.errors import NodeFailed
 from pipeline.launch import Placement
 from pipeline.machine.ranks import World
-from train import nodes
+from train.checks import nodes
 from train.run import run
 
 ALONE = World(**vars(Placement()), device=torch.device("cpu"))

@@ -12,7 +12,7 @@ from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
-from train.replicas import check_replicas, parameter_hashes
+from train.checks.replicas import check_replicas, parameter_hashes
 from train.run import run
 
 SMALL = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)

@@ -60,8 +60,9 @@ def _refuse(world: World, nodes: list[str], fault: str) -> None:
     """If any rank has a fault, every rank exits."""
     faults = {node: why for node, why in zip(nodes, world.gather(fault), strict=True) if why}
     if faults:
-        world.leave_to(0, EXIT_NODE)
-        raise NodeFailed("; ".join(f"node {node} failed its check: {why}" for node, why in faults.items()))
+        reason = "; ".join(f"node {node} failed its check: {why}" for node, why in faults.items())
+        world.leave_to(0, EXIT_NODE, reason)
+        raise NodeFailed(reason)
 
 
 def faults_here(world: World) -> Iterator[str]:
