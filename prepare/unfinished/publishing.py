@@ -53,9 +53,11 @@ def finish_publishing(journal: Journal) -> None:
     if manifest.exists():
         # One that lists nothing of ours is another program's, and stays.
         manifest.rename(journal.folder / "replaced.json" if ours else dataset / f"{MANIFEST_NAME}.replaced")
-    for name in ours - {path.name for path in staged}:
+    # After a kill in between, some of the new files stand here already, perhaps under old names: the
+    # record, which moves last, knows all of them.
+    for name in ours - _recorded(journal):
         (dataset / name).unlink(missing_ok=True)
-    for path in staged:
+    for path in sorted(staged, key=lambda path: path.name == RECORD_NAME):
         path.rename(dataset / path.name)
     sync(dataset)
     (journal.staged / MANIFEST_NAME).rename(manifest)
@@ -84,6 +86,13 @@ def check_free(journal: Journal, names: Iterable[str]) -> set[str]:
                 f"{path} is in the way and was not written by `pipeline prepare`: move it elsewhere, or choose another --name"
             )
     return ours
+
+
+def _recorded(journal: Journal) -> set[str]:
+    """The files of the dataset that is being published."""
+    staged = journal.staged / RECORD_NAME
+    record = staged if staged.exists() else journal.dataset / RECORD_NAME
+    return {RECORD_NAME, *json.loads(record.read_bytes())["files"]}
 
 
 def _staged(journal: Journal) -> list[Path]:
