@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.text import Text
 
+from observe.quality import Sampled, describe_quality, show_quality
+from observe.sample import NO_DOCUMENTS, documents_of, smallest
 from observe.tables import cell, open_console, plain_table
 from pipeline.budget import parameters
 from pipeline.dataset.scan import Advance, DocumentFinder, blocks, each_shard, entropy_nats
@@ -28,6 +30,7 @@ from pipeline.vocabulary.tokenizer import TokenIds, Tokenizer
 BEGINNINGS = 3  # documents of which the beginning is shown
 BEGINNING_IDS, BEGINNING_CHARACTERS = 200, 300
 FREQUENT = 10  # tokens
+SAMPLE_IDS = 8192  # of a sampled document: 4 million ids are decoded and looked at in 2 s
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
 
 
@@ -52,12 +55,13 @@ class Counts:
     `ids` (vocab_size + 1,): how often each id occurs, last those outside the vocabulary.
     `lengths`: documents by length; n ids have fewer than sqrt(2n) different ones, so it is small.
     A document that two shards share counts as two, but `prepare` splits none.
-    `first`: shard, start and length of the first documents.
+    `first`: shard, start and length of the first documents; `sample`: see `observe.sample`.
     """
 
     ids: npt.NDArray[np.int64]
     lengths: Counter[int] = field(default_factory=Counter)
     first: list[tuple[Shard, int, int]] = field(default_factory=list)
+    sample: npt.NDArray[Any] = field(default_factory=NO_DOCUMENTS.copy)
 
 
 def describe_dataset(path: Path) -> dict[str, Any]:
@@ -72,15 +76,31 @@ def describe_dataset(path: Path) -> dict[str, Any]:
         tokenizer = from_spec(manifest.tokenizer, folder)
     except UserError as error:
         note = str(error)
-    splits = {}
-    for split, counts in count_splits(folder, manifest).items():
+    splits, counted = {}, count_splits(folder, manifest)
+    for split, counts in counted.items():
         splits[split] = describe_counts(counts, tokenizer)
         splits[split]["shards"] = len(manifest.splits[split])
         splits[split]["beginnings"] = [describe_beginning(folder, manifest, found, tokenizer) for found in counts.first]
     recorded = ("program", "dtype", "end_of_text", "sources", "options", "val_rule", "skipped", "unusual", "statistics")
     identity = {"kind": "shard"} if path.is_file() else {"kind": "dataset", "fingerprint": manifest.fingerprint}
     described = {"path": str(path), **identity, "note": note, "tokenizer": vocabulary(manifest.tokenizer)}
-    return described | {name: getattr(manifest, name) for name in recorded} | {"splits": splits}
+    described |= {name: getattr(manifest, name) for name in recorded} | {"splits": splits}
+    split = "train" if "train" in splits else next(iter(splits))
+    if tokenizer is None:
+        return described
+    sample = read_sample(folder, manifest, split, counts=counted[split], tokenizer=tokenizer)
+    return described | {"quality": describe_quality(split, sample, splits[split]["documents"])}
+
+
+def read_sample(folder: Path, manifest: Manifest, split: str, counts: Counts, tokenizer: Tokenizer) -> list[Sampled]:
+    """The sampled documents that the vocabulary can decode, of long ones the beginning."""
+    sample = []
+    for _, key, number, start, length in counts.sample.tolist():
+        shard = manifest.splits[split][number]
+        ids = map_shard(folder, manifest, shard)[start : start + min(length, SAMPLE_IDS)].tolist()
+        if (text := decode(tokenizer, ids)) is not None:
+            sample.append(Sampled(shard.file, start, text, key))
+    return sample
 
 
 def vocabulary(spec: dict[str, Any]) -> dict[str, Any]:
@@ -95,16 +115,17 @@ def count_splits(folder: Path, manifest: Manifest) -> dict[str, Counts]:
     with ProgressReport("inspect", tokens * np.dtype(manifest.dtype).itemsize / 1e6, "MB") as report:
         for split, shards in manifest.splits.items():
             splits[split] = counts = Counts(np.zeros(manifest.tokenizer["vocab_size"] + 1, dtype=np.int64))
-            for found in each_shard(shards, report, partial(count_shard, folder, manifest)):
+            for found in each_shard(shards, report, partial(count_shard, folder, manifest, shards)):
                 counts.ids += found.ids
                 counts.lengths.update(found.lengths)
                 counts.first = [*counts.first, *found.first][:BEGINNINGS]
+                counts.sample = smallest(counts.sample, found.sample)
     return splits
 
 
-def count_shard(folder: Path, manifest: Manifest, shard: Shard, advance: Advance) -> Counts:
-    """Read every id of a shard."""
-    vocab_size = manifest.tokenizer["vocab_size"]
+def count_shard(folder: Path, manifest: Manifest, shards: list[Shard], shard: Shard, advance: Advance) -> Counts:
+    """Read every id of one of a split's shards."""
+    vocab_size, number = manifest.tokenizer["vocab_size"], shards.index(shard)
     counts, finder = Counts(np.zeros(vocab_size + 1, dtype=np.int64)), DocumentFinder(manifest)
     for block in blocks(folder / shard.file, manifest.header_bytes):
         ids: TokenIds = np.frombuffer(block, manifest.dtype)
@@ -114,6 +135,9 @@ def count_shard(folder: Path, manifest: Manifest, shard: Shard, advance: Advance
         # Millions of documents have a few thousand lengths: counted in numpy, added in Python.
         different, times = np.unique(lengths, return_counts=True)
         counts.lengths.update(dict(zip(different.tolist(), times.tolist(), strict=True)))
+        # Mapped anew for each block: one mapping of a large shard would keep all pages in memory.
+        mapped: TokenIds = np.asarray(map_shard(folder, manifest, shard))
+        counts.sample = smallest(counts.sample, documents_of(number, mapped, starts, lengths))
         missing = BEGINNINGS - len(counts.first)
         positions = zip(starts[:missing].tolist(), lengths[:missing].tolist(), strict=True)
         counts.first += [(shard, start, length) for start, length in positions]
@@ -122,6 +146,9 @@ def count_shard(folder: Path, manifest: Manifest, shard: Shard, advance: Advance
     if length:  # the last document of a foreign shard may lack its end-of-text
         counts.lengths[length] += 1
         counts.first.append((shard, start, length))
+        mapped = np.asarray(map_shard(folder, manifest, shard))
+        last = documents_of(number, mapped, np.array([start]), np.array([length]))
+        counts.sample = smallest(counts.sample, last)
     return counts
 
 
@@ -215,7 +242,7 @@ def show(description: dict[str, Any]) -> None:
     config: dict[str, dict[str, Any]] = description.get("config", {})
     facts, figures = plain_table(), plain_table("", *splits)
     for name, value in {**description, **config}.items():
-        if name not in ("splits", "config") and value not in ({}, [], "", None):
+        if name not in ("splits", "config", "quality") and value not in ({}, [], "", None):
             facts.add_row(cell(name), cell(value))
     columns = [
         {name: value for name, value in split.items() if not isinstance(value, dict | list)}
@@ -234,3 +261,5 @@ def show(description: dict[str, Any]) -> None:
         for number, beginning in enumerate(split["beginnings"], start=1):
             text = beginning["ids"] if beginning["text"] is None else beginning["text"]
             console.print(Text(f"\n{name}, document {number} of {beginning['tokens']:,} tokens: "), cell(text), sep="")
+    if "quality" in description:
+        show_quality(console, description["quality"])

@@ -20,6 +20,7 @@ from observe.shared_documents import DocumentIndex
 from observe.tables import format_list
 from pipeline.dataset.scan import Advance, DocumentFinder, Positions, blocks, each_shard
 from pipeline.dataset.shards import (
+    LISTING_NAME,
     MANIFEST_NAME,
     SPLITS,
     Manifest,
@@ -161,7 +162,7 @@ class Verification:
         except UserError as error:
             self.faults.append(str(error))
         vocabulary = vocabulary_file(self.manifest.tokenizer["name"])
-        known = {MANIFEST_NAME, vocabulary, *(shard.file for shard in self.shards)}
+        known = {MANIFEST_NAME, LISTING_NAME, vocabulary, *(shard.file for shard in self.shards)}
         strays = sorted(path.name for path in self.folder.iterdir() if path.name not in known and path.name[0] != ".")
         if strays and set(SPLITS) <= self.manifest.splits.keys():
             self.remarks.append(f"not in the manifest: {format_list(strays)}")

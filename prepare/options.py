@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 from pipeline.errors import UserError, one_line
+from prepare.encoding.contamination import evaluation_record
 from prepare.encoding.vocabulary import check_name
 from prepare.sources.names import has_splits
 from prepare.storage.files import shown
@@ -38,6 +40,8 @@ class PrepareOptions:
     seed: int = 0
     dedup: bool = False
     bad_rows: str | None = None
+    near_dedup: bool = False
+    decontaminate: tuple[str, ...] = ()
     task_id: int | None = None
     tasks: int | None = None
     force: bool = False
@@ -78,6 +82,8 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
     for name in ("workers", "limit_docs", "shard_tokens"):
         if (count := getattr(options, name)) is not None and count < 1:
             yield f"invalid --{name.replace('_', '-')} {count}: expected at least 1"
+    if options.near_dedup and find_spec("rensa") is None:
+        yield "--near-dedup requires the package rensa: pip install 'gpt-pipeline[dedup]'"
     if options.bad_rows not in (None, *BAD_ROWS):
         yield f"invalid --bad-rows {options.bad_rows!r}: expected {' or '.join(BAD_ROWS)}"
     if not 0 <= options.seed < 1 << 64:
@@ -104,7 +110,10 @@ def _task_faults(options: PrepareOptions) -> Iterator[str]:
 def choices(options: PrepareOptions) -> dict[str, Any]:
     """The options that determine the bytes of the dataset, as they were given."""
     chosen = replace(options, tokenizer=shown(check_name(options.tokenizer)))
-    return {name: getattr(chosen, name) for name in DETERMINE_BYTES}
+    # Of evaluation texts the content counts: a task, or a file, may change under its name. What is
+    # off is null, as in a dataset from before it could be on.
+    new = {"near_dedup": options.near_dedup or None, "decontaminate": evaluation_record(options.decontaminate) or None}
+    return {name: getattr(chosen, name) for name in DETERMINE_BYTES} | new
 
 
 def settled(chosen: dict[str, Any], file_bytes: int | None) -> dict[str, Any]:

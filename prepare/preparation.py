@@ -10,11 +10,12 @@ from typing import Any
 
 from pipeline.dataset.shards import MANIFEST_NAME, SPLITS, load_manifest
 from pipeline.errors import UserError
-from pipeline.files import hash_file
+from pipeline.files import hash_file, write_atomic
 from pipeline.log import logger
 from pipeline.vocabulary.tokenizer import Tokenizer, token_dtype
 from prepare import documents, units
 from prepare.encoding import pieces
+from prepare.encoding.contamination import NGRAMS_FILE, evaluation_ngrams
 from prepare.encoding.encode import load
 from prepare.encoding.vocabulary import is_file, learn_from, learns_from_corpus, open_vocabulary
 from prepare.options import PrepareOptions, choices, settled
@@ -75,6 +76,8 @@ class Preparation:
         snapshot = self._resume(earlier) if earlier else None
         if earlier is None or snapshot is None:
             earlier, snapshot = self._new_plan()
+        if self.options.decontaminate:  # the same for every task and every start
+            write_atomic(self.journal.folder / NGRAMS_FILE, evaluation_ngrams(self.options.decontaminate).tobytes())
         return replace(earlier, options=settled(earlier.options, self.corpus.file_bytes())), snapshot
 
     def _snapshot(self, unit_bytes: int) -> Snapshot:

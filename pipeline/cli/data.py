@@ -38,6 +38,11 @@ def _source_kinds() -> str:
         "bad_rows": "Broken rows, such as lines that are not JSON: skip any number, or stop at the first (skip or stop); "
         "by default up to 0.1 % of the rows are skipped.",
         "dedup": "Leave out exact duplicates of earlier documents.",
+        "near_dedup": "Leave out documents nearly equal to an earlier one (MinHash).",
+        "decontaminate": {
+            "metavar": "TASK|FILE",
+            "help": "Leave out documents that contain evaluation texts: of an lm-eval task, or a file; repeatable.",
+        },
         "task_id": "Number of this job, from 0, among --tasks; by default SLURM's array index.",
         "tasks": "Jobs that share the dataset; by default the size of SLURM's array.",
         "force": "Replace a dataset of the same name, finished or not.",

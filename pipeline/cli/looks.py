@@ -17,7 +17,8 @@ GROUP = "Looking"
 def inspect(path: Path, json: bool) -> None:
     """Show what is in a dataset, shard or checkpoint.
 
-    Of token ids: counts, lengths, frequent tokens, and how some documents begin.
+    Of token ids: counts, lengths, frequent tokens, how some documents begin, and the quality of the
+    text.
     """
     from observe.inspect import run
 

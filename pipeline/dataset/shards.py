@@ -28,6 +28,7 @@ from pipeline.vocabulary.tokenizer import token_dtype
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+LISTING_NAME = "decontaminated.jsonl"  # the documents that --decontaminate left out
 SPLITS = foreign.SPLITS
 AFTER_EACH_DOCUMENT = foreign.END_OF_TEXT_STANDS[foreign.NANOGPT]
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
-from pipeline.dataset.shards import SPLITS, Manifest, Shard
+from pipeline.dataset.shards import LISTING_NAME, SPLITS, Manifest, Shard
 from pipeline.errors import UserError
-from pipeline.files import hash_file
+from pipeline.files import hash_file, write_atomic
 from pipeline.log import ProgressReport, logger
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
-from prepare.assembly.duplicates import locate_duplicate, mark_duplicates
+from prepare.assembly.duplicates import locate, locate_duplicate, mark_duplicates
+from prepare.assembly.near_duplicates import mark_near_duplicates
 from prepare.assembly.shards import Assembly, ShardLayout, lay_out_shards, statistics, write_shard, written_shard
 from prepare.assembly.splits import SplitFinder, dropped
 from prepare.sources.corpus import Corpus, Snapshot
@@ -22,7 +23,7 @@ from prepare.unfinished.publishing import publish
 from prepare.units import MISSING
 from prepare.workers import Workers
 
-DUPLICATE = "duplicate"
+DUPLICATE, NEAR_DUPLICATE = "duplicate", "near duplicate"
 # Of the rows that were read: one truncated line or one odd encoding in a crawl is usual, one in a
 # hundred is a fault of the file or of the options.
 MOST_BROKEN = 0.001
@@ -52,12 +53,9 @@ def finish(
         )
     _check_broken(skipped, sum(summary.rows for summary in summaries), bad_rows)
     journal.assemble(parts, plan.options)
-    duplicates = None
-    if plan.options["dedup"]:
-        duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
-        if (marks := dropped(duplicates, 0, documents)).any():
-            example = locate_duplicate(int(marks.argmax()), parts, snapshot, plan)
-            report(skipped, DUPLICATE, example, count=int(marks.sum()))
+    duplicates, near = _leave_out(parts, plan, snapshot, journal=journal, skipped=skipped)
+    if plan.options["decontaminate"]:
+        write_atomic(journal.staged / LISTING_NAME, b"".join(Part(path, dtype).listed.tobytes() for path in parts))
     rule = SplitFinder(parts, tokenizer, plan.options["val_fraction"], duplicates).find(journal.folder / "heads")
     assembly = Assembly(journal.folder, journal.staged, tokenizer.vocab_size, rule=rule, duplicates=duplicates)
     layouts = lay_out_shards(parts, assembly, plan.options["shard_tokens"])
@@ -76,7 +74,7 @@ def finish(
         val_rule=rule.record(),
         skipped=skipped,
         unusual=merge_reports(summary.unusual for summary in summaries),
-        statistics=statistics(assembly, layouts, list(shards.values())),
+        statistics=statistics(assembly, layouts, list(shards.values())) | ({"near_duplicates": near} if near else {}),
         program=__version__,
     )
     # The last moment at which a change of a source would make the dataset differ from what its
@@ -86,6 +84,30 @@ def finish(
     publish(journal, manifest, hashes)
     _summarise(journal.dataset, manifest)
     return True
+
+
+def _leave_out(
+    parts: list[Path], plan: Plan, snapshot: Snapshot, *, journal: Journal, skipped: Reports
+) -> tuple[Path | None, list[list[str]]]:
+    """The file that marks duplicates, which are counted in `skipped`; and for some documents with
+    near ones where they are, each followed by those left out for it.
+    """
+    dtype = token_dtype(plan.tokenizer["vocab_size"])
+    documents = sum(read_summary(path).documents for path in parts)
+    duplicates = None
+    if plan.options["dedup"]:
+        duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
+        if (marks := dropped(duplicates, 0, documents)).any():
+            example = locate_duplicate(int(marks.argmax()), parts, dtype, snapshot)
+            report(skipped, DUPLICATE, example, count=int(marks.sum()))
+    if not plan.options["near_dedup"]:
+        return duplicates, []
+    duplicates, count, clusters = mark_near_duplicates(parts, dtype, journal.folder, duplicates)
+    places = locate([number for cluster in clusters for number in cluster], parts, dtype, snapshot)
+    near = [[places[number] for number in cluster] for cluster in clusters]
+    if near:
+        report(skipped, NEAR_DUPLICATE, f"{near[0][1]}, near {near[0][0]}", count=count)
+    return duplicates, near
 
 
 def _check_broken(skipped: Reports, rows: int, bad_rows: str | None) -> None:

@@ -16,8 +16,10 @@ import xxhash
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import TokenIds, token_dtype
+from prepare.encoding.contamination import Contaminated, Contamination
 from prepare.encoding.engine import PLAIN, Checked, Engine, Plain
 from prepare.encoding.pieces import PIECE_CHARACTERS, blocks_of, pieces
+from prepare.encoding.screen import Screen
 from prepare.unfinished.parts import PartWriter, Summary, part_name, report
 from prepare.units import NOT_UTF8, Document, Refused, Unit, Unreadable, grouped
 from prepare.workers import Workers
@@ -56,13 +58,17 @@ class UnitJob:
 
 @dataclass(frozen=True)
 class EncodingOptions:
-    """What all units have in common. `parts` and `vocabulary` are folders."""
+    """What all units have in common. `parts` and `vocabulary` are folders, `evaluation` the file of
+    n-grams to look for and the names of their sources.
+    """
 
     tokenizer: dict[str, Any]
     parts: Path
     vocabulary: Path
     seed: int
     engine: str = PLAIN
+    near_dedup: bool = False
+    evaluation: tuple[Path, list[str]] | None = None
 
 
 class UnitEncoder:
@@ -73,6 +79,8 @@ class UnitEncoder:
         self._folder, self._seed = options.parts, options.seed
         self._tokenizer = from_spec(options.tokenizer, options.vocabulary)
         self._engine: Engine = Plain(self._tokenizer) if options.engine == PLAIN else Checked(options.engine)
+        contamination = Contamination(*options.evaluation) if options.evaluation else None
+        self._screen = Screen(options.near_dedup, contamination) if options.near_dedup or contamination else None
         # Hugging Face's library, which has no token_bytes, may look beyond the end of a word.
         end = self._tokenizer.decode_bytes([self._tokenizer.end_of_text])
         self._end = end or b"\xff"  # which is in no UTF-8 text
@@ -89,11 +97,14 @@ class UnitEncoder:
             # count towards the limit, so --limit-docs 100 gives 100 documents.
             kept = 0
             for position, document in job.work.documents():
+                writer.begin_document(position)
                 result = self._write(document, writer)
                 summary.rows += 1
                 if isinstance(result, Refused):
                     where = job.work.locate(position)
                     report(summary.skipped, result.reason, where, first=[where] if result.broken else ())
+                    if isinstance(result, Contaminated):
+                        writer.list_left_out(document=where, evaluation_text=result.evaluation_text, words=result.words)
                     continue
                 for unusual in result:
                     report(summary.unusual, unusual, job.work.locate(position))
@@ -116,11 +127,14 @@ class UnitEncoder:
         # ones need.
         if not document:
             return Refused(EMPTY)
+        if self._screen and (found := self._screen.begin(document.decode())):
+            return found
         try:
             writer.add(self._engine.encode(document))
         except ValueError:
             return Refused(REFUSED)
-        writer.end_document(len(document), xxhash.xxh3_128_digest(document, self._seed))
+        signature = self._screen.signature() if self._screen else b""
+        writer.end_document(len(document), xxhash.xxh3_128_digest(document, self._seed), signature)
         return [self._has_end] if self._end in document else ()
 
     def _write_pieces(self, blocks: Iterable[bytes], writer: PartWriter) -> Refused | Sequence[str]:
@@ -146,6 +160,9 @@ class UnitEncoder:
             nonlocal count, all_safe, fault
             try:
                 for piece, safe in pieces(hashed()):
+                    if self._screen and (found := self._screen.go_on(piece) if count else self._screen.begin(piece)):
+                        fault = found
+                        return
                     yield piece.encode()
                     count, all_safe = count + 1, all_safe and safe
             # Workers may still be encoding pieces before it, and the first fault of a document counts.
@@ -164,7 +181,7 @@ class UnitEncoder:
             return fault
         if size == 0:
             return Refused(EMPTY)
-        writer.end_document(size, digest.digest())
+        writer.end_document(size, digest.digest(), self._screen.signature() if self._screen else b"")
         same_ids = count == 1 or self._tokenizer.name in ENDS_ANYWHERE or (all_safe and self._ends_with_words)
         return unusual if same_ids else [*unusual, SPLIT_INSIDE_WORD]
 

@@ -8,6 +8,7 @@ from pipeline.errors import UserError
 from pipeline.log import ProgressReport, logger
 from prepare.documents.lines import TextFile
 from prepare.documents.streams import Rows
+from prepare.encoding.contamination import NGRAMS_FILE
 from prepare.encoding.encode import EncodingOptions, UnitEncoder, UnitJob, encode
 from prepare.encoding.engine import PLAIN, EngineFault, fast_libraries
 from prepare.unfinished.journal import Journal, Plan, is_complete
@@ -120,7 +121,11 @@ def _encode_missing(
     share_above: int,
 ) -> None:  # fmt: skip
     seed = plan.options["seed"]
-    options = EncodingOptions(plan.tokenizer, journal.folder, journal.staged, seed=seed, engine=engine)
+    evaluation = (journal.folder / NGRAMS_FILE, list(plan.options["decontaminate"] or ()))
+    options = EncodingOptions(
+        plan.tokenizer, journal.folder, journal.staged, seed=seed, engine=engine,
+        near_dedup=bool(plan.options["near_dedup"]), evaluation=evaluation if evaluation[1] else None,
+    )  # fmt: skip
     documents = tokens = 0
 
     def note(summary: Summary) -> None:

@@ -5,6 +5,7 @@
     KEY_000000.part     a finished unit of the item KEY
     hashes_0000.jsonl   hashes of the source files, one file per task
     distrusted_NAME     exists once the library NAME was found at fault; holds the fault
+    evaluation_ngrams   of the texts to keep out (--decontaminate)
     assembled           hash of the parts' names and the options that the staged shards are made of
     dataset/            shards and vocabulary while they are made; the manifest is written last
 

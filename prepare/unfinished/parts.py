@@ -8,6 +8,9 @@ order, train and val alike:
     int64 per document: its tokens
     int64 per document: its bytes of text
     16 bytes per document: XXH3-128 of its text, seeded
+    int64 per document: its position in the item
+    512 bytes per document: its MinHash signature; nothing without --near-dedup
+    JSON lines: contaminated documents that were left out
     JSON: the `Summary`
     int64: the length of that JSON
 
@@ -62,8 +65,9 @@ def merge_reports(several: Iterable[Reports]) -> Reports:
 class Summary:
     """What a part holds.
 
-    `item` is the key of its item; `last` marks the last unit of it; `engine` is the name of the encoder that made it; `rows`
-    are all documents that were read, `documents` those that were kept.
+    `item` is the key of its item; `last` marks the last unit of it; `engine` is the name of the
+    encoder that made it; `rows` are all documents that were read, `documents` those that were kept;
+    `signature_bytes` and `listed_bytes` are those of all documents.
     """
 
     item: str
@@ -75,6 +79,8 @@ class Summary:
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    signature_bytes: int = 0
+    listed_bytes: int = 0
     skipped: Reports = field(default_factory=dict)
     unusual: Reports = field(default_factory=dict)
 
@@ -96,9 +102,13 @@ class PartWriter:
         self._buffer: list[TokenIds] = []
         self._lengths: list[int] = []
         self._text_bytes: list[int] = []
-        self._hashes = bytearray()
+        self._hashes, self._signatures, self._listed = bytearray(), bytearray(), bytearray()
+        self._positions: list[int] = []
         # Tokens so far: of all documents, up to the current document, and already in the file.
         self._tokens = self._begin = self._written = 0
+
+    def begin_document(self, position: int) -> None:
+        self._position = position
 
     def add(self, ids: TokenIds) -> None:
         """Append ids, of any integer width, to the current document."""
@@ -107,12 +117,17 @@ class PartWriter:
         if self._tokens - self._written >= WRITE_TOKENS:
             self._flush()
 
-    def end_document(self, text_bytes: int, digest: bytes) -> None:
+    def end_document(self, text_bytes: int, digest: bytes, signature: bytes = b"") -> None:
         self.add(self._end)
+        self._positions.append(self._position)
         self._lengths.append(self._tokens - self._begin)
         self._text_bytes.append(text_bytes)
         self._hashes += digest
+        self._signatures += signature
         self._begin = self._tokens
+
+    def list_left_out(self, **entry: str) -> None:
+        self._listed += orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
 
     def abandon_document(self) -> None:
         """Drop the ids of the current document."""
@@ -133,9 +148,12 @@ class PartWriter:
         """Write what is left and publish the part; returns `summary` with its counts filled in."""
         summary.documents, summary.tokens, summary.bytes = len(self._lengths), self._tokens, sum(self._text_bytes)
         self._flush()
+        summary.signature_bytes, summary.listed_bytes = len(self._signatures), len(self._listed)
         for numbers in (self._lengths, self._text_bytes):
             self._file.write(np.array(numbers, dtype=_INT64).data)
         self._file.write(self._hashes)
+        self._file.write(np.array(self._positions, dtype=_INT64).data)
+        self._file.write(self._signatures + self._listed)
         footer = orjson.dumps(asdict(summary))
         self._file.write(footer + len(footer).to_bytes(8, "little"))
         self._file.close()
@@ -150,8 +168,8 @@ class PartWriter:
 class Part:
     """A finished part, read through memory maps.
 
-    `tokens` is (tokens,), `lengths` and `text_bytes` are (documents,), `hashes` is (documents, 2):
-    high and low half.
+    `tokens` is (tokens,), `lengths`, `text_bytes` and `positions` are (documents,), `hashes` is
+    (documents, 2): high and low half. `signatures` is (documents, values), `listed` JSON lines.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
@@ -165,6 +183,13 @@ class Part:
         offset += documents * _INT64.itemsize
         # XXH3 digests are big-endian, so the first half is the high one.
         self.hashes: npt.NDArray[np.uint64] = _map(path, np.dtype(">u8"), offset, 2 * documents).reshape(documents, 2)
+        offset += documents * 16
+        self.positions: npt.NDArray[np.int64] = _map(path, _INT64, offset, documents)
+        offset += documents * _INT64.itemsize
+        signed = self.summary.signature_bytes
+        self.signatures: npt.NDArray[np.uint32] = _map(path, np.dtype("<u4"), offset, signed // 4)
+        self.signatures = self.signatures.reshape(documents, -1) if signed else self.signatures
+        self.listed: npt.NDArray[np.uint8] = _map(path, np.dtype("u1"), offset + signed, self.summary.listed_bytes)
 
     def release_memory(self) -> None:
         """Let the kernel drop the ids that were read: there may be more of them than memory."""

@@ -20,7 +20,9 @@ from prepare.unfinished.journal import Journal, dump
 
 RECORD_NAME = ".prepared.json"
 # The names of our files, as a manifest and our record hold them.
-_WRITTEN = re.compile(rb'"((?:train|val)_\d{5,}\.bin|vocabulary\.(?:json|tiktoken)|tokenizer\.json)"')
+_WRITTEN = re.compile(
+    rb'"((?:train|val)_\d{5,}\.bin|vocabulary\.(?:json|tiktoken)|tokenizer\.json|decontaminated\.jsonl)"'
+)
 
 
 def is_publishing(journal: Journal) -> bool:

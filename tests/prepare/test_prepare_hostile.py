@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -50,6 +51,11 @@ def prepare(tmp_path: Path, source: Path, tokenizer: str = "gpt2", workers: int 
     return run(options)
 
 
+def broken(*places: str) -> dict[str, Any]:
+    """What the manifest says of broken rows, next to their count."""
+    return {"example": places[0], "broken": True, "first": list(places)}
+
+
 @pytest.mark.parametrize("tokenizer", ["gpt2", "byte", "char", "bpe:300"])
 def test_hostile_documents_are_kept_or_reported(tmp_path: Path, tokenizer: str) -> None:
     source = tmp_path / "hostile.jsonl"
@@ -67,8 +73,8 @@ def test_hostile_documents_are_kept_or_reported(tmp_path: Path, tokenizer: str) 
     skipped = load_manifest(folder).skipped
     assert {reason: {key: entry[key] for key in ("count", "example")} for reason, entry in skipped.items()} == {
         "empty": {"count": 1, "example": places[lines[first]]},
-        "lone surrogate": {"count": 2, "example": places[lines[first + 2]]},
-        "not UTF-8": {"count": 1, "example": places[b'{"text": "not \xff UTF-8"}']},
+        "lone surrogate": {"count": 2, **broken(places[lines[first + 2]], places[lines[first + 3]])},
+        "not UTF-8": {"count": 1, **broken(places[b'{"text": "not \xff UTF-8"}'])},
         "null": {"count": 1, "example": places[lines[first + 1]]},
     }
     verify.run(folder)
