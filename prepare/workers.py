@@ -23,26 +23,25 @@ class Workers:
             for _ in range(self.count):
                 self._processes().submit(call)
 
-    def map(self, call: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
-        """The results in the order they finish. Raises BrokenProcessPool if a worker was killed.
+    def map(self, call: Callable[[Any], Any], arguments: Iterable[Any], *, in_order: bool = False) -> Iterator[Any]:
+        """The results in the order they finish, or that of the arguments, which may call `map` too.
+        Raises BrokenProcessPool if a worker was killed.
 
         When it ends, also by an exception, no call is still running.
         """
         if self.count == 1:
             yield from map(call, arguments)
             return
-        pending: set[Future[Any]] = set()
+        pending: list[Future[Any]] = []
         try:
             for argument in arguments:
-                pending.add(self._processes().submit(call, argument))
+                pending.append(self._processes().submit(call, argument))
                 # The text of a stream travels in the arguments, so only enough of them wait to keep
                 # all workers busy.
                 if len(pending) >= self.count + 2:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
+                    yield from _finished(pending, in_order)
             while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+                yield from _finished(pending, in_order)
         except BrokenProcessPool:
             self.close()
             raise
@@ -69,6 +68,13 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+
+
+def _finished(pending: list[Future[Any]], in_order: bool) -> Iterator[Any]:
+    """The results of calls that are no longer pending, once there are any."""
+    done, _ = wait(pending[:1] if in_order else pending, return_when=FIRST_COMPLETED)
+    pending[:] = [future for future in pending if future not in done]
+    yield from (future.result() for future in done)
 
 
 def available_cores() -> int:

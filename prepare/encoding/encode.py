@@ -10,17 +10,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.specs import from_spec
-from pipeline.vocabulary.tokenizer import token_dtype
+from pipeline.vocabulary.tokenizer import TokenIds, token_dtype
 from prepare.encoding.contamination import Contaminated, Contamination
 from prepare.encoding.engine import PLAIN, Checked, Engine, Plain
 from prepare.encoding.pieces import PIECE_CHARACTERS, blocks_of, pieces
 from prepare.encoding.screen import Screen
 from prepare.unfinished.parts import PartWriter, Summary, part_name, report
-from prepare.units import NOT_UTF8, Document, Refused, Unit, Unreadable
+from prepare.units import NOT_UTF8, Document, Refused, Unit, Unreadable, grouped
+from prepare.workers import Workers
 
 # Why a document is left out, next to the reasons of `prepare.units`; the manifest counts documents
 # by these words.
@@ -29,6 +31,8 @@ REFUSED = "refused by the tokenizer"
 # Every character or byte is a token there, so a piece that ends inside a word still gives the ids
 # of the document.
 ENDS_ANYWHERE = ("char", "byte")
+# Text of a shared document per call of a worker: handing it over costs 1 ms, encoding it 20 or more.
+GROUP_BYTES = 1 << 20
 
 
 # What is unusual about a document that is kept.
@@ -68,9 +72,10 @@ class EncodingOptions:
 
 
 class UnitEncoder:
-    """Encodes unit after unit in one process."""
+    """Encodes unit after unit in one process; with `workers`, long documents by all of these."""
 
-    def __init__(self, options: EncodingOptions) -> None:
+    def __init__(self, options: EncodingOptions, workers: Workers | None = None) -> None:
+        self._options, self._workers = options, workers
         self._folder, self._seed = options.parts, options.seed
         self._tokenizer = from_spec(options.tokenizer, options.vocabulary)
         self._engine: Engine = Plain(self._tokenizer) if options.engine == PLAIN else Checked(options.engine)
@@ -149,35 +154,68 @@ class UnitEncoder:
                 yield block
 
         count, all_safe = 0, True
+        fault: Refused | None = None
+
+        def texts() -> Iterator[bytes]:
+            nonlocal count, all_safe, fault
+            try:
+                for piece, safe in pieces(hashed()):
+                    if self._screen and (found := self._screen.go_on(piece) if count else self._screen.begin(piece)):
+                        fault = found
+                        return
+                    yield piece.encode()
+                    count, all_safe = count + 1, all_safe and safe
+            # Workers may still be encoding pieces before it, and the first fault of a document counts.
+            except UnicodeDecodeError:
+                fault = Refused(NOT_UTF8, broken=True)
+            except Unreadable as error:
+                fault = error.refused
+
         try:
-            for piece, safe in pieces(hashed()):
-                if self._screen and (found := self._screen.go_on(piece) if count else self._screen.begin(piece)):
-                    writer.abandon_document()
-                    return found
-                writer.add(self._engine.encode(piece.encode()))
-                count += 1
-                all_safe = all_safe and safe
-        except ValueError as error:  # UnicodeDecodeError is a ValueError too
+            for ids in self._encode_in_order(texts()):
+                writer.add(ids)
+        except ValueError:
+            fault = Refused(REFUSED)
+        if fault:
             writer.abandon_document()
-            is_broken = isinstance(error, UnicodeDecodeError)
-            return Refused(NOT_UTF8 if is_broken else REFUSED, broken=is_broken)
-        except Unreadable as fault:
-            writer.abandon_document()
-            return fault.refused
+            return fault
         if size == 0:
             return Refused(EMPTY)
         writer.end_document(size, digest.digest(), self._screen.signature() if self._screen else b"")
         same_ids = count == 1 or self._tokenizer.name in ENDS_ANYWHERE or (all_safe and self._ends_with_words)
         return unusual if same_ids else [*unusual, SPLIT_INSIDE_WORD]
 
+    def _encode_in_order(self, texts: Iterator[bytes]) -> Iterator[TokenIds]:
+        if self._workers is None:
+            return map(self._engine.encode, texts)
+        groups = grouped(texts, len, GROUP_BYTES)
+        return self._workers.map(encode_pieces, ((self._options, group) for group, _ in groups), in_order=True)
+
+    def encode_pieces(self, texts: Sequence[bytes]) -> TokenIds:
+        """The ids of neighbouring pieces. Raises ValueError and EngineFault."""
+        ids = [self._engine.encode(text) for text in texts]
+        self._engine.end_unit()
+        return np.concatenate(ids, dtype=token_dtype(self._tokenizer.vocab_size), casting="unsafe")
+
 
 def encode(arguments: tuple[EncodingOptions, UnitJob]) -> Summary:
-    """Encode one unit in this process; the tokenizer is kept while the options are the same."""
-    global _encoder
+    """Encode one unit in this process."""
     options, job = arguments
+    return _encoder_of(options).encode(job)
+
+
+def encode_pieces(arguments: tuple[EncodingOptions, Sequence[bytes]]) -> TokenIds:
+    """Encode a group of pieces of a document whose part another process writes."""
+    options, texts = arguments
+    return _encoder_of(options).encode_pieces(texts)
+
+
+def _encoder_of(options: EncodingOptions) -> UnitEncoder:
+    """It is kept, with the tokenizer, while the options are the same."""
+    global _encoder
     if _encoder is None or _encoder[0] != options:
         _encoder = (options, UnitEncoder(options))
-    return _encoder[1].encode(job)
+    return _encoder[1]
 
 
 _encoder: tuple[EncodingOptions, UnitEncoder] | None = None

@@ -6,6 +6,8 @@ from itertools import islice
 
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport, logger
+from prepare.documents.lines import TextFile
+from prepare.documents.streams import Rows
 from prepare.encoding.contamination import NGRAMS_FILE
 from prepare.encoding.encode import EncodingOptions, UnitEncoder, UnitJob, encode
 from prepare.encoding.engine import PLAIN, EngineFault, fast_libraries
@@ -16,6 +18,9 @@ from prepare.workers import Workers
 
 # Each with the key of its parts; listed anew whenever it is iterated.
 Items = Iterable[tuple[str, Item]]
+# A larger document is shared by the workers if it is more than one of them should do: the parent
+# reads it and writes its ids, fast enough for about so many workers, and shares one document at a time.
+SHARED_BYTES, MOST_SHARING = 16 << 20, 4
 
 
 def encode_items(
@@ -26,17 +31,27 @@ def encode_items(
     `text_bytes` is an estimate of all their text, for progress; with `stop` a broken row raises
     UserError.
     """
+    # Before anything is listed, as an estimate from half of a listing may be far off.
+    share_above = max(SHARED_BYTES, text_bytes() // min(workers.count, MOST_SHARING))
     few = list(islice(items, 2))
-    if len(few) == 1 and isinstance(few[0][1], OneUnit):
+    if len(few) == 1 and isinstance(few[0][1], OneUnit) and not _is_shared(few[0][1], share_above):
         workers = Workers(1)  # one unit keeps one process busy, and this one is running already
     for engine in (*fast_libraries(plan.tokenizer["name"], journal.distrusted()), PLAIN):
         missing = _Missing(journal, plan, items, stop=stop)
         try:
-            _encode_missing(journal, plan, missing, workers, engine=engine, text_bytes=text_bytes)
+            _encode_missing(
+                journal, plan, missing, workers, engine=engine, text_bytes=text_bytes, share_above=share_above
+            )
             return
         except EngineFault as fault:
             logger.warning("%s %s: starting over without it", engine, fault)
             journal.distrust(engine, str(fault))
+
+
+def _is_shared(work: Item | Unit, above: int) -> bool:
+    """Whether it is one document of more bytes than that."""
+    is_document = isinstance(work, TextFile) or (isinstance(work, Rows) and len(work.rows) == 1)
+    return is_document and work.size > above
 
 
 class _Missing:
@@ -102,8 +117,9 @@ def _check_no_broken_row(summary: Summary) -> None:
 
 
 def _encode_missing(
-    journal: Journal, plan: Plan, missing: _Missing, workers: Workers, *, engine: str, text_bytes: Callable[[], int]
-) -> None:
+    journal: Journal, plan: Plan, missing: _Missing, workers: Workers, *, engine: str, text_bytes: Callable[[], int],
+    share_above: int,
+) -> None:  # fmt: skip
     seed = plan.options["seed"]
     evaluation = (journal.folder / NGRAMS_FILE, list(plan.options["decontaminate"] or ()))
     options = EncodingOptions(
@@ -111,15 +127,27 @@ def _encode_missing(
         near_dedup=bool(plan.options["near_dedup"]), evaluation=evaluation if evaluation[1] else None,
     )  # fmt: skip
     documents = tokens = 0
+
+    def note(summary: Summary) -> None:
+        nonlocal documents, tokens
+        missing.note(summary)
+        documents += summary.documents
+        tokens += summary.tokens
+        if not missing.limit:
+            progress.total = text_bytes() / 1e6
+        progress.advance(summary.size / 1e6, f"{documents:,} documents, {tokens:,} tokens")
+
+    def calls() -> Iterator[tuple[EncodingOptions, UnitJob]]:
+        for job in missing:
+            if _is_shared(job.work, share_above):
+                note(UnitEncoder(options, workers).encode(job))  # while workers finish the units before it
+            else:
+                yield options, job
+
     with ProgressReport("encode", None, "MB", done=missing.done_bytes / 1e6) as progress:
         try:
-            for summary in workers.map(encode, ((options, job) for job in missing)):
-                missing.note(summary)
-                documents += summary.documents
-                tokens += summary.tokens
-                if not missing.limit:
-                    progress.total = text_bytes() / 1e6
-                progress.advance(summary.size / 1e6, f"{documents:,} documents, {tokens:,} tokens")
+            for summary in workers.map(encode, calls()):
+                note(summary)
         except BrokenProcessPool:
             if engine != PLAIN:
                 raise EngineFault("may have killed a worker") from None
