@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from pipeline.errors import UserError
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import TokenIds, token_dtype
@@ -98,7 +99,15 @@ class UnitEncoder:
             kept = 0
             for position, document in job.work.documents():
                 writer.begin_document(position)
-                result = self._write(document, writer)
+                try:
+                    result = self._write(document, writer)
+                except UserError:
+                    # A character that `char` has not learned, as it is beyond the limit: the last
+                    # unit is encoded again up to there, and what follows does not count.
+                    if job.limit is None or job.truncated:
+                        raise
+                    writer.abandon_document()
+                    break
                 summary.rows += 1
                 if isinstance(result, Refused):
                     where = job.work.locate(position)

@@ -295,6 +295,16 @@ def test_a_vocabulary_is_learnt_from_the_documents_that_are_taken(
     assert contents(limited) == contents(alone)
 
 
+def test_a_character_beyond_the_limit_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units beyond the limit are encoded ahead, by a vocabulary that was not learnt from them."""
+    monkeypatch.setattr(units, "SMALLEST_UNIT_BYTES", 2048)
+    texts = [f"plain text {i} " * 20 for i in range(30)]
+    source = write_jsonl(tmp_path, [*texts, *(f"snow \u2603 {i} " * 20 for i in range(200))])
+    limited = prepare(tmp_path, source, name="limited", tokenizer="char", limit_docs=28, workers=3)
+    alone = prepare(tmp_path, write_jsonl(tmp_path, texts[:28]), name="alone", tokenizer="char")
+    assert contents(limited) == contents(alone)
+
+
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
