@@ -471,9 +471,14 @@ def test_of_a_saved_dataset_only_its_data_files_are_read(tmp_path: Path, arrow: 
     (tmp_path / "x" / data[1]).unlink()
     with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow is missing: save the dataset again"):
         opened(tmp_path, tmp_path / "x")
-    (tmp_path / "x" / "c" / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"state\.json is damaged: save the dataset again"):
-        opened(tmp_path, tmp_path / "x")
+    for damaged in ("{", '{"_data_files": [{}]}', '{"_data_files": 1}'):
+        (tmp_path / "x" / "c" / "state.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"state\.json is damaged: save the dataset again"):
+            opened(tmp_path, tmp_path / "x")
+    write(tmp_path, "y/dataset_dict.json")
+    (tmp_path / "y" / "dataset_dict.json").write_text('{"splits": 1}')
+    with pytest.raises(UserError, match=r"dataset_dict\.json is damaged"):
+        opened(tmp_path, tmp_path / "y")
 
 
 def test_a_split_of_a_saved_dataset_is_chosen(tmp_path: Path, arrow: None) -> None:
