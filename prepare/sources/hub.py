@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -70,14 +71,9 @@ class HubStream(Source):
         return record_files(self.dataset, sizes, lambda name: hash_of(self.paths[name])) or [asdict(self.dataset)]
 
     def _texts(self) -> Iterator[Document]:
-        repository = self.dataset.repository
-        try:
+        with _hub_faults(self.dataset.repository):
             for row in self.builder.as_streaming_dataset(split=self.reading.split):
                 yield text_of(row, self.reading.text_field)
-        except UserError:
-            raise
-        except Exception as error:  # as in _load_builder
-            raise _hub_fault(repository, error) from None
 
 
 def _text_bytes(text: Document) -> int:
@@ -106,9 +102,9 @@ def open_hub(source: str, reading: Reading, seen: set[str]) -> HubParquet | HubS
     if isinstance(found, HubStream):
         if listing.is_new(f"{commit}:{name.config}:{reading.split}", name.repository):
             return found
-        return HubParquet(reading, name, {}, passed=listing.passed_over)
+        return HubParquet(reading, name, {}, passed_over=listing.passed_over)
     new = {path: size for path, size in found.sizes.items() if listing.is_new(f"{commit}/{path}", f"{commit}/{path}")}
-    return replace(found, sizes=new, passed=listing.passed_over)
+    return replace(found, sizes=new, passed_over=listing.passed_over)
 
 
 def _open(typed: HubName, reading: Reading) -> HubParquet | HubStream:
@@ -189,18 +185,13 @@ def _sizes(name: HubName, files: list[str]) -> dict[str, int]:
     """The files with their sizes, as the Hub lists them."""
     from huggingface_hub import RepoFile, get_paths_info
 
-    try:
-        found = [
-            info
-            for begin in range(0, len(files), FILES_A_REQUEST)
-            for info in get_paths_info(
-                name.repository, files[begin : begin + FILES_A_REQUEST], revision=name.revision, repo_type="dataset"
-            )
-        ]
-        sizes = {info.path: info.size for info in found if isinstance(info, RepoFile)}
+    sizes: dict[str, int] = {}
+    with _hub_faults(name.repository):
+        for begin in range(0, len(files), FILES_A_REQUEST):
+            some = files[begin : begin + FILES_A_REQUEST]
+            found = get_paths_info(name.repository, some, revision=name.revision, repo_type="dataset")
+            sizes |= {info.path: info.size for info in found if isinstance(info, RepoFile)}
         return {file: sizes[file] for file in files}
-    except Exception as error:  # as in _load_builder
-        raise _hub_fault(name.repository, error) from None
 
 
 def _open_snapshot(typed: HubName, reading: Reading) -> HubParquet | HubStream:
@@ -242,10 +233,8 @@ def fetch_hub(source: str, split: str) -> None:
             for _ in found.downloaded():
                 report.advance(1)
         return
-    try:
+    with _hub_faults(name.repository):
         snapshot_download(name.repository, repo_type="dataset", revision=name.revision)
-    except Exception as error:  # as in HubParquet
-        raise _hub_fault(name.repository, error) from None
 
 
 def _load_builder(name: HubName, path: str, split: str) -> tuple[Any, list[str]]:
@@ -260,10 +249,8 @@ def _load_builder(name: HubName, path: str, split: str) -> tuple[Any, list[str]]
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     _quiet()
-    try:
+    with _hub_faults(name.repository):
         builder = datasets.load_dataset_builder(path, name=name.config, revision=name.revision)
-    except Exception as error:  # datasets lets through what the Hub, the network and its parsers raise
-        raise _hub_fault(name.repository, error) from None
     files = {str(each): list(found) for each, found in (builder.config.data_files or {}).items()}
     if not files.get(split):
         splits = ", ".join(files)
@@ -281,6 +268,16 @@ def _quiet() -> None:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if not sys.stderr.isatty():
         disable_progress_bars()
+
+
+@contextmanager
+def _hub_faults(repository: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # datasets lets through what the Hub, the network and its parsers raise
+        raise _hub_fault(repository, error) from None
 
 
 def _hub_fault(repository: str, error: Exception) -> UserError:

@@ -36,7 +36,7 @@ class RemoteFiles(Source):
 
 def open_remote(source: str, reading: Reading, seen: set[str]) -> RemoteFiles:
     listing = Listing(seen)
-    return RemoteFiles(reading, source, _list_remote(source, listing), passed=listing.passed_over)
+    return RemoteFiles(reading, source, _list_remote(source, listing), passed_over=listing.passed_over)
 
 
 def _list_remote(source: str, listing: Listing) -> list[StoredFile]:

@@ -201,7 +201,7 @@ def test_a_dataset_that_is_named_twice_is_read_once(tmp_path: Path, hub: Path) -
     write(repository(hub, "hf:Org/Lines") / "train.jsonl", '{"text": "b"}\n')
     sources = ("hf:Org/Pages", "hf:Org/Lines", f"hf:Org/Pages@{COMMIT}", "hf:Org/Lines@main")
     assert documents(tmp_path, *sources) == ["a", "b"]
-    found = [source.passed_over() for source in opened(tmp_path, *sources).sources]
+    found = [source.passed_over for source in opened(tmp_path, *sources).sources]
     assert [len(each) for each in found] == [0, 0, 1, 1]
     assert found[2]["already listed"] == {"count": 1, "example": f"Org/Pages@{COMMIT}/train.parquet"}
 
