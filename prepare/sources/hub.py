@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -151,8 +151,9 @@ def _save_listing(typed: HubName, found: HubParquet) -> None:
     content = json.dumps({**asdict(name), "sizes": found.sizes}).encode()
     for config, revision in product({typed.config, name.config}, {typed.revision, name.revision}):
         path = _listing_path(HubName(name.repository, config, revision), found.reading.split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content)
+        with suppress(OSError):  # a cache that is shared may be read-only; what lies there is read all the same
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
 
 
 def _listing_path(name: HubName, split: str) -> Path:
@@ -277,20 +278,18 @@ def _hub_faults(repository: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # datasets lets through what the Hub, the network and its parsers raise
-        raise _hub_fault(repository, error) from None
-
-
-def _hub_fault(repository: str, error: Exception) -> UserError:
-    cause = one_line(error)
-    if "scripts are no longer supported" in cause:
-        return UserError(
-            f"dataset {repository} comes as a script, and scripts from the Hub are never run: "
-            "choose a repository with data files (Parquet, JSONL), or a revision that has them"
-        )
-    if names := re.search(r"(?:available configs|Available): \[(.*?)\]", cause):
-        configs = names[1].replace("'", "")
-        return UserError(f"dataset {repository} has several configs: {configs}; write hf:{repository}:CONFIG")
-    return Unreachable(
-        f"dataset {repository} could not be opened ({cause_of(error)}): check its name and the network, "
-        f"or run pipeline fetch hf:{repository} on a machine with one and share its HF_HOME"
-    )
+        cause = one_line(error)
+        if "scripts are no longer supported" in cause:
+            raise UserError(
+                f"dataset {repository} comes as a script, and scripts from the Hub are never run: "
+                "choose a repository with data files (Parquet, JSONL), or a revision that has them"
+            ) from None
+        if names := re.search(r"(?:available configs|Available): \[(.*?)\]", cause):
+            configs = names[1].replace("'", "")
+            raise UserError(
+                f"dataset {repository} has several configs: {configs}; write hf:{repository}:CONFIG"
+            ) from None
+        raise Unreachable(
+            f"dataset {repository} could not be opened ({cause_of(error)}): check its name and the network, "
+            f"or run pipeline fetch hf:{repository} on a machine with one and share its HF_HOME"
+        ) from None

@@ -20,6 +20,7 @@ from test_corpus import documents, opened, refused, units, whole
 
 from pipeline.errors import UserError
 from prepare.run import PrepareOptions, run
+from prepare.sources import hub as hub_sources
 from prepare.sources.corpus import open_corpus
 from prepare.sources.hub import parse_name
 from prepare.sources.hub_parquet import HubName, HubParquet
@@ -228,6 +229,15 @@ def coming(hub: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[Hub
     downloads = Downloads(found)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", downloads)
     return found, downloads
+
+
+def test_a_listing_that_a_read_only_cache_refuses_stops_nothing(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "assets").write_text("not a folder")
+    found, _ = coming(hub, monkeypatch, "a.parquet")
+    hub_sources._save_listing(found.dataset, found)
+    assert hub_sources._load_listing(found.dataset, "train") is None
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
