@@ -61,7 +61,7 @@ class Preparation:
             logger.info("%s is already prepared", self.dataset)
             self.journal.clear()
             return None
-        for reason, entry in merge_reports(source.passed_over() for source in self.corpus.sources).items():
+        for reason, entry in merge_reports(source.passed_over for source in self.corpus.sources).items():
             logger.info("not read: %s: %s (such as %s)", reason, f"{entry['count']:,}", entry["example"])
         check_free(self.journal, [f"{split}_00000.bin" for split in SPLITS])
         if (self.corpus.file_bytes() or WORTH_WORKERS_BYTES) >= WORTH_WORKERS_BYTES:

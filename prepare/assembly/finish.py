@@ -69,7 +69,7 @@ def finish(
         splits={split: [shards[each.name] for each in layouts if each.split == split] for split in SPLITS},
         sources=snapshot.corpus.record(lambda path: by_path[str(path)]),
         read=_read(snapshot.corpus, listed, summaries),
-        passed_over=merge_reports(source.passed_over() for source in snapshot.corpus.sources),
+        passed_over=merge_reports(source.passed_over for source in snapshot.corpus.sources),
         options=plan.options,
         val_rule=rule.record(),
         skipped=skipped,

@@ -45,9 +45,9 @@ def check_text_column(schema: Any, path: str, text_field: str) -> None:
         )
     value = kind.value_type if kinds.is_dictionary(kind) else kind
     text = (kinds.is_string, kinds.is_large_string, kinds.is_string_view)
-    # A column without a value in one file of many is written with the type null. Bytes may be text.
-    other = (kinds.is_null, kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view)
-    if not any(is_kind(value) for is_kind in (*text, *other)):
+    bytes_like = (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view)  # they may be text
+    # A column without a value in one file of many is written with the type null.
+    if not any(is_kind(value) for is_kind in (*text, *bytes_like, kinds.is_null)):
         raise UserError(
             f"{shown(path)}: the column {text_field!r} holds {kind}, expected text; choose another column with --text-field"
         )

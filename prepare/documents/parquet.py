@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from pipeline.errors import UserError, one_line
@@ -180,9 +181,12 @@ def split_rows(path: str, file_bytes: int, text_field: str, unit_bytes: int) -> 
         kept.cache_clear()
     with _faults(path, "the footer"), _parquet_file(path) as file:
         check_text_column(file.schema_arrow, path, text_field)
+        # Where a `meta` is null in all rows, its column stands for that of `meta.content`.
+        outer = list(accumulate(text_field.split("."), "{}.{}".format))
+        column = next(name for name in reversed(outer) if name in _footer(path)[1])
         first = 0
         for group in range(file.metadata.num_row_groups):
-            rows, size = _claims(file, path, file_bytes, group=group, column=text_field)
+            rows, size = _claims(file, path, file_bytes, group=group, column=column)
             # Sizes come from the footer, so units are the same for any number of workers and after
             # a kill; and batches for any unit, so that the same rows are lost to a damaged page.
             batch = max(1, min(MOST_ROWS, BLOCK_BYTES * rows // max(size, 1)))
@@ -190,7 +194,7 @@ def split_rows(path: str, file_bytes: int, text_field: str, unit_bytes: int) -> 
             for start in range(0, rows, rows_in_unit):
                 stop = min(start + rows_in_unit, rows)
                 share = size * (stop - start) // rows
-                yield ParquetRows(path, text_field, group, first=first, start=start, stop=stop, batch=batch, size=share)
+                yield ParquetRows(path, column, group, first=first, start=start, stop=stop, batch=batch, size=share)
             first += rows
 
 
@@ -224,10 +228,7 @@ def _bomb(where: str, size: int, limit: int) -> UserError:
 
 def _chunk(path: str, file: Any, group: int, column: str) -> Any:
     """The metadata of the text in a row group; of two that are called `meta.content`, the larger."""
-    columns = _footer(path)[1]
-    # A null struct has no field inside; its column is as empty.
-    found = columns.get(column) or columns[column.partition(".")[0]]
-    chunks = (file.metadata.row_group(group).column(at) for at in found)
+    chunks = map(file.metadata.row_group(group).column, _footer(path)[1][column])
     return max(chunks, key=lambda chunk: chunk.total_uncompressed_size)
 
 

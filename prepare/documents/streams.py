@@ -48,22 +48,10 @@ Row = bytes | LongText | Refused
 
 
 @dataclass(frozen=True)
-class _InStream:
-    path: str
-    format: Format
-    reading: Reading
-
-    def locate(self, position: int) -> str:
-        """By the line of a table, the row of an Arrow file, or the byte of the decompressed text."""
-        words = {Format.CSV: "line {}", Format.TSV: "line {}", Format.ARROW: "row {}"}
-        where = words.get(self.format, "at byte {} of its text").format(position)
-        return f"{shown(self.path)} {where}"
-
-
-@dataclass(frozen=True)
-class Rows(_InStream):
+class Rows:
     """JSON values, or texts, with their positions."""
 
+    stream: "Stream"
     rows: tuple[tuple[int, Row], ...]
     size: int
 
@@ -71,22 +59,34 @@ class Rows(_InStream):
         for position, row in self.rows:
             if not isinstance(row, bytes):
                 yield position, row
-            elif self.format not in (Format.JSON, Format.JSON_LINES):
+            elif self.stream.format not in (Format.JSON, Format.JSON_LINES):
                 yield position, utf8(row)
             elif row.strip():
-                yield position, parse(row, self.reading.text_field)
+                yield position, parse(row, self.stream.reading.text_field)
+
+    def locate(self, position: int) -> str:
+        return self.stream.locate(position)
 
 
 @dataclass(frozen=True)
-class Stream(_InStream):
+class Stream:
     """A file as units of some MB; a longer row is a unit alone."""
 
+    path: str
+    format: Format
+    reading: Reading
     size: int
 
     def units(self) -> Iterator[Rows]:
         # Blank lines count for a byte too, or a file of them would be one unit.
         for rows, size in grouped(self._rows(), lambda row: _bytes(row[1]) + 1, UNIT_BYTES):
-            yield Rows(self.path, self.format, self.reading, rows, size=size)
+            yield Rows(self, rows, size)
+
+    def locate(self, position: int) -> str:
+        """By the line of a table, the row of an Arrow file, or the byte of the decompressed text."""
+        words = {Format.CSV: "line {}", Format.TSV: "line {}", Format.ARROW: "row {}"}
+        where = words.get(self.format, "at byte {} of its text").format(position)
+        return f"{shown(self.path)} {where}"
 
     def _rows(self) -> Iterator[tuple[int, Row]]:
         blocks, name = text_blocks(self.path), shown(self.path)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import UserError, one_line
 from prepare.documents.fields import MOST_ROW_BYTES, TOO_LONG
-from prepare.storage.blocks import BlockFile
+from prepare.storage.files import BlockFile
 from prepare.units import BLOCK_BYTES, NOT_UTF8, Refused, Unreadable
 
 NOT_WARC = "not WARC"

@@ -63,12 +63,10 @@ class Corpus:
                 if not isinstance(document, Refused) or document.reason in (NULL, NOT_TEXT):
                     return
                 if document.reason == MISSING and not fault:
-                    fault = (
-                        f"no field {self.sources[0].reading.text_field!r} in any row, as in {unit.locate(position)}: "
-                    )
-                    fault += document.detail
+                    fault = f"{unit.locate(position)}: {document.detail}"
         if fault:
-            raise UserError(f"{fault}; choose one with --text-field")
+            name = self.sources[0].reading.text_field
+            raise UserError(f"no field {name!r} in any row, as in {fault}; choose one with --text-field")
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         return [entry for source in self.sources for entry in source.record(hash_of)]

@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -70,14 +71,9 @@ class HubStream(Source):
         return record_files(self.dataset, sizes, lambda name: hash_of(self.paths[name])) or [asdict(self.dataset)]
 
     def _texts(self) -> Iterator[Document]:
-        repository = self.dataset.repository
-        try:
+        with _hub_faults(self.dataset.repository):
             for row in self.builder.as_streaming_dataset(split=self.reading.split):
                 yield text_of(row, self.reading.text_field)
-        except UserError:
-            raise
-        except Exception as error:  # as in _load_builder
-            raise _hub_fault(repository, error) from None
 
 
 def _text_bytes(text: Document) -> int:
@@ -106,9 +102,9 @@ def open_hub(source: str, reading: Reading, seen: set[str]) -> HubParquet | HubS
     if isinstance(found, HubStream):
         if listing.is_new(f"{commit}:{name.config}:{reading.split}", name.repository):
             return found
-        return HubParquet(reading, name, {}, passed=listing.passed_over)
+        return HubParquet(reading, name, {}, passed_over=listing.passed_over)
     new = {path: size for path, size in found.sizes.items() if listing.is_new(f"{commit}/{path}", f"{commit}/{path}")}
-    return replace(found, sizes=new, passed=listing.passed_over)
+    return replace(found, sizes=new, passed_over=listing.passed_over)
 
 
 def _open(typed: HubName, reading: Reading) -> HubParquet | HubStream:
@@ -155,8 +151,9 @@ def _save_listing(typed: HubName, found: HubParquet) -> None:
     content = json.dumps({**asdict(name), "sizes": found.sizes}).encode()
     for config, revision in product({typed.config, name.config}, {typed.revision, name.revision}):
         path = _listing_path(HubName(name.repository, config, revision), found.reading.split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content)
+        with suppress(OSError):  # a cache that is shared may be read-only; what lies there is read all the same
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
 
 
 def _listing_path(name: HubName, split: str) -> Path:
@@ -189,18 +186,13 @@ def _sizes(name: HubName, files: list[str]) -> dict[str, int]:
     """The files with their sizes, as the Hub lists them."""
     from huggingface_hub import RepoFile, get_paths_info
 
-    try:
-        found = [
-            info
-            for begin in range(0, len(files), FILES_A_REQUEST)
-            for info in get_paths_info(
-                name.repository, files[begin : begin + FILES_A_REQUEST], revision=name.revision, repo_type="dataset"
-            )
-        ]
-        sizes = {info.path: info.size for info in found if isinstance(info, RepoFile)}
+    sizes: dict[str, int] = {}
+    with _hub_faults(name.repository):
+        for begin in range(0, len(files), FILES_A_REQUEST):
+            some = files[begin : begin + FILES_A_REQUEST]
+            found = get_paths_info(name.repository, some, revision=name.revision, repo_type="dataset")
+            sizes |= {info.path: info.size for info in found if isinstance(info, RepoFile)}
         return {file: sizes[file] for file in files}
-    except Exception as error:  # as in _load_builder
-        raise _hub_fault(name.repository, error) from None
 
 
 def _open_snapshot(typed: HubName, reading: Reading) -> HubParquet | HubStream:
@@ -242,10 +234,8 @@ def fetch_hub(source: str, split: str) -> None:
             for _ in found.downloaded():
                 report.advance(1)
         return
-    try:
+    with _hub_faults(name.repository):
         snapshot_download(name.repository, repo_type="dataset", revision=name.revision)
-    except Exception as error:  # as in HubParquet
-        raise _hub_fault(name.repository, error) from None
 
 
 def _load_builder(name: HubName, path: str, split: str) -> tuple[Any, list[str]]:
@@ -260,10 +250,8 @@ def _load_builder(name: HubName, path: str, split: str) -> tuple[Any, list[str]]
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     _quiet()
-    try:
+    with _hub_faults(name.repository):
         builder = datasets.load_dataset_builder(path, name=name.config, revision=name.revision)
-    except Exception as error:  # datasets lets through what the Hub, the network and its parsers raise
-        raise _hub_fault(name.repository, error) from None
     files = {str(each): list(found) for each, found in (builder.config.data_files or {}).items()}
     if not files.get(split):
         splits = ", ".join(files)
@@ -283,17 +271,25 @@ def _quiet() -> None:
         disable_progress_bars()
 
 
-def _hub_fault(repository: str, error: Exception) -> UserError:
-    cause = one_line(error)
-    if "scripts are no longer supported" in cause:
-        return UserError(
-            f"dataset {repository} comes as a script, and scripts from the Hub are never run: "
-            "choose a repository with data files (Parquet, JSONL), or a revision that has them"
-        )
-    if names := re.search(r"(?:available configs|Available): \[(.*?)\]", cause):
-        configs = names[1].replace("'", "")
-        return UserError(f"dataset {repository} has several configs: {configs}; write hf:{repository}:CONFIG")
-    return Unreachable(
-        f"dataset {repository} could not be opened ({cause_of(error)}): check its name and the network, "
-        f"or run pipeline fetch hf:{repository} on a machine with one and share its HF_HOME"
-    )
+@contextmanager
+def _hub_faults(repository: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # datasets lets through what the Hub, the network and its parsers raise
+        cause = one_line(error)
+        if "scripts are no longer supported" in cause:
+            raise UserError(
+                f"dataset {repository} comes as a script, and scripts from the Hub are never run: "
+                "choose a repository with data files (Parquet, JSONL), or a revision that has them"
+            ) from None
+        if names := re.search(r"(?:available configs|Available): \[(.*?)\]", cause):
+            configs = names[1].replace("'", "")
+            raise UserError(
+                f"dataset {repository} has several configs: {configs}; write hf:{repository}:CONFIG"
+            ) from None
+        raise Unreachable(
+            f"dataset {repository} could not be opened ({cause_of(error)}): check its name and the network, "
+            f"or run pipeline fetch hf:{repository} on a machine with one and share its HF_HOME"
+        ) from None

@@ -43,8 +43,7 @@ class HubParquet(Source):
     sizes: dict[str, int]
 
     def ready(self, files: list[StoredFile]) -> Iterator[StoredFile]:
-        for file, _ in zip(files, self.downloaded(), strict=True):
-            yield file
+        return (file for file, _ in zip(files, self.downloaded(), strict=True))
 
     def files(self) -> list[Path]:
         """All of them, once they are in the cache. Raises UserError if one cannot be had."""

@@ -29,11 +29,11 @@ FILE_COST_BYTES = 64
 class Source:
     """What the user named, as files; one of another kind overrides `stored` and `split`.
 
-    `passed`: what the listing of its files passed over.
+    `passed_over`: what lies below it and is not read: reason -> `count` and one `example`.
     """
 
     reading: Reading
-    passed: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True, repr=False)
+    passed_over: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True, repr=False)
     is_stream: ClassVar[bool] = False  # the size of one is not known
 
     def files(self) -> list[Path]:
@@ -53,10 +53,6 @@ class Source:
     def ready(self, files: list[StoredFile]) -> Iterator[StoredFile]:
         """The files in order, each once it can be read."""
         return iter(files)
-
-    def passed_over(self) -> dict[str, dict[str, Any]]:
-        """What lies below the source and is not read: reason -> `count` and one `example`."""
-        return self.passed
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         """The manifest's entries for this source."""
@@ -78,9 +74,6 @@ def keyed_items(files: Iterable[StoredFile], source: Source, unit_bytes: int) ->
         if piece is not None:
             batch.append(piece)
             size += piece[1].size
-            if _ends_batch(piece[1], unit_bytes):
-                yield _joined(batch, size)
-                batch, size = [], 0
 
 
 def _pieces(files: Iterable[StoredFile], source: Source, unit_bytes: int) -> Iterator[tuple[str, Item] | None]:
@@ -90,7 +83,9 @@ def _pieces(files: Iterable[StoredFile], source: Source, unit_bytes: int) -> Ite
         # A large file shares no unit with others, so that it can change alone.
         alone = sum(item.size for item in items) >= unit_bytes
         yield from [None] * alone
-        yield from ((f"{item!r} {file!r}", item) for item in items)
+        for item in items:
+            yield f"{item!r} {file!r}", item
+            yield from [None] * _ends_batch(item, unit_bytes)
         yield from [None] * alone
 
 

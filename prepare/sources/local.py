@@ -118,14 +118,14 @@ class Shakespeare(Source):
     """Tiny Shakespeare, downloaded when it is first needed; nothing where it was named before."""
 
     def stored(self) -> list[StoredFile]:
-        return [] if self.passed else [StoredFile(str(_shakespeare()), SHAKESPEARE_BYTES, SHAKESPEARE_SHA256)]
+        return [] if self.passed_over else [StoredFile(str(_shakespeare()), SHAKESPEARE_BYTES, SHAKESPEARE_SHA256)]
 
     def split(self, file: StoredFile, unit_bytes: int) -> Iterator[Item]:
         return super().split(replace(file, path=str(self.path)), unit_bytes)
 
     def record(self, hash_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         about = {"path": "shakespeare", "url": SHAKESPEARE_URL}
-        return [] if self.passed else [{**about, "bytes": SHAKESPEARE_BYTES, "sha256": SHAKESPEARE_SHA256}]
+        return [] if self.passed_over else [{**about, "bytes": SHAKESPEARE_BYTES, "sha256": SHAKESPEARE_SHA256}]
 
     @cached_property
     def path(self) -> Path:
@@ -148,23 +148,22 @@ def _shakespeare() -> Path:
 def open_files(source: str, reading: Reading, seen: set[str]) -> Files | None:
     """The files that a path or a glob names, except those `seen` before; None if it is neither."""
     path, listing = Path(source), Listing(seen)
-    found = _found(path)
+    found, root = _found(path), None
     if found is None:
         if not is_glob(source):
             return None
         paths = matches(source, listing, reading.split)
         listing.check(f"the glob {shown(source)}", paths)
-        return Files(reading, paths, passed=listing.passed_over)
-    if stat.S_ISDIR(found.st_mode):
-        paths = every_file(path, listing, reading.split)
+    elif stat.S_ISDIR(found.st_mode):
+        paths, root = every_file(path, listing, reading.split), path
         listing.check(f"the folder {shown(source)}", paths)
-        return Files(reading, paths, root=path, passed=listing.passed_over)
-    if not stat.S_ISREG(found.st_mode):
+    elif not stat.S_ISREG(found.st_mode):
         raise UserError(f"{shown(source)} is not a regular file: write its text to a file, or pipe it into prepare -")
-    if not format_of(path.name):
+    elif not format_of(path.name):
         raise UserError(f"{shown(source)} has no known suffix: expected one of {READABLE}")
-    paths = [path] if listing.takes(source, found.st_size, os.path.realpath(path)) else []
-    return Files(reading, paths, passed=listing.passed_over)
+    else:
+        paths = [path] if listing.takes(source, found.st_size, os.path.realpath(path)) else []
+    return Files(reading, paths, root=root, passed_over=listing.passed_over)
 
 
 def _found(path: Path) -> os.stat_result | None:
@@ -183,13 +182,13 @@ def open_stdlib(reading: Reading, seen: set[str]) -> Files:
     paths = matches(f"{root}/**/*.py", listing, reading.split, STDLIB_WITHOUT)
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     about = {"path": "stdlib", "python": python}
-    return Files(reading, paths, root=root, about=about, passed=listing.passed_over)
+    return Files(reading, paths, root=root, about=about, passed_over=listing.passed_over)
 
 
 def open_shakespeare(reading: Reading, seen: set[str]) -> Source:
     listing = Listing(seen)
     listing.is_new(SHAKESPEARE_URL, SHAKESPEARE_URL)
-    return Shakespeare(reading, passed=listing.passed_over)
+    return Shakespeare(reading, passed_over=listing.passed_over)
 
 
 def _is_json_object(head: bytes) -> bool:

@@ -24,7 +24,6 @@ from prepare.units import Reading
 class RemoteFiles(Source):
     """The files that a URL named when the corpus was opened."""
 
-    source: str
     remotes: list[StoredFile]
 
     def stored(self) -> list[StoredFile]:
@@ -36,7 +35,7 @@ class RemoteFiles(Source):
 
 def open_remote(source: str, reading: Reading, seen: set[str]) -> RemoteFiles:
     listing = Listing(seen)
-    return RemoteFiles(reading, source, _list_remote(source, listing), passed=listing.passed_over)
+    return RemoteFiles(reading, _list_remote(source, listing), passed_over=listing.passed_over)
 
 
 def _list_remote(source: str, listing: Listing) -> list[StoredFile]:

@@ -11,10 +11,10 @@ import os
 import re
 import stat
 from collections import deque
-from collections.abc import Set
+from collections.abc import Callable, Set
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.dataset.shards import MANIFEST_NAME
 from pipeline.errors import UserError
@@ -29,6 +29,7 @@ SAVED_STATE = {"state.json", "dataset_info.json"}
 SHARD_NAME = re.compile(r"(train|val)_\d{5,}\.bin")
 # In a folder that holds the texts and their datasets too, as after `prepare .`.
 PREPARED = "part of a prepared dataset"
+T = TypeVar("T")
 LINK_TO_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -139,14 +140,16 @@ def _unread(folder: Path, names: Set[str], split: str) -> dict[str, str]:
     if "unfinished" in names and (folder / "unfinished" / "plan.json").exists():
         return {"unfinished": PREPARED}
     if SAVED_SPLITS in names:
-        splits = _parsed(folder / SAVED_SPLITS, "splits")
+        splits = _read_saved(folder / SAVED_SPLITS, lambda found: list(map(str, found["splits"])))
         if split not in splits:
             raise UserError(
                 f"{shown(str(folder))} has no split {split!r}, its splits are: {', '.join(splits)}; choose with --split"
             )
         return dict.fromkeys(names - {split}, f"not in the split {split}")
     if names >= SAVED_STATE:
-        data = {each["filename"] for each in _parsed(folder / "state.json", "_data_files")}
+        data = _read_saved(
+            folder / "state.json", lambda found: {str(each["filename"]) for each in found["_data_files"]}
+        )
         if missing := sorted(data - names):
             raise UserError(f"{shown(str(folder / missing[0]))} is missing: save the dataset again")
         # `datasets` keeps the results of map and filter, cache-*.arrow, in the same folder.
@@ -154,9 +157,10 @@ def _unread(folder: Path, names: Set[str], split: str) -> dict[str, str]:
     return {}
 
 
-def _parsed(path: Path, key: str) -> Any:
+def _read_saved(path: Path, names_in: Callable[[Any], T]) -> T:
+    """The names that a saved dataset's JSON holds. Raises UserError if it is damaged."""
     try:
         with reading(str(path)):
-            return json.loads(path.read_bytes())[key]
+            return names_in(json.loads(path.read_bytes()))
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{shown(str(path))} is damaged: save the dataset again") from None

@@ -126,12 +126,13 @@ def _decompressor(name: str, compression: str) -> tuple[Callable[[], Any], tuple
     """What begins a member or frame, and the limit on the output of a step where the library takes
     one.
     """
-    if compression == ".gz":
-        return lambda: zlib.decompressobj(wbits=31), (BLOCK_BYTES,)
-    if compression == ".bz2":
-        return bz2.BZ2Decompressor, (BLOCK_BYTES,)
-    if compression == ".xz":
-        return lambda: lzma.LZMADecompressor(memlimit=XZ_MEMORY_BYTES), (BLOCK_BYTES,)
+    limited: dict[str, Callable[[], Any]] = {
+        ".gz": partial(zlib.decompressobj, wbits=31),
+        ".bz2": bz2.BZ2Decompressor,
+        ".xz": partial(lzma.LZMADecompressor, memlimit=XZ_MEMORY_BYTES),
+    }
+    if compression in limited:
+        return limited[compression], (BLOCK_BYTES,)
     try:
         import zstandard
     except ImportError:

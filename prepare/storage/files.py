@@ -97,9 +97,8 @@ def open_bytes(path: str) -> BinaryIO:
     if not is_url(path):
         return Path(path).open("rb")
     found = describe(path)
-    if not found.ranges:
-        return _web_stream(path)
-    return cast(BinaryIO, io.BufferedReader(_RangeFile(path, found.size), REQUEST_BYTES))
+    file = _RangeFile(path, found.size) if found.ranges else BlockFile(_web_blocks(path))
+    return cast(BinaryIO, io.BufferedReader(file, REQUEST_BYTES))
 
 
 def blocks(path: str, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -248,35 +247,37 @@ def _describe_web(url: str) -> StoredFile:
     return StoredFile(url, size if answer.ok else 0, etag and etag.strip('"'), ranges)
 
 
-def _web_stream(url: str) -> BinaryIO:
-    answer = _with_retries(url, lambda: _answer("GET", url, stream=True))
-    return cast(BinaryIO, io.BufferedReader(_AnswerBody(answer), BLOCK_BYTES))
-
-
-class _AnswerBody(io.RawIOBase):
+def _web_blocks(url: str) -> Iterator[bytes]:
     """The body of an answer, which must have its announced length: a connection that breaks off is
     an error.
     """
+    with _with_retries(url, lambda: _answer("GET", url, stream=True)) as answer:
+        left = int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
+        while True:
+            try:
+                block = answer.raw.read(BLOCK_BYTES)
+            except Exception as error:  # urllib3 raises its own kinds
+                raise OSError(f"the connection broke off ({type(error).__name__})") from None
+            if not block:
+                break
+            left = left and left - len(block)
+            yield block
+        if left:
+            raise OSError(f"the connection broke off {left} bytes before the end")
 
-    def __init__(self, answer: Any) -> None:
-        self._answer = answer
-        self._left = int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
+
+class BlockFile(io.RawIOBase):
+    """Blocks of bytes as a file, for libraries that read one; what the blocks raise passes through."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._rest = blocks, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        try:
-            content = self._answer.raw.read(len(buffer))
-        except Exception as error:  # urllib3 raises its own kinds
-            raise OSError(f"the connection broke off ({type(error).__name__})") from None
-        if self._left is not None:
-            self._left -= len(content)
-            if not content and self._left:
-                raise OSError(f"the connection broke off {self._left} bytes before the end")
-        buffer[: len(content)] = content
-        return len(content)
-
-    def close(self) -> None:
-        self._answer.close()
-        super().close()
+        if not self._rest:
+            self._rest = memoryview(next(self._blocks, b""))
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size

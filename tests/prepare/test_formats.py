@@ -234,6 +234,15 @@ def test_nested_fields(tmp_path: Path, suffix: str) -> None:
     assert documents(tmp_path, path, field="meta.content") == ["a", None, None]
     assert documents(tmp_path, path, field="meta.more.deep") == ["x", None, None]
     assert {reason for reason, _, _ in refused(tmp_path, path, field="meta.content")} == {"null"}
+    nulls = pa.table({"meta": pa.nulls(2)}), pa.table({"meta": pa.array([{"more": None}] * 2)})
+    for table, field in zip(nulls, ("meta.content", "meta.more.deep"), strict=True):
+        if suffix == "parquet":
+            pq.write_table(table, tmp_path / "nulls.parquet")
+        elif suffix == "arrow":
+            write_arrow(tmp_path / "nulls.arrow", table, "file", rows=2)
+        else:
+            write_rows(tmp_path / f"nulls.{suffix}", table.to_pylist())
+        assert documents(tmp_path, tmp_path / f"nulls.{suffix}", field=field) == [None, None]
     if suffix in ("parquet", "arrow"):
         with pytest.raises(UserError, match=r"no column 'meta.text', its columns are: meta.content, meta.more.deep;"):
             documents(tmp_path, path, field="meta.text")

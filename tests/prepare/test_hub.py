@@ -20,6 +20,7 @@ from test_corpus import documents, opened, refused, units, whole
 
 from pipeline.errors import UserError
 from prepare.run import PrepareOptions, run
+from prepare.sources import hub as hub_sources
 from prepare.sources.corpus import open_corpus
 from prepare.sources.hub import parse_name
 from prepare.sources.hub_parquet import HubName, HubParquet
@@ -201,7 +202,7 @@ def test_a_dataset_that_is_named_twice_is_read_once(tmp_path: Path, hub: Path) -
     write(repository(hub, "hf:Org/Lines") / "train.jsonl", '{"text": "b"}\n')
     sources = ("hf:Org/Pages", "hf:Org/Lines", f"hf:Org/Pages@{COMMIT}", "hf:Org/Lines@main")
     assert documents(tmp_path, *sources) == ["a", "b"]
-    found = [source.passed_over() for source in opened(tmp_path, *sources).sources]
+    found = [source.passed_over for source in opened(tmp_path, *sources).sources]
     assert [len(each) for each in found] == [0, 0, 1, 1]
     assert found[2]["already listed"] == {"count": 1, "example": f"Org/Pages@{COMMIT}/train.parquet"}
 
@@ -228,6 +229,15 @@ def coming(hub: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[Hub
     downloads = Downloads(found)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", downloads)
     return found, downloads
+
+
+def test_a_listing_that_a_read_only_cache_refuses_stops_nothing(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "assets").write_text("not a folder")
+    found, _ = coming(hub, monkeypatch, "a.parquet")
+    hub_sources._save_listing(found.dataset, found)
+    assert hub_sources._load_listing(found.dataset, "train") is None
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -42,7 +42,7 @@ def passed_over(tmp_path: Path, *sources: object) -> dict[str, tuple[int, str]]:
     """By reason the count and the example, whose path begins below `tmp_path`."""
     found: dict[str, tuple[int, str]] = {}
     for source in opened(tmp_path, *sources).sources:
-        for reason, entry in source.passed_over().items():
+        for reason, entry in source.passed_over.items():
             assert set(entry) == {"count", "example"}
             found[reason] = (
                 entry["count"] + found.get(reason, (0, ""))[0],
@@ -137,7 +137,7 @@ def test_an_empty_file_or_archive_is_counted(tmp_path: Path, kind: str, suffix: 
 
 def test_the_folders_that_stdlib_leaves_out_are_counted(tmp_path: Path) -> None:
     (found,) = opened(tmp_path, "stdlib").sources
-    assert found.passed_over()["left out of stdlib"]["count"] > 3
+    assert found.passed_over["left out of stdlib"]["count"] > 3
 
 
 def test_what_a_prepared_dataset_in_the_folder_holds_is_no_text(tmp_path: Path) -> None:
@@ -248,10 +248,10 @@ def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path, here: Path, sou
 
 def test_named_corpora_are_read_once_too(tmp_path: Path) -> None:
     first, second = opened(tmp_path, "stdlib", "stdlib").sources
-    assert second.passed_over()["already listed"]["count"] == len(first.files())
+    assert second.passed_over["already listed"]["count"] == len(first.files())
     assert second.files() == []
     first, second = opened(tmp_path, "shakespeare", "shakespeare").sources
-    assert (len(first.passed_over()), second.passed_over()["already listed"]["count"]) == (0, 1)
+    assert (len(first.passed_over), second.passed_over["already listed"]["count"]) == (0, 1)
     assert (second.stored(), second.record(str)) == ([], [])
 
 
@@ -405,14 +405,14 @@ def test_what_lies_elsewhere_is_counted_and_taken_once(tmp_path: Path, memory: A
     memory.pipe({f"/c/{name}": content for name, content in content.items()})
     first, second, third = opened(tmp_path, "memory://c", "memory://c/a.jsonl", "memory://c/*").sources
     assert [file.path for file in first.stored()] == ["memory:///c/a.jsonl", "memory:///c/s/f.txt"]
-    assert first.passed_over() == {
+    assert first.passed_over == {
         "empty file": {"count": 1, "example": "memory:///c/s/g.jsonl"},
         "hidden file": {"count": 2, "example": "memory:///c/.c.txt"},
         "unknown suffix .docx": {"count": 1, "example": "memory:///c/b.docx"},
     }
-    assert second.passed_over() == {"already listed": {"count": 1, "example": "memory:///c/a.jsonl"}}
-    assert third.passed_over()["already listed"]["count"] == 1
-    assert third.passed_over()["folder, where the glob asks for files"]["count"] == 1
+    assert second.passed_over == {"already listed": {"count": 1, "example": "memory:///c/a.jsonl"}}
+    assert third.passed_over["already listed"]["count"] == 1
+    assert third.passed_over["folder, where the glob asks for files"]["count"] == 1
     for source, count in ((first, 2), (second, 0), (third, 0)):
         assert len(source.record(str)) == count
     memory.pipe("/c/new.txt", b"x")
@@ -471,9 +471,14 @@ def test_of_a_saved_dataset_only_its_data_files_are_read(tmp_path: Path, arrow: 
     (tmp_path / "x" / data[1]).unlink()
     with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow is missing: save the dataset again"):
         opened(tmp_path, tmp_path / "x")
-    (tmp_path / "x" / "c" / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"state\.json is damaged: save the dataset again"):
-        opened(tmp_path, tmp_path / "x")
+    for damaged in ("{", '{"_data_files": [{}]}', '{"_data_files": 1}'):
+        (tmp_path / "x" / "c" / "state.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"state\.json is damaged: save the dataset again"):
+            opened(tmp_path, tmp_path / "x")
+    write(tmp_path, "y/dataset_dict.json")
+    (tmp_path / "y" / "dataset_dict.json").write_text('{"splits": 1}')
+    with pytest.raises(UserError, match=r"dataset_dict\.json is damaged"):
+        opened(tmp_path, tmp_path / "y")
 
 
 def test_a_split_of_a_saved_dataset_is_chosen(tmp_path: Path, arrow: None) -> None:

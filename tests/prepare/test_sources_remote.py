@@ -123,8 +123,8 @@ def test_a_workers_process_reads_what_the_parent_planned(tmp_path: Path, bucket:
         ("s3://corpus/missing.txt", ["s3://corpus/missing.txt", "no files"]),
         ("s3://corpus/*.pdf", ["s3://corpus/*.pdf", "only 1 unknown suffix .pdf (s3://corpus/a.pdf)", ".parquet"]),
         ("s3://corpus/bad.parquet", ["s3://corpus/bad.parquet", "Parquet"]),
-        ("s3://corpus/bad.jsonl.gz", ["s3://corpus/bad.jsonl.gz", "truncated"]),
-        ("s3://corpus/bad.jsonl", ["s3://corpus/bad.jsonl line 2", "not JSON"]),
+        ("s3://corpus/bad.jsonl.gz", ["s3://corpus/bad.jsonl.gz at byte 0", "damaged"]),
+        ("s3://corpus/bad.jsonl", ["s3://corpus/bad.jsonl at byte 14", "not JSON"]),
         ("nosuch://a/b.txt", ["nosuch://a/b.txt", "unknown file system", "s3://"]),
         ("memory://a/b.txt", ["memory://a/b.txt", "unknown file system"]),
     ],
@@ -132,8 +132,9 @@ def test_a_workers_process_reads_what_the_parent_planned(tmp_path: Path, bucket:
 def test_faults_name_the_address(tmp_path: Path, bucket: Any, source: str, words: list[str]) -> None:
     bucket.pipe({"corpus/a.pdf": b"a", "corpus/bad.parquet": b"no", "corpus/bad.jsonl": b'{"text": "a"}\n{\n'})
     bucket.pipe("corpus/bad.jsonl.gz", gzip.compress(b"abc" * 100)[:20])
+    options = PrepareOptions([source], data_dir=str(tmp_path), tokenizer="byte", bad_rows="stop", workers=1)
     with pytest.raises(UserError) as caught:
-        documents(tmp_path, source)
+        run(options)
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
     assert "\n" not in str(caught.value)
 
