@@ -105,7 +105,7 @@ def _leave_out(
     duplicates, count, clusters = mark_near_duplicates(parts, dtype, journal.folder, duplicates)
     places = locate([number for cluster in clusters for number in cluster], parts, dtype, snapshot)
     near = [[places[number] for number in cluster] for cluster in clusters]
-    if near:
+    if count:
         report(skipped, NEAR_DUPLICATE, f"{near[0][1]}, near {near[0][0]}", count=count)
     return duplicates, near
 

@@ -66,8 +66,9 @@ def mark_near_duplicates(
     finally:
         path.unlink(missing_ok=True)
     clusters: dict[int, list[int]] = {}
-    # A pair whose earlier document is left out itself is no example.
-    for kept, left_out in pairs[:, ~marks[pairs[0]]].T.tolist():
+    # A pair whose earlier document is left out itself is not an example, unless there is no other.
+    kept_first = ~marks[pairs[0]]
+    for kept, left_out in pairs[:, kept_first if kept_first.any() else slice(None)].T.tolist():
         clusters.setdefault(kept, [kept]).append(left_out)
     examples = [clusters[kept][: 1 + EXAMPLES] for kept in sorted(clusters)[:EXAMPLES]]
     marks.flush()

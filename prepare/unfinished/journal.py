@@ -31,7 +31,7 @@ from pipeline.vocabulary.tokenizer import token_dtype
 from prepare.storage.files import StoredFile
 from prepare.unfinished.parts import Summary, Wanted, part_name, read_summary
 
-_PART_NAME = re.compile(r"([0-9a-f]{32})_(\d{6,})\.part")
+_PART_NAME = re.compile(r"([0-9a-f]{32})_(\d{6,})\.(part|first_\d+)")
 # Another task may be writing the plan where the file system has no hard links.
 PLAN_ATTEMPTS = 20
 
@@ -201,7 +201,7 @@ class Journal:
                 summary = read_summary(Path(entry.path))
                 if summary.engine in distrusted:
                     Path(entry.path).unlink(missing_ok=True)
-                else:
+                elif name[3] == "part":
                     found.setdefault(name[1], {})[int(name[2])] = summary
         return found
 
