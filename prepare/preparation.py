@@ -254,8 +254,9 @@ def _differences(earlier: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
     return [
         f"{name} was {was!r} and is now {chosen.get(name)!r}"
         for name in {**chosen, **earlier}
-        # An option that an earlier version did not have was at its default.
+        # An option that an earlier version did not have was at its default; what is off may be null.
         if (was := earlier.get(name, getattr(PrepareOptions, name, None))) != chosen.get(name)
+        and (was or chosen.get(name))
     ]
 
 

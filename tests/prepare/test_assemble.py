@@ -202,20 +202,22 @@ def test_a_written_shard_is_found_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at_once", [2_000_000, 30, 1])
 def test_later_duplicates_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """In one file of hashes, in several, and in as many as there may be."""
-    monkeypatch.setattr(duplicates, "DOCUMENTS_PER_FILE", at_once)
+    monkeypatch.setattr(duplicates, "RECORDS_PER_FILE", at_once)
     chance = random.Random(3)
     texts = [f"text {chance.randint(0, 120)}" for _ in range(300)]
     parts = make_parts(tmp_path, texts, in_part=11)
     marks = mark_duplicates((Part(path, U2).hashes for path in parts), len(texts), tmp_path)
     wanted = [text in texts[:i] for i, text in enumerate(texts)]
-    assert np.fromfile(marks, np.bool_).tolist() == wanted
+    assert np.fromfile(marks.path, np.bool_).tolist() == wanted
+    first = wanted.index(True)
+    assert (marks.count, marks.clusters) == (sum(wanted), [[texts.index(texts[first]), first]])
     assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", *[".part"] * len(parts)]
 
 
 def test_duplicates_are_in_no_shard(tmp_path: Path) -> None:
     texts = [f"text {i % 40}" for i in range(150)]
     parts = make_parts(tmp_path, texts)
-    marks = mark_duplicates((Part(path, U2).hashes for path in parts), len(texts), tmp_path)
+    marks = mark_duplicates((Part(path, U2).hashes for path in parts), len(texts), tmp_path).path
     made = assembly(tmp_path, find_rule(parts, 0.3, marks), marks)
     shards = [write_shard((made, layout)) for layout in lay_out_shards(parts, made, 50)]
     found = [text for shard in shards for text in documents_of(tmp_path / "shards" / shard.file)]
@@ -224,7 +226,7 @@ def test_duplicates_are_in_no_shard(tmp_path: Path) -> None:
 
 def test_duplicates_of_one_document_leave_a_lone_one(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, ["abcdefghij"] * 5)
-    marks = mark_duplicates((Part(path, U2).hashes for path in parts), 5, tmp_path)
+    marks = mark_duplicates((Part(path, U2).hashes for path in parts), 5, tmp_path).path
     made = assembly(tmp_path, find_rule(parts, 0.2, marks), marks)
     shards = [write_shard((made, layout)) for layout in lay_out_shards(parts, made, 50)]
     assert [documents_of(tmp_path / "shards" / shard.file) for shard in shards] == [["abcdefgh"], ["ij"]]
