@@ -20,7 +20,7 @@ from pipeline.dataset.scan import entropy_nats
 from pipeline.dataset.shards import SPLITS, Shard
 from pipeline.files import publish, write_atomic
 from pipeline.vocabulary.tokenizer import TokenIds, token_dtype
-from prepare.assembly.splits import COPY_TOKENS, DocumentRange, Flags, SplitRule, dropped, numbered_parts, sizes
+from prepare.assembly.splits import COPY_TOKENS, DocumentRange, Flags, SplitByHash, dropped, numbered_parts, sizes
 from prepare.unfinished.parts import Part
 
 # Pairs are counted for vocabularies up to this size, whose table takes 8 MB. For GPT-2's it would
@@ -64,7 +64,7 @@ class Assembly:
     parts: Path
     folder: Path
     vocab_size: int
-    rule: SplitRule
+    rule: SplitByHash
     duplicates: Path | None = None
 
     @property

@@ -33,7 +33,8 @@ def encode_items(
         missing = _Missing(journal, plan, items, stop=stop)
         try:
             _encode_missing(journal, plan, missing, workers, engine=engine, text_bytes=text_bytes)
-            return
+            if engine not in journal.distrusted():  # another task may have met a fault meanwhile
+                return
         except EngineFault as fault:
             logger.warning("%s %s: starting over without it", engine, fault)
             journal.distrust(engine, str(fault))

@@ -196,11 +196,11 @@ class Journal:
         found: Finished = {}
         distrusted = self.distrusted()
         for entry in os.scandir(self.folder):
-            if name := _PART_NAME.fullmatch(entry.name):
-                summary = read_summary(Path(entry.path))
-                if summary.engine in distrusted:
-                    Path(entry.path).unlink(missing_ok=True)
-                elif name[3] == "part":
+            name = _PART_NAME.fullmatch(entry.name)
+            with suppress(FileNotFoundError):  # of a library at fault, which another task has removed
+                if name and (summary := read_summary(Path(entry.path))).engine in distrusted:
+                    Path(entry.path).unlink()
+                elif name and name[3] == "part":
                     found.setdefault(name[1], {})[int(name[2])] = summary
         return found
 

@@ -171,7 +171,7 @@ class Part:
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.path, self.summary = path, read_summary(path)
+        self.summary = read_summary(path)
         documents, values, offset = self.summary.documents, self.summary.signature_bytes // 4, 0
 
         def following(dtype: npt.DTypeLike, count: int, columns: int = 1) -> Any:
