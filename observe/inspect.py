@@ -20,7 +20,7 @@ from observe.quality import Sampled, describe_quality, show_quality
 from observe.sample import NO_DOCUMENTS, documents_of, smallest
 from observe.tables import cell, open_console, plain_table
 from pipeline.budget import parameters
-from pipeline.dataset.scan import Advance, DocumentFinder, blocks, each_shard, entropy_nats
+from pipeline.dataset.scan import Advance, DocumentFinder, Positions, blocks, each_shard, entropy_nats
 from pipeline.dataset.shards import Manifest, Shard, check_sizes, map_shard, path_or_name, read_path
 from pipeline.errors import UserError
 from pipeline.log import ProgressReport
@@ -127,11 +127,8 @@ def count_shard(folder: Path, manifest: Manifest, shards: list[Shard], shard: Sh
     """Read every id of one of a split's shards."""
     vocab_size, number = manifest.tokenizer["vocab_size"], shards.index(shard)
     counts, finder = Counts(np.zeros(vocab_size + 1, dtype=np.int64)), DocumentFinder(manifest)
-    for block in blocks(folder / shard.file, manifest.header_bytes):
-        ids: TokenIds = np.frombuffer(block, manifest.dtype)
-        # Clipped as uint32, which every id fits into, at half the memory of int64.
-        counts.ids += np.bincount(np.minimum(ids, np.uint32(vocab_size)), minlength=vocab_size + 1)
-        starts, lengths = finder.feed(ids)
+
+    def add_documents(starts: Positions, lengths: Positions) -> None:
         # Millions of documents have a few thousand lengths: counted in numpy, added in Python.
         different, times = np.unique(lengths, return_counts=True)
         counts.lengths.update(dict(zip(different.tolist(), times.tolist(), strict=True)))
@@ -139,16 +136,19 @@ def count_shard(folder: Path, manifest: Manifest, shards: list[Shard], shard: Sh
         mapped: TokenIds = np.asarray(map_shard(folder, manifest, shard))
         counts.sample = smallest(counts.sample, documents_of(number, mapped, starts, lengths))
         missing = BEGINNINGS - len(counts.first)
-        positions = zip(starts[:missing].tolist(), lengths[:missing].tolist(), strict=True)
-        counts.first += [(shard, start, length) for start, length in positions]
+        counts.first += [
+            (shard, *found) for found in zip(starts[:missing].tolist(), lengths[:missing].tolist(), strict=True)
+        ]
+
+    for block in blocks(folder / shard.file, manifest.header_bytes):
+        ids: TokenIds = np.frombuffer(block, manifest.dtype)
+        # Clipped as uint32, which every id fits into, at half the memory of int64.
+        counts.ids += np.bincount(np.minimum(ids, np.uint32(vocab_size)), minlength=vocab_size + 1)
+        add_documents(*finder.feed(ids))
         advance(len(block))
     start, length = finder.rest()
     if length:  # the last document of a foreign shard may lack its end-of-text
-        counts.lengths[length] += 1
-        counts.first.append((shard, start, length))
-        mapped = np.asarray(map_shard(folder, manifest, shard))
-        last = documents_of(number, mapped, np.array([start]), np.array([length]))
-        counts.sample = smallest(counts.sample, last)
+        add_documents(np.array([start]), np.array([length]))
     return counts
 
 

@@ -84,6 +84,9 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
             yield f"invalid --{name.replace('_', '-')} {count}: expected at least 1"
     if options.near_dedup and find_spec("rensa") is None:
         yield "--near-dedup requires the package rensa: pip install 'gpt-pipeline[dedup]'"
+    if options.near_dedup and options.limit_docs:
+        # Unlike of exact ones, of near duplicates too little is known while texts are encoded.
+        yield "--limit-docs cannot be combined with --near-dedup: which documents are near is known at the end; limit the sources"
     if options.bad_rows not in (None, *BAD_ROWS):
         yield f"invalid --bad-rows {options.bad_rows!r}: expected {' or '.join(BAD_ROWS)}"
     if not 0 <= options.seed < 1 << 64:

@@ -114,7 +114,9 @@ class Preparation:
         name = self.options.tokenizer
         if not learns_from_corpus(name):
             return open_vocabulary(name)
-        return learn_from(self.corpus.items(), name, self.options.limit_docs)
+        # Where documents are left out, the limit reaches beyond the first ones, to other characters.
+        leaves_out = self.options.dedup or self.options.decontaminate
+        return learn_from(self.corpus.items(), name, None if leaves_out else self.options.limit_docs)
 
     def _new_plan(self) -> tuple[Plan, Snapshot]:
         # Of several tasks, another may be working in the folder already.
@@ -252,8 +254,9 @@ def _differences(earlier: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
     return [
         f"{name} was {was!r} and is now {chosen.get(name)!r}"
         for name in {**chosen, **earlier}
-        # An option that an earlier version did not have was at its default.
+        # An option that an earlier version did not have was at its default; what is off may be null.
         if (was := earlier.get(name, getattr(PrepareOptions, name, None))) != chosen.get(name)
+        and (was or chosen.get(name))
     ]
 
 

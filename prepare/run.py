@@ -65,6 +65,10 @@ def merge(dataset: Path, workers: int | None = None) -> None:
         load_manifest(dataset)
         logger.info("%s is already prepared", dataset)
         return
+    if not plan.constants:
+        raise UserError(
+            f"{journal.folder / 'plan.json'} is damaged: run the tasks again, after removing {journal.folder}"
+        )
     if not Path(plan.working_folder).is_dir():
         raise UserError(f"{plan.working_folder}, in which the tasks ran, no longer exists: create it again")
     # The sources are named relative to the folder in which the tasks ran.

@@ -5,8 +5,10 @@ their first bits, so equal ones meet in the same file, and each file is small en
 memory.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,38 @@ MAX_FILES = 256
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<i8")])
 
 
-def mark_duplicates(hashes: Iterable[npt.NDArray[np.uint64]], documents: int, folder: Path) -> Path:
-    """A file with one byte per document of the corpus: 1 if an earlier document has the same text.
+@dataclass(frozen=True)
+class Marked:
+    """Documents of the corpus that are left out.
+
+    `path` is a file with one byte per document: 1 if it is left out, whatever for. `count` of them
+    were found here. `clusters` are examples: the number of a document that is kept, and those of
+    some that are left out for it.
+    """
+
+    path: Path
+    count: int
+    clusters: list[list[int]]
+
+
+def mark_duplicates(hashes: Iterable[npt.NDArray[np.uint64]], documents: int, folder: Path) -> Marked:
+    """Marks each document whose text an earlier one has.
 
     `hashes` yields the two halves of the documents' XXH3-128 in corpus order, as (n, 2) arrays.
     """
-    target = folder / "duplicates"
-    marks = np.memmap(target, dtype=np.bool_, mode="w+", shape=(max(documents, 1),))  # mmap(2) refuses 0 bytes
+    path, count, example = folder / "duplicates", 0, [documents, documents]
+    marks = np.memmap(path, dtype=np.bool_, mode="w+", shape=(max(documents, 1),))  # mmap(2) refuses 0 bytes
     for records in sorted_records(hashes, documents, folder):
         # Of neighbours with the same hash all but the first are duplicates.
         same = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])
-        marks[records["number"][1:][same]] = True
+        later = records["number"][1:][same]
+        marks[later] = True
+        count += len(later)
+        if len(later) and later.min() < example[1]:
+            # The neighbour before the first duplicate is none.
+            example = [int(records["number"][:-1][same][later.argmin()]), int(later.min())]
     marks.flush()
-    return target
+    return Marked(path, count, [example] if count else [])
 
 
 def sorted_records(
@@ -79,36 +100,20 @@ def _distribute(hashes: Iterable[npt.NDArray[np.uint64]], paths: list[Path], bit
                 file.write(chunk.tobytes())
 
 
-def locate_duplicate(number: int, parts: list[Path], dtype: np.dtype[Any], items: Iterable[tuple[str, Item]]) -> str:
-    """Where document `number` of the corpus is, and which earlier document has its text."""
-
-    def copies(digest: npt.NDArray[np.uint64]) -> Iterator[int]:
-        for part, documents in numbered_parts(parts, dtype):
-            yield from (documents.number + np.flatnonzero((part.hashes == digest).all(axis=1))).tolist()
-
-    digests = (
-        part.hashes[number - documents.number]
-        for part, documents in numbered_parts(parts, dtype)
-        if number < documents.number + documents.stop
-    )
-    first = next(copies(next(digests)))
-    places = locate([number, first], parts, dtype, items)
-    return f"{places[number]}, the same as {places[first]}"
-
-
 def locate(
-    numbers: Collection[int], parts: list[Path], dtype: np.dtype[Any], items: Iterable[tuple[str, Item]]
-) -> dict[int, str]:
-    """Where these documents of the corpus are. `items` are its items by the keys of their parts."""
+    clusters: list[list[int]], parts: list[Path], dtype: np.dtype[Any], items: Iterable[tuple[str, Item]]
+) -> list[list[str]]:
+    """Where the documents of each cluster are. `items` are the corpus's by the keys of their parts."""
     positions = {
         number: (part.summary.item, int(part.positions[number - documents.number]))
         for part, documents in numbered_parts(parts, dtype)
-        for number in numbers
+        for number in chain.from_iterable(clusters)
         if documents.number <= number < documents.number + documents.stop
     }
     wanted = {key for key, _ in positions.values()}
     found = {key: item for key, item in items if key in wanted}
-    return {number: _locate(found[key], position) for number, (key, position) in positions.items()}
+    names = {number: _locate(found[key], position) for number, (key, position) in positions.items()}
+    return [[names[number] for number in cluster] for cluster in clusters]
 
 
 def _locate(unit: Unit | Item, position: int) -> str:

@@ -11,10 +11,10 @@ from pipeline.files import hash_file, write_atomic
 from pipeline.log import ProgressReport, logger
 from pipeline.vocabulary.specs import from_spec
 from pipeline.vocabulary.tokenizer import token_dtype
-from prepare.assembly.duplicates import locate, locate_duplicate, mark_duplicates
+from prepare.assembly.duplicates import Marked, locate, mark_duplicates
 from prepare.assembly.near_duplicates import mark_near_duplicates
 from prepare.assembly.shards import Assembly, ShardLayout, lay_out_shards, statistics, write_shard, written_shard
-from prepare.assembly.splits import SplitFinder, dropped
+from prepare.assembly.splits import SplitFinder
 from prepare.sources.corpus import Corpus, Snapshot
 from prepare.storage.files import local_file, shown
 from prepare.unfinished.journal import Journal, ListedPart, Plan
@@ -93,21 +93,22 @@ def _leave_out(
     near ones where they are, each followed by those left out for it.
     """
     dtype = token_dtype(plan.tokenizer["vocab_size"])
-    documents = sum(read_summary(path).documents for path in parts)
-    duplicates = None
+
+    def located(marked: Marked, reason: str, relation: str) -> list[list[str]]:
+        clusters = locate(marked.clusters, parts, dtype, snapshot)
+        if clusters:
+            report(skipped, reason, f"{clusters[0][1]}, {relation} {clusters[0][0]}", count=marked.count)
+        return clusters
+
+    exact = None
     if plan.options["dedup"]:
-        duplicates = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
-        if (marks := dropped(duplicates, 0, documents)).any():
-            example = locate_duplicate(int(marks.argmax()), parts, dtype, snapshot)
-            report(skipped, DUPLICATE, example, count=int(marks.sum()))
+        documents = sum(read_summary(path).documents for path in parts)
+        exact = mark_duplicates((Part(path, dtype).hashes for path in parts), documents, journal.folder)
+        located(exact, DUPLICATE, "the same as")
     if not plan.options["near_dedup"]:
-        return duplicates, []
-    duplicates, count, clusters = mark_near_duplicates(parts, dtype, journal.folder, duplicates)
-    places = locate([number for cluster in clusters for number in cluster], parts, dtype, snapshot)
-    near = [[places[number] for number in cluster] for cluster in clusters]
-    if near:
-        report(skipped, NEAR_DUPLICATE, f"{near[0][1]}, near {near[0][0]}", count=count)
-    return duplicates, near
+        return exact.path if exact else None, []
+    near = mark_near_duplicates(parts, dtype, journal.folder, exact.count if exact else None)
+    return near.path, located(near, NEAR_DUPLICATE, "near")
 
 
 def _check_broken(skipped: Reports, rows: int, bad_rows: str | None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prepare.assembly.duplicates import sorted_records
+from prepare.assembly.duplicates import Marked, sorted_records
 from prepare.assembly.splits import numbered_parts
 
 # The similarity from which SlimPajama counts documents as near duplicates.
@@ -37,19 +37,13 @@ Numbers = npt.NDArray[np.int64]
 Values = npt.NDArray[np.uint32]
 
 
-def mark_near_duplicates(
-    parts: list[Path], dtype: np.dtype[Any], folder: Path, duplicates: Path | None
-) -> tuple[Path, int, list[list[int]]]:
-    """A file with one byte per document of the corpus: 1 if an earlier document is near, or if
-    `duplicates`, the file of exact ones, has a 1; and how many the near ones are.
-
-    Also the numbers of documents of some clusters: one that is kept, and those left out for it.
+def mark_near_duplicates(parts: list[Path], dtype: np.dtype[Any], folder: Path, exact: int | None) -> Marked:
+    """Marks each document that an earlier one is near, next to the `exact` duplicates that
+    `mark_duplicates` has marked; None if it has not been called.
     """
     documents = sum(part.summary.documents for part, _ in numbered_parts(parts, dtype))
-    target = folder / "duplicates"
-    marks = np.memmap(target, np.bool_, "r+" if duplicates else "w+", shape=(documents,))
-    exact = int(marks.sum())
-    path = folder / "signatures.partial"
+    marked, path = folder / "duplicates", folder / "signatures.partial"
+    marks = np.memmap(marked, np.bool_, "w+" if exact is None else "r+", shape=(documents,))
     pairs = np.zeros((2, 0), np.int64)
     try:
         # Next to each other, as they are compared in any order; 512 bytes a document.
@@ -66,12 +60,13 @@ def mark_near_duplicates(
     finally:
         path.unlink(missing_ok=True)
     clusters: dict[int, list[int]] = {}
-    # A pair whose earlier document is left out itself is no example.
-    for kept, left_out in pairs[:, ~marks[pairs[0]]].T.tolist():
+    # A pair whose earlier document is left out itself is not an example, unless there is no other.
+    kept_first = ~marks[pairs[0]]
+    for kept, left_out in pairs[:, kept_first if kept_first.any() else slice(None)].T.tolist():
         clusters.setdefault(kept, [kept]).append(left_out)
-    examples = [clusters[kept][: 1 + EXAMPLES] for kept in sorted(clusters)[:EXAMPLES]]
     marks.flush()
-    return target, int(marks.sum()) - exact, examples
+    count = int(marks.sum()) - (exact or 0)
+    return Marked(marked, count, [clusters[kept][: 1 + EXAMPLES] for kept in sorted(clusters)[:EXAMPLES]])
 
 
 def _bands(signatures: Values) -> Iterator[npt.NDArray[np.uint64]]:

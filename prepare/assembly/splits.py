@@ -75,7 +75,7 @@ class SplitByHash:
 
 
 @dataclass(frozen=True)
-class SplitByPosition:
+class SplitByPosition(SplitByHash):
     """val has the ends of the first `cut_documents` documents of more than `cut_above` tokens, and
     others by their hash.
 
@@ -83,7 +83,6 @@ class SplitByPosition:
     16 bytes per document of the corpus.
     """
 
-    by_hash: SplitByHash
     cut_above: int
     cut_documents: int
     path: Path
@@ -96,10 +95,7 @@ class SplitByPosition:
 
     def record(self) -> dict[str, Any]:
         described = {"kind": "position", "cut_above": self.cut_above, "cut_documents": self.cut_documents}
-        return self.by_hash.record() | described
-
-
-SplitRule = SplitByHash | SplitByPosition
+        return super().record() | described
 
 
 def sizes(part: Part, documents: DocumentRange) -> Sizes:
@@ -145,7 +141,7 @@ class SplitFinder:
         self.parts, self.tokenizer, self.fraction, self.duplicates = parts, tokenizer, fraction, duplicates
         self.asked = int(fraction * (1 << HASH_BITS))
 
-    def find(self, path: Path) -> SplitRule:
+    def find(self, path: Path) -> SplitByHash:
         """The rule; that of documents which are cut keeps their heads in the file `path`.
 
         Raises UserError for a corpus that cannot be split.
@@ -170,12 +166,13 @@ class SplitFinder:
                 "every document of the corpus is the same single token: expected enough text for a train and a val split, "
                 "or --val-fraction 0"
             )
-        by_hash = SplitByHash(self.fraction, best.threshold)
         self._log(best)
         if not best.cut_documents:
-            return by_hash
+            return SplitByHash(self.fraction, best.threshold)
         self._write_heads(best, path)
-        return SplitByPosition(by_hash, best.cut_above, best.cut_documents, path)
+        return SplitByPosition(
+            self.fraction, best.threshold, cut_above=best.cut_above, cut_documents=best.cut_documents, path=path
+        )
 
     def _documents(self) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]]:
         """High halves of the hashes, and lengths in tokens, of each part's documents."""

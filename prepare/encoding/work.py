@@ -42,7 +42,8 @@ def encode_items(
             _encode_missing(
                 journal, plan, missing, workers, engine=engine, text_bytes=text_bytes, share_above=share_above
             )
-            return
+            if engine not in journal.distrusted():  # another task may have met a fault meanwhile
+                return
         except EngineFault as fault:
             logger.warning("%s %s: starting over without it", engine, fault)
             journal.distrust(engine, str(fault))

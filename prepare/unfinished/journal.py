@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Iterable, Set
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from pipeline.vocabulary.tokenizer import token_dtype
 from prepare.storage.files import StoredFile
 from prepare.unfinished.parts import Summary, Wanted, part_name, read_summary
 
-_PART_NAME = re.compile(r"([0-9a-f]{32})_(\d{6,})\.part")
+_PART_NAME = re.compile(r"([0-9a-f]{32})_(\d{6,})\.(part|first_\d+)")
 # Another task may be writing the plan where the file system has no hard links.
 PLAN_ATTEMPTS = 20
 
@@ -159,14 +159,13 @@ class Journal:
     def files(self) -> dict[str, StoredFile]:
         """By path, as they were listed last; empty if that is not known."""
         with suppress(OSError, ValueError):
-            listed = json.loads((self.folder / "files.json").read_bytes())
-            return {path: StoredFile(path, *stamp) for path, *stamp in listed}
+            return {
+                path: StoredFile(path, *stamp) for path, *stamp in json.loads((self.folder / "files.json").read_bytes())
+            }
         return {}
 
     def note_files(self, files: list[StoredFile]) -> None:
-        write_atomic(
-            self.folder / "files.json", dump([[file.path, file.size, file.etag, file.ranges] for file in files])
-        )
+        write_atomic(self.folder / "files.json", dump([astuple(file) for file in files]))
 
     def known_hashes(self) -> dict[StoredFile, str]:
         """The hash of every source file that any task has hashed. A line truncated by a kill is
@@ -197,11 +196,11 @@ class Journal:
         found: Finished = {}
         distrusted = self.distrusted()
         for entry in os.scandir(self.folder):
-            if name := _PART_NAME.fullmatch(entry.name):
-                summary = read_summary(Path(entry.path))
-                if summary.engine in distrusted:
-                    Path(entry.path).unlink(missing_ok=True)
-                else:
+            name = _PART_NAME.fullmatch(entry.name)
+            with suppress(FileNotFoundError):  # of a library at fault, which another task has removed
+                if name and (summary := read_summary(Path(entry.path))).engine in distrusted:
+                    Path(entry.path).unlink()
+                elif name and name[3] == "part":
                     found.setdefault(name[1], {})[int(name[2])] = summary
         return found
 
@@ -230,11 +229,9 @@ class Journal:
         """How many finished units belong to other items than these, and how many to these."""
         stale = kept = 0
         for path in list(self.folder.glob("*.part")):
-            if path.name.partition("_")[0] in keys:
-                kept += 1
-                continue
-            stale += 1
-            if remove:
+            is_kept = path.name.partition("_")[0] in keys
+            kept, stale = kept + is_kept, stale + (not is_kept)
+            if remove and not is_kept:
                 path.unlink()
         return stale, kept
 

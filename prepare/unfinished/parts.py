@@ -19,6 +19,7 @@ unit twice gives the same bytes.
 """
 
 import mmap
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +37,6 @@ from pipeline.vocabulary.tokenizer import TokenIds
 Reports = dict[str, dict[str, Any]]
 
 FIRST_BROKEN = 3
-_INT64 = np.dtype("<i8")
 # Token ids buffered before a write: writing document by document took a sixth of the run time.
 WRITE_TOKENS = 1 << 18
 
@@ -100,10 +100,9 @@ class PartWriter:
         self._dtype = dtype
         self._end = np.array([end_of_text], dtype=dtype)
         self._buffer: list[TokenIds] = []
-        self._lengths: list[int] = []
-        self._text_bytes: list[int] = []
+        # int64 in the byte order of the machine: little-endian, as on all that run PyTorch on GPUs.
+        self._lengths, self._text_bytes, self._positions = array("q"), array("q"), array("q")
         self._hashes, self._signatures, self._listed = bytearray(), bytearray(), bytearray()
-        self._positions: list[int] = []
         # Tokens so far: of all documents, up to the current document, and already in the file.
         self._tokens = self._begin = self._written = 0
 
@@ -149,11 +148,10 @@ class PartWriter:
         summary.documents, summary.tokens, summary.bytes = len(self._lengths), self._tokens, sum(self._text_bytes)
         self._flush()
         summary.signature_bytes, summary.listed_bytes = len(self._signatures), len(self._listed)
-        for numbers in (self._lengths, self._text_bytes):
-            self._file.write(np.array(numbers, dtype=_INT64).data)
-        self._file.write(self._hashes)
-        self._file.write(np.array(self._positions, dtype=_INT64).data)
-        self._file.write(self._signatures + self._listed)
+        for column in (
+            self._lengths, self._text_bytes, self._hashes, self._positions, self._signatures, self._listed,
+        ):  # fmt: skip
+            self._file.write(column)
         footer = orjson.dumps(asdict(summary))
         self._file.write(footer + len(footer).to_bytes(8, "little"))
         self._file.close()
@@ -173,23 +171,25 @@ class Part:
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.path, self.summary = path, read_summary(path)
-        documents = self.summary.documents
-        offset = self.summary.tokens * dtype.itemsize
-        self.tokens: TokenIds = _map(path, dtype, 0, self.summary.tokens)
-        self.lengths: npt.NDArray[np.int64] = _map(path, _INT64, offset, documents)
-        offset += documents * _INT64.itemsize
-        self.text_bytes: npt.NDArray[np.int64] = _map(path, _INT64, offset, documents)
-        offset += documents * _INT64.itemsize
+        self.summary = read_summary(path)
+        documents, values, offset = self.summary.documents, self.summary.signature_bytes // 4, 0
+
+        def following(dtype: npt.DTypeLike, count: int, columns: int = 1) -> Any:
+            nonlocal offset
+            # mmap(2) refuses an empty range.
+            found = np.memmap(path, dtype, "r", offset, shape=(count,)) if count else np.zeros(0, dtype)
+            offset += found.nbytes
+            return found if columns == 1 else found.reshape(-1, columns)
+
+        # In the order in which `PartWriter.close` writes them.
+        self.tokens: TokenIds = following(dtype, self.summary.tokens)
+        self.lengths: npt.NDArray[np.int64] = following("<i8", documents)
+        self.text_bytes: npt.NDArray[np.int64] = following("<i8", documents)
         # XXH3 digests are big-endian, so the first half is the high one.
-        self.hashes: npt.NDArray[np.uint64] = _map(path, np.dtype(">u8"), offset, 2 * documents).reshape(documents, 2)
-        offset += documents * 16
-        self.positions: npt.NDArray[np.int64] = _map(path, _INT64, offset, documents)
-        offset += documents * _INT64.itemsize
-        signed = self.summary.signature_bytes
-        self.signatures: npt.NDArray[np.uint32] = _map(path, np.dtype("<u4"), offset, signed // 4)
-        self.signatures = self.signatures.reshape(documents, -1) if signed else self.signatures
-        self.listed: npt.NDArray[np.uint8] = _map(path, np.dtype("u1"), offset + signed, self.summary.listed_bytes)
+        self.hashes: npt.NDArray[np.uint64] = following(">u8", 2 * documents, columns=2)
+        self.positions: npt.NDArray[np.int64] = following("<i8", documents)
+        self.signatures: npt.NDArray[np.uint32] = following("<u4", values, columns=max(values // max(documents, 1), 1))
+        self.listed: npt.NDArray[np.uint8] = following("u1", self.summary.listed_bytes)
 
     def release_memory(self) -> None:
         """Let the kernel drop the ids that were read: there may be more of them than memory."""
@@ -233,9 +233,3 @@ def read_summary(path: Path) -> Summary:
         length = int.from_bytes(file.read(8), "little")
         file.seek(end - length)
         return Summary(**orjson.loads(file.read(length)))
-
-
-def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> Any:
-    if count == 0:  # mmap(2) refuses an empty range
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))

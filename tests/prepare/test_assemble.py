@@ -16,7 +16,7 @@ from pipeline.vocabulary.char_byte_word import ByteTokenizer
 from prepare.assembly import duplicates
 from prepare.assembly.duplicates import mark_duplicates
 from prepare.assembly.shards import Assembly, lay_out_shards, statistics, write_shard, written_shard
-from prepare.assembly.splits import SplitByHash, SplitFinder, SplitRule, numbered_parts, split_position
+from prepare.assembly.splits import SplitByHash, SplitByPosition, SplitFinder, numbered_parts, split_position
 from prepare.encoding.encode import EncodingOptions, UnitEncoder, UnitJob
 from prepare.unfinished.parts import Part
 from prepare.units import Texts
@@ -34,7 +34,7 @@ def make_parts(folder: Path, texts: list[str], in_part: int = 3) -> list[Path]:
     return sorted(folder.glob("*.part"))
 
 
-def find_rule(parts: list[Path], fraction: float, marks: Path | None = None) -> SplitRule:
+def find_rule(parts: list[Path], fraction: float, marks: Path | None = None) -> SplitByHash:
     return SplitFinder(parts, BYTES, fraction, marks).find(parts[0].parent / "heads")
 
 
@@ -42,7 +42,7 @@ def half(text: str) -> int:
     return xxhash.xxh3_128_intdigest(text.encode(), 0) >> 64
 
 
-def assembly(folder: Path, rule: SplitRule, marks: Path | None = None) -> Assembly:
+def assembly(folder: Path, rule: SplitByHash, marks: Path | None = None) -> Assembly:
     (folder / "shards").mkdir(exist_ok=True)
     return Assembly(parts=folder, folder=folder / "shards", vocab_size=BYTES.vocab_size, rule=rule, duplicates=marks)
 
@@ -95,7 +95,7 @@ def test_a_lone_document_is_never_cut_inside_a_character(tmp_path: Path) -> None
         tokenizer.decode_bytes(ids[:cut].tolist()).decode()
 
 
-def shares(folder: Path, texts: list[str], fraction: float, parts: int = 3) -> tuple[list[list[str]], SplitRule]:
+def shares(folder: Path, texts: list[str], fraction: float, parts: int = 3) -> tuple[list[list[str]], SplitByHash]:
     """The documents of each split as `prepare` would write them, and the rule."""
     paths = make_parts(folder, texts, in_part=-(-len(texts) // parts))
     made = assembly(folder, find_rule(paths, fraction))
@@ -150,7 +150,7 @@ def test_val_has_about_its_share_of_the_tokens(tmp_path: Path, texts: list[str],
 def test_documents_that_fit_are_never_cut(tmp_path: Path) -> None:
     """Five documents of equal length: one of them is a fifth, near enough to a tenth."""
     (train, val), rule = shares(tmp_path, [f"{number} words and more" * 100 for number in range(5)], 0.1)
-    assert (len(train), len(val)) == (4, 1) and isinstance(rule, SplitByHash)
+    assert (len(train), len(val)) == (4, 1) and not isinstance(rule, SplitByPosition)
 
 
 def test_a_fraction_of_zero_leaves_val_empty(tmp_path: Path) -> None:
@@ -202,20 +202,22 @@ def test_a_written_shard_is_found_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at_once", [2_000_000, 30, 1])
 def test_later_duplicates_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """In one file of hashes, in several, and in as many as there may be."""
-    monkeypatch.setattr(duplicates, "DOCUMENTS_PER_FILE", at_once)
+    monkeypatch.setattr(duplicates, "RECORDS_PER_FILE", at_once)
     chance = random.Random(3)
     texts = [f"text {chance.randint(0, 120)}" for _ in range(300)]
     parts = make_parts(tmp_path, texts, in_part=11)
     marks = mark_duplicates((Part(path, U2).hashes for path in parts), len(texts), tmp_path)
     wanted = [text in texts[:i] for i, text in enumerate(texts)]
-    assert np.fromfile(marks, np.bool_).tolist() == wanted
+    assert np.fromfile(marks.path, np.bool_).tolist() == wanted
+    first = wanted.index(True)
+    assert (marks.count, marks.clusters) == (sum(wanted), [[texts.index(texts[first]), first]])
     assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", *[".part"] * len(parts)]
 
 
 def test_duplicates_are_in_no_shard(tmp_path: Path) -> None:
     texts = [f"text {i % 40}" for i in range(150)]
     parts = make_parts(tmp_path, texts)
-    marks = mark_duplicates((Part(path, U2).hashes for path in parts), len(texts), tmp_path)
+    marks = mark_duplicates((Part(path, U2).hashes for path in parts), len(texts), tmp_path).path
     made = assembly(tmp_path, find_rule(parts, 0.3, marks), marks)
     shards = [write_shard((made, layout)) for layout in lay_out_shards(parts, made, 50)]
     found = [text for shard in shards for text in documents_of(tmp_path / "shards" / shard.file)]
@@ -224,7 +226,7 @@ def test_duplicates_are_in_no_shard(tmp_path: Path) -> None:
 
 def test_duplicates_of_one_document_leave_a_lone_one(tmp_path: Path) -> None:
     parts = make_parts(tmp_path, ["abcdefghij"] * 5)
-    marks = mark_duplicates((Part(path, U2).hashes for path in parts), 5, tmp_path)
+    marks = mark_duplicates((Part(path, U2).hashes for path in parts), 5, tmp_path).path
     made = assembly(tmp_path, find_rule(parts, 0.2, marks), marks)
     shards = [write_shard((made, layout)) for layout in lay_out_shards(parts, made, 50)]
     assert [documents_of(tmp_path / "shards" / shard.file) for shard in shards] == [["abcdefgh"], ["ij"]]

@@ -15,9 +15,10 @@ import xxhash
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import ByteTokenizer
 from prepare import units
-from prepare.encoding import engine
+from prepare.encoding import engine, work
 from prepare.encoding.engine import Checked, EngineFault, fast_libraries
 from prepare.run import PrepareOptions, run
+from prepare.unfinished.journal import Journal
 
 REFERENCE = BytePairTokenizer("gpt2")
 LIBRARIES = ["gigatoken", "fastokens"]
@@ -140,6 +141,21 @@ def test_the_dataset_is_the_same_with_and_without_it(
     monkeypatch.setattr("pipeline.log.logger.propagate", True)
     assert prepared(source, "fast", workers) == by_tiktoken(source)
     assert "starting over" not in caplog.text
+
+
+def test_a_fault_that_another_task_met_counts_at_the_end(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gigatoken")
+    encode_missing, engines = work._encode_missing, []
+
+    def met_elsewhere(journal: Journal, *arguments: Any, engine: str, **more: Any) -> None:
+        encode_missing(journal, *arguments, engine=engine, **more)
+        engines.append(engine)
+        if engine == "gigatoken":
+            journal.distrust(engine, "differs")
+
+    monkeypatch.setattr(work, "_encode_missing", met_elsewhere)
+    found = prepared(source, "fast", 1)
+    assert len(engines) > 1 and found == by_tiktoken(source)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -311,7 +311,7 @@ def test_memory_does_not_follow_the_corpus(tmp_path: Path) -> None:
             writer.end_document(1, bytes(16), row.tobytes())
         writer.close(Summary(item=f"{part:032x}", unit=0, last=True, engine="plain", size=0))
     tracemalloc.start()
-    _, count, clusters = mark_near_duplicates(sorted(tmp_path.glob("*.part")), np.dtype("<u2"), tmp_path, None)
+    marked = mark_near_duplicates(sorted(tmp_path.glob("*.part")), np.dtype("<u2"), tmp_path, None)
     assert tracemalloc.get_traced_memory()[1] < 400e6
-    assert count == 199 and clusters == [[0, 250, 500, 750]]
+    assert marked.count == 199 and marked.clusters == [[0, 250, 500, 750]]
     assert not list(tmp_path.glob("*.partial"))

@@ -311,6 +311,13 @@ def test_merge_says_that_the_folder_of_the_tasks_is_gone(
         merge(Path("data/shared"))
 
 
+def test_merge_of_a_damaged_plan_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "plan.json").write_text("{")
+    with pytest.raises(UserError, match=r"plan\.json is damaged"):
+        merge(tmp_path)
+
+
 def test_a_working_folder_that_was_removed_is_one_line(tmp_path: Path, folder: Path) -> None:
     def removed() -> None:
         os.chdir(tmp_path / "gone")

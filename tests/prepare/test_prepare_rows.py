@@ -111,3 +111,17 @@ def test_the_limit_moves_when_an_earlier_file_changes(tmp_path: Path, monkeypatc
     assert sum(shard.documents or 0 for shard in load_manifest(folder).shards) == 450
     run(changed(options, name="afresh"))
     assert contents(folder) == contents(tmp_path / "data" / "afresh")
+
+
+def test_a_char_vocabulary_has_the_characters_of_all_that_a_limit_reaches(tmp_path: Path) -> None:
+    texts = [f"row {chr(0x400 + number // 2)}" for number in range(100)]
+    source = tmp_path / "c.jsonl"
+    source.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))
+    folder = run(options_for(tmp_path, source, "limited", tokenizer="char", dedup=True, limit_docs=40))
+    assert sum(shard.documents or 0 for shard in load_manifest(folder).shards) == 40
+
+
+def test_a_limit_with_near_dedup_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "c.jsonl", 10)
+    with pytest.raises(UserError, match="--limit-docs cannot be combined with --near-dedup"):
+        run(options_for(tmp_path, source, "limited", near_dedup=True, limit_docs=5))
