@@ -10,7 +10,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from pipeline import launch
 from pipeline.budget import data_arithmetic, parameters, step_arithmetic
 from pipeline.checkpoint.find import find_model_folder
-from pipeline.checkpoint.folder import choose_best
 from pipeline.checkpoint.load import load_initial_weights, load_weights
 from pipeline.config.keys import Config
 from pipeline.config.load import to_dict, to_toml
@@ -32,6 +31,7 @@ from train.data.staging import stage
 from train.memory import explained
 from train.metrics import FileMetrics, Metrics
 from train.preview import Preview
+from train.saving import choose_best
 from train.stop import StopRequest
 from train.trainer import Trainer
 
