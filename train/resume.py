@@ -17,7 +17,6 @@ from pipeline.checkpoint.pointers import (
     pointed_folder,
     read_pointer,
     set_aside,
-    set_aside_after,
     set_pointer,
     step_of,
 )
@@ -177,7 +176,9 @@ def enter(run: RunFolder, step: int, resume: str) -> None:
         # First: should the rest be cut off, the next start finds the run at this step.
         if _latest_step(run.checkpoints) != step:
             set_pointer(run.checkpoints, "latest", folders[step])
-        set_aside_after(run.checkpoints, step)
+        for later in (folder for of, folder in folders.items() if of > step):
+            aside = set_aside(later, "left_behind")
+            logger.warning("%s is past step %d, where this run resumes: renamed to %s", later, step, aside.name)
     # Last, as the next start of the same command then goes on instead.
     if CHECKPOINT_NAME.fullmatch(resume) and not is_on_branch(run.checkpoints, resume):
         set_pointer(run.checkpoints, "branch", run.checkpoints / resume)
