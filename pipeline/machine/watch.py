@@ -228,7 +228,13 @@ class Watch:
             # The collectives that began and did not end, of NCCL's flight recorder.
             stack += distributed_c._dump_fr_trace_json(onlyActive=True).decode(errors="replace")[:MOST_TRACE_CHARACTERS]
         answer = json.dumps(asdict(self.phase) | {"late": self.phase.is_late, "stack": stack})
-        self._ask(lambda store: store.set(f"answer {roll} {self.place.rank}", answer))
+
+        def answer_all(store: Store) -> None:
+            # Ranks that lose one call rolls together: who answers the last answers those before.
+            for number in range(self._answered + 1, roll + 1):
+                store.set(f"answer {number} {self.place.rank}", answer)
+
+        self._ask(answer_all)
         self._answered, self._answered_at = roll, time.monotonic()
 
     def _post(self, fault: Fault) -> Fault:
