@@ -39,12 +39,6 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     )
 
 
-def smaller_micro_batches(config: Config, world_size: int) -> list[int]:
-    """The sizes below train.micro_batch_size with which tokens_per_step still divides, largest first."""
-    per_rank = config.train.tokens_per_step // config.model.block_size // world_size
-    return [size for size in range(config.train.micro_batch_size - 1, 0, -1) if per_rank % size == 0]
-
-
 def step_arithmetic(config: Config, world_size: int) -> str:
     """How a step adds up, with every factor, so that a wrong one is noticed before it costs
     anything.

@@ -3,8 +3,7 @@
 import errno
 
 EXIT_USER, EXIT_DIVERGED = 2, 3
-EXIT_NODE = 69  # a node is not fit to train on; EX_UNAVAILABLE of sysexits.h
-EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed, as a lost rank or a hang is no fault of it
+EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed, as after a lost rank, or where a site does not requeue
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 # Errors of a call that this program got wrong; every other one is about a path, a disk or a limit.
@@ -41,7 +40,7 @@ class Diverged(Failure):
 class NodeFailed(Failure):
     """A node is not fit to train on; the text names it. train.sbatch queues the job again without it."""
 
-    code = EXIT_NODE
+    code = 69  # EX_UNAVAILABLE
 
 
 class Left(SystemExit):

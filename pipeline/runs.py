@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Self
 
 from pipeline.config.keys import Config
-from pipeline.files import unused_name, write_atomic
+from pipeline.files import write_atomic
 
 
 class State(StrEnum):
@@ -110,36 +110,9 @@ class RunFolder:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
-    def drop_rows_after(self, step: int, keep: bool = False) -> None:
-        """Remove what was recorded past `step`, where a run resumes: one curve, no step twice. With
-        `keep` into files next to it.
-        """
-        _drop_rows_after(self.metrics, step, keep)
-        _drop_rows_after(self.bad_steps, step - 1, keep)  # a bad step's row has the number of steps before it
-
 
 def newest_run(runs: Path) -> Path | None:
     """The run under `runs` that saved a checkpoint last; None where none has one."""
     # By the pointer's time: a folder's own changes with whatever is created in it.
     pointers = sorted(runs.glob("*/checkpoints/latest"), key=lambda pointer: pointer.stat().st_mtime)
     return pointers[-1].parents[1] if pointers else None
-
-
-def _drop_rows_after(path: Path, step: int, keep: bool) -> None:
-    if path.is_file():
-        content = path.read_bytes()
-        rows = [(_step_of(row), row + b"\n") for row in content.splitlines()]
-        kept = b"".join(row for of, row in rows if of <= step)
-        dropped = b"".join(row for of, row in rows if step < of < math.inf)
-        if keep and dropped:
-            write_atomic(unused_name(path.with_name(f"left_behind_{path.name}")), dropped)
-        if kept != content:
-            write_atomic(path, kept)
-
-
-def _step_of(row: bytes) -> float:
-    """The step of a row; infinity for what a crash left of one, so that it is dropped."""
-    try:
-        return float(json.loads(row)["step"])
-    except (ValueError, KeyError, TypeError):  # not JSON, or not even UTF-8
-        return math.inf

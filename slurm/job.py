@@ -56,8 +56,12 @@ class Job:
     def gpus(self) -> int:
         """GPUs on each node, of any type."""
         requests = [gpus for gpus in (self.gpus_per_node, *map(sbatch.gpus_of, self.others)) if gpus]
-        if len(requests) != 1:
-            raise UserError(f"--gpus-per-node is given {len(requests)} times: give it, or gres=gpu:N, once; 0 for none")
+        if not requests:
+            raise UserError("Missing option '--gpus-per-node': expected [TYPE:]N, 0 for none; or --sbatch gres=gpu:N")
+        if len(requests) > 1:
+            raise UserError(
+                f"GPUs are requested {len(requests)} times: give --gpus-per-node or --sbatch gres=gpu:N, once"
+            )
         count = sbatch.gpu_count(requests[0])
         if count is None:
             raise UserError(f"invalid --gpus-per-node {requests[0]!r}: expected N or TYPE:N, such as 8 or h100:4")

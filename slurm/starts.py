@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
-from pipeline.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_USER, UserError
+from pipeline.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_RETRY, EXIT_USER, UserError
 from pipeline.files import holder, write_atomic
 from pipeline.log import logger
 from pipeline.runs import RunFolder, State
@@ -24,8 +24,7 @@ from slurm.job import RUNS, ask, comment_on, queued, shown
 # After so many starts in a row that trained for less than a tenth of their time, the job ends.
 MAX_STALLED_STARTS = 2
 LEAST_WORK = 0.1
-# As sysexits.h has them: EX_DATAERR, EX_TEMPFAIL.
-EXIT_STALLED, EXIT_NO_REQUEUE = 65, 75
+EXIT_STALLED = 65  # EX_DATAERR of sysexits.h
 EXIT_TERMINATED = 128 + signal.SIGTERM
 # A node is excluded once it has ended so many starts of a job; at once if the fault is the machine's.
 MOST_FAILURES = 2
@@ -51,8 +50,8 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """How a task ended, by its exit code and as srun says it, on which node."""
+class TaskEnd:
+    """How a task ended: its exit code, its node, and what srun printed."""
 
     code: int
     node: str = ""
@@ -93,7 +92,7 @@ def end(folder: RunFolder, job: str, code: int, ended_by_slurm: bool) -> int:
     stopped = status is not None and status.state is State.STOPPED
     if code == 0 and not stopped:
         return 0
-    failure = Failure(0) if code == 0 else _first_failure(folder, code)
+    failure = TaskEnd(0) if code == 0 else _first_failure(folder, code)
     saved = _latest(folder)
     state = _state_if_not_running(job, settle=code != 0)
     if ended_by_slurm or state:
@@ -102,11 +101,10 @@ def end(folder: RunFolder, job: str, code: int, ended_by_slurm: bool) -> int:
     # A preemption that grants grace signals the ranks and not this script. They save, and SLURM
     # requeues only what still runs when the grace is over.
     if ask(["squeue", "--noheader", f"--job={job}", "--Format=PreemptTime"])[:1].isdigit():
-        return _requeue(folder, last, Failure(0), f"preempted at {saved}")
+        return _requeue(folder, last, TaskEnd(0), f"preempted at {saved}")
     if code == 0:
         assert status is not None
-        # With the rank that noticed, where it was another than the first.
-        if re.match(r"(rank \d+\b.*?: )?(SIGUSR2|deadline)", status.reason):
+        if status.reason.startswith(("SIGUSR2", "deadline")):
             return _requeue(folder, last, failure, f"the time limit is near, saved {saved}")
         logger.info("stopped on request, saved %s: not requeued; the same command resumes", saved)
         return 0
@@ -116,7 +114,7 @@ def end(folder: RunFolder, job: str, code: int, ended_by_slurm: bool) -> int:
     return _requeue(folder, last, failure, f"training crashed ({failure.what or f'exit code {code}'}), saved {saved}")
 
 
-def _requeue(folder: RunFolder, last: Start, failure: Failure, why: str) -> int:
+def _requeue(folder: RunFolder, last: Start, failure: TaskEnd, why: str) -> int:
     """Put the job back into the queue, without a node that has to be avoided."""
     job, stalled = last.job, _stalled(folder, last)
     if _is_over(stalled, why):
@@ -132,7 +130,7 @@ def _requeue(folder: RunFolder, last: Start, failure: Failure, why: str) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue ends the script
     if subprocess.run(["scontrol", "requeue", job], check=False).returncode:
         logger.error("error: this site does not requeue: submit the same command again")
-        return failure.code or EXIT_NO_REQUEUE
+        return failure.code or EXIT_RETRY
     if excluded:
         _exclude(job, excluded)
     return 0
@@ -152,7 +150,7 @@ def _exclude(job: str, nodes: set[str]) -> None:
     logger.info("excluded for job %s: %s", job, listed)
 
 
-def _first_failure(folder: RunFolder, code: int) -> Failure:
+def _first_failure(folder: RunFolder, code: int) -> TaskEnd:
     """What ended the start, though all other tasks fail after it and srun exits with the highest
     code, that of SIGTERM: the user's own error or a divergence unless a task was killed before,
     then the first that was killed, then the first that failed.
@@ -161,10 +159,10 @@ def _first_failure(folder: RunFolder, code: int) -> Failure:
     for failure in failures:
         if failure.code > 128 or failure.code in (EXIT_USER, EXIT_DIVERGED):
             return failure
-    return failures[0] if failures else Failure(code)
+    return failures[0] if failures else TaskEnd(code)
 
 
-def _failures(folder: RunFolder) -> Iterator[Failure]:
+def _failures(folder: RunFolder) -> Iterator[TaskEnd]:
     text = ""
     with suppress(OSError):
         text = (folder.path / "ranks" / "srun.log").read_text(errors="replace")
@@ -172,7 +170,7 @@ def _failures(folder: RunFolder) -> Iterator[Failure]:
         number = re.fullmatch(r"Exited with exit code (\d+)", how)
         # Else the name of a signal, or Out Of Memory.
         code = int(number[1]) if number else EXIT_TERMINATED if how == "Terminated" else 128 + signal.SIGKILL
-        yield Failure(code, node, f"{tasks} on {node}: {how}")
+        yield TaskEnd(code, node, f"{tasks} on {node}: {how}")
 
 
 def _broken_nodes(folder: RunFolder) -> Iterator[str]:

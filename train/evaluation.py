@@ -1,7 +1,6 @@
 """The loss on the val split: the same windows at every evaluation, shared among the ranks."""
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +27,11 @@ class ValLoss:
 
 class Evaluation:
     """The loss on `eval.tokens` tokens, rounded up to whole windows, spread evenly over the val
-    split of each source. `last_s`: seconds the last one took.
+    split of each source.
     """
 
     def __init__(self, config: Config, world: World, mixture: Mixture, dtype: torch.dtype) -> None:
         self.config, self.world, self.mixture, self.dtype = config, world, mixture, dtype
-        self.last_s = 0.0
         self.fault: Exception | None = None  # in reading the data, which other ranks may not have
         self.readers = [TokenReader(source.folder, source.manifest, "val") for source in mixture.sources]
         windows = math.ceil(config.eval.tokens / config.model.block_size)
@@ -45,7 +43,6 @@ class Evaluation:
     @torch.no_grad()
     def run(self, model: LanguageModel) -> ValLoss:
         """All ranks call it together, and all get the result."""
-        started = time.monotonic()
         size = self.config.train.micro_batch_size
         batches = [
             (source, starts[first : first + size])
@@ -71,7 +68,6 @@ class Evaluation:
         totals = totals.to(self.world.device, torch.float32 if self.world.device.type == "mps" else None)
         sums = self.world.sum(totals).tolist()
         losses = [total / len(starts) for total, starts in zip(sums, self.starts, strict=True)]
-        self.last_s = time.monotonic() - started
         shares = [source.share for source in self.mixture.sources]
         return ValLoss(sum(share * loss for share, loss in zip(shares, losses, strict=True)), losses)
 

@@ -6,7 +6,7 @@ from traceback import clear_frames
 import torch
 from torch.distributed.tensor import DTensor
 
-from pipeline.budget import smaller_micro_batches
+from pipeline.config.keys import Config
 from pipeline.machine.device import autocast, memory_failure
 from train.data.batches import model_inputs
 from train.trainer import Trainer
@@ -28,6 +28,12 @@ def explained(error: Exception, trainer: Trainer) -> Exception:
         remedy += "; or set model.activation_checkpointing=block"
     where = f"step {trainer.step} with train.micro_batch_size={config.train.micro_batch_size}"
     return memory_failure(error, world.device, f"{where}: {remedy}") or error
+
+
+def smaller_micro_batches(config: Config, world_size: int) -> list[int]:
+    """The sizes below train.micro_batch_size with which tokens_per_step still divides, largest first."""
+    per_rank = config.train.tokens_per_step // config.model.block_size // world_size
+    return [size for size in range(config.train.micro_batch_size - 1, 0, -1) if per_rank % size == 0]
 
 
 def largest_fitting(trainer: Trainer, sizes: Iterable[int]) -> int | None:

@@ -43,12 +43,9 @@ class Metrics:
 
 
 class FileMetrics(Metrics):
-    """Rows and curves in the run's folder. Those past `first_step` are dropped: one curve, no step
-    twice.
-    """
+    """Rows and curves in the run's folder, which has none past `first_step`."""
 
     def __init__(self, folder: RunFolder, first_step: int, tensorboard: bool) -> None:
-        folder.drop_rows_after(first_step)
         self._folder = folder
         self._file = folder.metrics.open("a", encoding="utf-8")
         self._tensorboard = _summary_writer(folder, first_step) if tensorboard else None

@@ -1,7 +1,6 @@
 """A text that the model writes at each evaluation, where eval.sample_prompt is set."""
 
 import textwrap
-import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,16 +29,13 @@ class Preview(Protocol):
 
 @dataclass
 class Previews:
-    """Shows continuations of eval.sample_prompt, where `preview` is given. `last_s`: seconds the
-    last one took.
-    """
+    """Shows continuations of eval.sample_prompt, where `preview` is given."""
 
     config: Config
     world: World
     tokenizer: Tokenizer
     dtype: torch.dtype
     preview: Preview | None
-    last_s: float = 0.0
     prompt: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,7 +56,6 @@ class Previews:
         """
         if self.preview is None:
             return
-        started = time.monotonic()
         full = whole_model(model, self.world)
         if full is not None:
             seed = xxhash.xxh3_64_intdigest(b"sample:%d:%d" % (self.config.run.seed, step))
@@ -74,4 +69,3 @@ class Previews:
             shown = printable(text, keep=LAYOUT)
             metrics.write_text("sample", shown, step)
             logger.info("step %d: sample\n%s", step, textwrap.indent(shown, "    "))
-        self.last_s = time.monotonic() - started

@@ -5,6 +5,7 @@ Two other paths lead from a checkpoint: `checkpoint.resume=step_X` goes back ins
 and run.branch_from begins a new run, in which all but the shapes may change.
 """
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from pipeline.checkpoint.pointers import (
     pointed_folder,
     read_pointer,
     set_aside,
-    set_aside_after,
     set_pointer,
     step_of,
 )
@@ -24,6 +24,7 @@ from pipeline.config.keys import CHECKPOINT_NAME, Config
 from pipeline.config.load import from_dict, to_dict
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
+from pipeline.files import unused_name, write_atomic
 from pipeline.log import logger
 from pipeline.runs import Position, RunFolder
 from pipeline.vocabulary.specs import check_same_vocabulary
@@ -169,16 +170,36 @@ def enter(run: RunFolder, step: int, resume: str) -> None:
     """
     folders = {step_of(folder): folder for folder in checkpoint_folders(run.checkpoints)}
     if step not in folders:
-        run.drop_rows_after(0)  # of a start that ended before its first checkpoint
+        drop_rows_after(run, 0)  # of a start that ended before its first checkpoint
     else:
-        run.drop_rows_after(step, keep=step < max(folders))
+        drop_rows_after(run, step, keep=step < max(folders))
         # First: should the rest be cut off, the next start finds the run at this step.
         if _latest_step(run.checkpoints) != step:
             set_pointer(run.checkpoints, "latest", folders[step])
-        set_aside_after(run.checkpoints, step)
+        for later in (folder for of, folder in folders.items() if of > step):
+            aside = set_aside(later, "left_behind")
+            logger.warning("%s is past step %d, where this run resumes: renamed to %s", later, step, aside.name)
     # Last, as the next start of the same command then goes on instead.
     if CHECKPOINT_NAME.fullmatch(resume) and not is_on_branch(run.checkpoints, resume):
         set_pointer(run.checkpoints, "branch", run.checkpoints / resume)
+
+
+def drop_rows_after(run: RunFolder, step: int, keep: bool = False) -> None:
+    """Remove what was recorded past `step`, where a run resumes: one curve, no step twice. With
+    `keep` into files next to it.
+    """
+    # A bad step's row has the number of steps before it.
+    for path, last in ((run.metrics, step), (run.bad_steps, step - 1)):
+        if not path.is_file():
+            continue
+        content = path.read_bytes()
+        rows = [(_step_of(row), row + b"\n") for row in content.splitlines()]
+        kept = b"".join(row for of, row in rows if of <= last)
+        dropped = b"".join(row for of, row in rows if last < of < math.inf)
+        if keep and dropped:
+            write_atomic(unused_name(path.with_name(f"left_behind_{path.name}")), dropped)
+        if kept != content:
+            write_atomic(path, kept)
 
 
 def check_same_run(saved: Description, config: Config, mixture: Mixture) -> None:
@@ -259,3 +280,11 @@ def _latest_step(checkpoints: Path) -> int | None:
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
+
+
+def _step_of(row: bytes) -> float:
+    """The step of a row; infinity for what a crash left of one, so that it is dropped."""
+    try:
+        return float(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):  # not JSON, or not even UTF-8
+        return math.inf

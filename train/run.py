@@ -10,7 +10,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from pipeline import launch
 from pipeline.budget import data_arithmetic, parameters, step_arithmetic
 from pipeline.checkpoint.find import find_model_folder
-from pipeline.checkpoint.folder import choose_best
 from pipeline.checkpoint.load import load_initial_weights, load_weights
 from pipeline.config.keys import Config
 from pipeline.config.load import to_dict, to_toml
@@ -19,7 +18,7 @@ from pipeline.errors import EXIT_INTERRUPTED
 from pipeline.files import one_writer, write_atomic
 from pipeline.log import also_to_file, logger
 from pipeline.machine import ranks
-from pipeline.machine.device import device_name, pick_dtype, share_threads, should_compile
+from pipeline.machine.device import device_name, pick_dtype, share_threads
 from pipeline.machine.gpus import format_peak
 from pipeline.machine.ranks import World
 from pipeline.machine.watch import Fault
@@ -32,6 +31,7 @@ from train.data.staging import stage
 from train.memory import explained
 from train.metrics import FileMetrics, Metrics
 from train.preview import Preview
+from train.saving import choose_best
 from train.stop import StopRequest
 from train.trainer import Trainer
 
@@ -106,7 +106,7 @@ def assemble(
     """The trainer of a run, and the first lines of its log: what it is and what it will do."""
     threads = share_threads(world.local_size)
     dtype, why_dtype = pick_dtype(config.run.dtype, world.device, config.model.n_embd)
-    compiled, why_compiled = should_compile(config.run.compile, world.device)
+    compiled, why_compiled = parallel.should_compile(config.run.compile, world.device)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model = LanguageModel.without_memory(config.model, mixture.tokenizer["vocab_size"])

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -29,8 +30,9 @@ from pipeline.checkpoint.folder import (
     write_checkpoint,
 )
 from pipeline.checkpoint.load import open_optimizer, read_optimizer
+from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, set_pointer
 from pipeline.config.keys import Config
-from pipeline.config.load import to_dict
+from pipeline.config.load import from_dict, to_dict
 from pipeline.errors import UserError, reason_of
 from pipeline.log import logger
 from pipeline.machine.ranks import World
@@ -170,6 +172,25 @@ def _pin(memory: Tensor) -> None:
         logger.warning(
             "checkpoints are copied to memory that is not pinned (CUDA error %d): training waits longer", error
         )
+
+
+def choose_best(checkpoints: Path, eval_tokens: int) -> float:
+    """Point `best` at the lowest val loss that was measured on as many tokens, and return that loss;
+    infinity where there is none. Also after the best of all was set aside, or damaged.
+    """
+    losses = {}
+    for folder in checkpoint_folders(checkpoints):
+        with suppress(UserError, OSError):  # a damaged one cannot be the best
+            description = read_description(folder)
+            comparable = from_dict(description.config).eval.tokens == eval_tokens
+            if comparable and description.val_loss is not None and math.isfinite(description.val_loss):
+                losses[folder] = description.val_loss
+    if not losses:
+        return math.inf
+    best = min(losses, key=losses.__getitem__)
+    if best_folder(checkpoints) != best:
+        set_pointer(checkpoints, "best", best)
+    return losses[best]
 
 
 @dataclass

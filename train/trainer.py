@@ -1,5 +1,6 @@
 """The training loop: what a step does, and what happens between steps."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,8 +87,7 @@ class Trainer:
             config, world, model=model, optimizer=self.optimizer, scaler=self.scaler, guard=self.guard,
             tokenizer=tokenizer, dataset=mixture.fingerprint,
         )  # fmt: skip
-        # How long things take, until this start has measured them: by the last one.
-        self.evaluation.last_s = self.status.now.eval_s or 0.0
+        # The last start's, as all other times in the status, until this one has saved.
         self.checkpoints.saver.last_save_s = self.status.now.last_save_s
 
     def replicate(self) -> None:
@@ -97,9 +97,10 @@ class Trainer:
         self.wrapped = parallel.replicate(self.model, self.world)
 
     def settle_buckets(self) -> None:
-        """Two throw-away passes, which leave no trace. After its first backward pass DDP sorts gradients into new buckets,
-        by the order in which they came, and so adds them up in another order: a resumed run of 3 or
-        more ranks would take its first step with other rounding than the run that went through.
+        """Two throw-away passes, which leave no trace. After its first backward pass DDP sorts
+        gradients into new buckets, by the order in which they came, and so adds them up in another
+        order: a resumed run of 3 or more ranks would take its first step with other rounding than
+        the run that was not interrupted.
         """
         windows = torch.zeros(self.config.train.micro_batch_size, self.config.model.block_size + 1, dtype=torch.long)
         devices = [self.world.device] if self.world.device.type == "cuda" else []
@@ -122,6 +123,31 @@ class Trainer:
         # A function of the step: there is no schedule to save or restore.
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
+        loss = self.compute_gradients()
+        parameters = list(self.model.parameters())
+        norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        # Gradients were averaged over the ranks, so the norm is the same on all of them, but for
+        # rounding where replicas of a model are sharded each in its own group. Their mean is the
+        # same to the bit: so are the clipping and the outcome.
+        faulty = torch.full_like(loss, self.fault is not None)
+        means = self.world.sum(torch.stack([loss, norm, faulty])) / self.world.size
+        loss_value, norm_value, any_faulty = means.tolist()
+        self.world.watch.check()
+        if any_faulty:
+            self.end_together()
+        clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip or float("inf"), means[1])
+        outcome = self.guard.judge(loss_value, norm_value)
+        self.is_consistent = False
+        if outcome is Outcome.TAKEN:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss_value, norm_value, outcome)
+
+    def compute_gradients(self) -> Tensor:
+        """Those of the step's batch, averaged over the ranks. Returns the mean loss of this rank's
+        part of it.
+        """
         losses = torch.zeros((), device=self.world.device)
         for number in range(self.accumulation):
             inputs, targets, documents = self.micro_batch(number)
@@ -131,26 +157,7 @@ class Trainer:
                 self.scaler.scale(loss / self.accumulation).backward()
             losses += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        max_norm = self.config.optimizer.grad_clip or float("inf")
-        parameters = list(self.model.parameters())
-        norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        # Gradients were averaged over the ranks, so the norm is the same on all of them, but for
-        # rounding where replicas of a model are sharded each in its own group. Their mean is the
-        # same to the bit: so are the clipping and the outcome.
-        faulty = torch.full_like(losses, self.fault is not None)
-        means = self.world.sum(torch.stack([losses / self.accumulation, norm, faulty])) / self.world.size
-        loss_value, norm_value, any_faulty = means.tolist()
-        self.world.watch.check()
-        if any_faulty:
-            self.end_together()
-        clip_grads_with_norm_(parameters, max_norm, means[1])
-        outcome = self.guard.judge(loss_value, norm_value)
-        self.is_consistent = False
-        if outcome is Outcome.TAKEN:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss_value, norm_value, outcome)
+        return losses / self.accumulation
 
     def micro_batch(self, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Inputs, targets and documents of this rank's micro-batch in the step."""
@@ -198,6 +205,10 @@ class Trainer:
         """Save, and raise the fault that a rank has noticed. All ranks call it together."""
         self.optimizer.zero_grad(set_to_none=True)
         self.checkpoints.save_rest(self.step)
+        self.raise_fault()
+
+    def raise_fault(self) -> None:
+        """Where a rank has noticed a fault, end all of them. All ranks call it together."""
         with self.world.fail_together():
             if self.fault is not None:
                 raise self.fault
@@ -233,9 +244,7 @@ class Trainer:
                     progress.advance(1, f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
         self.world.watch.enter("the last save")
         self.checkpoints.wait()
-        with self.world.fail_together():
-            if self.fault is not None:
-                raise self.fault
+        self.raise_fault()
         return reason
 
     def between_steps(self, result: StepResult, metrics: Metrics, stop: StopRequest) -> str:
@@ -247,17 +256,14 @@ class Trainer:
         self.world.watch.enter(f"what follows step {self.step}", waits=False)
         if config.parallel.check_every_steps and self.step % config.parallel.check_every_steps == 0:
             check_replicas(self.model, self.world, self.step)
-        keep_every_steps = config.checkpoint.keep_every_steps
-        permanent = keep_every_steps and self.step % keep_every_steps == 0
-        planned = bool(permanent) or self.is_due(config.checkpoint.every_steps)
-        evaluating = False
-        if config.eval.every_steps and not agreed.reason:  # a run that stops in a hurry is not evaluated
-            # Every planned checkpoint is, so that `best` can compare them.
-            evaluating = planned or self.is_due(config.eval.every_steps)
+        checkpoint, eval_every = config.checkpoint, config.eval.every_steps
+        planned = self.is_due(checkpoint.every_steps) or self.is_due(checkpoint.keep_every_steps)
+        # Every planned checkpoint is, so that `best` can compare them; a run that stops is in a hurry.
+        evaluating = eval_every > 0 and not agreed.reason and (planned or self.is_due(eval_every))
         if evaluating and agreed.in_haste:
             evaluating = False
             logger.warning("step %d is not evaluated: the deadline is near", self.step)
-        val_loss = None
+        began, val_loss = time.monotonic(), None
         if evaluating:
             with self.throughput.paused():
                 val_loss = self.evaluation.run(self.model)
@@ -265,33 +271,34 @@ class Trainer:
         with self.noticing():
             if evaluating or self.is_due(config.log.every_steps):
                 metrics.write(self.row(result, val_loss))
-            if evaluating:
-                with self.throughput.paused():
-                    self.previews.show(self.model, self.step, metrics)
-        self.report(result, val_loss)
+        if val_loss is not None:
+            # Even if the row failed: of a sharded model, all ranks take part.
+            with self.noticing(), self.throughput.paused():
+                self.previews.show(self.model, self.step, metrics)
+            self.status.update(val_loss=val_loss.mean, eval_s=time.monotonic() - began)
+        self.report(result)
         # After the row: a crash in between drops nothing, as a resume writes the row again.
         if planned or agreed.reason or agreed.save_now:
             with self.throughput.paused():
                 self.checkpoints.save(self.step, None if val_loss is None else val_loss.mean)
         return agreed.reason
 
-    def report(self, result: StepResult, val_loss: ValLoss | None) -> None:
+    def report(self, result: StepResult) -> None:
         """Bring what status.json says up to date."""
         step_s, lr = self.throughput.last_step_s, self.optimizer.param_groups[0]["lr"]
         self.status.step_ended(self.step, self.config.train.max_steps, step_s)
         speed, save_s = self.config.train.tokens_per_step / step_s, self.checkpoints.saver.last_save_s
         self.status.update(loss=result.loss, lr=lr, tokens_per_s=speed, last_save_s=save_s)
-        if val_loss is not None:
-            self.status.update(val_loss=val_loss.mean, eval_s=self.evaluation.last_s + self.previews.last_s)
 
     def is_due(self, every_steps: int) -> bool:
-        return self.step % every_steps == 0 or self.step == self.config.train.max_steps
+        """At the last step too; 0 is never."""
+        return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.config.train.max_steps)
 
     def agree(self, stop: StopRequest) -> Agreement:
         """Every rank gets the same answer: what one of them noticed, all of them do."""
         needed_s = self.throughput.last_step_s + self.checkpoints.save_s
         reason = stop.reason(needed_s)
-        in_haste = stop.deadline_reason(needed_s + self.evaluation.last_s + self.previews.last_s)
+        in_haste = stop.deadline_reason(needed_s + (self.status.now.eval_s or 0.0))
         # One all-reduce per step for all three: a second one would cost as much again in latency.
         flags = [bool(reason), self.checkpoints.requested, bool(in_haste)]
         noticed = torch.tensor(flags, dtype=torch.float, device=self.world.device)

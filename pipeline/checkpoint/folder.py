@@ -12,10 +12,8 @@ There is no random state to save: the order of the data and every dropout mask f
 and the step. There is no pickle anywhere, so loading a checkpoint executes nothing.
 """
 
-import math
 import shutil
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, get_type_hints
@@ -30,7 +28,6 @@ import pipeline
 from pipeline.checkpoint.layouts import layout_of
 from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer, step_of
 from pipeline.checkpoint.safetensors_files import WEIGHTS, as_os_error
-from pipeline.config.load import from_dict
 from pipeline.errors import UserError
 from pipeline.files import check_types, hash_bytes, hash_file, is_plain_name, publish, read_limited, sync, write_atomic
 from pipeline.model.language_model import LanguageModel
@@ -230,25 +227,6 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor], **options: Any) -> Non
     with as_os_error(path):
         save_file(tensors, path, **options)
     path.chmod(mode)
-
-
-def choose_best(checkpoints: Path, eval_tokens: int) -> float:
-    """Point `best` at the lowest val loss that was measured on as many tokens, and return that loss;
-    infinity where there is none. Also after the best of all was set aside, or damaged.
-    """
-    losses = {}
-    for folder in checkpoint_folders(checkpoints):
-        with suppress(UserError, OSError):  # a damaged one cannot be the best
-            description = read_description(folder)
-            comparable = from_dict(description.config).eval.tokens == eval_tokens
-            if comparable and description.val_loss is not None and math.isfinite(description.val_loss):
-                losses[folder] = description.val_loss
-    if not losses:
-        return math.inf
-    best = min(losses, key=losses.__getitem__)
-    if best_folder(checkpoints) != best:
-        set_pointer(checkpoints, "best", best)
-    return losses[best]
 
 
 def read_description(folder: Path) -> Description:

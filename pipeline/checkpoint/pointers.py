@@ -62,14 +62,6 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def set_aside_after(checkpoints: Path, step: int) -> None:
-    """Rename the checkpoints after `step`, where a run resumes from there: their content stays."""
-    for folder in checkpoint_folders(checkpoints):
-        if step_of(folder) > step:
-            aside = set_aside(folder, "left_behind")
-            logger.warning("%s is past step %d, where this run resumes: renamed to %s", folder, step, aside.name)
-
-
 def set_aside(folder: Path, why: str) -> Path:
     """Rename a checkpoint to `why` and its old name, so that nothing finds it; `best` no longer
     names it.

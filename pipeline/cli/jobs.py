@@ -94,7 +94,7 @@ def prepare(options: Any, arguments: tuple[str, ...], tasks: str, dry_run: bool)
     )
 
 
-@click.command(hidden=True)
+@click.command(cls=Command, hidden=True, example="pipeline batch begin runs/gpt2-124m 1234567 0")
 @click.argument("question", type=click.Choice(["site", "begin", "end"]))
 @click.argument("arguments", nargs=-1)
 def batch(question: str, arguments: tuple[str, ...]) -> None:

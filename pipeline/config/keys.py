@@ -38,7 +38,7 @@ class RunConfig:
     # Weights stay float32; auto takes bfloat16 where the hardware multiplies it.
     dtype: str = key("auto", "autocast type", ("auto", *DTYPES))
     compile: str = key("auto", "torch.compile; auto: with Triton", ("auto", "on", "off"))
-    branch_from: str = key("", "start from this checkpoint's weights, optimizer state and step; or a run's latest")
+    branch_from: str = key("", "new run from a checkpoint, or a run's latest")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class CheckpointConfig:
     every_steps: int = key(1000, "steps between checkpoints; the last step has one", at_least=1)
     keep: int = key(3, "newest checkpoints kept, besides the best", at_least=1)
     # Saved at these steps too where every_steps does not divide them.
-    keep_every_steps: int = key(0, "steps between checkpoints that are never removed; 0: none", at_least=0)
+    keep_every_steps: int = key(0, "steps between checkpoints kept for good", at_least=0)
     # auto resumes where there is a checkpoint; must refuses to start from scratch, never refuses to
     # resume.
     resume: str = key("auto", "auto, must, never, or a name such as step_00001000")

@@ -1,13 +1,11 @@
-"""What the hardware can do: device, autocast type, whether to compile, number of threads.
+"""What the hardware can do: device, autocast type, memory, number of threads.
 
 Each choice that `auto` makes is returned with its reason, because a default that depends on the
 machine surprises people who cannot see why.
 """
 
-import importlib.util
 import os
 import re
-import shutil
 
 import torch
 
@@ -22,7 +20,6 @@ CPU_BFLOAT16_MIN_WIDTH = 256
 # What says so without a type of its own: torch's CPU allocator, Metal, cuBLAS, NCCL.
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED")
 MOST_CAUSE_CHARACTERS = 120
-MIN_TRITON_CAPABILITY = (7, 0)  # Volta; Triton generates no code for older GPUs
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -68,23 +65,6 @@ def pick_dtype(name: str, device: torch.device, n_embd: int) -> tuple[torch.dtyp
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Compute in `dtype` while weights stay float32. Disabled for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def should_compile(name: str, device: torch.device) -> tuple[bool, str]:
-    """Whether `run.compile` means torch.compile here, and why."""
-    if name != "auto":
-        return name == "on", "as configured"
-    if device.type != "cuda":
-        # Measured on two cores: as fast as eager after 15 to 40 s of compiling.
-        return False, f"no gain on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_TRITON_CAPABILITY:
-        return False, f"Triton needs compute capability 7.0, found {capability[0]}.{capability[1]}"
-    if importlib.util.find_spec("triton") is None:
-        return False, "Triton is not installed"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return False, "Triton finds no C compiler ($CC, gcc, clang)"
-    return True, "CUDA with Triton"
 
 
 def device_name(device: torch.device) -> str:

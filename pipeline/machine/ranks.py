@@ -20,12 +20,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline import launch
-from pipeline.errors import EXIT_USER, UserError, as_failure, code_of, reason_of
+from pipeline.errors import UserError, as_failure
 from pipeline.launch import Placement
 from pipeline.log import logger
 from pipeline.machine.device import memory_failure, pick_device
 from pipeline.machine.meeting import Meeting, meeting
-from pipeline.machine.watch import START_S, Watch
+from pipeline.machine.watch import START_S, Fault, Watch
 
 # Logged before the ranks meet: one of them is often why they meet at one site and hang at another.
 NETWORK_SETTINGS = ("NCCL_", "GLOO_", "TORCH_")
@@ -65,9 +65,9 @@ class World(Placement):
         values = self.gather(value)
         odd = next((rank for rank, other in enumerate(values) if other != values[0]), None)
         if odd is not None:
-            reason = f"ranks disagree about {what}: rank 0 has {values[0]}, rank {odd} has {values[odd]}"
-            self.leave_to(0, EXIT_USER, reason)
-            raise UserError(reason)
+            error = UserError(f"ranks disagree about {what}: rank 0 has {values[0]}, rank {odd} has {values[odd]}")
+            self.leave_to(Fault.of(error))
+            raise error
 
     @contextmanager
     def fail_together(self, patience: datetime.timedelta | None = None) -> Iterator[None]:
@@ -88,11 +88,9 @@ class World(Placement):
         if patience is not None:
             self._await_all(patience)
             self.watch.enter("start-up")
-        found = self.gather(failure and (code_of(failure), reason_of(failure)))
-        failed = [rank for rank, fault in enumerate(found) if fault is not None]
-        if failed:
-            code, reason = found[failed[0]]
-            self.leave_to(failed[0], code, f"rank {failed[0]}: {reason}" if failed[0] else reason)
+        faults = self.gather(failure and Fault.of(failure, self.rank))
+        if fault := next(filter(None, faults), None):
+            self.leave_to(fault)
         if failure is not None:
             raise failure
 
@@ -102,15 +100,15 @@ class World(Placement):
         if self.store is not None:
             self.watch.start(PrefixStore(f"watch {start}", self.store), timeout_s)
 
-    def leave_to(self, speaker: int, code: int, reason: str) -> None:
-        """Every rank exits but `speaker`, which reports why. No rank exits before all ignore
+    def leave_to(self, fault: Fault) -> None:
+        """Every rank exits but the fault's, which reports it. No rank exits before all ignore
         SIGTERM: the line would be lost.
         """
         launch.outlive_others()
         self.barrier()
         self.watch.is_agreed = True
-        if self.rank != speaker:
-            launch.leave(code, reason)
+        if self.rank != fault.rank:
+            launch.leave(fault.code, str(fault))
 
     def _await_all(self, patience: datetime.timedelta) -> None:
         """A barrier for work that may take longer than collectives wait."""

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch.distributed as dist
 from torch._C import _distributed_c10d as distributed_c
@@ -53,6 +53,10 @@ class Fault:
     rank: int
     code: int
     reason: str
+
+    @classmethod
+    def of(cls, error: Exception, rank: int = 0) -> Self:
+        return cls(rank, code_of(error), reason_of(error))
 
     def __str__(self) -> str:
         # A retry is for a rank that is late or lost, which the reason names itself.
@@ -122,7 +126,7 @@ class Watch:
         """
         if self.is_agreed:
             return error
-        fault = Fault(self.place.rank, code_of(error), reason_of(error))
+        fault = Fault.of(error, self.place.rank)
         if self._store is None:
             self._end(fault)
             self.is_agreed = True
@@ -133,7 +137,7 @@ class Watch:
         if broken and not self._await(lambda store: store.check(["fault"]), GRACE_S):
             reason = self._call_roll(lost=True) or f"lost the connection to another rank ({str(error).splitlines()[0]})"
             error = Failure(f"{reason}; {RETRY}")
-            fault = Fault(self.place.rank, error.code, str(error))
+            fault = Fault.of(error, self.place.rank)
         fault = self._post(fault)
         with self._ending:  # where the watching thread came first, it ends the process
             self._end(fault)
@@ -224,7 +228,13 @@ class Watch:
             # The collectives that began and did not end, of NCCL's flight recorder.
             stack += distributed_c._dump_fr_trace_json(onlyActive=True).decode(errors="replace")[:MOST_TRACE_CHARACTERS]
         answer = json.dumps(asdict(self.phase) | {"late": self.phase.is_late, "stack": stack})
-        self._ask(lambda store: store.set(f"answer {roll} {self.place.rank}", answer))
+
+        def answer_all(store: Store) -> None:
+            # Ranks that lose one call rolls together: who answers the last answers those before.
+            for number in range(self._answered + 1, roll + 1):
+                store.set(f"answer {number} {self.place.rank}", answer)
+
+        self._ask(answer_all)
         self._answered, self._answered_at = roll, time.monotonic()
 
     def _post(self, fault: Fault) -> Fault:

@@ -26,7 +26,7 @@ from pipeline.checkpoint.folder import (
     write_checkpoint,
 )
 from pipeline.checkpoint.load import load_initial_weights, load_model, load_weights, open_optimizer, read_optimizer
-from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_aside_after, set_pointer
+from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_aside, set_pointer
 from pipeline.config.keys import Config, ModelConfig
 from pipeline.config.load import to_dict
 from pipeline.errors import UserError
@@ -398,12 +398,13 @@ def test_a_missing_best_is_a_warning(tmp_path: Path) -> None:
     assert folder.is_dir()
 
 
-def test_going_back_leaves_later_checkpoints_behind_whole(tmp_path: Path) -> None:
+def test_checkpoints_set_aside_keep_their_content_and_are_no_longer_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         saved(tmp_path, step=step)
     set_pointer(tmp_path, "best", tmp_path / "step_00000003")
     set_pointer(tmp_path, "latest", tmp_path / "step_00000001")
-    set_aside_after(tmp_path, 1)
+    for step in (2, 3):
+        set_aside(tmp_path / f"step_{step:08d}", "left_behind")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "latest", "left_behind_step_00000002", "left_behind_step_00000003", "step_00000001"
     ]  # fmt: skip

@@ -15,7 +15,8 @@ from pipeline import launch
 from pipeline.errors import UserError
 from pipeline.launch import Placement
 from pipeline.machine import ranks as distributed
-from pipeline.machine.device import share_threads, should_compile
+from pipeline.machine.device import share_threads
+from train.parallel import should_compile
 
 TORCHRUN = {
     "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2",

@@ -1,4 +1,4 @@
-"""A run's folder: what is written is read back, damage reads as absent, and rows past a step are dropped."""
+"""A run's folder: what is written is read back, and damage reads as absent."""
 
 import os
 from pathlib import Path
@@ -22,16 +22,6 @@ def test_a_status_is_read_back(tmp_path: Path) -> None:
 def test_a_damaged_status_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content)
     assert RunFolder(tmp_path).read_status() is None
-
-
-def test_rows_past_a_step_and_truncated_ones_are_dropped(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    # After a power failure a file may end with blocks that were never written, or with another's.
-    folder.metrics.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st\0\0\xff\xfe')
-    folder.bad_steps.write_text('{"step": 1}\n{"step": 2}\n')
-    folder.drop_rows_after(2)
-    assert folder.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert folder.bad_steps.read_text() == '{"step": 1}\n', "step 2 had not been taken yet"
 
 
 def test_the_newest_run_is_the_one_that_saved_last(tmp_path: Path) -> None:

@@ -280,8 +280,12 @@ def test_gpus_may_be_asked_for_as_the_site_has_it(
     script = capsys.readouterr().out
     assert options(script).items() >= (option | {"exclusive": ""}).items() and "gpus-per-node" not in options(script)
     assert "#SBATCH --exclusive\n" in script
-    assert faults(["tiny.toml"], replace(job, gpus_per_node="2")).startswith("--gpus-per-node is given 2 times")
-    assert faults(["tiny.toml"], replace(JOB, gpus_per_node="")).startswith("--gpus-per-node is given 0 times: give it")
+    assert faults(["tiny.toml"], replace(job, gpus_per_node="2")).startswith(
+        "GPUs are requested 2 times: give --gpus-per-node or"
+    )
+    assert faults(["tiny.toml"], replace(JOB, gpus_per_node="")).startswith(
+        "Missing option '--gpus-per-node': expected"
+    )
 
 
 def test_tasks_of_a_changed_script_that_are_not_the_ranks_are_told(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

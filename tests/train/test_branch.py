@@ -12,13 +12,14 @@ import torch
 from conftest import die_at, overrides, run_program, tiny_config, write_dataset, write_documents
 from test_train_run import assert_identical, curve, final_tensors, renamed, rows, status
 
-from pipeline.checkpoint.folder import choose_best, hash_of_description, read_description
+from pipeline.checkpoint.folder import hash_of_description, read_description
 from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder
 from pipeline.config.keys import Config, WeightedDataset
 from pipeline.errors import Diverged, UserError
 from pipeline.runs import RunFolder
 from train.resume import enter
 from train.run import run
+from train.saving import choose_best
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
+from pipeline.runs import RunFolder
 from train import resume
 from train.run import run
 
@@ -214,3 +215,13 @@ def test_folders_set_aside_twice_keep_their_content(finished: Config) -> None:
     assert {path.name for path in checkpoints.glob("damaged_*")} == {
         "damaged_step_00000010", "damaged_step_00000010_2"
     }  # fmt: skip
+
+
+def test_rows_past_a_step_and_truncated_ones_are_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    # After a power failure a file may end with blocks that were never written, or with another's.
+    folder.metrics.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st\0\0\xff\xfe')
+    folder.bad_steps.write_text('{"step": 1}\n{"step": 2}\n')
+    resume.drop_rows_after(folder, 2)
+    assert folder.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert folder.bad_steps.read_text() == '{"step": 1}\n', "step 2 had not been taken yet"

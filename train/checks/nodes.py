@@ -17,10 +17,11 @@ import torch.distributed as dist
 
 import pipeline
 from pipeline import launch
-from pipeline.errors import EXIT_NODE, NodeFailed
+from pipeline.errors import NodeFailed
 from pipeline.files import hash_bytes
 from pipeline.log import logger
 from pipeline.machine.ranks import World
+from pipeline.machine.watch import Fault
 
 # Rows of the matrices, and bytes of the all-reduce: large enough for a GPU to show its speed, small
 # enough for a core to take no time.
@@ -60,9 +61,9 @@ def _refuse(world: World, nodes: list[str], fault: str) -> None:
     """If any rank has a fault, every rank exits."""
     faults = {node: why for node, why in zip(nodes, world.gather(fault), strict=True) if why}
     if faults:
-        reason = "; ".join(f"node {node} failed its check: {why}" for node, why in faults.items())
-        world.leave_to(0, EXIT_NODE, reason)
-        raise NodeFailed(reason)
+        error = NodeFailed("; ".join(f"node {node} failed its check: {why}" for node, why in faults.items()))
+        world.leave_to(Fault.of(error))
+        raise error
 
 
 def faults_here(world: World) -> Iterator[str]:
