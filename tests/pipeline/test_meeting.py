@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import timedelta
 
 import pytest
 from slurm_cluster import TRAIN, Cluster, free_ports, status_of, write_config
@@ -186,7 +187,7 @@ def test_nodes_and_ranks_that_reach_each_other_by_ipv6_alone_meet(
     monkeypatch.setenv("MASTER_ADDR", "::1")
 
     def join(rank: int) -> object:
-        return _srun_store(place(rank, 2), meet(place(rank, 2), reach_s=10.0, welcome_s=10.0))
+        return _srun_store(place(rank, 2), meet(place(rank, 2), reach_s=10.0, welcome_s=10.0), timedelta(seconds=60))
 
     with ThreadPoolExecutor(2) as pool:
         stores = list(pool.map(join, (1, 0)))

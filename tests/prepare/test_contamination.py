@@ -178,7 +178,7 @@ def test_other_evaluation_texts_make_another_dataset(tmp_path: Path) -> None:
         ("broken.jsonl", '{"q": ', "not JSON"),
         ("nowhere.jsonl", None, "no such file"),
         ("table.xls", "a", "no known suffix"),
-        ("n" * 300, None, "File name too long"),
+        ("n" * 300, None, "no such file"),
     ],
 )
 def test_what_cannot_be_looked_for_is_one_line(tmp_path: Path, name: str, content: str | None, message: str) -> None:

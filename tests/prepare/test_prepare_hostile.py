@@ -70,8 +70,7 @@ def test_hostile_documents_are_kept_or_reported(tmp_path: Path, tokenizer: str) 
     assert sorted(texts_in(folder)) == sorted([*KEPT.values(), *ordinary, "the last of them"])
     places = {line: f"{source} at byte {sum(len(each) + 2 for each in lines[:i])}" for i, line in enumerate(lines)}
     first = len(KEPT)
-    skipped = load_manifest(folder).skipped
-    assert {reason: {key: entry[key] for key in ("count", "example")} for reason, entry in skipped.items()} == {
+    assert load_manifest(folder).skipped == {
         "empty": {"count": 1, "example": places[lines[first]]},
         "lone surrogate": {"count": 2, **broken(places[lines[first + 2]], places[lines[first + 3]])},
         "not UTF-8": {"count": 1, **broken(places[b'{"text": "not \xff UTF-8"}'])},
@@ -89,8 +88,11 @@ def test_documents_without_an_end_of_a_word(tmp_path: Path) -> None:
     source = tmp_path / "long.jsonl"
     source.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in documents))
     folder = prepare(tmp_path, source, workers=2)
-    assert sorted(map(hash, texts_in(folder))) == sorted(map(hash, documents))
+    # Six documents of these lengths give val its share of the tokens only by their ends.
+    joined = "".join(sorted("".join(texts_in(folder))))
+    assert hash(joined) == hash("".join(sorted("".join(documents))))
     manifest = load_manifest(folder)
+    assert manifest.count("train", "documents") + manifest.count("val", "documents") == 6
     assert manifest.skipped == {}
     assert manifest.unusual == {"cut inside a word": {"count": 5, "example": f"{source} at byte 0"}}
 

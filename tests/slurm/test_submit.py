@@ -565,7 +565,7 @@ def test_a_preparation_is_submitted_with_its_own_options(
     [
         (["nowhere.txt"], "no source 'nowhere.txt'"),
         (["stdlib", "--tokeniser", "byte"], "No such option"),
-        (["stdlib", "--val-fraction", "2", "--workers", "0"], "invalid --val-fraction 2.0: expected a number between 0 and 1"),
+        (["stdlib", "--val-fraction", "2", "--workers", "0"], "invalid --val-fraction 2.0: expected 0 for no val split, or"),
         (["stdlib", "--tasks", "4", "--force"], "--force cannot be combined with --tasks"),
         (["-"], "--task-id and stdin (-) cannot be submitted"),
         (["stdlib", "--time", "x"], "invalid --time 'x': expected minutes"),
