@@ -63,8 +63,10 @@ def meet(place: Placement, *, reach_s: float = REACH_S, welcome_s: float = WELCO
     try:
         socket.getaddrinfo(host, ports[0], type=socket.SOCK_STREAM)
     except OSError as error:
-        # srun exits with the highest code of its tasks: 143 for one that SIGTERM ends while it starts.
-        time.sleep(4 * RETRY_S)
+        if place.rank == 0:
+            # srun exits with the highest code of its tasks: 143 for one that SIGTERM ends while it
+            # starts, so the others get the time for that.
+            time.sleep(4 * RETRY_S)
         launch.wait_for_turn()  # the first node may not know its name either
         raise UserError(
             f"node {launch.node_name()} cannot resolve {host!r}, where the ranks meet ({error.strerror}): "

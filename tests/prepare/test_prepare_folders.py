@@ -181,9 +181,10 @@ def test_names_that_are_not_utf_8_on_the_command_line(tmp_path: Path, source: Pa
 def test_what_is_passed_over_is_in_the_manifest(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = {"unknown suffix .pdf": {"count": 2, "example": "a.pdf"}}
-    monkeypatch.setattr("prepare.sources.local.Files.passed_over", lambda _: found, raising=False)
+    for name in ("a.pdf", "b.pdf"):
+        (source.parent / name).touch()
+    found = {"unknown suffix .pdf": {"count": 2, "example": str(source.parent / "a.pdf")}}
     with caplog.at_level(logging.INFO, "pipeline"):
-        folder = run(options_for(tmp_path, source, "mine"))
+        folder = run(options_for(tmp_path, source.parent, "mine"))
     assert load_manifest(folder).passed_over == found
-    assert "not read: unknown suffix .pdf: 2 (such as a.pdf)" in caplog.text
+    assert f"not read: unknown suffix .pdf: 2 (such as {source.parent / 'a.pdf'})" in caplog.text
