@@ -329,7 +329,7 @@ def test_a_rank_that_sleeps_in_its_data_is_named_with_every_ranks_stack(tiny: Pa
     assert "exitcode  : 75" in log and "exitcode  : 1 " not in log
 
 
-@pytest.mark.parametrize("victim", [2, 0])
+@pytest.mark.parametrize("victim", [pytest.param(2, marks=pytest.mark.campaign), 0])
 def test_a_stopped_rank_is_named(tiny: Path, victim: int) -> None:
     config = hanging(tiny)
     process = launch(config, tiny, 4)
@@ -412,7 +412,12 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+IN_EVERY_RUN = ("out of memory and a data error", "the disk is full when it saves for a fault")
+
+
+@pytest.mark.parametrize(
+    "attack", [pytest.param(name, marks=[pytest.mark.campaign] * (name not in IN_EVERY_RUN)) for name in ATTACKS]
+)
 def test_an_attack_ends_all_ranks_with_the_first_reason(tiny: Path, attack: str) -> None:
     inject, reason, code = ATTACKS[attack]
     config = faulty(tiny, eval={"every_steps": 15})
