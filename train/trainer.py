@@ -223,9 +223,10 @@ class Trainer:
     def fit(self, metrics: Metrics, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged."""
         max_steps, before = self.config.train.max_steps, self.status.now
-        needed_s = before.first_step_s + self.checkpoints.save_s if before.first_step_s else 0.0
-        # The clock of one rank decides.
-        reason: str = self.world.gather(stop.deadline_reason(needed_s))[0]
+        reason: str = ""
+        if before.first_step_s:  # else a step is taken: nobody knows yet how long it is
+            reason = stop.deadline_reason(before.first_step_s + self.checkpoints.save_s)
+        reason = self.world.gather(reason)[0]  # the clock of one rank decides
         with ProgressReport("train", max_steps, "steps", done=self.step) as progress:
             self.throughput.start()
             if isinstance(self.wrapped, DistributedDataParallel) and self.step < max_steps:
