@@ -225,29 +225,30 @@ ROWS = [{"meta": {"content": "a", "more": {"deep": "x"}}}, {"meta": None}, {"met
 def test_nested_fields(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     table = pa.Table.from_pylist(ROWS)
-    if suffix == "parquet":
-        pq.write_table(table, path)
-    elif suffix == "arrow":
-        write_arrow(path, table, "stream", rows=2)
-    else:
-        write_rows(path, table.to_pylist())
+    write_table(path, table, "stream")
     assert documents(tmp_path, path, field="meta.content") == ["a", None, None]
     assert documents(tmp_path, path, field="meta.more.deep") == ["x", None, None]
     assert {reason for reason, _, _ in refused(tmp_path, path, field="meta.content")} == {"null"}
     nulls = pa.table({"meta": pa.nulls(2)}), pa.table({"meta": pa.array([{"more": None}] * 2)})
     for table, field in zip(nulls, ("meta.content", "meta.more.deep"), strict=True):
-        if suffix == "parquet":
-            pq.write_table(table, tmp_path / "nulls.parquet")
-        elif suffix == "arrow":
-            write_arrow(tmp_path / "nulls.arrow", table, "file", rows=2)
-        else:
-            write_rows(tmp_path / f"nulls.{suffix}", table.to_pylist())
+        write_table(tmp_path / f"nulls.{suffix}", table, "file")
         assert documents(tmp_path, tmp_path / f"nulls.{suffix}", field=field) == [None, None]
     if suffix in ("parquet", "arrow"):
         with pytest.raises(UserError, match=r"no column 'meta.text', its columns are: meta.content, meta.more.deep;"):
             documents(tmp_path, path, field="meta.text")
         with pytest.raises(UserError, match=r"column 'meta' holds struct"):
             documents(tmp_path, path, field="meta")
+
+
+def write_table(path: Path, table: pa.Table, kind: str) -> None:
+    """In the format of the path's suffix; `kind` is that of an Arrow file."""
+    match path.suffix:
+        case ".parquet":
+            pq.write_table(table, path)
+        case ".arrow":
+            write_arrow(path, table, kind, rows=2)
+        case _:
+            write_rows(path, table.to_pylist())
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
@@ -259,12 +260,7 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
 def test_a_field_with_a_dot_in_its_name_wins(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     table = pa.table({"meta": [{"content": "nested"}], "meta.content": ["literal"]})
-    if suffix == "parquet":
-        pq.write_table(table, path)
-    elif suffix == "arrow":
-        write_arrow(path, table, "file", rows=1)
-    else:
-        write_rows(path, table.to_pylist())
+    write_table(path, table, "file")
     assert documents(tmp_path, path, field="meta.content") == ["literal"]
 
 

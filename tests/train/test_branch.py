@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import die_at, overrides, run_program, tiny_config, write_dataset, write_documents
-from test_train_run import assert_identical, curve, final_tensors, renamed, rows, status
+from test_train_run import assert_identical, copy_of, curve, final_tensors, renamed, rows, status
 
 from pipeline.checkpoint.folder import hash_of_description, read_description
 from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder
@@ -31,13 +31,6 @@ def trunk(tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = tiny_config(folder, model={"dropout": 0.1}, checkpoint={"keep": 10})
     run(config)
     return config
-
-
-def copy_of(config: Config, name: str) -> Config:
-    copied = renamed(config, name)
-    shutil.rmtree(copied.run_dir, ignore_errors=True)
-    shutil.copytree(config.run_dir, copied.run_dir)
-    return copied
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_config, write_dataset
-from test_train_run import assert_identical, curve, renamed, rows, status
+from test_train_run import assert_identical, copy_of, curve, renamed, rows, status
 
 from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder
 from pipeline.config.keys import Config
@@ -54,13 +54,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = tiny_config(folder, model={"dropout": 0.1})
     run(config)
     assert sorted(path.name for path in (config.run_dir / "checkpoints" / "step_00000010").iterdir()) == list(FILES)
-    return config
-
-
-def copy_of(finished: Config, name: str) -> Config:
-    config = renamed(finished, name)
-    shutil.rmtree(config.run_dir, ignore_errors=True)
-    shutil.copytree(finished.run_dir, config.run_dir)
     return config
 
 

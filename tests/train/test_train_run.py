@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,14 @@ def assert_identical(found: Config, wanted: Config) -> None:
 
 def renamed(config: Config, name: str) -> Config:
     return replace(config, run=replace(config.run, name=name))
+
+
+def copy_of(config: Config, name: str) -> Config:
+    """The run's folder under another name."""
+    copied = renamed(config, name)
+    shutil.rmtree(copied.run_dir, ignore_errors=True)
+    shutil.copytree(config.run_dir, copied.run_dir)
+    return copied
 
 
 def test_a_run_leaves_what_the_contract_says(tiny: Path) -> None:
