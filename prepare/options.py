@@ -9,7 +9,6 @@ from typing import Any
 from pipeline.errors import UserError, one_line
 from prepare.encoding.contamination import evaluation_record
 from prepare.encoding.vocabulary import check_name
-from prepare.sources.names import has_splits
 from prepare.storage.files import shown
 from prepare.unfinished.journal import Share
 from prepare.units import Reading
@@ -77,8 +76,6 @@ def _faults(options: PrepareOptions) -> Iterator[str]:
     # lead elsewhere.
     if options.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", options.name):
         yield f"invalid --name {options.name!r}: expected up to 64 letters, digits, '.', '_' and '-', not '.' first"
-    if options.split != Reading.split and not any(has_splits(source) for source in options.sources):
-        yield f"--split {options.split} has no effect: no source is a dataset of the Hub or a folder with splits"
     for name in ("workers", "limit_docs", "shard_tokens"):
         if (count := getattr(options, name)) is not None and count < 1:
             yield f"invalid --{name.replace('_', '-')} {count}: expected at least 1"

@@ -21,7 +21,7 @@ from prepare.encoding.work import Items, encode_items
 from prepare.options import STOP, PrepareOptions, check, settled
 from prepare.preparation import Preparation, as_known, shortened
 from prepare.sources.corpus import Corpus, Snapshot, open_corpus
-from prepare.sources.names import default_name, hub_source, is_named
+from prepare.sources.names import default_name, hub_source, is_named, without_file_protocol
 from prepare.storage.files import StoredFile, is_url, local_file
 from prepare.unfinished.journal import Journal, Plan, Share, tasks_of
 from prepare.unfinished.publishing import finish_publishing, is_publishing
@@ -42,6 +42,7 @@ def run(options: PrepareOptions) -> Path:
     _check_working_folder()
     dataset = dataset_folder(options)
     corpus = open_corpus(options.sources, options.reading, dataset)
+    corpus.check_split(options.split)
     with Workers(options.workers or available_cores()) as workers:
         preparation = Preparation(options, share, corpus, journal=Journal(dataset), workers=workers)
         if is_publishing(preparation.journal):  # a kill interrupted it after all work was done
@@ -104,9 +105,14 @@ def check_before(options: PrepareOptions, tasks: int) -> Path:
         raise UserError("--task-id and stdin (-) cannot be submitted: SLURM numbers the tasks, and a job has no stdin")
     check(replace(options, task_id=0, tasks=tasks))
     dataset = dataset_folder(options)
-    local = [source for source in options.sources if not (hub_source(source) or is_named(source) or is_url(source))]
-    if local:
-        open_corpus(local, options.reading, dataset)
+    local = [
+        source
+        for source in options.sources
+        if not (hub_source(source) or is_named(source) or is_url(without_file_protocol(source)))
+    ]
+    corpus = open_corpus(local, options.reading, dataset) if local else Corpus([], [])
+    if not any(map(hub_source, options.sources)):
+        corpus.check_split(options.split)
     return dataset
 
 

@@ -52,6 +52,11 @@ class Corpus:
             return None
         return sum(file.size for files in self.stored for file in files)
 
+    def check_split(self, split: str) -> None:
+        """Raises UserError for a split that no source has a choice of."""
+        if split != Reading.split and not any(source.has_splits for source in self.sources):
+            raise UserError(f"--split {split} has no effect: no source is a dataset of the Hub or a folder with splits")
+
     def check_field(self) -> None:
         """Raises UserError if no row has the text field, which costs a look at every row.
 

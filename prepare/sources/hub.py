@@ -42,6 +42,7 @@ class HubStream(Source):
     dataset: HubName
     builder: Any = field(repr=False)
     paths: dict[str, Path]
+    has_splits: bool = field(default=True, kw_only=True, repr=False)
 
     is_stream = True
     size = 0

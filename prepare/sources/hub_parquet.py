@@ -5,7 +5,7 @@ read.
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -41,6 +41,7 @@ class HubParquet(Source):
 
     dataset: HubName
     sizes: dict[str, int]
+    has_splits: bool = field(default=True, kw_only=True, repr=False)
 
     def ready(self, files: list[StoredFile]) -> Iterator[StoredFile]:
         return (file for file, _ in zip(files, self.downloaded(), strict=True))

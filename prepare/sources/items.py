@@ -30,10 +30,12 @@ class Source:
     """What the user named, as files; one of another kind overrides `stored` and `split`.
 
     `passed_over`: what lies below it and is not read: reason -> `count` and one `example`.
+    `has_splits`: whether `reading.split` chooses what is read.
     """
 
     reading: Reading
     passed_over: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True, repr=False)
+    has_splits: bool = field(default=False, kw_only=True, repr=False)
     is_stream: ClassVar[bool] = False  # the size of one is not known
 
     def files(self) -> list[Path]:

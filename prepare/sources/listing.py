@@ -30,6 +30,7 @@ class Listing:
 
     def __init__(self, seen: set[str]) -> None:
         self.passed_over: dict[str, dict[str, Any]] = {}
+        self.has_splits = False
         self._seen = seen
 
     def takes(self, path: str, size: int, identity: str) -> bool:

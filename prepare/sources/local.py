@@ -163,7 +163,7 @@ def open_files(source: str, reading: Reading, seen: set[str]) -> Files | None:
         raise UserError(f"{shown(source)} has no known suffix: expected one of {READABLE}")
     else:
         paths = [path] if listing.takes(source, found.st_size, os.path.realpath(path)) else []
-    return Files(reading, paths, root=root, passed_over=listing.passed_over)
+    return Files(reading, paths, root=root, passed_over=listing.passed_over, has_splits=listing.has_splits)
 
 
 def _found(path: Path) -> os.stat_result | None:

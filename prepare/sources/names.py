@@ -1,6 +1,5 @@
 """What a source may be called: the named corpora, and which kind of source a name stands for."""
 
-import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,8 +18,6 @@ FINEWEB_EDU = "hf:HuggingFaceFW/fineweb-edu:{size}@87f09149ef4734204d70ed1d046dd
 # Named for their tokens; the complete corpus, called default, has 1.3 T.
 FINEWEB_EDU_SIZES = ("sample-10BT", "sample-100BT", "sample-350BT", "default")
 NAMED_CORPORA = (*HUB_CORPORA, "fineweb-edu", "shakespeare", "stdlib")
-# Lists the splits of a folder that `DatasetDict.save_to_disk` of Hugging Face wrote.
-SAVED_SPLITS = "dataset_dict.json"
 # For errors and for the help of `pipeline prepare`.
 SOURCE_KINDS = (
     f"a corpus ({', '.join(NAMED_CORPORA)}), hf:ORG/NAME[:CONFIG][@REVISION], "
@@ -48,11 +45,6 @@ def hub_source(source: str) -> str | None:
     if size and size not in FINEWEB_EDU_SIZES:
         raise UserError(f"fineweb-edu has no size {size!r}: expected {', '.join(FINEWEB_EDU_SIZES)}")
     return FINEWEB_EDU.format(size=size or FINEWEB_EDU_SIZES[0])
-
-
-def has_splits(source: str) -> bool:
-    """Whether --split chooses what is read of it."""
-    return hub_source(source) is not None or os.path.isfile(f"{without_file_protocol(source)}/{SAVED_SPLITS}")  # noqa: PTH113
 
 
 def without_file_protocol(source: str) -> str:

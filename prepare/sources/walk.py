@@ -19,11 +19,13 @@ from typing import Any, TypeVar
 from pipeline.dataset.shards import MANIFEST_NAME
 from pipeline.errors import UserError
 from prepare.sources.listing import FOLDER_OF_A_GLOB, HIDDEN_FILE, NOT_A_FILE, REPEATED, Listing
-from prepare.sources.names import SAVED_SPLITS, is_glob
+from prepare.sources.names import is_glob
 from prepare.storage.files import reading, shown
 
 # What is left of a glob below a folder, as parts of a path; () is left where it names an entry.
 Patterns = frozenset[tuple[str, ...]]
+# Lists the splits of a folder that `DatasetDict.save_to_disk` of Hugging Face wrote.
+SAVED_SPLITS = "dataset_dict.json"
 # Next to the data files of a folder that `Dataset.save_to_disk` of Hugging Face wrote.
 SAVED_STATE = {"state.json", "dataset_info.json"}
 SHARD_NAME = re.compile(r"(train|val)_\d{5,}\.bin")
@@ -74,7 +76,9 @@ class _Walk:
         self._entered.add((real, patterns))
         with reading(str(folder)), os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
-        unread = _unread(folder, {entry.name for entry in entries}, self._split)
+        names = {entry.name for entry in entries}
+        unread = _unread(folder, names, self._split)
+        self._listing.has_splits |= SAVED_SPLITS in names
         unread |= dict.fromkeys(self._without, "left out of stdlib")
         for entry in entries:
             path, left = folder / entry.name, _below(patterns, entry.name)

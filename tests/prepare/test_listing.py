@@ -7,6 +7,7 @@ import lzma
 import os
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -18,7 +19,8 @@ from test_corpus import documents, opened
 
 from pipeline.errors import UserError
 from prepare.formats import format_of
-from prepare.options import PrepareOptions, check
+from prepare.options import PrepareOptions
+from prepare.run import check_before, run
 from prepare.sources.corpus import open_corpus
 from prepare.sources.listing import MOST_REASONS, OTHER_SUFFIXES
 from prepare.storage import files as storage
@@ -498,12 +500,24 @@ def test_a_split_of_a_saved_dataset_is_chosen(tmp_path: Path, arrow: None) -> No
         files("dev")
 
 
-def test_a_split_without_a_source_that_has_splits_is_an_error(tmp_path: Path) -> None:
-    write(tmp_path, "a.txt", "d/dataset_dict.json")
-    with pytest.raises(
-        UserError, match=r"--split test has no effect: no source is a dataset of the Hub or a folder wi"
-    ):
-        check(PrepareOptions([str(tmp_path / "a.txt"), "stdlib"], split="test"))
-    check(PrepareOptions([str(tmp_path / "a.txt")]))
-    for source in ("tinystories", "hf:Org/Name", str(tmp_path / "d"), f"file://{tmp_path}/d"):
-        check(PrepareOptions([str(tmp_path / "a.txt"), source], split="test"))
+def test_a_split_without_a_source_that_has_splits_is_an_error(
+    tmp_path: Path, arrow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "a.txt")
+    saved(tmp_path / "deep" / "d" / "test", files=1)
+    (tmp_path / "deep" / "d" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    monkeypatch.chdir(tmp_path)
+    for sources in (["a.txt", "stdlib"], ["a.txt"], ["deep/d/test"]):
+        options = PrepareOptions(sources, name="n", split="test")
+        with pytest.raises(
+            UserError, match=r"--split test has no effect: no source is a dataset of the Hub or a folder wi"
+        ):
+            run(options)
+        with pytest.raises(UserError, match=r"--split test has no effect"):
+            check_before(options, 1)
+        check_before(replace(options, split="train"), 1)
+    # Also where the folder that has splits lies below the one that was named, or is named by a glob.
+    for source in ("deep/d", f"file://{tmp_path}/deep/d", "deep", "deep/**/*.arrow"):
+        check_before(PrepareOptions(["a.txt", source], split="test"), 1)
+    for source in ("tinystories", "hf:Org/Name"):  # which are not opened
+        check_before(PrepareOptions(["a.txt", source], split="test"), 1)
