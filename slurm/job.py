@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, unquote_to_bytes
 
 from pipeline.config.load import config_from_arguments
 from pipeline.errors import UserError
@@ -17,6 +18,8 @@ from slurm import sbatch
 
 # How a comment starts that names the folders of a job's runs.
 RUNS = "pipeline:"
+# How text is read and written that holds names of files, of any user: they need not be UTF-8.
+NAMES = "surrogateescape"
 # The variables of a job's environment that hold for the cluster and not for that job alone.
 OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_WORKING_CLUSTER"}
 
@@ -105,7 +108,7 @@ class Script:
         options = [sbatch.option(name, value) for name, value in self.options.items()]
         done = subprocess.run(
             ["sbatch", "--parsable", *options, *extra],
-            input=self.text, env=_environment(), capture_output=True, text=True, check=False,
+            input=self.text, env=_environment(), capture_output=True, errors=NAMES, check=False,
         )  # fmt: skip
         message = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
         if done.returncode:
@@ -146,8 +149,10 @@ class Queued:
 
 
 def comment_on(folders: Iterable[Path]) -> str:
-    """By which other jobs recognise the runs of a job, whatever its name."""
-    return RUNS + ":".join(str(folder.absolute()) for folder in folders)
+    """By which other jobs recognise the runs of a job, whatever its name. Quoted as in a URL: `:`
+    divides the folders, and `|` the columns of squeue.
+    """
+    return RUNS + ":".join(quote(os.fsencode(folder.absolute())) for folder in folders)
 
 
 def queued() -> Iterator[Queued]:
@@ -155,12 +160,16 @@ def queued() -> Iterator[Queued]:
     for line in ask(["squeue", "--all", "--noheader", "--format=%A|%F|%T|%k|%Z|%o"]).splitlines():
         job_id, array_id, state, comment, folder, command = (line.split("|", 5) + [""] * 5)[:6]
         if comment.startswith(RUNS):
-            yield Queued(job_id, array_id, state, frozenset(comment.removeprefix(RUNS).split(":")))
+            yield Queued(job_id, array_id, state, frozenset(map(_unquoted, comment.removeprefix(RUNS).split(":"))))
         elif Path(command.partition(" ")[0]).name == "train.sbatch" and folder == str(Path.cwd()):
             # `sbatch train.sbatch` by hand, which sets its comment once it starts.
             words = re.sub(r"--(resume|stage)[= ]\S+", "", command.partition(" ")[2]).split()
             with suppress(UserError):
                 yield Queued(job_id, array_id, state, frozenset([str(config_from_arguments(words).run_dir.absolute())]))
+
+
+def _unquoted(folder: str) -> str:
+    return os.fsdecode(unquote_to_bytes(folder))
 
 
 def shown(job_id: str) -> dict[str, str]:
@@ -174,7 +183,7 @@ def shown(job_id: str) -> dict[str, str]:
 def ask(command: list[str]) -> str:
     """What a SLURM command prints; nothing if it is missing or fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+        return subprocess.run(command, capture_output=True, errors=NAMES, check=False, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

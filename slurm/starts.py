@@ -33,7 +33,7 @@ FAILED_CHECK = re.compile(r"node (\S+) failed its check")
 HARDWARE = re.compile(
     r"uncorrectable ECC|\bXid\b|fallen off the bus|unspecified launch failure|CUDA error: unknown error"
 )
-HEADER = re.compile(r"^--- start \d+ of job \S+ on (\S+)$", re.MULTILINE)
+HEADER = re.compile(r"^--- (start \d+ of job \S+) on (\S+)$", re.MULTILINE)
 # SLURM takes a moment to end the job whose node died: only then does it no longer say RUNNING.
 SETTLE_S = 2.0
 
@@ -175,10 +175,11 @@ def _failures(folder: RunFolder) -> Iterator[TaskEnd]:
 
 def _broken_nodes(folder: RunFolder) -> Iterator[str]:
     """Nodes that failed their check, or of a rank whose log of this start reports broken hardware."""
+    this_start = f"start {os.environ.get('SLURM_RESTART_COUNT')} of job {os.environ.get('SLURM_JOB_ID')}"
     for path in sorted((folder.path / "ranks").glob("rank-*.log")):
-        parts = HEADER.split(path.read_text(errors="replace"))
-        if len(parts) > 2:  # what comes before the first header, then node and text of each start
-            node, text = parts[-2:]
+        # What comes before the first header, then for each start which it was, its node, its text.
+        *_, start, node, text = ["", "", *HEADER.split(path.read_text(errors="replace"))]
+        if start == this_start:  # else of a rank that this start, of fewer, does not have
             yield from FAILED_CHECK.findall(text)
             if HARDWARE.search(text):
                 yield node

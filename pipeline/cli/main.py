@@ -62,14 +62,14 @@ def _usage_error(error: click.ClickException) -> str:
 
 
 def _settle_encoding() -> None:
-    """Text on stdout is UTF-8 in a file or a pipe, whatever the locale; a terminal shows escaped
-    what it has no sign for.
+    """Text on stdout is UTF-8 in a file or a pipe, whatever the locale, and names of files keep their
+    bytes; a terminal shows escaped what it has no sign for.
     """
     if isinstance(sys.stdout, TextIOWrapper):
         if sys.stdout.isatty():
             sys.stdout.reconfigure(errors="backslashreplace")
         else:
-            sys.stdout.reconfigure(encoding="utf-8")
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def _exit(message: str, code: int) -> NoReturn:

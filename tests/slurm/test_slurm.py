@@ -376,6 +376,17 @@ def test_a_node_whose_hardware_is_broken_is_excluded_at_once(pretend: Pretend, t
     assert "excluded for job 70: n2" in errors and requeued(tmp_path) == ["70"]
 
 
+def test_what_a_rank_of_an_earlier_start_logged_excludes_no_node(pretend: Pretend, tmp_path: Path) -> None:
+    """The run had more ranks before, or its job had another number."""
+    logs = tmp_path / "runs" / "tiny" / "ranks"
+    logs.mkdir(parents=True)
+    for rank, header in ((3, "start 0 of job 69 on n3"), (7, "start 1 of job 70 on n3")):
+        (logs / f"rank-{rank}.log").write_text(f"--- {header}\nuncorrectable ECC error\n")
+    (logs / "rank-8.log").write_text("no header, uncorrectable ECC error\n")
+    _, errors = ended(pretend(SRUN_STATE="failed", SRUN_EXIT="1", SRUN_STEP="5"))
+    assert "excluded" not in errors and requeued(tmp_path) == ["70"] and exclusions(tmp_path) == []
+
+
 def test_a_node_without_which_the_job_could_not_start_is_not_excluded(pretend: Pretend, tmp_path: Path) -> None:
     _, errors = ended(pretend(SRUN_STATE="failed", SRUN_EXIT="1", RANK_SAYS="uncorrectable ECC error", NODES="n1 n2"))
     assert "warning: n2 failed, but partition all has no other node for the job" in errors

@@ -23,7 +23,7 @@ from prepare.run import PrepareOptions
 from prepare.run import run as prepare
 from slurm import sbatch, submit
 from slurm.doctor import examine
-from slurm.job import Job
+from slurm.job import Job, comment_on
 
 # One job was submitted, and its script came through stdin.
 FAKE_SBATCH = """#!/bin/bash
@@ -473,6 +473,31 @@ def test_a_run_that_is_in_the_queue_or_at_work_is_told_by_its_folder_and_not_its
         assert "runs/run is being written by process" in faults(["tiny.toml"])
     assert holder(site / "runs" / "run") == ""
     submitted(["tiny.toml"], JOB, dry_run=False)
+
+
+@pytest.mark.parametrize("name", ["a:b", "a|b", "a%3Ab", os.fsdecode(b"caf\xe9")])
+def test_a_run_is_recognised_whatever_the_name_of_its_folder(site: Path, name: str) -> None:
+    """By a comment as squeue prints it, next to the job of another user whose folder is not UTF-8."""
+    comment = comment_on([Path("other"), Path(name, "run")])
+    rows = f"8|8|RUNNING|(null)|/home/{os.fsdecode(bytes([0xE9]))}|/job.sh\n7|7|PENDING|{comment}|/elsewhere|(null)\n"
+    (site / "squeue.rows").write_bytes(os.fsencode(rows))
+    assert "job 7, which is pending, writes" in faults(["tiny.toml", f"run.dir={name}"])
+    submitted(["tiny.toml", "run.dir=a"], JOB, dry_run=True)
+
+
+def test_a_name_that_is_not_utf8_reaches_the_script(site: Path) -> None:
+    source = os.fsdecode(b"caf\xe9.txt")
+    Path(source).write_text("To be, or not to be.")
+    arguments = ("submit", "prepare", source, "--name", "x", "--tokenizer", "byte", "--time", "60")
+    done = run_program(*arguments, "--cpus-per-task", "1", cwd=site)
+    assert done.returncode == 0, done.stderr
+    script = (site / f"sbatch.{done.stdout.strip()}.script").read_bytes()
+    assert b"\nset -- 'caf\xe9.txt' --name x" in script
+    command = [sys.executable, "-m", "pipeline", *arguments, "--cpus-per-task", "1", "--dry-run"]
+    printed = subprocess.run(
+        command, cwd=site, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True
+    )
+    assert printed.stdout == script
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, overrides, run_program, tiny_config, write_dataset, write_documents
 from safetensors.torch import load_file
+from test_train_run import renamed
 
 from pipeline.checkpoint.pointers import pointed_folder
 from pipeline.config.keys import Config
@@ -41,10 +42,6 @@ def trained(config: Config, folder: Path, ranks: int, **environment: str) -> Res
     latest = pointed_folder(config.run_dir / "checkpoints", "latest")
     assert latest is not None
     return rows, load_file(latest / "model.safetensors")
-
-
-def named(config: Config, name: str) -> Config:
-    return replace(config, run=replace(config.run, name=name))
 
 
 def assert_same_training(found: Any, wanted: Any) -> None:
@@ -79,12 +76,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Result]
     write_dataset(folder / "data" / "tiny")
     (folder / "sitecustomize.py").write_text(COUNT_NO_SYNC)
     config = tiny_config(folder, model={"dropout": 0.1}, eval={"tokens": 160})
-    return config, folder, trained(named(config, "two"), folder, ranks=2, PYTHONPATH=f"{folder}:{ROOT}")
+    return config, folder, trained(renamed(config, "two"), folder, ranks=2, PYTHONPATH=f"{folder}:{ROOT}")
 
 
 def test_two_ranks_equal_one_with_accumulation_and_dropout(two: tuple[Config, Path, Result]) -> None:
     config, folder, result = two
-    assert_same_training(result, trained(named(config, "one"), folder, ranks=1))
+    assert_same_training(result, trained(renamed(config, "one"), folder, ranks=1))
 
 
 def test_gradients_travel_once_a_step_and_not_once_a_micro_batch(two: tuple[Config, Path, Result]) -> None:
@@ -95,7 +92,7 @@ def test_gradients_travel_once_a_step_and_not_once_a_micro_batch(two: tuple[Conf
 def test_two_ranks_stopped_and_resumed_equal_straight_through_bit_for_bit(two: tuple[Config, Path, Result]) -> None:
     config, folder, straight = two
     (folder / "stop").touch()
-    chopped = named(config, "chopped")
+    chopped = renamed(config, "chopped")
     stop = {"PIPELINE_STOP_FILE": str(folder / "stop")}
     run_program("train", "quickstart", *overrides(chopped), cwd=folder, ranks=2, **stop)
     assert json.loads((chopped.run_dir / "status.json").read_text())["step"] == 1
@@ -119,7 +116,7 @@ def test_more_ranks_resume_bit_for_bit(tiny: Path, ranks: int, strategy: str) ->
     config = tiny_config(
         tiny, model={"dropout": 0.1, "n_layer": 4}, train={"tokens_per_step": 384}, parallel={"strategy": strategy}
     )
-    straight, resumed = named(config, "straight"), named(config, "resumed")
+    straight, resumed = renamed(config, "straight"), renamed(config, "resumed")
     rows, weights = trained(straight, tiny, ranks)
     shutil.copytree(straight.run_dir, resumed.run_dir)
     shutil.rmtree(resumed.run_dir / "checkpoints/step_00000010")
@@ -138,8 +135,8 @@ def test_two_ranks_share_a_mixture_with_document_mask_as_one_has_it(tiny: Path) 
         write_documents(tiny / "data" / f"s{number}", {"train": [texts], "val": [texts[::-1]]})
     mixture = [{"dataset": "s0", "weight": 2}, {"dataset": "s1", "weight": 1}]
     config = tiny_config(tiny, data={"mixture": mixture, "document_mask": True}, eval={"tokens": 288})
-    one = trained(named(config, "one"), tiny, ranks=1)
-    two = trained(named(config, "two"), tiny, ranks=2)
+    one = trained(renamed(config, "one"), tiny, ranks=1)
+    two = trained(renamed(config, "two"), tiny, ranks=2)
     assert_same_training(two, one)
 
 
@@ -160,8 +157,8 @@ def test_a_run_moves_from_one_rank_to_two_to_four_and_back(tiny: Path) -> None:
     config = tiny_config(
         tiny, train={"max_steps": 12}, checkpoint={"every_steps": 3}, eval={"every_steps": 3}, model={"dropout": 0.1}
     )
-    straight = trained(named(config, "straight"), tiny, ranks=1, RUN="straight", **environment)
-    moving = named(config, "moving")
+    straight = trained(renamed(config, "straight"), tiny, ranks=1, RUN="straight", **environment)
+    moving = renamed(config, "moving")
     for max_steps, ranks in ((3, 1), (6, 2), (9, 4), (12, 1)):
         part = replace(
             moving, train=replace(moving.train, max_steps=max_steps), schedule=replace(moving.schedule, decay_steps=12)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, tiny_config, write_dataset
-from test_distributed import assert_same_training, named, trained
+from test_distributed import assert_same_training, trained
+from test_train_run import renamed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.keys import Config
@@ -47,8 +48,8 @@ def test_a_run_moves_between_strategies_and_rank_counts_and_stays_the_same_run(t
     """Losses, norms and weights are those of one undisturbed rank, with accumulation, dropout and uneven parts."""
     (tiny / "sitecustomize.py").write_text(TWO_NODES)
     config = sharded_config(tiny, checkpoint={"every_steps": 3})
-    straight = trained(named(config, "straight"), tiny, ranks=1)
-    moving = named(config, "moving")
+    straight = trained(renamed(config, "straight"), tiny, ranks=1)
+    moving = renamed(config, "moving")
     for max_steps, strategy, ranks in ((3, "ddp", 1), (6, "fsdp", 2), (9, "hsdp", 4), (12, "ddp", 1)):
         part = replace(
             moving, train=replace(moving.train, max_steps=max_steps), schedule=replace(moving.schedule, decay_steps=12)
@@ -65,7 +66,7 @@ def test_a_run_moves_between_strategies_and_rank_counts_and_stays_the_same_run(t
 def test_fsdp_goes_on_bit_for_bit(tiny: Path) -> None:
     config = under(sharded_config(tiny, checkpoint={"every_steps": 6}), "fsdp")
     config = replace(config, model=replace(config.model, activation_checkpointing="block"))
-    straight, resumed = named(config, "straight"), named(config, "resumed")
+    straight, resumed = renamed(config, "straight"), renamed(config, "resumed")
     rows, weights = trained(straight, tiny, ranks=2)
     shutil.copytree(straight.run_dir, resumed.run_dir)
     shutil.rmtree(resumed.run_dir / "checkpoints/step_00000012")
