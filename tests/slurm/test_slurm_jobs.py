@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import signal
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 
 import pytest
@@ -403,6 +403,7 @@ def finished_items(dataset: Path, task: int, tasks: int = 3) -> int:
     plan = journal.plan()
     if plan is None:
         return 0
-    listed = list(Snapshot(open_corpus(plan.sources, Reading(), dataset), plan.unit_bytes, lambda file: file))
+    with chdir(plan.working_folder):  # which the sources are named from
+        listed = list(Snapshot(open_corpus(plan.sources, Reading(), dataset), plan.unit_bytes, lambda file: file))
     mine = Share(task, tasks).items([item.size for _, item in listed])
     return len(journal.finished().keys() & {listed[number][0] for number in mine})
