@@ -3,7 +3,7 @@ No torch.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.checkpoint.layouts import layout_of
@@ -11,14 +11,14 @@ from pipeline.config.keys import Config, ModelConfig
 from pipeline.dataset.shards import Manifest
 from pipeline.dataset.windows import window_count
 from pipeline.errors import UserError
-from pipeline.machine.gpus import CPU_BFLOAT16_MIN_WIDTH, Hardware
+from pipeline.machine.gpus import CPU_BFLOAT16_MIN_WIDTH, Hardware, hardware_named
 from pipeline.model.constants import VOCAB_MULTIPLE
 from pipeline.model.footprint import Footprint, Setting, Sizes
 
 # Float32 weights, and AdamW's two moments of each.
 CHECKPOINT_BYTES_PER_PARAMETER = 12
-# Assumed parts of the peaks. So GPT-2 124M takes 141 ms a step of 524,288 tokens on 8 H100 (llm.c: 140 ms,
-# modded-nanogpt records/2024-10-13) and 370 ms on 8 A100 80GB (build-nanogpt: 340 ms).
+# Assumed parts of the peaks. So GPT-2 124M takes 144 ms a step of 524,288 tokens on 8 H100 (llm.c: 140 ms,
+# modded-nanogpt records/2024-10-13) and 384 ms on 8 A100 80GB (build-nanogpt: about 350 ms).
 MATRICES_REACH, ATTENTION_REACHES, BANDWIDTH_REACHED, LINK_REACHED = 0.6, 0.3, 0.85, 0.8
 LAUNCH_S = 5e-6  # of one kernel, or of one of PyTorch's operations on a CPU
 UPDATE_BYTES = 40  # a parameter: AdamW reads 16 and writes 12, clipping reads 8 and writes 4
@@ -218,18 +218,24 @@ def _exchange_s(step: Footprint, hardware: Hardware) -> float:
     return one_way(gathered, 1) + one_way(gradients, 1) + 2 * gradients / per_node / device.net / LINK_REACHED
 
 
-def outlook(config: Config, vocab_size: int, hardware: Hardware) -> list[str]:
-    """The short form of `pipeline plan`: memory and time, for the log."""
-    config = nearest_batch(config, hardware.ranks)
+def outlook(config: Config, vocab_size: int, device_name: str, ranks: int) -> list[str]:
+    """The short form of `pipeline plan`, for the log: memory and time, where the device is known."""
+    hardware = hardware_named(device_name, ranks)
+    if hardware is None:
+        return [f"memory and time: unknown for {device_name or 'no GPU'}; see pipeline plan --on KINDx{ranks}"]
     step = footprint(config, vocab_size, setting(config, hardware))
     found = step.memory()
-    kinds = ", ".join(f"{kind} {size / 1e9:,.2f}" for kind, size in found.as_json().items() if size and kind != "total")
-    lines = [f"memory a rank: about {found.total / 1e9:,.2f} GB ({kinds}) of {hardware.device.memory_bytes / 1e9:,.1f} GB"]
+    kinds = ", ".join(f"{kind} {size / 1e9:,.2f}" for kind, size in asdict(found).items() if size)
+    lines = [
+        f"memory a rank: about {found.total / 1e9:,.2f} GB of {hardware.device.memory_bytes / 1e9:,.0f} GB ({kinds}), by formula"
+    ]
     if found.total > usable_bytes(hardware):
-        lines.append(f"warning: that does not fit a {hardware.device.kind}: `pipeline plan --on {hardware}` tells what does")
+        lines.append(
+            f"warning: that does not fit {hardware.device.kind}: see pipeline plan --on {hardware} for what does"
+        )
     step_s = step_time(step, hardware, vocab_size).total_s
     hours = step_s * config.train.max_steps / 3600
-    return [*lines, f"time: about {step_s:,.3g} s a step, {hours:,.1f} hours on {hardware}, by formula"]
+    return [*lines, f"time: about {step_s:,.3g} s a step, {hours:,.1f} hours in all on {hardware}, assumed"]
 
 
 def usable_bytes(hardware: Hardware) -> float:

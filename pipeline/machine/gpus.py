@@ -78,6 +78,21 @@ def hardware(name: str) -> Hardware:
     return Hardware(_cpu(count) if kind == CPU else _device(kind), count)
 
 
+def hardware_named(name: str, ranks: int) -> Hardware | None:
+    """So many devices of a kind, or of torch's name of a device; None where that is unknown."""
+    if name == CPU:
+        return Hardware(_cpu(ranks), ranks)
+    kind = name if name in _table() else kind_of(name)
+    return Hardware(_device(kind), ranks) if kind else None
+
+
+def hardware_here() -> Hardware:
+    """The GPUs that NVIDIA's driver lists on this machine or, without known ones, its CPUs."""
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    name = files[0].read_text(encoding="utf-8", errors="replace").partition("\n")[0] if files else CPU
+    return hardware_named(name, max(1, len(files))) or Hardware(_cpu(1), 1)
+
+
 def kind_of(device_name: str) -> str | None:
     """The kind that torch's name of a GPU belongs to; None where it is unknown."""
     if re.search(OTHER_PARTS, device_name, re.IGNORECASE):

@@ -61,7 +61,8 @@ class Memory:
     @property
     def total(self) -> int:
         """The peak."""
-        return sum(asdict(self).values()) - 2 * self.overlap
+        kinds = (self.weights, self.gradients, self.optimizer, self.activations, self.logits, self.other)
+        return sum(kinds) - self.overlap
 
     def as_json(self) -> dict[str, int]:
         return asdict(self) | {"total": self.total}
@@ -147,10 +148,16 @@ class Footprint:
 
     @property
     def throughout(self) -> int:
-        """Batches, and what FSDP2 gathers outside of the blocks for the whole step."""
-        train, model, sizes = self.config.train, self.config.model, self.sizes
-        batches = BATCHES * INT64 * train.micro_batch_size * (model.block_size + 1)
-        return batches + (F32 * (sizes.all - model.n_layer * sizes.block) if self.setting.shards > 1 else 0)
+        """Batches; what FSDP2 gathers outside of the blocks for a whole step; DDP's buckets, which are the
+        gradients only when a step has one micro-batch: others make their own before they are reduced.
+        """
+        train, model, sizes, setting = self.config.train, self.config.model, self.sizes, self.setting
+        held = BATCHES * INT64 * train.micro_batch_size * (model.block_size + 1)
+        if setting.shards > 1:
+            held += F32 * (sizes.all - model.n_layer * sizes.block)
+        elif setting.ranks > 1 and setting.accumulation > 1:
+            held += F32 * sizes.all
+        return held
 
     def moments(self) -> Iterator[int]:
         """What there is besides weights, AdamW's moments and `throughout`, when it may be most."""
@@ -185,7 +192,12 @@ class Footprint:
         copies = 1 + tied + (tied and self.fresh and not sharded)
         if sharded:
             outside = F32 * sizes.all - layers * block
-            yield before + (F32 * sizes.shard if self.fresh else -layers * block) + block + max(copies * table, 2 * outside)
+            yield (
+                before
+                + (F32 * sizes.shard if self.fresh else -layers * block)
+                + block
+                + max(copies * table, 2 * outside)
+            )
         else:
             yield before + (F32 * sizes.all - table if self.fresh else 0) + copies * table + self.stream
 
