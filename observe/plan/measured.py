@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from observe.plan.figures import Plan
@@ -25,41 +27,35 @@ class Comparison:
     measured: float | None
 
     def line(self) -> str:
+        unit = 1e9 if self.key.endswith("_bytes") else 1.0
+        line = f"  {self.label:<26}{self.planned / unit:>14,.4g}"
         if self.measured is None:
-            return f"  {self.label:<26}{self.planned:>14,.4g}{'unknown':>14}"
+            return f"{line}{'unknown':>14}"
         ratio = f"{self.measured / self.planned:>8.2f}x" if self.planned else ""
-        return f"  {self.label:<26}{self.planned:>14,.4g}{self.measured:>14,.4g}{ratio}"
+        return f"{line}{self.measured / unit:>14,.4g}{ratio}"
 
 
 def comparisons(plan: Plan, run: RunFolder) -> Iterator[Comparison]:
     """The plan next to what a run recorded, in the same units."""
-    found, status = run.summary(), run.read_status()
-    tokens = plan.config.train.tokens_per_step
-    speed, planned_s = found.tokens_per_s, plan.time.total_s
-    yield Comparison("step_s", "step, s", planned_s, tokens / speed if speed else None)
-    yield Comparison("tokens_per_s", "tokens a second", tokens / planned_s, speed)
-    trained = found.step - plan.first_step
-    trained_s = getattr(status, "trained_s", None) or (trained * tokens / speed if speed else None)
-    label = f"hours of {trained:,} steps"
-    yield Comparison("hours", label, trained * planned_s / 3600, trained_s and trained_s / 3600)
-    yield Comparison(
-        "memory_bytes", "memory a rank, GB", plan.memory.total / 1e9, found.memory_bytes and found.memory_bytes / 1e9
-    )
-    folders = checkpoint_folders(run.checkpoints)
-    size = sum(file.stat().st_size for file in folders[-1].iterdir()) if folders else None
-    yield Comparison(
-        "checkpoint_bytes",
-        "checkpoint, GB",
-        checkpoint_bytes(plan.config.model, plan.vocab_size) / 1e9,
-        size and size / 1e9,
-    )
-    kept = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
-    yield Comparison(
-        "disk_bytes",
-        "disk, GB",
-        most_checkpoints(plan.config) * checkpoint_bytes(plan.config.model, plan.vocab_size) / 1e9,
-        kept / 1e9,
-    )
+    found, tokens, step_s = run.summary(), plan.config.train.tokens_per_step, plan.time.total_s
+    took_s = tokens / found.tokens_per_s if found.tokens_per_s else None
+    yield Comparison("step_s", "step, s", step_s, took_s)
+    yield Comparison("tokens_per_s", "tokens a second", tokens / step_s, found.tokens_per_s)
+    steps = max(0, found.step - plan.first_step)
+    trained_s = getattr(run.read_status(), "trained_s", None) or (took_s and took_s * steps)
+    yield Comparison("hours", f"hours of {steps:,} steps", steps * step_s / 3600, trained_s and trained_s / 3600)
+    yield Comparison("memory_bytes", "memory a rank, GB", plan.memory.total, found.memory_bytes)
+    sizes = [_size_of(folder) for folder in checkpoint_folders(run.checkpoints)]
+    size, most = checkpoint_bytes(plan.config.model, plan.vocab_size), most_checkpoints(plan.config)
+    yield Comparison("checkpoint_bytes", "checkpoint, GB", size, sizes[-1] if sizes else None)
+    yield Comparison("disk_bytes", "disk, GB", most * size, sum(sizes))
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of a checkpoint's files; 0 where the run removes it meanwhile."""
+    with suppress(OSError):
+        return sum(file.stat().st_size for file in folder.iterdir())
+    return 0
 
 
 def measure(plan: Plan) -> tuple[float, float]:
