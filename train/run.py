@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from pipeline import launch
 from pipeline.budget import data_arithmetic, parameters, step_arithmetic
 from pipeline.checkpoint.find import find_model_folder
+from pipeline.checkpoint.folder import in_use
 from pipeline.checkpoint.load import load_initial_weights, load_weights
 from pipeline.config.keys import Config
 from pipeline.config.load import to_dict, to_toml
@@ -90,7 +91,8 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
         # Only rank 0 looks at the checkpoints: another one might see an older state of a network
         # disk.
         start = world.gather(start)[0]
-        initialise(trainer, start)
+        with in_use(start.folder if start is not None and world.is_first else None):
+            initialise(trainer, start)
         world.check_agreement("the step", trainer.step)
         check_replicas(trainer.model, world, trainer.step)
         if dry_run:
@@ -207,10 +209,12 @@ def train(trainer: Trainer, folder: RunFolder) -> str:
 
 def record_fault(trainer: Trainer, fault: Fault) -> None:
     """What rank 0 does before all ranks exit or, where that one is gone, the rank that found out."""
-    if trainer.world.is_first:
-        trainer.status.update(step=trainer.step)
-        trainer.save_alone()
-    trainer.status.end(State.FAILED, str(fault), fault.code)
+    try:
+        if trainer.world.is_first:
+            trainer.status.update(step=trainer.step)
+            trainer.save_alone()
+    finally:  # whatever is wrong with the rest, as after a collective that was aborted
+        trainer.status.end(State.FAILED, str(fault), fault.code)
 
 
 def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
