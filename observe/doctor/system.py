@@ -39,10 +39,9 @@ LEAST_MEMORY_BYTES = 4 << 30
 LEAST_FILES, LEAST_PROCESSES, LEAST_FILE_BYTES = 4096, 4096, 64 << 30
 # Of NVIDIA's clocks_event_reasons: slowed by heat (0x20, 0x40), by the hardware (0x8), by the power supply (0x80).
 SLOWED = 0xE8
-GPU_COLUMNS = (
-    "index,name,driver_version,memory.used,memory.total,temperature.gpu,clocks_throttle_reasons.active,"
-    "ecc.errors.uncorrected.volatile.total"
-)
+GPU_COLUMNS = "index,name,driver_version,memory.used,memory.total,temperature.gpu,ecc.errors.uncorrected.volatile.total"
+# Drivers before 535 call them throttle reasons.
+GPU_REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 GPU_LIMIT_S = 8.0
 TIME_ERROR = 5  # of adjtimex(2): the clock is not synchronized
 
@@ -232,9 +231,11 @@ def gpus() -> Iterator[Finding]:
             "gpu", found, [(lost, "/dev/nvidia0 exists, but nvidia-smi does not", "install the driver's tools")]
         )
         return
-    table = _nvidia_smi(f"--query-gpu={GPU_COLUMNS}")
+    tables = (_nvidia_smi(f"--query-gpu={GPU_COLUMNS},{reasons}") for reasons in GPU_REASONS)
+    first = next(tables)
+    table = next(tables) if "not a valid field" in first.stdout + first.stderr else first
     for row in table.stdout.splitlines() if table.returncode == 0 else ():
-        index, name, driver, used, total, celsius, reasons, errors = (part.strip() for part in row.split(","))
+        index, name, driver, used, total, celsius, errors, reasons = (part.strip() for part in row.split(","))
         found = f"{index}: {name}, driver {driver}, {used} of {total} MiB used, {celsius} C"
         mask = int(reasons, 16) if reasons.startswith("0x") else 0
         yield from judge(

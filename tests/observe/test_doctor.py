@@ -246,7 +246,8 @@ case "$1" in
   --query-compute-apps=*) {users} ;;
 esac
 """
-H100 = "echo '0, NVIDIA H100 80GB HBM3, 560.35.03, 1, 81559, 41, {}, {}'"
+H100 = "echo '0, NVIDIA H100 80GB HBM3, 560.35.03, 1, 81559, 41, {1}, {0}'"
+OLD = 'case "$1" in *event*) echo \'Field "clocks_event_reasons.active" is not a valid field to query.\'; exit 2 ;; esac; '
 
 
 @pytest.mark.parametrize(
@@ -254,13 +255,14 @@ H100 = "echo '0, NVIDIA H100 80GB HBM3, 560.35.03, 1, 81559, 41, {}, {}'"
     [
         (H100.format("0x0000000000000001", 0), "true", ""),
         (H100.format("0x0000000000000040", 0), "true", "throttled (clock event reasons 0x0000000000000040)"),
+        (OLD + H100.format("0x0000000000000008", 0), "true", "throttled (clock event reasons 0x0000000000000008)"),
         (H100.format("0x0000000000000004", 2), "true", "2 uncorrected ECC errors"),
         (H100.format("[N/A]", "[N/A]"), f"echo '{os.getpid()}, python, 61234'", "held by process"),
         ("echo Failed to initialize NVML: Driver/library version mismatch; exit 18", "true", "version mismatch"),
         ("true", "true", "no GPU"),
         ("sleep 20", "true", "no answer within 1 s: the driver hangs"),
     ],
-    ids=["fit", "hot", "ecc", "held", "mismatch", "none", "hangs"],
+    ids=["fit", "hot", "old driver", "ecc", "held", "mismatch", "none", "hangs"],
 )
 def test_what_the_driver_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str, users: str, fault: str
