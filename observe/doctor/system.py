@@ -16,6 +16,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from importlib import metadata
+from math import inf
 from pathlib import Path
 
 import pipeline
@@ -36,6 +37,7 @@ BFLOAT16 = {"amx_bf16", "avx512_bf16", "bf16"}
 LEAST_SHARED_BYTES = 1 << 30
 LEAST_MEMORY_BYTES = 4 << 30
 # A rank opens its shards, a socket for each rank that it talks to, and torch's libraries.
+LIMITS = ("NOFILE", "NPROC", "MEMLOCK", "FSIZE", "AS", "CORE")
 LEAST_FILES, LEAST_PROCESSES, LEAST_FILE_BYTES = 4096, 4096, 64 << 30
 # Of NVIDIA's clocks_event_reasons: slowed by heat (0x20, 0x40), by the hardware (0x8), by the power supply (0x80).
 SLOWED = 0xE8
@@ -147,15 +149,11 @@ def _cores_of_quota(text: str) -> float | None:
 
 
 def memory() -> Iterator[Finding]:
-    sizes = {
-        name: int(kib) << 10 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB", text_of(PROC / "meminfo"), re.MULTILINE)
-    }
-    total, available = sizes["MemTotal"], sizes["MemAvailable"]
+    sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", text_of(PROC / "meminfo"), re.MULTILINE))
+    total, available = (int(sizes[name]) << 10 for name in ("MemTotal", "MemAvailable"))
     limits = [int(text) for text in control_files("memory.max", "memory.limit_in_bytes") if text.isdigit()]
-    limit, used = (
-        min([total, *limits]),
-        [int(text) for text in control_files("memory.current", "memory.usage_in_bytes")],
-    )
+    used = [int(text) for text in control_files("memory.current", "memory.usage_in_bytes")]
+    limit = min([total, *limits])
     left = min(available, limit - used[0]) if limit < total and used else available
     yield from judge(
         "memory", f"{left / 1e9:.1f} of {limit / 1e9:.1f} GB available",
@@ -174,13 +172,9 @@ def memory() -> Iterator[Finding]:
 
 def limits() -> Iterator[Finding]:
     """ulimit, as a process started here has it."""
-    soft = {
-        name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0]
-        for name in ("NOFILE", "NPROC", "FSIZE", "AS", "CORE")
-    }
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    soft = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0] for name in LIMITS}
 
-    def less(name: str, wanted: int) -> bool:
+    def less(name: str, wanted: float) -> bool:
         return soft[name] != resource.RLIM_INFINITY and soft[name] < wanted
 
     found = {name: "unlimited" if value == resource.RLIM_INFINITY else f"{value:,}" for name, value in soft.items()}
@@ -189,10 +183,10 @@ def limits() -> Iterator[Finding]:
         [(less("NOFILE", LEAST_FILES), f"{found['NOFILE']} open files", f"ulimit -n {LEAST_FILES} or more"),
         (less("NPROC", LEAST_PROCESSES), f"{found['NPROC']} processes", f"ulimit -u {LEAST_PROCESSES} or more"),
         (less("FSIZE", LEAST_FILE_BYTES), f"files up to {found['FSIZE']} bytes, checkpoints are larger", "ulimit -f unlimited"),
-        (soft["AS"] != resource.RLIM_INFINITY, f"{found['AS']} bytes of address space: CUDA wants more", "ulimit -v unlimited"),
+        (less("AS", inf), f"{found['AS']} bytes of address space: CUDA wants more", "ulimit -v unlimited"),
         (soft["CORE"] == resource.RLIM_INFINITY, "core dumps of any size: one of each rank fills the disk", "ulimit -c 0"),
-        (locked != resource.RLIM_INFINITY and (SYS / "class/infiniband").is_dir(),
-         f"{locked:,} bytes of locked memory: InfiniBand needs more", "ulimit -l unlimited")],
+        (less("MEMLOCK", inf) and (SYS / "class/infiniband").is_dir(),
+         f"{found['MEMLOCK']} bytes of locked memory: InfiniBand needs more", "ulimit -l unlimited")],
     )  # fmt: skip
 
 
