@@ -209,6 +209,9 @@ def train(trainer: Trainer, folder: RunFolder) -> str:
 
 def record_fault(trainer: Trainer, fault: Fault) -> None:
     """What rank 0 does before all ranks exit or, where that one is gone, the rank that found out."""
+    found = trainer.status.folder.read_status()
+    if not trainer.world.is_first and found is not None and found.state is not State.RUNNING:
+        return  # rank 0 is gone because it has recorded what ended the run
     try:
         if trainer.world.is_first:
             trainer.status.update(step=trainer.step)
