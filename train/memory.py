@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from traceback import clear_frames
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from pipeline.config.keys import Config
 from pipeline.machine.device import autocast, memory_failure
+from train import parallel
 from train.data.batches import model_inputs
 from train.trainer import Trainer
 
@@ -41,7 +41,7 @@ def largest_fitting(trainer: Trainer, sizes: Iterable[int]) -> int | None:
     sharded model, which takes all ranks to gather, one of half as many sequences is taken to fit.
     """
     parameters = list(trainer.model.parameters())
-    if isinstance(parameters[0], DTensor):
+    if parallel.is_sharded(trainer.model):
         return next((size for size in sizes if 2 * size <= trainer.config.train.micro_batch_size), None)
     trainer.optimizer.zero_grad(set_to_none=True)
     for size in sizes:

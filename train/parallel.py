@@ -113,9 +113,16 @@ def distribute(complete: LanguageModel | None, model: LanguageModel) -> None:
         scatter(parameter.detach(), weights[name].detach() if complete else None)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each rank holds a part of every weight. In the middle of a forward pass the parameters
+    themselves do not tell: they are gathered.
+    """
+    return isinstance(model, FSDPModule)
+
+
 def replicate(model: LanguageModel, world: World) -> LanguageModel | DistributedDataParallel:
     """What to call in training, once every replica or shard has its weights."""
-    if isinstance(model, FSDPModule) or world.size == 1:
+    if is_sharded(model) or world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     # Gradients that are views of the buckets that travel: one copy of them less in memory. The
@@ -156,7 +163,7 @@ def whole_model(model: LanguageModel, world: World) -> LanguageModel | None:
     """On rank 0 the model with all of its weights: itself, or a copy of a sharded one on the CPU.
     All ranks call it.
     """
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         return model if world.is_first else None
     copy = LanguageModel.uninitialised(model.config, model.vocab_size) if world.is_first else None
     copies = dict(copy.named_parameters()) if copy else {}

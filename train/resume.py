@@ -20,6 +20,7 @@ from pipeline.checkpoint.pointers import (
     set_pointer,
     step_of,
 )
+from pipeline.checkpoint.prune import in_use
 from pipeline.config.keys import CHECKPOINT_NAME, Config
 from pipeline.config.load import from_dict, to_dict
 from pipeline.dataset.mixture import Mixture
@@ -143,7 +144,8 @@ def branch_point(config: Config, mixture: Mixture) -> Start:
         raise UserError(f"{key} has no {TRAINING_STATE}: start from its weights alone with model.init_from")
     if config.train.max_steps <= saved.step:
         raise UserError(f"{key} is at step {saved.step}: set train.max_steps to more than that")
-    verify_files(folder, saved)
+    with in_use(folder):
+        verify_files(folder, saved)
     log_changes(saved, config)
     trunk = Position(**saved.began_at).at(saved.step, from_dict(saved.config))
     began_at = trunk if saved.dataset == mixture.fingerprint else replace(trunk, sample=0)
@@ -160,7 +162,8 @@ def _branch_folder(config: Config) -> Path:
             return path
     raise UserError(
         f"no checkpoint at run.branch_from={config.run.branch_from}: expected a folder such as "
-        f"{config.run.dir}/NAME/checkpoints/step_00001000, or a run, for its latest"
+        f"{config.run.dir}/NAME/checkpoints/step_00001000, or a run, for its latest; a run removes its older ones unless "
+        "checkpoint.keep or checkpoint.keep_every_steps keeps them"
     )
 
 

@@ -11,6 +11,7 @@ from pipeline import launch
 from pipeline.budget import data_arithmetic, outlook, parameters, step_arithmetic
 from pipeline.checkpoint.find import find_model_folder
 from pipeline.checkpoint.load import load_initial_weights, load_weights
+from pipeline.checkpoint.prune import in_use
 from pipeline.config.keys import Config
 from pipeline.config.load import to_dict, to_toml
 from pipeline.dataset.mixture import Mixture
@@ -94,7 +95,8 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
         # Only rank 0 looks at the checkpoints: another one might see an older state of a network
         # disk.
         start = world.gather(start)[0]
-        initialise(trainer, start)
+        with in_use(start.folder if start is not None and world.is_first else None):
+            initialise(trainer, start)
         world.check_agreement("the step", trainer.step)
         check_replicas(trainer.model, world, trainer.step)
         if dry_run:
@@ -213,10 +215,15 @@ def train(trainer: Trainer, folder: RunFolder) -> str:
 
 def record_fault(trainer: Trainer, fault: Fault) -> None:
     """What rank 0 does before all ranks exit or, where that one is gone, the rank that found out."""
-    if trainer.world.is_first:
-        trainer.status.update(step=trainer.step)
-        trainer.save_alone()
-    trainer.status.end(State.FAILED, str(fault), fault.code)
+    found = trainer.status.folder.read_status()
+    if not trainer.world.is_first and found is not None and found.state is not State.RUNNING:
+        return  # rank 0 is gone because it has recorded what ended the run
+    try:
+        if trainer.world.is_first:
+            trainer.status.update(step=trainer.step)
+            trainer.save_alone()
+    finally:  # whatever is wrong with the rest, as after a collective that was aborted
+        trainer.status.end(State.FAILED, str(fault), fault.code)
 
 
 def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:

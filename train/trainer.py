@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeline.budget import accumulation_steps, flops_per_token
@@ -232,7 +231,7 @@ class Trainer:
         """On rank 0, where another rank has failed and takes part in no collective: save what it has,
         unless that is a shard, or half updated.
         """
-        if self.is_consistent and not isinstance(next(self.model.parameters()), DTensor):
+        if self.is_consistent and not parallel.is_sharded(self.model):
             self.checkpoints.save_rest(self.step)
 
     def fit(self, metrics: Metrics, stop: StopRequest) -> str:

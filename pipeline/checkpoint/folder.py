@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 
 import pipeline
 from pipeline.checkpoint.layouts import layout_of
-from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer, step_of
+from pipeline.checkpoint.pointers import set_pointer
 from pipeline.checkpoint.safetensors_files import WEIGHTS, as_os_error
 from pipeline.errors import UserError
 from pipeline.files import (  # fmt: skip
@@ -304,18 +304,6 @@ def verify_files(folder: Path, description: Description, without: Collection[str
             raise UserError(f"checkpoint {folder} is damaged: {name} is missing; use another checkpoint")
         if hash_file(file) != recorded:
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its hash; use another checkpoint")
-
-
-def prune_checkpoints(checkpoints: Path, keep: int, keep_every_steps: int = 0) -> None:
-    """Remove all but the `keep` newest checkpoints, those every `keep_every_steps` (0: none),
-    `latest` and `best`: only folders this program wrote, and partial ones.
-    """
-    # A folder without a description may be anybody's.
-    ours = [folder for folder in checkpoint_folders(checkpoints) if (folder / DESCRIPTION).is_file()]
-    permanent = [folder for folder in ours if keep_every_steps and step_of(folder) % keep_every_steps == 0]
-    kept = {*ours[-keep:], *permanent, pointed_folder(checkpoints, "latest"), best_folder(checkpoints)}
-    for folder in (*(folder for folder in ours if folder not in kept), *checkpoints.glob(".step_*.partial")):
-        shutil.rmtree(folder)
 
 
 def _optimizer_in_folder_layout(model: LanguageModel, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -67,14 +67,20 @@ def plan(
     run(arguments, on=on, wish=wish, measured=measure, json=json)
 
 
-@click.command(cls=Command, group="Cluster", example="pipeline doctor --slurm job.sbatch")
-@click.option("--slurm", required=True, metavar="FILE", type=PATH, help="Batch script to check, yours or ours.")
-@click.option("--json", is_flag=True, help="Print one JSON list of the findings.")
-def doctor(slurm: Path, json: bool) -> None:
-    """Check a batch script for known mistakes.
+@click.command(cls=Command, group=GROUP, example="pipeline doctor\npipeline doctor --slurm job.sbatch")
+@click.option("--slurm", metavar="FILE", type=PATH, help="Check this batch script instead, yours or ours.")
+@click.option("--json", is_flag=True, help="Print one JSON list of what was found.")
+def doctor(slurm: Path | None, json: bool) -> None:
+    """Check whether this machine is fit to train on.
 
-    The exit code is 2 if one of them is an error.
+    Versions, limits, disks, network, GPUs and speed; or a batch script for known mistakes. The exit
+    code is 2 if a check fails.
     """
-    from slurm.doctor import run
+    if slurm is not None:
+        from slurm.doctor import run as check_script
 
-    run(slurm, json)
+        check_script(slurm, json)
+        return
+    from observe.doctor.run import run
+
+    run(json)

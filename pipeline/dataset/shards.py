@@ -10,6 +10,7 @@ is closed by the document that fills it, so every shard ends with an end-of-text
 Shards of nanoGPT and llm.c are read too: they have no manifest, so one is derived from their files.
 """
 
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -27,6 +28,7 @@ from pipeline.vocabulary.tokenizer import token_dtype
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+READ_AROUND_BYTES = 1 << 17  # Linux's own for memory maps
 LISTING_NAME = "decontaminated.jsonl"  # the documents that --decontaminate left out
 SPLITS = foreign.SPLITS
 AFTER_EACH_DOCUMENT = foreign.END_OF_TEXT_STANDS[foreign.NANOGPT]
@@ -252,11 +254,16 @@ def map_shard(folder: Path, manifest: Manifest, shard: Shard) -> np.memmap[Any, 
 
 
 class TokenReader:
-    """A split's shards as one flat array of ids."""
+    """A split's shards as one flat array of ids.
+
+    Read from open files, not from memory maps: of those, a shard that is truncated, or a disk that
+    fails, would end the process by SIGBUS.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
         shards = manifest.splits[split]
-        self._maps = [map_shard(folder, manifest, shard) for shard in shards]
+        self._files = [(folder / shard.file).open("rb", buffering=0) for shard in shards]
+        self._dtype, self._header_bytes = token_dtype(manifest.tokenizer["vocab_size"]), manifest.header_bytes
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._remedy = manifest.remedy
         self.folder, self.split = folder, split
@@ -278,17 +285,35 @@ class TokenReader:
         while position < stop:
             shard = self._shard_of(position)
             end = min(stop, int(self._starts[shard + 1]))
-            pieces.append(self._maps[shard][position - self._starts[shard] : end - self._starts[shard]])
+            pieces.append(self._read_shard(shard, position - int(self._starts[shard]), end - position))
             position = end
         ids = np.concatenate(pieces).astype(np.int64)
         # Checked here, as an id past the embedding's rows would be a CUDA assertion without a name.
         if ids.size and ids.max() >= self.vocab_size:
-            file = self._maps[self._shard_of(start + int(ids.argmax()))].filename
+            file = self._files[self._shard_of(start + int(ids.argmax()))].name
             raise UserError(
                 f"{file} holds id {ids.max()}, but its vocabulary has {self.vocab_size}: "
                 f"the file is damaged or was made with another vocabulary; {self._remedy}"
             )
         return ids
+
+    def _read_shard(self, shard: int, start: int, count: int) -> npt.NDArray[Any]:
+        """`count` ids of a shard from its id `start` on. Raises UserError if it has become shorter,
+        OSError if it cannot be read.
+        """
+        file, size = self._files[shard], self._dtype.itemsize
+        begin = self._header_bytes + start * size
+        if hasattr(os, "posix_fadvise"):
+            # The block around it, as a memory map would: windows come in random order, and a cold disk
+            # would answer each with one page.
+            os.posix_fadvise(
+                file.fileno(), begin - begin % READ_AROUND_BYTES, READ_AROUND_BYTES, os.POSIX_FADV_WILLNEED
+            )
+        content = os.pread(file.fileno(), count * size, begin)
+        if len(content) < count * size:
+            length = os.fstat(file.fileno()).st_size
+            raise UserError(f"{file.name} was truncated while it was in use, to {length:,} bytes: {self._remedy}")
+        return np.frombuffer(content, self._dtype)
 
     def _shard_of(self, position: int) -> int:
         return int(np.searchsorted(self._starts, position, side="right")) - 1

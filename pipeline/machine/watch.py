@@ -42,6 +42,8 @@ MOST_TRACE_CHARACTERS = 4000
 RECORD_S = 120.0  # for rank 0 to save and record: launchers end all ranks once one has exited
 # In the errors of collectives whose other ranks are gone; they have no type of their own under gloo.
 BROKEN_LINK = re.compile("gloo|NCCL|[Cc]onnection|[Ss]ocket|process group")
+# srun's rank 0 holds the store; under torchrun, the launcher of the first node does.
+NO_STORE = "the store of the ranks does not respond: rank 0 or its launcher was stopped or killed, or the node is lost"
 RETRY = "started again, the run resumes from its last checkpoint"
 T = TypeVar("T")
 
@@ -152,14 +154,12 @@ class Watch:
             # no lock, and prints the stacks.
             with suppress(AttributeError, ValueError, RuntimeError):  # a notebook's stderr is no file
                 faulthandler.dump_traceback_later(self.phase.limit_s)
-            rolls = self._ask(lambda store: store.add("rolls", 0))
-            if rolls is not None and rolls > self._answered:
-                self._answer(rolls)
+            rolls = self._answer_new_rolls()
             # Ranks are late together: who has just answered one roll calls no second one.
             if self.phase.is_late and time.monotonic() > self._answered_at + 3 * ANSWER_S:
                 if rolls is None:
                     self._first_is_absent = True
-                    self._exit(Fault(self.place.rank, EXIT_RETRY, f"the store of the ranks does not respond; {RETRY}"))
+                    self._exit(Fault(self.place.rank, EXIT_RETRY, f"{NO_STORE}; {RETRY}"))
                 if reason := self._call_roll():
                     self._post(Fault(self.place.rank, EXIT_RETRY, f"{reason}; {RETRY}"))
             if (fault := self._posted()) and not self._closed.wait(GRACE_S):
@@ -190,6 +190,8 @@ class Watch:
                 logger.warning("%s", reason_of(error))
             if self._store is not None:
                 self._ask(lambda store: store.set("recorded", "1"))
+            if is_first and self.place.by_srun:
+                time.sleep(GRACE_S)  # the store, where the others look for the fault, ends with this process
 
     # ---- what ranks tell each other ----
 
@@ -200,14 +202,15 @@ class Watch:
         roll = self._ask(lambda store: store.add("rolls", 1)) or 0
         self._answer(roll)
         keys = {rank: f"answer {roll} {rank}" for rank in range(self.place.size)}
-        self._await(lambda store: store.check(list(keys.values())), ANSWER_S)
+        # Another rank may call one at the same time, and would take this one for lost.
+        self._await(lambda store: store.check(list(keys.values())), ANSWER_S, meanwhile=self._answer_new_rolls)
         found = self._ask(lambda store: {r: store.get(key) for r, key in keys.items() if store.check([key])}) or {}
         answers: dict[int, dict[str, Any]] = {rank: json.loads(answer) for rank, answer in found.items()}
         absent = [rank for rank in range(self.place.size) if rank not in answers]
         busy = {rank: answer for rank, answer in answers.items() if not answer["waits"]}
         self._first_is_absent = 0 in absent
         if self.place.rank in absent:  # the store is gone too
-            return ""
+            return NO_STORE
         if absent:
             ranks = f"rank(s) {', '.join(map(str, absent))} of {self.place.size}"
             reason = f"{ranks} did not respond: stopped, killed, or the node is lost"
@@ -217,10 +220,22 @@ class Watch:
             named = [f"rank {rank} of {self.place.size} has spent" for rank in busy] or ["all ranks have spent"]
             doing = next(iter((busy or answers).values()))
             reason = f"{', '.join(named)} more than {doing['limit_s']:.0f} s in {doing['doing']} (parallel.timeout_s)"
+            # Those that wait for one another are in the same collective; one that computes is not.
+            stacks = [answer["stack"] for answer in answers.values()]
+            odd = [rank for rank, answer in answers.items() if stacks.count(answer["stack"]) == 1]
+            if not busy and len(odd) == 1:
+                reason += f"; rank {odd[0]} of {self.place.size} is not where the others wait"
         for stack in {} if lost else {answer["stack"]: None for answer in answers.values()}:
             same = [str(rank) for rank, answer in answers.items() if answer["stack"] == stack]
             logger.warning("rank(s) %s, in %s:\n%s", ", ".join(same), answers[int(same[0])]["doing"], stack)
         return reason
+
+    def _answer_new_rolls(self) -> int | None:
+        """The number of rolls called; None where the store does not respond."""
+        rolls = self._ask(lambda store: store.add("rolls", 0))
+        if rolls is not None and rolls > self._answered:
+            self._answer(rolls)
+        return rolls
 
     def _answer(self, roll: int) -> None:
         stack = "".join(traceback.format_stack(sys._current_frames()[self._main_thread]))
@@ -247,11 +262,14 @@ class Watch:
             return None
         return self._post(Fault(self.place.rank, EXIT_RETRY, ""))
 
-    def _await(self, condition: Callable[[Store], bool], patience_s: float) -> bool:
+    def _await(
+        self, condition: Callable[[Store], bool], patience_s: float, meanwhile: Callable[[], object] = lambda: None
+    ) -> bool:
         """Whether it came true in time."""
         deadline = time.monotonic() + patience_s
         while (met := self._ask(condition)) is False and time.monotonic() < deadline:
             time.sleep(0.1)
+            meanwhile()
         return bool(met)
 
     def _ask(self, question: Callable[[Store], T]) -> T | None:

@@ -182,7 +182,6 @@ def test_what_runs_on_ranks_checks_the_nodes_before_torch_is_imported(command: s
         (["export"], "Missing option '--to'", "pipeline export"),
         (["sample", "--bad-rows", "skip"], "No such option", "pipeline sample"),
         (["prepare", "--ckpt", "latest"], "No such option", "pipeline prepare"),
-        (["doctor"], "Missing option '--slurm'", "pipeline doctor"),
         (["submit", "trian"], "No such command 'trian'", "pipeline submit"),
         (
             ["submit", "train", "--nodes", "0", "--gpus-per-node", "8", "--time", "60"],

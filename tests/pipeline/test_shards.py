@@ -89,6 +89,19 @@ def test_an_id_outside_the_vocabulary_is_refused_with_its_file(tmp_path: Path, p
         reader.read(0, len(flat))
 
 
+def test_a_shard_that_is_truncated_or_removed_while_it_is_read(tmp_path: Path) -> None:
+    """Not by a signal, as with a memory map; and what is still there can be read."""
+    docs = documents()
+    reader, tokens = TokenReader(tmp_path, dataset(tmp_path, docs), "train"), tokens_of(docs)
+    (tmp_path / "train_00001.bin").unlink()
+    with (tmp_path / "train_00000.bin").open("r+b") as file:
+        file.truncate(8)
+    assert np.array_equal(reader.read(0, 4), tokens[:4])
+    assert np.array_equal(reader.read(11, len(tokens)), tokens[11:])
+    with pytest.raises(UserError, match=r"train_00000\.bin was truncated while it was in use, to 8 bytes: restore it"):
+        reader.read(3, 5)
+
+
 # ---- the manifest ----
 
 

@@ -1,5 +1,6 @@
 """What ranks tell each other when one of them is gone."""
 
+import json
 import threading
 import time
 
@@ -25,3 +26,39 @@ def test_a_rank_that_calls_the_roll_itself_answers_those_called_before(monkeypat
     second._call_roll(lost=True)
     caller.join()
     assert found == ["rank(s) 2 of 3 did not respond: stopped, killed, or the node is lost"]
+
+
+def test_a_rank_that_waits_for_answers_answers_those_called_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other order: this one's own roll is the first, and both wait at the same time for the third."""
+    monkeypatch.setattr(watch, "ANSWER_S", 2.0)
+    store = HashStore()
+    first, second = (Watch(Placement(rank, 3)) for rank in range(2))
+    first._store = second._store = store
+    found: list[str] = []
+    caller = threading.Thread(target=first._call_roll)
+    caller.start()
+    while not store.check(["answer 1 0"]):
+        time.sleep(0.01)
+    found.append(second._call_roll(lost=True))
+    caller.join()
+    assert found == ["rank(s) 2 of 3 did not respond: stopped, killed, or the node is lost"]
+
+
+def answer(store: HashStore, rank: int, stack: str) -> None:
+    doing = {"doing": "step 7", "limit_s": 5.0, "waits": True, "since": 0.0, "late": True, "stack": stack}
+    store.set(f"answer 1 {rank}", json.dumps(doing))
+
+
+@pytest.mark.parametrize(
+    ("stacks", "named"),
+    [(["all_reduce"] * 3 + ["forward"], "; rank 3 of 4 is not where the others wait"), (["all_reduce"] * 4, "")],
+)
+def test_a_rank_that_computes_while_the_others_wait_is_named(
+    stacks: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, caller = HashStore(), Watch(Placement(0, 4))
+    caller._store = store
+    for rank, stack in enumerate(stacks):
+        answer(store, rank, stack)
+    monkeypatch.setattr(caller, "_answer", lambda roll: None)
+    assert caller._call_roll() == f"all ranks have spent more than 5 s in step 7 (parallel.timeout_s){named}"

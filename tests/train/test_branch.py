@@ -1,5 +1,6 @@
 """Other paths from a checkpoint: back inside a run by checkpoint.resume, once, and into a new run by run.branch_from."""
 
+import importlib
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ from test_train_run import assert_identical, copy_of, curve, final_tensors, rena
 
 from pipeline.checkpoint.folder import hash_of_description, read_description
 from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder
+from pipeline.checkpoint.prune import prune_checkpoints
 from pipeline.config.keys import Config, WeightedDataset
 from pipeline.errors import Diverged, UserError
 from pipeline.runs import RunFolder
@@ -422,3 +424,36 @@ def test_two_ranks_branch_as_one_does(trunk: Config) -> None:
         assert torch.equal(final_tensors(chopped)[name], tensor), name
     assert [row["loss"] for row in rows(chopped)] == pytest.approx([row["loss"] for row in rows(one)], rel=2e-4)
     assert [row["tokens"] for row in rows(chopped)] == [row["tokens"] for row in rows(one)]
+
+
+# ---- while the trunk trains on ----
+
+
+@pytest.mark.parametrize("moment", ["verify_files", "load_weights", "open_optimizer"])
+def test_the_trunk_prunes_no_checkpoint_that_a_branch_is_reading(
+    trunk: Config, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is pruned by the next save, once it has been read."""
+    module = {"verify_files": "train.resume", "load_weights": "train.run", "open_optimizer": "train.saving"}[moment]
+    source = copy_of(trunk, f"trunk-{moment}")
+    read = getattr(importlib.import_module(module), moment)
+
+    def pruned_meanwhile(*arguments: Any) -> Any:
+        prune_checkpoints(source.run_dir / "checkpoints", keep=1)
+        assert steps(source) == [5, 10]
+        return read(*arguments)
+
+    monkeypatch.setattr(f"{module}.{moment}", pruned_meanwhile)
+    config = branch_of(source, f"branch-{moment}", train={"max_steps": 12})
+    run(config)
+    assert status(config)["state"] == "done" and steps(config) == [10, 12]
+    prune_checkpoints(source.run_dir / "checkpoints", keep=1)
+    assert steps(source) == [10]
+
+
+def test_a_checkpoint_that_the_trunk_has_pruned_is_one_line(trunk: Config) -> None:
+    source = copy_of(trunk, "pruned")
+    config = branch_of(source, "too-late", train={"max_steps": 12})
+    prune_checkpoints(source.run_dir / "checkpoints", keep=1)
+    with pytest.raises(UserError, match=r"no checkpoint at run\.branch_from=.*checkpoint\.keep_every_steps keeps them"):
+        run(config)

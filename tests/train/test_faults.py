@@ -137,6 +137,22 @@ def test_a_data_error_of_rank_2_is_saved_and_told_by_all(tiny: Path, error: str)
     assert "Connection closed" not in log
 
 
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.campaign), "fsdp"])
+def test_a_shard_that_is_truncated_while_training_is_saved_and_told_by_all(tiny: Path, strategy: str) -> None:
+    """Every rank reads it, most of them at the same step; none is ended by SIGBUS."""
+    config = faulty(
+        tiny, train={"max_steps": 100_000}, checkpoint={"every_steps": 100_000}, parallel={"strategy": strategy}
+    )
+    process = launch(config, tiny, 4)
+    wait_for_step(config, process, 5)
+    os.truncate(tiny / "data/tiny/train_00000.bin", 4000)
+    code, log = ended(process)
+    assert code != 0 and "SIGBUS" not in log
+    assert len(error_lines(log)) == 1 and "was truncated while it was in use, to 4,000 bytes" in log, log
+    found = assert_failed(config, "train_00000.bin was truncated while it was in use")
+    assert saved_step(config) == found["step"] >= 5
+
+
 OOM = """
 import torch
 from pipeline.model import language_model

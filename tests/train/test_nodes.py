@@ -15,6 +15,7 @@ from pipeline import launch
 from pipeline.config.load import to_toml
 from pipeline.errors import NodeFailed
 from pipeline.launch import Placement
+from pipeline.machine import fitness
 from pipeline.machine.ranks import World
 from train.checks import nodes
 from train.run import run
@@ -48,7 +49,7 @@ def test_a_wrong_matrix_product_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_too_little_memory_and_a_full_disk_are_told_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(nodes, "_available_bytes", lambda: 100 << 20)
+    monkeypatch.setattr(fitness, "available_bytes", lambda: 100 << 20)
 
     def fails(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -80,7 +81,7 @@ def test_gpus_are_as_asked_and_free(monkeypatch: pytest.MonkeyPatch, seen: int, 
     monkeypatch.setattr(launch, "gpus_here", lambda: 8)
     monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: Memory(free << 30, 80 << 30))
-    monkeypatch.setitem(nodes.ROWS, "cuda", 64)
+    monkeypatch.setitem(fitness.ROWS, "cuda", 64)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_: self)
     world = World(**vars(Placement()), device=torch.device("cuda", 0))
     found: Iterator[str] = nodes.faults_here(world)

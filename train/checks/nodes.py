@@ -8,26 +8,19 @@ import os
 import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import pipeline
 from pipeline import launch
 from pipeline.errors import NodeFailed
 from pipeline.files import hash_bytes
 from pipeline.log import logger
+from pipeline.machine import fitness
 from pipeline.machine.ranks import World
 from pipeline.machine.watch import Fault
 
-# Rows of the matrices, and bytes of the all-reduce: large enough for a GPU to show its speed, small
-# enough for a core to take no time.
-ROWS = {"cuda": 4096, "cpu": 256}
-REDUCED_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
-LEAST_HOST_BYTES = 512 << 20
 DISK_BYTES = 1 << 20
 # A GPU of the job is nobody else's.
 LEAST_FREE = 0.8
@@ -43,7 +36,7 @@ def check_nodes(world: World) -> None:
         return
     nodes = world.gather(launch.node_name())
     _refuse(world, nodes, "; ".join(faults_here(world)))
-    within, across = (_measure(world, groups) for groups in (nodes, ["all"] * world.size))
+    within, across = (fitness.all_reduce_gb_per_s(world, groups) for groups in (nodes, ["all"] * world.size))
     _refuse(world, nodes, "" if within and across else "an all-reduce gives wrong sums")
     speeds = dict(zip(nodes, world.gather(within), strict=True))
     for node, speed in speeds.items():
@@ -68,21 +61,17 @@ def _refuse(world: World, nodes: list[str], fault: str) -> None:
 
 def faults_here(world: World) -> Iterator[str]:
     """What is wrong with this rank's device, or its node's memory or disk."""
-    kind = world.device.type
-    if kind == "cuda":
+    if world.device.type == "cuda":
         seen, asked = torch.cuda.device_count(), launch.gpus_here()
         if seen not in (1, asked):  # one: bound to this rank by --gpus-per-task
             yield f"{seen} GPU(s) where SLURM allocated {asked}"
         free, total = torch.cuda.mem_get_info(world.device)
         if free < LEAST_FREE * total:
             yield f"{world.device} has {free >> 20:,} of {total >> 20:,} MiB free: another process uses it"
-    # Integers small enough for any float type to add up exactly.
-    left, right = torch.randint(-4, 5, (2, ROWS[kind], ROWS[kind]), generator=torch.Generator().manual_seed(0)).float()
-    # Of 64 rows on the host: all would take seconds.
-    if not torch.equal((left.to(world.device) @ right.to(world.device))[:64].cpu(), left[:64] @ right):
+    if not fitness.multiplies_right(world.device):
         yield f"a matrix product on {world.device} is wrong"
-    if (available := _available_bytes()) < LEAST_HOST_BYTES:
-        yield f"{available >> 20:,} MiB of host memory available, expected {LEAST_HOST_BYTES >> 20} at least"
+    if (available := fitness.available_bytes()) < fitness.LEAST_HOST_BYTES:
+        yield f"{available >> 20:,} MiB of host memory available, expected {fitness.LEAST_HOST_BYTES >> 20} at least"
     try:
         with tempfile.TemporaryFile() as file:
             file.write(bytes(DISK_BYTES))
@@ -90,37 +79,6 @@ def faults_here(world: World) -> Iterator[str]:
             os.fsync(file.fileno())
     except OSError as error:
         yield f"cannot write to {tempfile.gettempdir()}: {error.strerror}"
-
-
-def _available_bytes() -> int:
-    """Host memory that programs can still get, as Linux estimates it."""
-    with Path("/proc/meminfo").open(encoding="ascii") as lines:
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-
-
-def _measure(world: World, groups: list[str]) -> float:
-    """GB/s of an all-reduce among the ranks with this rank's name in `groups`, which has one for
-    each rank, counted as NCCL's tests do: what each link carries. 0 if its sum is wrong.
-    """
-    own = groups[world.rank]
-    size = groups.count(own)
-    # Every rank has to create every group, in the same order.
-    made = {
-        name: dist.new_group([rank for rank, other in enumerate(groups) if other == name])
-        for name in dict.fromkeys(groups)
-        if world.size > 1
-    }
-    if size == 1:
-        return float("inf")
-    values = torch.empty(REDUCED_BYTES[world.device.type] // 4, device=world.device)
-    fastest_s, right = float("inf"), True
-    for _ in range(3):  # the first one connects
-        values.fill_(1.0)
-        began = time.perf_counter()
-        dist.all_reduce(values, group=made[own])
-        right &= bool((values == size).all())  # waits for the device
-        fastest_s = min(fastest_s, time.perf_counter() - began)
-    return 2 * (size - 1) / size * values.nbytes / fastest_s / 1e9 if right else 0.0
 
 
 def code_version() -> str:
