@@ -52,7 +52,7 @@ def verify(path: Path) -> None:
 def plan(
     arguments: tuple[str, ...], on: str | None, measure: bool, price_per_gpu_hour: float | None, time: str | None, json: bool
 ) -> None:  # fmt: skip
-    """Estimate the memory, time, disk and price of a run before it starts.
+    """Estimate a run's memory, time, disk and price before it starts.
 
     Every figure is marked as counted, formula, assumed or measured. Needs no GPU.
     """

@@ -13,6 +13,8 @@ from pipeline.budget import (
     data_arithmetic,
     flops_per_token,
     most_checkpoints,
+    nearest_batch,
+    outlook,
     parameters,
     step_arithmetic,
 )
@@ -65,3 +67,22 @@ def test_every_factor_is_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("every", "most"), [(0, 5), (3, 8), (100, 5)])
 def test_permanent_checkpoints_take_room_too(tmp_path: Path, every: int, most: int) -> None:
     assert most_checkpoints(tiny_config(tmp_path, checkpoint={"keep_every_steps": every})) == most
+
+
+def test_the_short_form_names_memory_and_time_where_the_device_is_known(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    memory, duration = outlook(config, 257, "NVIDIA H100 80GB HBM3", 2)
+    assert memory.startswith("memory a rank: about 0.00 GB of 80 GB (weights") and "on h100x2, assumed" in duration
+    (unknown,) = outlook(config, 257, "gfx90a", 2)
+    assert "unknown for gfx90a" in unknown and "--on KINDx2" in unknown
+    large = replace(config, model=ModelConfig(n_layer=96, n_embd=12288, n_head=96, block_size=16))
+    assert "does not fit h100" in outlook(large, 50257, "h100", 2)[1]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tokens", "size"), [(1, 128, 2), (3, 96, 2), (2, 128, 2), (8, 128, 1), (16, 256, 1), (1000, 16000, 1)]
+)
+def test_the_nearest_batch_divides(tmp_path: Path, ranks: int, tokens: int, size: int) -> None:
+    found = nearest_batch(tiny_config(tmp_path), ranks)
+    assert (found.train.tokens_per_step, found.train.micro_batch_size) == (tokens, size)
+    accumulation_steps(found, ranks)
