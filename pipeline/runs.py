@@ -5,6 +5,7 @@ runs/<name>/config.toml           the resolved config
             version.txt           the code that trained it last: release, commit, hash of the sources
             status.json           running, done, stopped or failed; step; why it ended
             metrics.jsonl         one row of numbers per logged step
+            evals.jsonl           what `eval --follow` measured: one row per checkpoint
             bad_steps.jsonl       one row per step that did not reach the weights
             log.txt, tb/          the log with timestamps; TensorBoard
             checkpoints/          step_NNNNNNNN/ folders, and `latest` and `best`, which name one of them
@@ -79,6 +80,7 @@ class RunFolder:
         self.path, self.checkpoints = path, path / "checkpoints"
         self.config, self.status = path / "config.toml", path / "status.json"
         self.metrics, self.bad_steps = path / "metrics.jsonl", path / "bad_steps.jsonl"
+        self.evals = path / "evals.jsonl"
         self.log, self.tensorboard = path / "log.txt", path / "tb"
         self.save_now, self.version = path / "save-now", path / "version.txt"
 
