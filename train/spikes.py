@@ -10,7 +10,6 @@ in checkpoints, so that a resumed run skips the same steps.
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
@@ -24,17 +23,6 @@ class Outcome(Enum):
     TAKEN = "taken"
     NOT_FINITE = "not finite"
     SPIKE = "spike"
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """`loss`: mean over all tokens of the global batch; `grad_norm`: before clipping. Equal on all
-    ranks.
-    """
-
-    loss: float
-    grad_norm: float
-    outcome: Outcome
 
 
 class StepGuard:

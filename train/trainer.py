@@ -33,17 +33,29 @@ from train.optimizer.groups import build_optimizer
 from train.optimizer.schedule import learning_rate
 from train.preview import Preview, Previews
 from train.saving import Checkpoints
-from train.spikes import Outcome, StepGuard, StepResult
+from train.spikes import Outcome, StepGuard
 from train.stop import StopRequest
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks do after this step: stop for a reason, save now, evaluate nothing as time is short."""
+    """What all ranks know once a step has its gradients: `loss`, the mean over all tokens of the
+    global batch, and `grad_norm`, before clipping; and what they do after the step: stop for a
+    reason, save now, evaluate nothing as time is short.
+    """
 
+    loss: float
+    grad_norm: float
     reason: str
     save_now: bool
     in_haste: bool
+
+
+@dataclass(frozen=True)
+class StepResult(Agreement):
+    """Of a step that is over."""
+
+    outcome: Outcome
 
 
 class Trainer:
@@ -79,6 +91,7 @@ class Trainer:
         self.status = LiveStatus(RunFolder(config.run_dir))
         # The first error of this rank that the others may not have: they learn of it in the next step.
         self.fault: Exception | None = None
+        self.stop: StopRequest | None = None  # while `fit` runs
         # False while an update is under way: then a checkpoint would be of no step.
         self.is_consistent = True
         tokenizer = from_spec(mixture.tokenizer, mixture.sources[0].folder)
@@ -126,23 +139,41 @@ class Trainer:
         loss = self.compute_gradients()
         parameters = list(self.model.parameters())
         norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        # Gradients were averaged over the ranks, so the norm is the same on all of them, but for
-        # rounding where replicas of a model are sharded each in its own group. Their mean is the
-        # same to the bit: so are the clipping and the outcome.
-        faulty = torch.full_like(loss, self.fault is not None)
-        means = self.world.sum(torch.stack([loss, norm, faulty])) / self.world.size
-        loss_value, norm_value, any_faulty = means.tolist()
-        self.world.watch.check()
-        if any_faulty:
-            self.end_together()
-        clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip or float("inf"), means[1])
-        outcome = self.guard.judge(loss_value, norm_value)
+        agreed, mean_norm = self.agree(loss, norm)
+        clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip or float("inf"), mean_norm)
+        outcome = self.guard.judge(agreed.loss, agreed.grad_norm)
         self.is_consistent = False
         if outcome is Outcome.TAKEN:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss_value, norm_value, outcome)
+        return StepResult(**vars(agreed), outcome=outcome)
+
+    def agree(self, loss: Tensor, norm: Tensor) -> tuple[Agreement, Tensor]:
+        """What follows from this rank's mean loss and gradient norm, and what any rank has noticed: the
+        same on every rank. Also the mean norm as it is on the device.
+
+        All of it takes one all-reduce and one transfer a step. Once the update is under way nothing
+        is waited for: a GPU works on it while the next step is prepared.
+        """
+        reason = hasty = ""
+        if self.stop is not None:
+            needed_s = self.throughput.step_s + self.checkpoints.save_s
+            reason = self.stop.reason(needed_s)
+            hasty = self.stop.deadline_reason(needed_s + (self.status.now.eval_s or 0.0))
+        noticed = [self.fault is not None, bool(reason), self.checkpoints.requested, bool(hasty)]
+        flags = torch.tensor(noticed, dtype=loss.dtype).to(loss.device, non_blocking=True)
+        # Gradients were averaged over the ranks, so the norm is the same on all of them, but for
+        # rounding where replicas of a model are sharded each in its own group. Their mean is the
+        # same to the bit: so are the clipping and the outcome.
+        means = self.world.sum(torch.cat([torch.stack([loss, norm]), flags])) / self.world.size
+        mean_loss, mean_norm, faulty, stopping, saving, in_haste = means.tolist()
+        self.world.watch.check()
+        if faulty:
+            self.end_together()
+        if stopping:
+            reason = next(filter(None, self.world.gather(reason)))
+        return Agreement(mean_loss, mean_norm, reason, save_now=bool(saving), in_haste=bool(in_haste)), means[1]
 
     def compute_gradients(self) -> Tensor:
         """Those of the step's batch, averaged over the ranks. Returns the mean loss of this rank's
@@ -222,7 +253,7 @@ class Trainer:
 
     def fit(self, metrics: Metrics, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged."""
-        max_steps, before = self.config.train.max_steps, self.status.now
+        max_steps, before, self.stop = self.config.train.max_steps, self.status.now, stop
         reason: str = ""
         if before.first_step_s:  # else a step is taken: nobody knows yet how long it is
             reason = stop.deadline_reason(before.first_step_s + self.checkpoints.save_s)
@@ -239,7 +270,8 @@ class Trainer:
                 self.checkpoints.reserve()
                 self.step += 1
                 self.is_consistent = True
-                reason = self.between_steps(result, metrics, stop)
+                self.between_steps(result, metrics)
+                reason = result.reason
                 tokens_per_s = self.config.train.tokens_per_step / self.throughput.last_step_s
                 with self.noticing():
                     progress.advance(1, f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
@@ -248,20 +280,17 @@ class Trainer:
         self.raise_fault()
         return reason
 
-    def between_steps(self, result: StepResult, metrics: Metrics, stop: StopRequest) -> str:
-        """What the completed step calls for: checks, an evaluation, a row, a checkpoint. Returns a
-        reason to stop.
-        """
+    def between_steps(self, result: StepResult, metrics: Metrics) -> None:
+        """What the completed step calls for: checks, an evaluation, a row, a checkpoint."""
         config = self.config
-        agreed = self.agree(stop)
         self.world.watch.enter(f"what follows step {self.step}", waits=False)
         if config.parallel.check_every_steps and self.step % config.parallel.check_every_steps == 0:
             check_replicas(self.model, self.world, self.step)
         checkpoint, eval_every = config.checkpoint, config.eval.every_steps
         planned = self.is_due(checkpoint.every_steps) or self.is_due(checkpoint.keep_every_steps)
         # Every planned checkpoint is, so that `best` can compare them; a run that stops is in a hurry.
-        evaluating = eval_every > 0 and not agreed.reason and (planned or self.is_due(eval_every))
-        if evaluating and agreed.in_haste:
+        evaluating = eval_every > 0 and not result.reason and (planned or self.is_due(eval_every))
+        if evaluating and result.in_haste:
             evaluating = False
             logger.warning("step %d is not evaluated: the deadline is near", self.step)
         began, val_loss = time.monotonic(), None
@@ -279,10 +308,9 @@ class Trainer:
             self.status.update(val_loss=val_loss.mean, eval_s=time.monotonic() - began)
         self.report(result)
         # After the row: a crash in between drops nothing, as a resume writes the row again.
-        if planned or agreed.reason or agreed.save_now:
+        if planned or result.reason or result.save_now:
             with self.throughput.paused():
                 self.checkpoints.save(self.step, None if val_loss is None else val_loss.mean)
-        return agreed.reason
 
     def report(self, result: StepResult) -> None:
         """Bring what status.json says up to date."""
@@ -294,19 +322,6 @@ class Trainer:
     def is_due(self, every_steps: int) -> bool:
         """At the last step too; 0 is never."""
         return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.config.train.max_steps)
-
-    def agree(self, stop: StopRequest) -> Agreement:
-        """Every rank gets the same answer: what one of them noticed, all of them do."""
-        needed_s = self.throughput.last_step_s + self.checkpoints.save_s
-        reason = stop.reason(needed_s)
-        in_haste = stop.deadline_reason(needed_s + (self.status.now.eval_s or 0.0))
-        # One all-reduce per step for all three: a second one would cost as much again in latency.
-        flags = [bool(reason), self.checkpoints.requested, bool(in_haste)]
-        noticed = torch.tensor(flags, dtype=torch.float, device=self.world.device)
-        stopping, saving, hasty = self.world.sum(noticed).tolist()
-        if stopping:
-            reason = next(filter(None, self.world.gather(reason)))
-        return Agreement(reason, bool(saving), bool(hasty))
 
     def report_bad_step(self, result: StepResult, metrics: Metrics) -> None:
         """Record the samples of a step that left the weights alone. Raises Diverged after too many
