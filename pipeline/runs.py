@@ -38,7 +38,9 @@ class State(StrEnum):
 @dataclass(frozen=True)
 class Status:
     """status.json. `step_s`, `first_step_s`, `eval_s`, `last_save_s`: seconds that the last step, this
-    start's first one (with compiling), the last evaluation and the last checkpoint took. None is unknown.
+    start's first one (with compiling), the last evaluation and the last checkpoint took; `trained_s`:
+    of all steps, what train.max_minutes limits. `tokens` were seen; `bits_per_byte` is of the val
+    loss. None is unknown.
     """
 
     state: State
@@ -55,6 +57,9 @@ class Status:
     first_step_s: float | None = None
     eval_s: float | None = None
     last_save_s: float | None = None
+    tokens: int | None = None
+    trained_s: float | None = None
+    bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)

@@ -108,13 +108,13 @@ class LiveStatus:
     def update(self, **values: Any) -> None:
         self.now = replace(self.now, **values)
 
-    def step_ended(self, step: int, max_steps: int, step_s: float) -> None:
-        """`eta_s` is by the wall clock of this start, with its evaluations and saves."""
+    def step_ended(self, step: int, last_step: int, step_s: float, left_s: float) -> None:
+        """`eta_s` is by the wall clock of this start, with its evaluations and saves; at most `left_s`."""
         if not self._began:
             self._first_step, self._began = step - 1, time.monotonic() - step_s
             self.update(first_step_s=step_s)
         per_step_s = (time.monotonic() - self._began) / (step - self._first_step)
-        self.update(step=step, step_s=step_s, eta_s=per_step_s * (max_steps - step))
+        self.update(step=step, step_s=step_s, eta_s=min(per_step_s * (last_step - step), left_s))
 
     def check(self) -> None:
         """Raises the error of the thread."""
@@ -209,6 +209,18 @@ def val_columns(val_loss: ValLoss, mixture: Mixture, samples: int) -> Row:
         for (name, (tokens, epochs)), loss in zip(mixture.progress(samples).items(), val_loss.by_source, strict=True):
             row |= {f"val_loss_{name}": loss, f"tokens_{name}": tokens, f"epochs_{name}": epochs}
     return row
+
+
+def bits_per_byte(loss: float, mixture: Mixture) -> float | None:
+    """A loss in nats a token, by the bytes a token of the complete val splits; None where shards of
+    another program do not record them.
+    """
+    manifests = [(source.share, source.manifest) for source in mixture.sources]
+    if any(manifest.is_foreign for _, manifest in manifests):
+        return None
+    counts = ((share, manifest.count("val", "bytes"), manifest.count("val", "tokens")) for share, manifest in manifests)
+    bytes_per_token = sum(share * text_bytes / tokens for share, text_bytes, tokens in counts)
+    return loss / math.log(2) / bytes_per_token if bytes_per_token else None
 
 
 @contextmanager

@@ -28,13 +28,13 @@ from train import parallel
 from train.checks.replicas import check_replicas
 from train.data.batches import Prefetcher, model_inputs
 from train.evaluation import Evaluation, ValLoss
-from train.metrics import LiveStatus, Metrics, Row, Throughput, val_columns
+from train.metrics import LiveStatus, Metrics, Row, Throughput, bits_per_byte, val_columns
 from train.optimizer.groups import build_optimizer
 from train.optimizer.schedule import learning_rate
 from train.preview import Preview, Previews
 from train.saving import Checkpoints
 from train.spikes import Outcome, StepGuard
-from train.stop import StopRequest
+from train.stop import MAX_MINUTES, StopRequest
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class StepResult(Agreement):
 
 class Trainer:
     """A model on its way through `train.max_steps` optimizer steps; `step` counts the completed
-    ones.
+    ones, and `last_step` is an earlier one where train.max_minutes is used up before.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Trainer:
         preview: Preview | None,
     ) -> None:
         self.config, self.world, self.mixture, self.model, self.dtype = config, world, mixture, model, dtype
-        self.step, train = 0, config.train
+        self.step, self.last_step, train = 0, config.train.max_steps, config.train
         self.accumulation = accumulation_steps(config, world.size)
         # The model as training calls it: `replicate` wraps it, to average gradients over the ranks.
         self.wrapped: torch.nn.Module = model
@@ -159,7 +159,8 @@ class Trainer:
         reason = hasty = ""
         if self.stop is not None:
             needed_s = self.throughput.step_s + self.checkpoints.save_s
-            reason = self.stop.reason(needed_s)
+            used_up = self.world.is_first and self.checkpoints.left_s <= 0  # one rank's clock decides
+            reason = self.stop.reason(needed_s) or (MAX_MINUTES if used_up else "")
             hasty = self.stop.deadline_reason(needed_s + (self.status.now.eval_s or 0.0))
         noticed = [self.fault is not None, bool(reason), self.checkpoints.requested, bool(hasty)]
         flags = torch.tensor(noticed, dtype=loss.dtype).to(loss.device, non_blocking=True)
@@ -173,6 +174,8 @@ class Trainer:
             self.end_together()
         if stopping:
             reason = next(filter(None, self.world.gather(reason)))
+        if reason == MAX_MINUTES:  # evaluated and saved as the last step is
+            self.last_step, reason = self.step + 1, ""
         return Agreement(mean_loss, mean_norm, reason, save_now=bool(saving), in_haste=bool(in_haste)), means[1]
 
     def compute_gradients(self) -> Tensor:
@@ -253,18 +256,20 @@ class Trainer:
 
     def fit(self, metrics: Metrics, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged."""
-        max_steps, before, self.stop = self.config.train.max_steps, self.status.now, stop
-        reason: str = ""
-        if before.first_step_s:  # else a step is taken: nobody knows yet how long it is
-            reason = stop.deadline_reason(before.first_step_s + self.checkpoints.save_s)
+        self.stop, reason = stop, ""
+        if self.checkpoints.left_s <= 0:
+            self.last_step = self.step
+        if first_step_s := self.status.now.first_step_s:  # else a step is taken: nobody knows yet how long it is
+            reason = stop.deadline_reason(first_step_s + self.checkpoints.save_s)
         reason = self.world.gather(reason)[0]  # the clock of one rank decides
-        with ProgressReport("train", max_steps, "steps", done=self.step) as progress:
+        with ProgressReport("train", self.last_step, "steps", done=self.step) as progress:
             self.throughput.start()
-            if isinstance(self.wrapped, DistributedDataParallel) and self.step < max_steps:
+            if isinstance(self.wrapped, DistributedDataParallel) and self.step < self.last_step:
                 self.settle_buckets()  # the first lap has it, as it compiles
-            while self.step < max_steps and not reason:
+            while self.step < self.last_step and not reason:
                 result = self.train_step()
                 self.throughput.lap()
+                self.checkpoints.trained_s += self.throughput.last_step_s
                 if result.outcome is not Outcome.TAKEN:
                     self.report_bad_step(result, metrics)
                 self.checkpoints.reserve()
@@ -305,7 +310,8 @@ class Trainer:
             # Even if the row failed: of a sharded model, all ranks take part.
             with self.noticing(), self.throughput.paused():
                 self.previews.show(self.model, self.step, metrics)
-            self.status.update(val_loss=val_loss.mean, eval_s=time.monotonic() - began)
+            eval_s, bits = time.monotonic() - began, bits_per_byte(val_loss.mean, self.mixture)
+            self.status.update(val_loss=val_loss.mean, bits_per_byte=bits, eval_s=eval_s)
         self.report(result)
         # After the row: a crash in between drops nothing, as a resume writes the row again.
         if planned or result.reason or result.save_now:
@@ -315,13 +321,14 @@ class Trainer:
     def report(self, result: StepResult) -> None:
         """Bring what status.json says up to date."""
         step_s, lr = self.throughput.last_step_s, self.optimizer.param_groups[0]["lr"]
-        self.status.step_ended(self.step, self.config.train.max_steps, step_s)
+        self.status.step_ended(self.step, self.last_step, step_s, self.checkpoints.left_s)
         speed, save_s = self.config.train.tokens_per_step / step_s, self.checkpoints.saver.last_save_s
         self.status.update(loss=result.loss, lr=lr, tokens_per_s=speed, last_save_s=save_s)
+        self.status.update(tokens=self.position.tokens, trained_s=self.checkpoints.trained_s)
 
     def is_due(self, every_steps: int) -> bool:
         """At the last step too; 0 is never."""
-        return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.config.train.max_steps)
+        return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.last_step)
 
     def report_bad_step(self, result: StepResult, metrics: Metrics) -> None:
         """Record the samples of a step that left the weights alone. Raises Diverged after too many
