@@ -9,7 +9,6 @@ import torch
 import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeline.budget import accumulation_steps, flops_per_token
@@ -17,7 +16,7 @@ from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import Diverged
 from pipeline.log import ProgressReport, logger
-from pipeline.machine.device import autocast, device_name
+from pipeline.machine.device import autocast, device_name, to_host
 from pipeline.machine.gpus import peak_flops
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
@@ -38,24 +37,18 @@ from train.stop import MAX_MINUTES, StopRequest
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """What all ranks know once a step has its gradients: `loss`, the mean over all tokens of the
-    global batch, and `grad_norm`, before clipping; and what they do after the step: stop for a
-    reason, save now, evaluate nothing as time is short.
+class StepResult:
+    """What every rank knows of a step: `loss`, the mean over all tokens of the global batch,
+    `grad_norm`, before clipping, and what became of it; and what all do after it: stop for a reason,
+    save now, evaluate nothing as time is short.
     """
 
     loss: float
     grad_norm: float
+    outcome: Outcome
     reason: str
     save_now: bool
     in_haste: bool
-
-
-@dataclass(frozen=True)
-class StepResult(Agreement):
-    """Of a step that is over."""
-
-    outcome: Outcome
 
 
 class Trainer:
@@ -109,21 +102,6 @@ class Trainer:
         """
         self.wrapped = parallel.replicate(self.model, self.world)
 
-    def settle_buckets(self) -> None:
-        """Two throw-away passes, which leave no trace. After its first backward pass DDP sorts
-        gradients into new buckets, by the order in which they came, and so adds them up in another
-        order: a resumed run of 3 or more ranks would take its first step with other rounding than
-        the run that was not interrupted.
-        """
-        windows = torch.zeros(self.config.train.micro_batch_size, self.config.model.block_size + 1, dtype=torch.long)
-        devices = [self.world.device] if self.world.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # for dropout
-            for _ in range(2):
-                with autocast(self.world.device, self.dtype):
-                    loss = self.wrapped(*model_inputs(windows, self.config, self.mixture, self.world.device))
-                loss.backward()
-                self.optimizer.zero_grad(set_to_none=True)
-
     def train_step(self) -> StepResult:
         """One optimizer step over `tokens_per_step` tokens; one that is not finite, or a spike,
         leaves the weights alone.
@@ -139,22 +117,30 @@ class Trainer:
         loss = self.compute_gradients()
         parameters = list(self.model.parameters())
         norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        agreed, mean_norm = self.agree(loss, norm)
-        clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip or float("inf"), mean_norm)
-        outcome = self.guard.judge(agreed.loss, agreed.grad_norm)
+        means, reason = self.agree(loss, norm)
+        read = to_host(means)
+        clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip or float("inf"), means[1])
         self.is_consistent = False
-        if outcome is Outcome.TAKEN:
-            self.scaler.step(self.optimizer)
+        # Decided on the device, so that a GPU goes on without the host; that hears of it meanwhile.
+        self.optimizer.step_unless(self.guard.rejects(means[0], means[1]) | (means[2] > 0))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(**vars(agreed), outcome=outcome)
+        loss_value, norm_value, faulty, stopping, save_now, in_haste = read()
+        self.world.watch.check()
+        if faulty:
+            self.end_together()
+        if stopping:
+            reason = next(filter(None, self.world.gather(reason)))
+        if reason == MAX_MINUTES:  # evaluated and saved as the last step is
+            self.last_step, reason = self.step + 1, ""
+        outcome = self.guard.judge(loss_value, norm_value)
+        return StepResult(loss_value, norm_value, outcome, reason=reason, save_now=save_now > 0, in_haste=in_haste > 0)
 
-    def agree(self, loss: Tensor, norm: Tensor) -> tuple[Agreement, Tensor]:
-        """What follows from this rank's mean loss and gradient norm, and what any rank has noticed: the
-        same on every rank. Also the mean norm as it is on the device.
+    def agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, str]:
+        """(6,) on the device, the same on every rank: means of loss and gradient norm, and of what a
+        rank has noticed, which is 0 where none has. Also this rank's reason to stop.
 
-        All of it takes one all-reduce and one transfer a step. Once the update is under way nothing
-        is waited for: a GPU works on it while the next step is prepared.
+        All of it takes one all-reduce and one transfer a step.
         """
         reason = hasty = ""
         if self.stop is not None:
@@ -167,16 +153,7 @@ class Trainer:
         # Gradients were averaged over the ranks, so the norm is the same on all of them, but for
         # rounding where replicas of a model are sharded each in its own group. Their mean is the
         # same to the bit: so are the clipping and the outcome.
-        means = self.world.sum(torch.cat([torch.stack([loss, norm]), flags])) / self.world.size
-        mean_loss, mean_norm, faulty, stopping, saving, in_haste = means.tolist()
-        self.world.watch.check()
-        if faulty:
-            self.end_together()
-        if stopping:
-            reason = next(filter(None, self.world.gather(reason)))
-        if reason == MAX_MINUTES:  # evaluated and saved as the last step is
-            self.last_step, reason = self.step + 1, ""
-        return Agreement(mean_loss, mean_norm, reason, save_now=bool(saving), in_haste=bool(in_haste)), means[1]
+        return self.world.sum(torch.cat([torch.stack([loss, norm]), flags])) / self.world.size, reason
 
     def compute_gradients(self) -> Tensor:
         """Those of the step's batch, averaged over the ranks. Returns the mean loss of this rank's
@@ -184,18 +161,25 @@ class Trainer:
         """
         losses = torch.zeros((), device=self.world.device)
         for number in range(self.accumulation):
-            inputs, targets, documents = self.micro_batch(number)
+            windows = self.micro_batch(number)
             with parallel.reduce_gradients(self.wrapped, now=number == self.accumulation - 1):
-                with autocast(self.world.device, self.dtype):
-                    loss = self.wrapped(inputs, targets, documents)
-                self.scaler.scale(loss / self.accumulation).backward()
+                loss = self.loss_of(windows)
+                torch.autograd.backward(self.scaler.scale(loss / self.accumulation))
             losses += loss.detach()
         self.scaler.unscale_(self.optimizer)
         return losses / self.accumulation
 
-    def micro_batch(self, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs, targets and documents of this rank's micro-batch in the step."""
-        size = self.config.train.micro_batch_size
+    def loss_of(self, windows: Tensor) -> Tensor:
+        """Of (micro_batch_size, block_size + 1) ids, with gradients."""
+        with autocast(self.world.device, self.dtype):
+            loss: Tensor = self.wrapped(*model_inputs(windows, self.config, self.mixture, self.world.device))
+        return loss
+
+    def blank_windows(self) -> Tensor:
+        return torch.zeros(self.config.train.micro_batch_size, self.config.model.block_size + 1, dtype=torch.long)
+
+    def micro_batch(self, number: int) -> Tensor:
+        """The windows of ids of this rank's micro-batch in the step."""
         position = number * self.world.size + self.world.rank
         if self.config.model.dropout:
             # By position in the global batch, so that the masks are the same on any number of
@@ -205,11 +189,11 @@ class Trainer:
         brief = self.throughput.last_step_s > 0  # the first step of a start compiles
         self.world.watch.enter(f"reading the data of step {self.step}", waits=False, brief=brief)
         # For a batch that cannot be made, as the other ranks expect this one in their collectives.
-        windows = torch.zeros(size, self.config.model.block_size + 1, dtype=torch.long)
+        windows = self.blank_windows()
         with self.noticing():
-            windows = self.batches.batch(self.first_sample + position * size)
+            windows = self.batches.batch(self.first_sample + position * self.config.train.micro_batch_size)
         self.world.watch.enter(f"step {self.step}", brief=brief)
-        return model_inputs(windows, self.config, self.mixture, self.world.device)
+        return windows
 
     @property
     def position(self) -> Position:
@@ -264,8 +248,8 @@ class Trainer:
         reason = self.world.gather(reason)[0]  # the clock of one rank decides
         with ProgressReport("train", self.last_step, "steps", done=self.step) as progress:
             self.throughput.start()
-            if isinstance(self.wrapped, DistributedDataParallel) and self.step < self.last_step:
-                self.settle_buckets()  # the first lap has it, as it compiles
+            if self.step < self.last_step:  # the first lap has it, as it compiles
+                parallel.settle_buckets(self.wrapped, lambda: self.loss_of(self.blank_windows()), self.world.device)
             while self.step < self.last_step and not reason:
                 result = self.train_step()
                 self.throughput.lap()
