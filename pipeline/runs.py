@@ -5,6 +5,7 @@ runs/<name>/config.toml           the resolved config
             version.txt           the code that trained it last: release, commit, hash of the sources
             status.json           running, done, stopped or failed; step; why it ended
             metrics.jsonl         one row of numbers per logged step
+            evals.jsonl           what `eval --follow` measured: one row per checkpoint
             bad_steps.jsonl       one row per step that did not reach the weights
             references.json       unigram and bigram entropy of the dataset, which losses compare with
             log.txt, tb/          the log with timestamps; TensorBoard
@@ -52,7 +53,9 @@ class State(StrEnum):
 @dataclass(frozen=True)
 class Status:
     """status.json. `step_s`, `first_step_s`, `eval_s`, `last_save_s`: seconds that the last step, this
-    start's first one (with compiling), the last evaluation and the last checkpoint took. None is unknown.
+    start's first one (with compiling), the last evaluation and the last checkpoint took; `trained_s`:
+    of all steps, what train.max_minutes limits. `tokens` were seen; `bits_per_byte` is of the val
+    loss. None is unknown.
     """
 
     state: State
@@ -73,6 +76,8 @@ class Status:
     first_step_s: float | None = None
     eval_s: float | None = None
     last_save_s: float | None = None
+    trained_s: float | None = None
+    bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class RunSummary(Status):
     data_wait: float | None = None
     memory_bytes: int | None = None
     losses: tuple[float, ...] = ()  # of the last rows
+    scores: Row = field(default_factory=dict)  # of each task of `eval --follow`, at the last checkpoint
 
     def as_json(self) -> Row:
         """Everything but the curve."""
@@ -116,6 +122,7 @@ class RunFolder:
         self.path, self.checkpoints = path, path / "checkpoints"
         self.config, self.status = path / "config.toml", path / "status.json"
         self.metrics, self.bad_steps = path / "metrics.jsonl", path / "bad_steps.jsonl"
+        self.evals = path / "evals.jsonl"
         self.log, self.tensorboard = path / "log.txt", path / "tb"
         self.save_now, self.version = path / "save-now", path / "version.txt"
         self.references, self.profile = path / "references.json", path / "profile"
@@ -172,7 +179,9 @@ class RunFolder:
         found = summarize(self.path, self.read_status(), self.rows(self.metrics))
         if found.best_val_loss is None and (losses := self.val_losses()):  # a run of an earlier version
             found = replace(found, val_loss=losses[-1], best_val_loss=min(losses))
-        return found
+        last = self.rows(self.evals)[-1:]
+        scores = {name: value for row in last for name, value in row.items() if "/" in name and "_stderr" not in name}
+        return replace(found, scores=scores)
 
 
 def summarize(path: Path, status: Status | None, rows: Iterable[Row]) -> RunSummary:

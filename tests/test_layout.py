@@ -45,7 +45,7 @@ ORDER = {
         "saving", "trainer", "memory", "run",
     ),
     "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
-    "score": ("options", "loss", "harness", "tables", "run"),
+    "score": ("options", "loss", "harness", "tables", "run", "follow"),
     "observe": ("tables", "shared_documents", "sample", "quality", "inspect", "steps", "watch", "verify"),
     "export": ("options", "model_card", "gguf", "run"),
     "slurm": ("sbatch", "doctor", "job", "starts", "checks", "submit"),

@@ -35,7 +35,7 @@ from train.metrics.tensorboard import TensorBoard
 from train.metrics.trackers import Tracker, is_installed
 from train.preview import Preview
 from train.saving import choose_best
-from train.stop import StopRequest
+from train.stop import MAX_MINUTES, StopRequest
 from train.trainer import Trainer
 
 # When SLURM restarts a job because a node was lost, a rank of the last start may still be writing,
@@ -155,6 +155,10 @@ def initialise(trainer: Trainer, start: resume.Start | None = None) -> None:
     parallel.distribute(complete, trainer.model)
     if start is not None:
         trainer.step = trainer.checkpoints.restore(start.folder, start.began_at)
+        done = {"tokens": trainer.position.tokens, "trained_s": trainer.checkpoints.trained_s}
+        trainer.status.update(
+            step=trainer.step, **done
+        )  # the last start may have been killed past it, or before it said so
         logger.info("from %s: step %d of %d", start.folder, trainer.step, config.train.max_steps)
     elif config.model.init_from:
         logger.info("initial weights: %s", config.model.init_from)
@@ -200,11 +204,13 @@ def train(trainer: Trainer, folder: RunFolder) -> str:
         metrics.close()
         saver.close()
     state = State.STOPPED if reason else State.DONE
+    used_up = not reason and trainer.step < trainer.config.train.max_steps
     for name, (tokens, epochs) in trainer.mixture.progress(trainer.first_sample).items():
         logger.info("data %s: %s tokens seen, %.2f epoch(s)", name, f"{tokens:,}", epochs)
-    logger.info("%s at step %d%s", state, trainer.step, f": {reason}" if reason else "")
+    minutes = f"train.max_minutes={trainer.config.train.max_minutes:g} are used up" if used_up else ""
+    logger.info("%s at step %d%s", state, trainer.step, f": {reason or minutes}" if reason or minutes else "")
     if world.is_first:
-        trainer.status.end(state, reason, 0)
+        trainer.status.end(state, MAX_MINUTES if used_up else reason, 0)
     if reason:
         logger.info("to resume: %s", resume_command(trainer.config, world, folder))
     return reason

@@ -25,6 +25,7 @@ from pipeline.log import logger
 # one step.
 EXIT_MARGIN_S = 60.0
 LOOK_INTERVAL_S = 1.0
+MAX_MINUTES = "max_minutes"  # the reason of a run that ends before train.max_steps and is done
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 # A closed terminal, Ctrl-\\, a limit of processor time. `nohup`, for one, starts a program that ignores them.
 SIGNALS_UNLESS_IGNORED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)

@@ -37,7 +37,7 @@ from train.optimizer.schedule import learning_rate
 from train.preview import Preview, Previews
 from train.saving import Checkpoints
 from train.spikes import Outcome, StepGuard
-from train.stop import StopRequest
+from train.stop import MAX_MINUTES, StopRequest
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,15 @@ class StepResult:
 
 class Trainer:
     """A model on its way through `train.max_steps` optimizer steps; `step` counts the completed
-    ones.
+    ones, and `last_step` is an earlier one where train.max_minutes is used up before.
     """
 
     def __init__(
-        self,
-        config: Config,
-        world: World,
-        mixture: Mixture,
-        *,
-        model: LanguageModel,
-        dtype: torch.dtype,
-        preview: Preview | None,
-    ) -> None:
+        self, config: Config, world: World, mixture: Mixture, *,
+        model: LanguageModel, dtype: torch.dtype, preview: Preview | None,
+    ) -> None:  # fmt: skip
         self.config, self.world, self.mixture, self.model, self.dtype = config, world, mixture, model, dtype
-        self.step, train = 0, config.train
+        self.step, self.last_step, train = 0, config.train.max_steps, config.train
         self.accumulation = accumulation_steps(config, world.size)
         # The model as training calls it: `replicate` wraps it, to average gradients over the ranks.
         self.wrapped: torch.nn.Module = model
@@ -138,6 +132,8 @@ class Trainer:
             self.end_together()
         if stopping:
             reason = next(filter(None, self.world.gather(reason)))
+        if reason == MAX_MINUTES:  # evaluated and saved as the last step is
+            self.last_step, reason = self.step + 1, ""
         outcome = self.guard.judge(loss_value, norm_value)
         return StepResult(loss_value, norm_value, outcome, reason=reason, save_now=save_now > 0, in_haste=in_haste > 0)
 
@@ -150,7 +146,8 @@ class Trainer:
         reason = hasty = ""
         if self.stop is not None:
             needed_s = self.throughput.step_s + self.checkpoints.save_s
-            reason = self.stop.reason(needed_s)
+            used_up = self.world.is_first and self.checkpoints.left_s <= 0  # one rank's clock decides
+            reason = self.stop.reason(needed_s) or (MAX_MINUTES if used_up else "")
             hasty = self.stop.deadline_reason(needed_s + (self.status.now.eval_s or 0.0))
         noticed = [self.fault is not None, bool(reason), self.checkpoints.requested, bool(hasty)]
         flags = torch.tensor(noticed, dtype=loss.dtype).to(loss.device, non_blocking=True)
@@ -244,19 +241,20 @@ class Trainer:
 
     def fit(self, metrics: Metrics, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged."""
-        max_steps, before, self.stop = self.config.train.max_steps, self.status.now, stop
-        reason: str = ""
-        if before.first_step_s:  # else a step is taken: nobody knows yet how long it is
-            reason = stop.deadline_reason(before.first_step_s + self.checkpoints.save_s)
+        self.stop, reason = stop, ""
+        if self.checkpoints.left_s <= 0:
+            self.last_step = self.step
+        if first_step_s := self.status.now.first_step_s:  # else a step is taken: nobody knows yet how long it is
+            reason = stop.deadline_reason(first_step_s + self.checkpoints.save_s)
         reason = self.world.gather(reason)[0]  # the clock of one rank decides
-        profile = profiling(self.status.folder.profile, self.config.log.profile_steps * self.world.is_first)
-        with RunDisplay(self.status.summary) as display, profile as profiled_step:
+        with RunDisplay(self.status.summary) as display, profiling(self.config, self.world.is_first) as profiled_step:
             self.throughput.start()
-            if self.step < max_steps:  # the first lap has it, as it compiles
+            if self.step < self.last_step:  # the first lap has it, as it compiles
                 parallel.settle_buckets(self.wrapped, lambda: self.loss_of(self.blank_windows()), self.world.device)
-            while self.step < max_steps and not reason:
+            while self.step < self.last_step and not reason:
                 result = self.train_step()
                 self.throughput.lap()
+                self.checkpoints.trained_s += self.throughput.last_step_s
                 if result.outcome is not Outcome.TAKEN:
                     self.report_bad_step(result, metrics)
                 self.checkpoints.reserve()
@@ -266,7 +264,7 @@ class Trainer:
                 reason = result.reason
                 profiled_step()
                 with self.noticing():
-                    display.step_ended(is_last=self.step == max_steps)
+                    display.step_ended(is_last=self.step == self.last_step)
         self.world.watch.enter("the last save")
         self.checkpoints.wait()
         self.raise_fault()
@@ -297,7 +295,7 @@ class Trainer:
             # Even if the row failed: of a sharded model, all ranks take part.
             with self.noticing(), self.throughput.paused():
                 self.previews.show(self.model, self.step, metrics)
-            self.status.evaluated(val_loss.mean, time.monotonic() - began)
+            self.status.evaluated(val_loss.mean, self.mixture, eval_s=time.monotonic() - began)
         self.report(result)
         # After the row: a crash in between drops nothing, as a resume writes the row again.
         if planned or result.reason or result.save_now:
@@ -307,13 +305,14 @@ class Trainer:
     def report(self, result: StepResult) -> None:
         """Bring what status.json says up to date."""
         step_s, lr = self.throughput.last_step_s, self.optimizer.param_groups[0]["lr"]
-        self.status.step_ended(self.step, self.config.train.max_steps, step_s)
+        self.status.step_ended(self.step, self.last_step, step_s, self.checkpoints.left_s)
         speed, save_s = self.config.train.tokens_per_step / step_s, self.checkpoints.saver.last_save_s
-        self.status.update(loss=result.loss, lr=lr, tokens=self.position.tokens, tokens_per_s=speed, last_save_s=save_s)
+        now = {"loss": result.loss, "lr": lr, "tokens": self.position.tokens, "tokens_per_s": speed}
+        self.status.update(**now, last_save_s=save_s, trained_s=self.checkpoints.trained_s)
 
     def is_due(self, every_steps: int) -> bool:
         """At the last step too; 0 is never."""
-        return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.config.train.max_steps)
+        return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.last_step)
 
     def report_bad_step(self, result: StepResult, metrics: Metrics) -> None:
         """Record the samples of a step that left the weights alone. Raises Diverged after too many

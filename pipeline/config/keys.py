@@ -98,6 +98,8 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     max_steps: int = key(600_000, "optimizer steps of the whole run", at_least=1)
+    # Without evaluations and saves; of what was lost by a kill, nothing counts.
+    max_minutes: float = key(0.0, "minutes of training, all starts together; 0: no limit", at_least=0)
     tokens_per_step: int = key(524_288, "tokens of one optimizer step, all ranks", at_least=1)
     # Set by memory, not by learning: accumulation makes up the rest of tokens_per_step.
     micro_batch_size: int = key(16, "sequences of one forward pass, each rank", at_least=1)

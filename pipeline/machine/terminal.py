@@ -110,6 +110,7 @@ def figures(run: RunSummary, ascii_only: bool) -> dict[str, str]:
         "data wait": _percent(run.data_wait),
         "memory": "-" if run.memory_bytes is None else f"{run.memory_bytes / 1e9:.2f} GB",
         "tokens": format_number(run.tokens),
+        **{name: format_number(value) for name, value in run.scores.items()},
     }
 
 

@@ -64,7 +64,7 @@ def test_a_status_keeps_the_times_of_an_earlier_start_and_is_rewritten_while_not
     monkeypatch.setattr("train.metrics.live.STATUS_INTERVAL_S", 0.05)
     with LiveStatus(folder) as live:
         assert folder.read_status() == Status(State.RUNNING, 5, step_s=0.5, last_save_s=2.0)
-        live.step_ended(6, 10, 0.25)
+        live.step_ended(6, 10, 0.25, math.inf)
         while folder.read_status().step != 6:
             time.sleep(0.01)
         found = folder.read_status()

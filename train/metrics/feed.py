@@ -7,15 +7,16 @@ import json
 import os
 import sys
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 PROJECT = "gpt-pipeline"
 
 
-def feed(name: str, run: Path) -> None:
+def feed(name: str, run: Path, lines: Iterable[str]) -> None:
     """Hand every row to the library of that name."""
-    messages, library = map(json.loads, sys.stdin), importlib.import_module(name)
+    messages, library = map(json.loads, lines), importlib.import_module(name)
     config = {f"{section}.{key}": value for section, keys in next(messages).items() for key, value in keys.items()}
     if name == "mlflow":
         library.set_experiment(PROJECT)
@@ -37,9 +38,11 @@ def feed(name: str, run: Path) -> None:
 
 
 if __name__ == "__main__":
-    answer, sys.stdout = sys.stdout, sys.stderr  # whatever the library prints
+    lines, answer = os.fdopen(os.dup(0)), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # where the library asks on the keyboard
+    os.dup2(2, 1)  # whatever it prints, and the processes that it starts
     try:
-        feed(sys.argv[1], Path(sys.argv[2]))
+        feed(sys.argv[1], Path(sys.argv[2]), lines)
     except Exception as error:
-        answer.write(type(error).__name__)  # its text may hold a token, or an address with a password
+        os.write(answer, type(error).__name__.encode())  # its text may hold a token, or an address with a password
         sys.exit(1)

@@ -12,9 +12,11 @@ from typing import Any, Self
 
 import torch
 
+from pipeline.dataset.mixture import Mixture
 from pipeline.errors import code_of, reason_of
 from pipeline.log import logger
 from pipeline.runs import Row, RunFolder, RunSummary, State, Status, summarize
+from train.metrics.record import bits_per_byte
 
 # Readers take a run for dead when status.json is much older than 15 s.
 STATUS_INTERVAL_S = 10.0
@@ -47,13 +49,13 @@ class LiveStatus:
     def update(self, **values: Any) -> None:
         self.now = replace(self.now, **values)
 
-    def step_ended(self, step: int, max_steps: int, step_s: float) -> None:
-        """`eta_s` is by the wall clock of this start, with its evaluations and saves."""
+    def step_ended(self, step: int, last_step: int, step_s: float, left_s: float) -> None:
+        """`eta_s` is by the wall clock of this start, with its evaluations and saves; at most `left_s`."""
         if not self._began:
             self._first_step, self._began = step - 1, time.monotonic() - step_s
             self.update(first_step_s=step_s)
         per_step_s = (time.monotonic() - self._began) / (step - self._first_step)
-        self.update(step=step, step_s=step_s, eta_s=per_step_s * (max_steps - step))
+        self.update(step=step, step_s=step_s, eta_s=min(per_step_s * (last_step - step), left_s))
 
     def resumed(self, **values: Any) -> None:
         """Take the val losses and the last rows from metrics.jsonl, which ends where this start begins."""
@@ -62,9 +64,10 @@ class LiveStatus:
         self.rows.extend(self.folder.rows(self.folder.metrics))
         self.update(val_loss=last, best_val_loss=min(losses, default=None), **values)
 
-    def evaluated(self, val_loss: float, eval_s: float) -> None:
-        best = self.now.best_val_loss
-        self.update(val_loss=val_loss, best_val_loss=val_loss if best is None else min(best, val_loss), eval_s=eval_s)
+    def evaluated(self, val_loss: float, mixture: Mixture, eval_s: float) -> None:
+        best = val_loss if self.now.best_val_loss is None else min(self.now.best_val_loss, val_loss)
+        bits = bits_per_byte(val_loss, mixture)
+        self.update(val_loss=val_loss, best_val_loss=best, bits_per_byte=bits, eval_s=eval_s)
 
     def summary(self) -> RunSummary:
         return summarize(self.folder.path, self.now, self.rows)

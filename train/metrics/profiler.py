@@ -2,22 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch.profiler import profile, schedule
 
+from pipeline.config.keys import Config
 from pipeline.log import logger
+from pipeline.runs import RunFolder
 
 MOST_EVENTS = 1_000_000  # of the memory's history, in which one allocation is an event
 
 
 @contextmanager
-def profiling(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
-    """Call what this yields after each step. Into `folder` go a trace of the third step and those after it
-    (https://ui.perfetto.dev shows it) and, on a GPU, a snapshot of its memory (pytorch.org/memory_viz).
+def profiling(config: Config, is_first: bool) -> Iterator[Callable[[], None]]:
+    """Call what this yields after each step. From the first rank, a trace of the third step and those after
+    it (https://ui.perfetto.dev shows it) and, on a GPU, a snapshot of its memory (pytorch.org/memory_viz).
     """
-    if not steps:
+    steps, folder = config.log.profile_steps, RunFolder(config.run_dir).profile
+    if not steps or not is_first:
         yield lambda: None
         return
     memory = torch.cuda.memory if torch.cuda.is_available() else None

@@ -83,6 +83,18 @@ def val_columns(val_loss: ValLoss, mixture: Mixture, samples: int) -> Row:
     return row
 
 
+def bits_per_byte(loss: float, mixture: Mixture) -> float | None:
+    """A loss in nats a token, by the bytes a token of the complete val splits; None where shards of
+    another program do not record them.
+    """
+    manifests = [(source.share, source.manifest) for source in mixture.sources]
+    if any(manifest.is_foreign for _, manifest in manifests):
+        return None
+    counts = ((share, manifest.count("val", "bytes"), manifest.count("val", "tokens")) for share, manifest in manifests)
+    bytes_per_token = sum(share * text_bytes / tokens for share, text_bytes, tokens in counts)
+    return loss / math.log(2) / bytes_per_token if bytes_per_token else None
+
+
 def reference_losses(folder: RunFolder, mixture: Mixture) -> dict[str, float]:
     """The losses of models that know how frequent tokens, and pairs of tokens, are, and nothing else; of a
     mixture the mean by share. Measured at the first start, and kept in references.json.

@@ -47,7 +47,8 @@ class Tracker(Metrics):
         self._send(to_dict(config))
 
     def write(self, row: Row) -> None:
-        self._send({tag(name): value for name, value in row.items() if value is not None})
+        known = {tag(name): value for name, value in row.items() if value is not None and name != "step"}
+        self._send(known | {"step": row["step"]})
 
     def close(self) -> None:
         reason = f"no answer in {CLOSE_S:.0f} s"
