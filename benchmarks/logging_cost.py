@@ -60,7 +60,7 @@ def terminal() -> None:
     ours, theirs = pty.openpty()
     os.environ |= {"TERM": "xterm", "COLUMNS": "120"}
     sys.stderr = os.fdopen(theirs, "w")
-    subprocess.Popen(["cat"], stdin=ours, stdout=subprocess.DEVNULL)
+    subprocess.Popen(["cat"], stdin=ours, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     configure()
 
 
@@ -95,7 +95,7 @@ def main() -> None:
         metrics, layers = FileMetrics(folder, [board]), trainer.layers
         display = stack.enter_context(RunDisplay(trainer.status.summary))
         stack.enter_context(trainer.status)
-        watcher = subprocess.Popen([sys.executable, "-c", WATCH.format(path=folder.path)])
+        watcher = subprocess.Popen([sys.executable, "-c", WATCH.format(path=str(folder.path))])
         clock = Clock()
         for owner, call in (
             (trainer.status, "step_ended"), (trainer.status, "update"), (trainer, "row"), (metrics, "write"),
