@@ -234,4 +234,4 @@ _encoder: tuple[EncodingOptions, UnitEncoder] | None = None
 def load() -> None:
     """Import what encoding needs in a worker before there is work for it: a third of a second."""
     import_module("pyarrow.parquet")
-    BytePairTokenizer("gpt2")
+    BytePairTokenizer("gpt2").encode("")
