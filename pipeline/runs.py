@@ -17,7 +17,9 @@ import difflib
 import json
 import math
 import re
+import tomllib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -31,7 +33,9 @@ from pipeline.files import write_atomic
 
 # status.json is rewritten at least every 15 s. Four times that, as a network disk may show it late.
 DEAD_AFTER_S = 60.0
+MOST_LEVELS = 4  # of folders between runs/ and a run
 TAIL_BYTES = 1 << 18  # of metrics.jsonl: about a thousand rows, in a few milliseconds
+LAST_BYTES = 1 << 13  # about thirty rows, where many runs are looked at and their curves are not
 Row = dict[str, Any]  # of metrics.jsonl
 _VAL_LOSS = re.compile(rb'"val_loss": ?([0-9][0-9.e+-]*)[,}]')  # not half a number, at the end of the file
 
@@ -68,6 +72,7 @@ class Status:
     eta_s: float | None = None
     max_steps: int | None = None
     peak_flops: float | None = None  # of all ranks: what mfu is measured against
+    parameters: int | None = None
     exit_code: int | None = None  # once it has ended
     step_s: float | None = None
     first_step_s: float | None = None
@@ -100,6 +105,9 @@ class RunSummary:
     mfu: float | None = None
     peak_flops: float | None = None
     data_wait: float | None = None
+    trained_s: float | None = None
+    bits_per_byte: float | None = None
+    parameters: int | None = None
     memory_bytes: int | None = None
     losses: tuple[float, ...] = ()  # of the last rows
 
@@ -163,19 +171,27 @@ class RunFolder:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
-    def last_rows(self) -> list[Row]:
-        """The last rows of metrics.jsonl, at most TAIL_BYTES of them, without those that are half-written
+    def read_config(self) -> dict[str, Any]:
+        """The values of config.toml by section.key, of whichever version; empty where it is damaged."""
+        try:
+            sections = tomllib.loads(self.config.read_text(encoding="utf-8")).items()
+            return {f"{section}.{key}": value for section, keys in sections for key, value in keys.items()}
+        except (OSError, ValueError, AttributeError):
+            return {}
+
+    def last_rows(self, tail_bytes: int = TAIL_BYTES) -> list[Row]:
+        """The last rows of metrics.jsonl, at most `tail_bytes` of them, without those that are half-written
         or damaged.
         """
         try:
             with self.metrics.open("rb") as file:
                 size = file.seek(0, SEEK_END)
-                file.seek(max(0, size - TAIL_BYTES))
+                file.seek(max(0, size - tail_bytes))
                 lines = file.read().splitlines()
         except OSError:
             return []
         # The first of them may have lost its beginning.
-        return [row for line in lines[size > TAIL_BYTES :] if (row := _row(line)) is not None]
+        return [row for line in lines[size > tail_bytes :] if (row := _row(line)) is not None]
 
     def val_losses(self) -> list[float]:
         """Of all rows, in their order. No row is parsed: 25 MB take 30 ms."""
@@ -184,9 +200,9 @@ class RunFolder:
         except (OSError, ValueError):
             return []
 
-    def summary(self) -> RunSummary:
+    def summary(self, tail_bytes: int = TAIL_BYTES) -> RunSummary:
         """Raises nothing: what is missing or damaged is None."""
-        found = summarize(self.path, self.read_status(), self.last_rows())
+        found = summarize(self.path, self.read_status(), self.last_rows(tail_bytes))
         if found.best_val_loss is None and (losses := self.val_losses()):  # a run of an earlier version
             found = replace(found, val_loss=losses[-1], best_val_loss=min(losses))
         return found
@@ -230,9 +246,14 @@ def _age_s(updated_at: Any) -> float | None:
     return (datetime.now(UTC) - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()
 
 
-def all_runs(runs: Path = Path(RunConfig.dir)) -> list[RunFolder]:
-    """Every run under `runs`, by name."""
-    return [RunFolder(path) for path in sorted(runs.glob("*")) if is_run(path)]
+def all_runs(runs: Path = Path(RunConfig.dir), levels: int = MOST_LEVELS) -> list[RunFolder]:
+    """Every run under `runs`, by name; also in folders there, as run.dir may be runs/ablations."""
+    found: dict[Path, RunFolder] = {}  # by where it is, as links may lead back
+    with suppress(OSError):  # a folder of others
+        for path in sorted(path for path in runs.glob("*") if path.is_dir() and not path.name.startswith(".")):
+            below = [RunFolder(path)] if is_run(path) else all_runs(path, levels - 1) if levels > 1 else []
+            found = {run.path.resolve(): run for run in below} | found
+    return sorted(found.values(), key=lambda run: run.path)
 
 
 def is_run(path: Path) -> bool:

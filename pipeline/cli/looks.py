@@ -37,6 +37,32 @@ def verify(path: Path) -> None:
     run(path)
 
 
+@click.command(cls=Command, group=GROUP, example="pipeline runs --where optimizer.lr=3e-4 --sort best_val_loss")
+@click.argument(
+    "folder", cls=Argument, type=PATH, required=False, help="Folder with runs at any depth [default: runs]."
+)
+@click.option(
+    "--where", metavar="KEY=VALUE", multiple=True,
+    help="Only runs with this config value or column; text may have * and ?; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--sort",
+    metavar="[-]KEY",
+    default="age_s",
+    show_default=True,
+    help="Column or config key; - for the largest first.",
+)
+@click.option("--json", is_flag=True, help="Print one JSON list of objects.")
+def runs(folder: Path | None, where: tuple[str, ...], sort: str, json: bool) -> None:
+    """List all runs: state, losses, speed, and what differs between their configs.
+
+    A run whose status.json says running, and has not been updated for a minute, is dead.
+    """
+    from observe.runs import run
+
+    run(folder, where, sort, json)
+
+
 @click.command(cls=Command, group="Cluster", example="pipeline doctor --slurm job.sbatch")
 @click.option("--slurm", required=True, metavar="FILE", type=PATH, help="Batch script to check, yours or ours.")
 @click.option("--json", is_flag=True, help="Print one JSON list of the findings.")
