@@ -35,7 +35,7 @@ from pipeline.files import write_atomic
 DEAD_AFTER_S = 60.0
 MOST_LEVELS = 4  # of folders between runs/ and a run
 TAIL_BYTES = 1 << 18  # of metrics.jsonl: about a thousand rows, in a few milliseconds
-LAST_BYTES = 1 << 13  # about thirty rows, where many runs are looked at and their curves are not
+LAST_BYTES = 1 << 12  # about ten rows, where many runs are looked at and their curves are not
 Row = dict[str, Any]  # of metrics.jsonl
 _VAL_LOSS = re.compile(rb'"val_loss": ?([0-9][0-9.e+-]*)[,}]')  # not half a number, at the end of the file
 

@@ -21,8 +21,6 @@ from pipeline.errors import EXIT_DIVERGED, Diverged, UserError
 from pipeline.log import logger
 from pipeline.runs import RunFolder, State
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
-
 
 def refuse(where: str) -> NoReturn:
     raise UserError(f"--sweep starts one process after the other, so it does not work in {where}")
@@ -39,18 +37,17 @@ def run(arguments: list[str], sweeps: Sequence[str], options: list[str]) -> None
         raise UserError(
             "runs of the sweep would have the same name: their values differ in signs that no name may have"
         )
-    codes, dry = {}, "--dry-run" in options
-    with Child() as child:
-        for number, (words, config) in enumerate(runs, 1):
-            ended, folder = ended_before(config), RunFolder(config.run_dir)
-            logger.info("sweep %d/%d: %s%s", number, len(runs), folder.path, ended and f": {ended}, not repeated")
-            if ended:
-                continue
-            codes[config.run.name] = code = child.run([*words, *options])
-            status = None if dry or code else folder.read_status()
-            if child.is_stopped or (status is not None and status.state is State.STOPPED):
-                logger.info("the sweep has stopped at run %d of %d: the same command resumes", number, len(runs))
-                break
+    codes, child, dry = {}, Child(), "--dry-run" in options
+    for number, (words, config) in enumerate(runs, 1):
+        ended, folder = ended_before(config), RunFolder(config.run_dir)
+        logger.info("sweep %d/%d: %s%s", number, len(runs), folder.path, ended and f": {ended}, not repeated")
+        if ended:
+            continue
+        codes[config.run.name] = code = child.run([*words, *options])
+        status = None if dry or code else folder.read_status()
+        if child.is_stopped or (status is not None and status.state is State.STOPPED):
+            logger.info("the sweep has stopped at run %d of %d: the same command resumes", number, len(runs))
+            break
     if not dry:
         from observe.runs import print_table
 
@@ -118,14 +115,8 @@ class Child:
     def __init__(self) -> None:
         self.is_stopped = False
         self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> "Child":
-        self._before = {number: signal.signal(number, self._forward) for number in FORWARDED}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+            signal.signal(number, self._forward)
 
     def _forward(self, number: int, frame: object) -> None:
         self.is_stopped = True

@@ -46,6 +46,12 @@ def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -
     return fitting or [CompletionItem(incomplete, type="file")]
 
 
+config_argument = click.argument(
+    "arguments", cls=Argument, metavar="[CONFIG] [SECTION.KEY=VALUE]...", nargs=-1, shell_complete=_complete,
+    help=f"A preset's name or a TOML file [default: {DEFAULT_CONFIG}], then changes to it.",
+)  # fmt: skip
+
+
 def config_arguments(arguments: Sequence[str], resume: str | None, from_run: str | None = None) -> list[str]:
     """The arguments of `train` that make its config; with `from_run`, that of a new run like this one."""
     changes = [*arguments, *([] if resume is None else [f"checkpoint.resume={resume}"])]
@@ -81,10 +87,7 @@ def key_hint(error: click.NoSuchOption) -> str:
     example="pipeline train quickstart optimizer.lr=1e-3 run.name=slower\n"
     "torchrun --nproc_per_node 8 -m pipeline train gpt2-124m",
 )  # fmt: skip
-@click.argument(
-    "arguments", cls=Argument, metavar="[CONFIG] [SECTION.KEY=VALUE]...", nargs=-1, shell_complete=_complete,
-    help=f"A preset's name or a TOML file [default: {DEFAULT_CONFIG}], then changes to it.",
-)  # fmt: skip
+@config_argument
 @click.option("--resume", metavar="HOW", help=f"{KEYS['checkpoint.resume'].metadata['text']}: sets checkpoint.resume.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would run; write nothing.")
 @click.option(
@@ -144,13 +147,13 @@ def print_result(folder: Path) -> None:
     group=GROUP,
     example="pipeline config gpt2-124m optimizer.lr=3e-4 > mine.toml\npipeline train mine.toml",
 )
-@click.argument(
-    "arguments", cls=Argument, metavar="[CONFIG] [SECTION.KEY=VALUE]...", nargs=-1, shell_complete=_complete,
-    help="As for pipeline train.",
-)  # fmt: skip
+@config_argument
 @click.option("--json", is_flag=True, help="Print one JSON object: value, origin, meaning and range of each key.")
 def config(arguments: tuple[str, ...], json: bool) -> None:
-    """Print the resolved config as TOML, with the origin and meaning of each value."""
+    """Print the resolved config with origin and meaning of each value.
+
+    What is printed is a config file: pipeline train takes it.
+    """
     from observe.config import run
 
     run(arguments, json)
