@@ -28,6 +28,7 @@ SPLITTING = 2
 # Positions inside an item, which are bytes of a file or rows, lie below 2**48: in a batch the
 # item's number goes above.
 POSITION_BITS = 48
+MOST_IN_BATCH = 1 << 63 - POSITION_BITS  # so that the two fit int64 together
 T = TypeVar("T")
 # Why a document is skipped.
 NOT_UTF8 = "not UTF-8"
