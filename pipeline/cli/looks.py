@@ -54,7 +54,7 @@ def verify(path: Path) -> None:
 )
 @click.option("--json", is_flag=True, help="Print one JSON list of objects.")
 def runs(folder: Path | None, where: tuple[str, ...], sort: str, json: bool) -> None:
-    """List all runs: state, losses, speed, and how their configs differ.
+    """List all runs: state, losses, speed, how their configs differ.
 
     A run whose status.json says running, and has not been updated for a minute, is dead.
     """
