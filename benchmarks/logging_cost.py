@@ -32,7 +32,8 @@ from train.run import assemble, initialise
 from train.trainer import Trainer
 
 WATCH = (
-    "import sys, time; from pipeline.runs import RunFolder\nwhile True: RunFolder({path!r}).summary(); time.sleep(2)"
+    "import pathlib, time; from pipeline.runs import RunFolder\n"
+    "while True: RunFolder(pathlib.Path({path!r})).summary(); time.sleep(2)"
 )
 
 

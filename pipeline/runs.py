@@ -19,7 +19,9 @@ import difflib
 import json
 import math
 import re
+import tomllib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -33,7 +35,9 @@ from pipeline.files import write_atomic
 
 # status.json is rewritten at least every 15 s. Four times that, as a network disk may show it late.
 DEAD_AFTER_S = 60.0
+MOST_LEVELS = 4  # of folders between runs/ and a run
 TAIL_BYTES = 1 << 18  # of metrics.jsonl: about a thousand rows, in a few milliseconds
+LAST_BYTES = 1 << 12  # about ten rows, where many runs are looked at and their curves are not
 Row = dict[str, Any]  # of metrics.jsonl
 _VAL_LOSS = re.compile(rb'"val_loss": ?([0-9][0-9.e+-]*)[,}]')  # not half a number, at the end of the file
 
@@ -71,6 +75,7 @@ class Status:
     eta_s: float | None = None
     max_steps: int | None = None
     peak_flops: float | None = None  # of all ranks: what mfu is measured against
+    parameters: int | None = None
     exit_code: int | None = None  # once it has ended
     step_s: float | None = None
     first_step_s: float | None = None
@@ -155,6 +160,14 @@ class RunFolder:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
+    def read_config(self) -> dict[str, Any]:
+        """The values of config.toml by section.key, of whichever version; empty where it is damaged."""
+        try:
+            sections = tomllib.loads(self.config.read_text(encoding="utf-8")).items()
+            return {f"{section}.{key}": value for section, keys in sections for key, value in keys.items()}
+        except (OSError, ValueError, AttributeError):
+            return {}
+
     def rows(self, path: Path, last_bytes: int = TAIL_BYTES) -> list[Row]:
         """Those in the last bytes of a file of rows, without what is half-written or damaged."""
         try:
@@ -174,9 +187,9 @@ class RunFolder:
         except (OSError, ValueError):
             return []
 
-    def summary(self) -> RunSummary:
+    def summary(self, tail_bytes: int = TAIL_BYTES) -> RunSummary:
         """Raises nothing: what is missing or damaged is None."""
-        found = summarize(self.path, self.read_status(), self.rows(self.metrics))
+        found = summarize(self.path, self.read_status(), self.rows(self.metrics, tail_bytes))
         if found.best_val_loss is None and (losses := self.val_losses()):  # a run of an earlier version
             found = replace(found, val_loss=losses[-1], best_val_loss=min(losses))
         last = self.rows(self.evals)[-1:]
@@ -222,9 +235,14 @@ def _age_s(updated_at: Any) -> float | None:
     return (datetime.now(UTC) - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()
 
 
-def all_runs(runs: Path = Path(RunConfig.dir)) -> list[RunFolder]:
-    """Every run under `runs`, by name."""
-    return [RunFolder(path) for path in sorted(runs.glob("*")) if is_run(path)]
+def all_runs(runs: Path = Path(RunConfig.dir), levels: int = MOST_LEVELS) -> list[RunFolder]:
+    """Every run under `runs`, by name; also in folders there, as run.dir may be runs/ablations."""
+    found: dict[Path, RunFolder] = {}  # by where it is, as links may lead back
+    with suppress(OSError):  # a folder of others
+        for path in sorted(path for path in runs.glob("*") if path.is_dir() and not path.name.startswith(".")):
+            below = [RunFolder(path)] if is_run(path) else all_runs(path, levels - 1) if levels > 1 else []
+            found = {run.path.resolve(): run for run in below} | found
+    return sorted(found.values(), key=lambda run: run.path)
 
 
 def is_run(path: Path) -> bool:

@@ -115,12 +115,13 @@ def assemble(
     model = LanguageModel.without_memory(config.model, mixture.tokenizer["vocab_size"])
     parallel.allocate(model, world, mesh, dtype=dtype, compiled=compiled)
     trainer = Trainer(config, world, mixture, model=model, dtype=dtype, preview=preview)
+    trainer.status.update(parameters=parameters(config.model, model.vocab_size))
     introduction = [
         f"run {config.run_dir}: {world.size} rank(s) on {world.device.type}, {threads} thread(s) each",
         f"parallel {parallel.format_strategy(config.parallel.strategy, mesh, world)}",
         f"dtype {str(dtype).removeprefix('torch.')}: {why_dtype}; compile {'on' if compiled else 'off'}: {why_compiled}",
         format_peak(device_name(world.device)),
-        f"model: {parameters(config.model, model.vocab_size):,} parameters, "
+        f"model: {trainer.status.now.parameters:,} parameters, "
         f"vocabulary {model.vocab_size:,} ({mixture.tokenizer['name']})",
         step_arithmetic(config, world.size),
         *(data_arithmetic(config, source.folder, source.manifest, source.share) for source in mixture.sources),

@@ -19,7 +19,7 @@ GROUP = "Looking"
 @click.option("--step", metavar="N", type=click.IntRange(min=0), help="Of a run: the texts of the batch of step N.")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def inspect(path: Path, step: int | None, json: bool) -> None:
-    """Show what is in a dataset, shard or checkpoint, or in a step of a run.
+    """Show what is in a dataset, shard, checkpoint or step of a run.
 
     Of token ids: counts, lengths, frequent tokens, how some documents begin, and the quality of the
     text. A step is counted as in bad_steps.jsonl: step 0 is the first.
@@ -60,6 +60,32 @@ def verify(path: Path) -> None:
     from observe.verify import run
 
     run(path)
+
+
+@click.command(cls=Command, group=GROUP, example="pipeline runs --where optimizer.lr=3e-4 --sort best_val_loss")
+@click.argument(
+    "folder", cls=Argument, type=PATH, required=False, help="Folder with runs at any depth [default: runs]."
+)
+@click.option(
+    "--where", metavar="KEY=VALUE", multiple=True,
+    help="Only runs with this config value or column; text may have * and ?; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--sort",
+    metavar="[-]KEY",
+    default="age_s",
+    show_default=True,
+    help="Column or config key; - for the largest first.",
+)
+@click.option("--json", is_flag=True, help="Print one JSON list of objects.")
+def runs(folder: Path | None, where: tuple[str, ...], sort: str, json: bool) -> None:
+    """List all runs: state, losses, speed, how their configs differ.
+
+    A run whose status.json says running, and has not been updated for a minute, is dead.
+    """
+    from observe.runs import run
+
+    run(folder, where, sort, json)
 
 
 @click.command(cls=Command, group="Cluster", example="pipeline doctor --slurm job.sbatch")
