@@ -260,8 +260,9 @@ def find_runs(names: Iterable[str], runs: Path = Path(RunConfig.dir)) -> list[Ru
         folders = [RunFolder(path) for path in here] or all_runs(Path(name))
         if not folders:
             known = [run.path.name for run in all_runs(runs)]
-            near = difflib.get_close_matches(name, known, n=1) or known[:3]
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there is no run under {runs}"
+            near = difflib.get_close_matches(name, known, n=1)
+            there = f"there {'are ' + ', '.join(known[:3]) if known else 'is none'}"
+            hint = f"did you mean {near[0]}?" if near else there
             raise UserError(f"no run {name!r}: expected a name under {runs} or a run's folder; {hint}")
         found |= {folder.path.resolve(): folder for folder in folders}
     return list(found.values())
