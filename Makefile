@@ -51,4 +51,5 @@ bench: setup
 	$(BIN)/python benchmarks/train_throughput.py
 	$(BIN)/python benchmarks/sample_throughput.py
 	$(BIN)/python benchmarks/checkpoint_stall.py
+	$(BIN)/python benchmarks/logging_cost.py
 	$(BIN)/python benchmarks/shakespeare_char.py $(if $(SHAKESPEARE),--text $(SHAKESPEARE)) $(if $(NANOGPT),--nanogpt $(NANOGPT))

@@ -9,13 +9,14 @@ import logging
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoint.pointers import pointed_folder
 from pipeline.config.keys import RunConfig
 from pipeline.config.other_names import hub_hint
 from pipeline.errors import UserError, one_line
 from pipeline.log import logger
-from pipeline.runs import newest_run
+from pipeline.runs import LAST_BYTES, RunFolder, all_runs, newest_run
 
 RUNS = Path(RunConfig.dir)  # where `latest` and `best` look for runs
 HUB_FILES = (
@@ -29,18 +30,40 @@ _HUB_NAME = re.compile(r"hf:(?P<repository>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision
 
 def find_checkpoint(ckpt: str, run_dir: Path | None, runs: Path = RUNS) -> Path:
     """The folder of a `--ckpt`: a path, hf:ORG/NAME, or `latest` or `best` of `run_dir`, by default
-    of the newest run under `runs`. A run's folder stands for its latest. Raises UserError where
-    there is none.
+    of the newest run under `runs`. A run, by its name there or its folder, stands for its latest.
+    Raises UserError where there is none.
     """
-    if (Path(ckpt) / "checkpoints").is_dir():
-        ckpt, run_dir = "latest", Path(ckpt)
+    for path in (runs / ckpt, Path(ckpt)):
+        if ckpt not in ("latest", "best") and (path / "checkpoints").is_dir():
+            ckpt, run_dir = "latest", path
     if ckpt not in ("latest", "best"):
         return find_model_folder(ckpt)
     run_dir = run_dir or newest_run(runs)
     folder = pointed_folder(run_dir / "checkpoints", ckpt) if run_dir else None
     if folder is None:
         raise UserError(f"no checkpoint {ckpt} in {run_dir or runs}: train first, or name a folder with --ckpt PATH")
+    if ckpt == "best" and run_dir is not None:
+        _compare_best(RunFolder(run_dir), folder, runs)
     return folder
+
+
+def _compare_best(run: RunFolder, folder: Path, runs: Path) -> None:
+    """Log which run `best` is of, and which one on the same data has a lower val loss."""
+    best, data = run.summary(LAST_BYTES).best_val_loss, _data_of(run)
+    logger.info("best of %s: %s%s", run.path, folder.name, "" if best is None else f", val loss {best:.4f}")
+    losses = [
+        (loss, other) for other in all_runs(runs) if (loss := other.summary(LAST_BYTES).best_val_loss) is not None
+    ]
+    better = [(loss, str(other.path)) for loss, other in losses if best and loss < best and _data_of(other) == data]
+    if better:
+        loss, path = min(better)
+        count = f"{len(better)} other run(s) on the same data have a lower one"
+        logger.info("%s, the lowest is %.4f: --ckpt best --run-dir %s", count, loss, path)
+
+
+def _data_of(run: RunFolder) -> list[Any]:
+    # Of all keys of the data only document_mask does not say which they are.
+    return [run.read_config().get(f"data.{key}", run) for key in ("dataset", "data_dir", "mixture")]
 
 
 def find_model_folder(name: str) -> Path:

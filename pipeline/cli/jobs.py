@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline import log
-from pipeline.cli import data, training
+from pipeline.cli import data, sweep, training
 from pipeline.cli.command import Argument, Command, Group, Shown
 
 AT_LEAST_1 = click.IntRange(min=1)
@@ -60,7 +60,9 @@ def train(options: Any, arguments: tuple[str, ...], dry_run: bool) -> None:
     from slurm.submit import train as submit_run
 
     parsed = training.train.parse(arguments)
-    changes = training.config_arguments(parsed["arguments"], parsed["resume"])
+    if parsed["sweeps"]:
+        sweep.refuse("a job: use --array, or submit a script that runs it")
+    changes = training.config_arguments(parsed["arguments"], parsed["resume"], parsed["from_run"])
     stage = None if parsed["stage"] is None else str(parsed["stage"])
     submit_run(list(arguments), config_arguments=changes, stage=stage, job=options, dry_run=dry_run)
 

@@ -1,5 +1,6 @@
 """The commands that train: train, quickstart."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,13 @@ import click
 from click.shell_completion import CompletionItem
 
 from pipeline import launch, log
+from pipeline.cli import sweep
 from pipeline.cli.command import PATH, Argument, Command, write_lines
 from pipeline.config.keys import KEYS, SECTIONS, help_rows
 from pipeline.config.load import DEFAULT_CONFIG, config_from_arguments, load_config, preset_files
 from pipeline.config.other_names import did_you_mean, keys_for
 from pipeline.errors import UserError
+from pipeline.runs import RunFolder, find_runs
 
 GROUP = "Training"
 NEXT_STEPS = """What to try next:
@@ -43,9 +46,30 @@ def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -
     return fitting or [CompletionItem(incomplete, type="file")]
 
 
-def config_arguments(arguments: Sequence[str], resume: str | None) -> list[str]:
-    """The arguments of `train` that make its config."""
-    return [*arguments, *([] if resume is None else [f"checkpoint.resume={resume}"])]
+config_argument = click.argument(
+    "arguments", cls=Argument, metavar="[CONFIG] [SECTION.KEY=VALUE]...", nargs=-1, shell_complete=_complete,
+    help=f"A preset's name or a TOML file [default: {DEFAULT_CONFIG}], then changes to it.",
+)  # fmt: skip
+
+
+def config_arguments(arguments: Sequence[str], resume: str | None, from_run: str | None = None) -> list[str]:
+    """The arguments of `train` that make its config; with `from_run`, that of a new run like this one."""
+    changes = [*arguments, *([] if resume is None else [f"checkpoint.resume={resume}"])]
+    if from_run is None:
+        return changes
+    if arguments and "=" not in arguments[0]:
+        raise UserError(f"got the config {arguments[0]} and --from {from_run}: give one of them")
+    run, *others = find_runs([from_run])
+    if others or not run.config.is_file():
+        raise UserError(f"--from {from_run}: expected one run with a config.toml")
+    name = run.path.resolve().name
+    if f"run.name={name}" in arguments:
+        raise UserError(
+            f"--from {from_run} begins a new run: choose another run.name, or resume it: train {run.config}"
+        )
+    # The same command again has the same name, so it resumes; other changes have another one.
+    new = sweep.name_with(name, arguments) if arguments else f"{name}-2"
+    return [str(run.config), f"run.name={new}", "checkpoint.resume=auto", *changes]
 
 
 def key_hint(error: click.NoSuchOption) -> str:
@@ -63,27 +87,37 @@ def key_hint(error: click.NoSuchOption) -> str:
     example="pipeline train quickstart optimizer.lr=1e-3 run.name=slower\n"
     "torchrun --nproc_per_node 8 -m pipeline train gpt2-124m",
 )  # fmt: skip
-@click.argument(
-    "arguments", cls=Argument, metavar="[CONFIG] [SECTION.KEY=VALUE]...", nargs=-1, shell_complete=_complete,
-    help=f"A preset's name or a TOML file [default: {DEFAULT_CONFIG}], then changes to it.",
-)  # fmt: skip
+@config_argument
 @click.option("--resume", metavar="HOW", help=f"{KEYS['checkpoint.resume'].metadata['text']}: sets checkpoint.resume.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would run; write nothing.")
 @click.option(
     "--stage", metavar="DIR", type=PATH,
     help="Copy the datasets to this folder on each node's own disk, such as '$SLURM_TMPDIR', and read them there.",
 )  # fmt: skip
+@click.option("--from", "from_run", metavar="RUN", help="Begin a new run with the config of this one, and the changes.")
+@click.option(
+    "--sweep", "sweeps", metavar="KEY=V1,V2,...", multiple=True,
+    help="One run for each value, in turn, then a table of them; several options make a grid.",
+)  # fmt: skip
 @click.option("--print-run-dir", is_flag=True, help="Print the run's folder, for scripts, and exit.")
 def train(
-    arguments: tuple[str, ...], resume: str | None, dry_run: bool, stage: Path | None, print_run_dir: bool
-) -> None:
+    arguments: tuple[str, ...], resume: str | None, dry_run: bool, stage: Path | None, *,
+    from_run: str | None, sweeps: tuple[str, ...], print_run_dir: bool,
+) -> None:  # fmt: skip
     """Train a model on a prepared dataset.
 
     Each process of torchrun, or task of srun, is a rank. A run that was stopped or killed is
     resumed by the same command.
     """
     try:
-        config = config_from_arguments(config_arguments(arguments, resume))
+        changes = config_arguments(arguments, resume, from_run)
+        if sweeps:
+            options = ["--dry-run"] * dry_run + ([] if stage is None else ["--stage", str(stage)])
+            if print_run_dir:
+                sweep.refuse("a batch script")
+            sweep.run(changes, sweeps, options)
+            return
+        config = config_from_arguments(changes)
     except UserError:
         if launch.rank():  # it read the same arguments as rank 0
             launch.leave_to_first()
@@ -96,6 +130,33 @@ def train(
     from train.run import run
 
     run(config, dry_run=dry_run, stage_to=stage, preview=preview)
+    if not dry_run and launch.rank() == 0:
+        print_result(config.run_dir)
+
+
+def print_result(folder: Path) -> None:
+    """How a run ended, as one JSON line for scripts."""
+    if status := RunFolder(folder).read_status():
+        names = ("state", "reason", "step", "tokens", "loss", "val_loss", "bits_per_byte")
+        result = {"run": str(folder), **{name: getattr(status, name) for name in names}, "seconds": status.trained_s}
+        click.echo(json.dumps(result))
+
+
+@click.command(
+    cls=Command,
+    group=GROUP,
+    example="pipeline config gpt2-124m optimizer.lr=3e-4 > mine.toml\npipeline train mine.toml",
+)
+@config_argument
+@click.option("--json", is_flag=True, help="Print one JSON object: value, origin, meaning and range of each key.")
+def config(arguments: tuple[str, ...], json: bool) -> None:
+    """Print the resolved config with origin and meaning of each value.
+
+    What is printed is a config file: pipeline train takes it.
+    """
+    from observe.config import run
+
+    run(arguments, json)
 
 
 @click.command(cls=Command, group=GROUP, example="pipeline quickstart")

@@ -24,10 +24,24 @@ DEFAULT_CONFIG = "gpt2-124m"
 
 def config_from_arguments(arguments: list[str]) -> Config:
     """The config of `[CONFIG] [section.key=value]...`, as every command about training takes it."""
-    name, overrides = DEFAULT_CONFIG, arguments
-    if arguments and "=" not in arguments[0]:
-        name, *overrides = arguments
-    return load_config(name, overrides)
+    return load_config(*_split(arguments))
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    named = bool(arguments) and "=" not in arguments[0]
+    return arguments[0] if named else DEFAULT_CONFIG, arguments[named:]
+
+
+def origins(arguments: list[str]) -> dict[str, str]:
+    """Where the value of each key comes from: the command line, a file, or the defaults."""
+    name, overrides = _split(arguments)
+    path, given = find_config(name), {override.partition("=")[0].strip() for override in overrides}
+    file = f"preset {path.stem}" if path in preset_files().values() else str(path)
+    document = _read(path)
+    # Without a name in the file, a run has the file's.
+    document["run"] = {"name": path.stem} | document.get("run", {})
+    written = {f"{section}.{key}" for section, keys in document.items() for key in keys}
+    return {key: "command line" if key in given else file if key in written else "default" for key in KEYS}
 
 
 def load_config(name_or_path: str, overrides: list[str]) -> Config:
@@ -37,12 +51,7 @@ def load_config(name_or_path: str, overrides: list[str]) -> Config:
     Raises UserError with every fault found.
     """
     path = find_config(name_or_path)
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows write a byte order mark
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    document = _read(path)
     faults: list[str] = []
     for override in overrides:
         _apply_override(document, override, faults)
@@ -144,6 +153,15 @@ def override(name: str, value: Any) -> str:
     return f"{name}={value if isinstance(value, str | Path) else toml_value(value)}"
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows write a byte order mark
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def _apply_override(document: dict[str, Any], override: str, faults: list[str]) -> None:
     name, equals, text = override.partition("=")
     section, dot, key_name = name.strip().partition(".")  # a line of TOML in quotes has spaces
@@ -190,6 +208,8 @@ def _coerce(value: Any, wanted: Any) -> Any:
         return value
     if wanted == tuple[float, float] and isinstance(value, list | tuple) and len(value) == 2:
         return tuple(_coerce(part, float) for part in value)
+    if wanted == tuple[str, ...] and isinstance(value, list | tuple):
+        return tuple(_coerce(part, str) for part in value)
     if wanted == tuple[WeightedDataset, ...] and isinstance(value, list | tuple):
         return tuple(_weighted_dataset(entry) for entry in value)
     raise TypeError

@@ -1,19 +1,30 @@
 """The numbers a run reports: rows that any JSON reader takes, and throughput that adds up."""
 
+import gzip
 import json
 import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import overrides, run_program, tiny_config
+from test_trainer import trainer_of
 
 from pipeline.machine.gpus import format_peak, peak_flops
 from pipeline.runs import RunFolder, State, Status
-from train.metrics import FileMetrics, LiveStatus, Throughput
+from train.metrics.live import LiveStatus, Throughput
+from train.metrics.record import FileMetrics
+from train.metrics.tensorboard import TensorBoard
+from train.run import run
 
 
 def metrics_in(folder: Path) -> FileMetrics:
-    return FileMetrics(RunFolder(folder), 0, tensorboard=False)
+    return FileMetrics(RunFolder(folder))
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
@@ -59,10 +70,10 @@ def test_a_status_keeps_the_times_of_an_earlier_start_and_is_rewritten_while_not
 ) -> None:
     folder = RunFolder(tmp_path)
     folder.write_status(Status(State.STOPPED, 5, "SIGTERM", exit_code=0, step_s=0.5, last_save_s=2.0))
-    monkeypatch.setattr("train.metrics.STATUS_INTERVAL_S", 0.05)
+    monkeypatch.setattr("train.metrics.live.STATUS_INTERVAL_S", 0.05)
     with LiveStatus(folder) as live:
         assert folder.read_status() == Status(State.RUNNING, 5, step_s=0.5, last_save_s=2.0)
-        live.step_ended(6, 10, 0.25)
+        live.step_ended(6, 10, 0.25, math.inf)
         while folder.read_status().step != 6:
             time.sleep(0.01)
         found = folder.read_status()
@@ -126,16 +137,111 @@ def test_a_run_resumed_within_the_same_second_keeps_one_curve(tmp_path: Path) ->
     """The killed start's events sort last by their name: they must not hide what the resumed one wrote."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    first = FileMetrics(RunFolder(tmp_path), 0, tensorboard=True)
+    first = TensorBoard(RunFolder(tmp_path), 0)
     for step in (1, 2, 3):
         first.write({"step": step, "loss": float(step)})
     first.close()
     (events,) = (tmp_path / "tb").iterdir()
     second = int(time.time())
     events.rename(events.with_name(f"events.out.tfevents.{second:010d}.zzz.1.0"))
-    resumed = FileMetrics(RunFolder(tmp_path), 2, tensorboard=True)
+    resumed = TensorBoard(RunFolder(tmp_path), 2)
     for step in (3, 4, 5):
         resumed.write({"step": step, "loss": 10.0 * step})
     resumed.close()
-    found = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("loss")
+    found = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in found] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
+
+
+# ---- curves, figures by layer, what they compare with ----
+
+
+def test_curves_are_in_groups_with_hyperparameters_texts_and_reference_lines(tiny: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny_config(
+        tiny, train={"max_steps": 100}, eval={"every_steps": 50, "sample_prompt": "A"},
+        log={"tensorboard": True, "every_steps": 10},
+    )  # fmt: skip
+    run(config, preview=lambda *_, **options: "BC")
+    events = EventAccumulator(str(config.run_dir / "tb")).Reload()
+    tags = events.Tags()
+    assert {
+        "train/loss",
+        "val/loss",
+        "optimizer/lr",
+        "optimizer/grad_norm",
+        "speed/tokens_per_s",
+        "speed/memory_bytes",
+    } <= set(tags["scalars"])
+    assert {"grad_norm/attn.c_attn.weight", "update_ratio/mlp.c_proj.weight"} <= set(tags["scalars"])
+    assert not [name for name in tags["scalars"] if "/" not in name]
+    assert {"sample/text_summary", "config/text_summary"} <= set(tags["tensors"])
+    plugins = {events.SummaryMetadata(tag).plugin_data.plugin_name for tag in events.summary_metadata}
+    assert {"hparams", "custom_scalars"} <= plugins
+    references = json.loads(RunFolder(config.run_dir).references.read_text())
+    for name, value in references.items():
+        line = [(event.step, event.value) for event in events.Scalars(f"reference/{name}")]
+        assert line == [(1, pytest.approx(value)), (100, pytest.approx(value))]
+    # Each id follows from the one before it by 1, 2 or 3 of 50.
+    assert references["unigram_entropy"] == pytest.approx(math.log(50), abs=0.05)
+    assert references["bigram_entropy"] == pytest.approx(math.log(3), abs=0.05)
+
+
+def test_figures_by_layer_are_those_of_the_whole_model(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.metrics.layers.EVERY_STEPS", 8)
+    trainer = trainer_of(tiny_config(tiny, log={"every_steps": 5}))
+    for step in range(10):
+        trainer.step = step
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        result = trainer.train_step()
+        assert bool(trainer.layers.columns) == (step == 9), "the first multiple of a row's steps"
+    columns = trainer.layers.columns
+    norms = [value for name, value in columns.items() if name.startswith("grad_norm/")]
+    assert math.hypot(*norms) == pytest.approx(result.grad_norm, rel=1e-5), "before clipping"
+    name = "update_ratio/transformer.wte.weight"
+    index = [name for name, _ in trainer.model.named_parameters()].index("transformer.wte.weight")
+    after = list(trainer.model.parameters())[index].detach()
+    assert columns[name] == pytest.approx(float((after - before[index]).norm() / before[index].norm()), rel=1e-4)
+
+
+def test_the_best_val_loss_is_that_of_the_rows_that_are_left(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_status(Status(State.STOPPED, 30, best_val_loss=0.5, val_loss=0.5))
+    folder.metrics.write_text('{"step": 10, "val_loss": 2.0, "loss": 2.1}\n{"step": 20, "val_loss": 2.5}\n')
+    live = LiveStatus(folder)
+    live.resumed(max_steps=40)
+    assert (live.now.best_val_loss, live.now.val_loss, live.summary().losses) == (2.0, 2.5, (2.1,))
+    assert live.summary().state is State.RUNNING, "the age of the last start's file is not this one's"
+
+
+def test_a_profile_has_the_steps_that_were_asked_for(tiny: Path) -> None:
+    config = tiny_config(tiny, log={"profile_steps": 2})
+    run(config)
+    with gzip.open(RunFolder(config.run_dir).profile / "trace.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {name for name in names if str(name).startswith("ProfilerStep#")} == {"ProfilerStep#2", "ProfilerStep#3"}
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_at_once_what_will_happen_and_at_the_end_how_to_resume(tiny: Path) -> None:
+    config = tiny_config(
+        tiny, train={"max_steps": 100_000}, eval={"every_steps": 0}, checkpoint={"every_steps": 100_000}
+    )
+    command = [sys.executable, "-m", "pipeline", "train", "quickstart", *overrides(config)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tiny, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "")
+    first = next(line for line in lines if line.startswith("step="))
+    assert first.startswith("step=1 max_steps=100000 loss=") and "tokens_per_s=" in first
+    process.send_signal(signal.SIGINT)
+    rest = list(lines)
+    assert process.wait(60) == 0
+    assert "SIGINT: saving after this step, then exiting; Ctrl-C again exits without saving\n" in rest
+    (resume,) = (line for line in rest if line.startswith("to resume: "))
+    arguments = shlex.split(resume.removeprefix("to resume: pipeline "))
+    assert arguments == ["train", str(config.run_dir / "config.toml")]
+    done = run_program(*arguments, f"train.max_steps={RunFolder(config.run_dir).read_status().step + 1}", cwd=tiny)
+    assert done.returncode == 0 and "from " in done.stderr
