@@ -1,11 +1,13 @@
 """A config -> a trained run: the parts put together in reading order."""
 
 import os
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from pipeline import launch
 from pipeline.budget import data_arithmetic, parameters, step_arithmetic
@@ -29,7 +31,9 @@ from train.checks.nodes import check_nodes, code_version
 from train.checks.replicas import check_replicas
 from train.data.staging import stage
 from train.memory import explained
-from train.metrics import FileMetrics, Metrics
+from train.metrics.record import FileMetrics, Metrics, reference_losses
+from train.metrics.tensorboard import TensorBoard
+from train.metrics.trackers import Tracker, is_installed
 from train.preview import Preview
 from train.saving import choose_best
 from train.stop import MAX_MINUTES, StopRequest
@@ -209,14 +213,27 @@ def train(trainer: Trainer, folder: RunFolder) -> str:
     logger.info("%s at step %d%s", state, trainer.step, f": {reason or minutes}" if reason or minutes else "")
     if world.is_first:
         trainer.status.end(state, MAX_MINUTES if used_up else reason, 0)
+    if reason:
+        logger.info("to resume: %s", resume_command(trainer.config, world, folder))
     return reason
+
+
+def resume_command(config: Config, world: World, folder: RunFolder) -> str:
+    """What continues a run that was stopped, from the same working folder."""
+    program = "pipeline" if world.size == 1 else f"torchrun --nproc_per_node {world.local_size} -m pipeline"
+    # Not to start from scratch again, nor to go back to the same checkpoint.
+    again = "" if config.checkpoint.resume in ("auto", "must") else " --resume auto"
+    nodes = "" if world.local_size == world.size else " (on the same number of nodes)"
+    return f"{program} train {shlex.quote(str(folder.config))}{again}{nodes}"
 
 
 def record_fault(trainer: Trainer, fault: Fault) -> None:
     """What rank 0 does before all ranks exit or, where that one is gone, the rank that found out."""
     if trainer.world.is_first:
         trainer.status.update(step=trainer.step)
-        trainer.save_alone()
+        # The failed rank takes part in no collective: what rank 0 has is saved, unless that is a shard, or half updated.
+        if trainer.is_consistent and not isinstance(next(trainer.model.parameters()), DTensor):
+            trainer.checkpoints.save_rest(trainer.step)
     trainer.status.end(State.FAILED, str(fault), fault.code)
 
 
@@ -229,7 +246,14 @@ def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
     resume.enter(folder, trainer.step, trainer.config.checkpoint.resume)
     # Now: the best may be one of those just set aside.
     trainer.checkpoints.best_val_loss = choose_best(folder.checkpoints, trainer.config.eval.tokens)
-    metrics = FileMetrics(folder, trainer.step, trainer.config.log.tensorboard)
+    peak, config = trainer.throughput.peak_flops, trainer.config
+    trainer.status.resumed(peak_flops=peak, max_steps=config.train.max_steps)
+    others: list[Metrics] = [Tracker(name, config) for name in config.log.also if is_installed(name, "log.also")]
+    if config.log.tensorboard and is_installed("tensorboard", "log.tensorboard"):
+        board = TensorBoard(folder, trainer.step)
+        board.describe(config, reference_losses(folder, trainer.mixture))
+        others.append(board)
+    metrics = FileMetrics(folder, others)
     version = code_version()
     if folder.version.exists() and (before := folder.version.read_text().strip()) != version:
         logger.info("note: trained until now by code %s, from here on by %s", before, version)

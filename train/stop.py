@@ -100,6 +100,10 @@ class StopRequest:
     def _notice(self, number: int, frame: FrameType | None) -> None:
         # Only noted: the step that is running ends first.
         self._signal = signal.Signals(number).name
+        again = "; Ctrl-C again exits without saving" if number == signal.SIGINT else ""
+        said = "%s: saving after this step, then exiting%s", self._signal, again
+        # In a thread: the line that this one was writing may hold the lock of the log.
+        threading.Thread(target=logger.info, args=said, daemon=True).start()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

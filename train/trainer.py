@@ -8,26 +8,29 @@ from dataclasses import dataclass
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeline.budget import accumulation_steps, flops_per_token
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import Diverged
-from pipeline.log import ProgressReport, logger
+from pipeline.log import logger
 from pipeline.machine.device import autocast, device_name, to_host
 from pipeline.machine.gpus import peak_flops
 from pipeline.machine.ranks import World
+from pipeline.machine.terminal import RunDisplay
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
-from pipeline.runs import Position, RunFolder
+from pipeline.runs import Position, Row, RunFolder
 from pipeline.vocabulary.specs import from_spec
 from train import parallel
 from train.checks.replicas import check_replicas
 from train.data.batches import Prefetcher, model_inputs
 from train.evaluation import Evaluation, ValLoss
-from train.metrics import LiveStatus, Metrics, Row, Throughput, bits_per_byte, val_columns
+from train.metrics.layers import LayerNorms
+from train.metrics.live import LiveStatus, Throughput, peak_memory_bytes
+from train.metrics.profiler import profiling
+from train.metrics.record import Metrics, bits_per_byte, val_columns
 from train.optimizer.groups import build_optimizer
 from train.optimizer.schedule import learning_rate
 from train.preview import Preview, Previews
@@ -81,6 +84,7 @@ class Trainer:
         flops = flops_per_token(config.model, model.vocab_size)
         self.throughput = Throughput(train.tokens_per_step, flops, peak and peak * world.size)
         self.evaluation = Evaluation(config, world, mixture, dtype)
+        self.layers = LayerNorms(model, config.log.every_steps)
         self.status = LiveStatus(RunFolder(config.run_dir))
         # The first error of this rank that the others may not have: they learn of it in the next step.
         self.fault: Exception | None = None
@@ -119,10 +123,12 @@ class Trainer:
         norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
         means, reason = self.agree(loss, norm)
         read = to_host(means)
+        self.layers.before_update(self.step)
         clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip or float("inf"), means[1])
         self.is_consistent = False
         # Decided on the device, so that a GPU goes on without the host; that hears of it meanwhile.
         self.optimizer.step_unless(self.guard.rejects(means[0], means[1]) | (means[2] > 0))
+        self.layers.after_update()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         loss_value, norm_value, faulty, stopping, save_now, in_haste = read()
@@ -231,13 +237,6 @@ class Trainer:
             if self.fault is not None:
                 raise self.fault
 
-    def save_alone(self) -> None:
-        """On rank 0, where another rank has failed and takes part in no collective: save what it has,
-        unless that is a shard, or half updated.
-        """
-        if self.is_consistent and not isinstance(next(self.model.parameters()), DTensor):
-            self.checkpoints.save_rest(self.step)
-
     def fit(self, metrics: Metrics, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged."""
         self.stop, reason = stop, ""
@@ -246,7 +245,8 @@ class Trainer:
         if first_step_s := self.status.now.first_step_s:  # else a step is taken: nobody knows yet how long it is
             reason = stop.deadline_reason(first_step_s + self.checkpoints.save_s)
         reason = self.world.gather(reason)[0]  # the clock of one rank decides
-        with ProgressReport("train", self.last_step, "steps", done=self.step) as progress:
+        profile = profiling(self.status.folder.profile, self.config.log.profile_steps * self.world.is_first)
+        with RunDisplay(self.status.summary) as display, profile as profiled_step:
             self.throughput.start()
             if self.step < self.last_step:  # the first lap has it, as it compiles
                 parallel.settle_buckets(self.wrapped, lambda: self.loss_of(self.blank_windows()), self.world.device)
@@ -261,9 +261,9 @@ class Trainer:
                 self.is_consistent = True
                 self.between_steps(result, metrics)
                 reason = result.reason
-                tokens_per_s = self.config.train.tokens_per_step / self.throughput.last_step_s
+                profiled_step()
                 with self.noticing():
-                    progress.advance(1, f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
+                    display.step_ended(is_last=self.step == self.last_step)
         self.world.watch.enter("the last save")
         self.checkpoints.wait()
         self.raise_fault()
@@ -294,8 +294,8 @@ class Trainer:
             # Even if the row failed: of a sharded model, all ranks take part.
             with self.noticing(), self.throughput.paused():
                 self.previews.show(self.model, self.step, metrics)
-            eval_s, bits = time.monotonic() - began, bits_per_byte(val_loss.mean, self.mixture)
-            self.status.update(val_loss=val_loss.mean, bits_per_byte=bits, eval_s=eval_s)
+            bits, eval_s = bits_per_byte(val_loss.mean, self.mixture), time.monotonic() - began
+            self.status.evaluated(val_loss.mean, bits, eval_s)
         self.report(result)
         # After the row: a crash in between drops nothing, as a resume writes the row again.
         if planned or result.reason or result.save_now:
@@ -307,8 +307,8 @@ class Trainer:
         step_s, lr = self.throughput.last_step_s, self.optimizer.param_groups[0]["lr"]
         self.status.step_ended(self.step, self.last_step, step_s, self.checkpoints.left_s)
         speed, save_s = self.config.train.tokens_per_step / step_s, self.checkpoints.saver.last_save_s
-        self.status.update(loss=result.loss, lr=lr, tokens_per_s=speed, last_save_s=save_s)
-        self.status.update(tokens=self.position.tokens, trained_s=self.checkpoints.trained_s)
+        self.status.update(loss=result.loss, lr=lr, tokens=self.position.tokens, tokens_per_s=speed, last_save_s=save_s)
+        self.status.update(trained_s=self.checkpoints.trained_s)
 
     def is_due(self, every_steps: int) -> bool:
         """At the last step too; 0 is never."""
@@ -320,8 +320,6 @@ class Trainer:
         """
         # As text, since what is worth knowing here is inf or nan.
         why, loss, norm = result.outcome.value, str(result.loss), str(result.grad_norm)
-        if self.world.is_first:
-            logger.warning("step %d skipped (%s): loss %s, gradient norm %s", self.step, why, loss, norm)
         row = {"step": self.step, "first_sample": self.first_sample, "samples": self.samples_per_step}
         with self.noticing():
             metrics.write_bad_step(row | {"reason": why, "loss": loss, "grad_norm": norm})
@@ -339,12 +337,13 @@ class Trainer:
 
     def row(self, result: StepResult, val_loss: ValLoss | None) -> Row:
         """A row of metrics.jsonl; the speeds are those since the last row."""
-        lr = self.optimizer.param_groups[0]["lr"]
-        tokens = self.position.tokens
+        lr, tokens = self.optimizer.param_groups[0]["lr"], self.position.tokens
         row: Row = {"step": self.step, "tokens": tokens, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
-        row |= self.throughput.columns(self.batches.waited_s)
+        memory = {"memory_bytes": peak_memory_bytes(self.world.device)}
+        row |= self.throughput.columns(self.batches.waited_s) | memory | self.layers.columns
         self.batches.waited_s = 0.0
         if val_loss is not None:
             row |= val_columns(val_loss, self.mixture, self.first_sample)
             logger.info("step %d: loss %.4f, val loss %.4f, lr %.2e", self.step, result.loss, val_loss.mean, lr)
+        self.status.rows.append(row)
         return row

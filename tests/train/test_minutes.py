@@ -18,7 +18,7 @@ from pipeline.checkpoint.pointers import pointed_folder
 from pipeline.config.keys import Config
 from pipeline.dataset.foreign import NANOGPT
 from pipeline.dataset.mixture import Mixture
-from train.metrics import bits_per_byte
+from train.metrics.record import bits_per_byte
 from train.run import run
 
 MINUTES = 0.02
