@@ -187,9 +187,9 @@ class RunFolder:
         except (OSError, ValueError):
             return []
 
-    def summary(self, tail_bytes: int = TAIL_BYTES) -> RunSummary:
+    def summary(self, last_bytes: int = TAIL_BYTES) -> RunSummary:
         """Raises nothing: what is missing or damaged is None."""
-        found = summarize(self.path, self.read_status(), self.rows(self.metrics, tail_bytes))
+        found = summarize(self.path, self.read_status(), self.rows(self.metrics, last_bytes))
         if found.best_val_loss is None and (losses := self.val_losses()):  # a run of an earlier version
             found = replace(found, val_loss=losses[-1], best_val_loss=min(losses))
         last = self.rows(self.evals)[-1:]

@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 
 from pipeline import launch
+from pipeline.checkpoint.find import RUNS
 from pipeline.checkpoint.folder import (
     DESCRIPTION,
     TRAINING_STATE,
@@ -33,7 +34,7 @@ from pipeline.errors import UserError
 from pipeline.files import Held, holder, one_writer, write_atomic
 from pipeline.log import logger
 from pipeline.machine import ranks
-from pipeline.runs import Row, RunFolder, State, find_runs
+from pipeline.runs import Row, RunFolder, State, find_run, is_run
 from score.options import EvalOptions, check_options
 from score.run import evaluate
 from score.tables import format_report
@@ -82,7 +83,7 @@ class Follower:
     """What the first rank knows of the run and of its rows."""
 
     def __init__(self, options: EvalOptions) -> None:
-        self.run, self.options = find_run(options.follow), options
+        self.run, self.options = await_run(options.follow), options
         # As JSON has them, to be compared with those of rows.
         self.settings = orjson.loads(orjson.dumps({name: getattr(options, name) for name in SETTINGS}))
         self._seen: set[tuple[Path, int]] = set()  # with the time of its description: a step may be trained again
@@ -121,7 +122,7 @@ class Follower:
                     raise
                 logger.warning("%s is skipped: %s", folder, error if folder.is_dir() else "it was removed")
         if state is not State.RUNNING:
-            logger.info("the run is over (%s), and its checkpoints are evaluated", state or "no status.json")
+            logger.info("the run is over (%s), and its checkpoints are evaluated", state)
         return None, state is not State.RUNNING
 
     def _pin(self, folder: Path) -> Path:
@@ -172,21 +173,13 @@ class Follower:
         self._plotted = step
 
 
-def find_run(name: str) -> RunFolder:
+def await_run(name: str) -> RunFolder:
     """One run, waited for a little. Raises UserError."""
     deadline = time.monotonic() + APPEARS_S
-    while True:
-        try:
-            run, *others = find_runs([name])
-        except UserError as error:
-            if time.monotonic() > deadline:
-                raise
-            logger.info("waiting for the run to begin: %s", error)
-            time.sleep(APPEARS_S / 3)
-            continue
-        if others:
-            raise UserError(f"{name} holds several runs: name one of them, such as {run.path}")
-        return run
+    while time.monotonic() < deadline and not any(map(is_run, (RUNS / name, Path(name)))):
+        logger.info("waiting up to %.0f s for the run %s to begin", APPEARS_S, name)
+        time.sleep(APPEARS_S / 3)
+    return find_run(name)
 
 
 def curves(report: dict[str, Any]) -> Row:

@@ -15,7 +15,7 @@ from pipeline.config.keys import KEYS, SECTIONS, help_rows
 from pipeline.config.load import DEFAULT_CONFIG, config_from_arguments, load_config, preset_files
 from pipeline.config.other_names import did_you_mean, keys_for
 from pipeline.errors import UserError
-from pipeline.runs import RunFolder, find_runs
+from pipeline.runs import RunFolder, find_run
 
 GROUP = "Training"
 NEXT_STEPS = """What to try next:
@@ -59,9 +59,9 @@ def config_arguments(arguments: Sequence[str], resume: str | None, from_run: str
         return changes
     if arguments and "=" not in arguments[0]:
         raise UserError(f"got the config {arguments[0]} and --from {from_run}: give one of them")
-    run, *others = find_runs([from_run])
-    if others or not run.config.is_file():
-        raise UserError(f"--from {from_run}: expected one run with a config.toml")
+    run = find_run(from_run)
+    if not run.config.is_file():
+        raise UserError(f"--from {from_run}: there is no {run.config}")
     name = run.path.resolve().name
     if f"run.name={name}" in arguments:
         raise UserError(

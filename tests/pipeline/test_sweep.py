@@ -203,7 +203,7 @@ def test_a_runs_config_file_resumes_it(tiny: Path) -> None:
     ("words", "message"),
     [
         (["--from", "nope"], "no run 'nope'"),
-        (["--from", "runs"], "expected one run with a config.toml"),
+        (["--from", "runs"], "is a folder of 2 runs: name one of them"),
         (["quickstart", "--from", "a"], "got the config quickstart and --from a: give one of them"),
         (
             ["--from", "a", "run.name=a"],

@@ -221,7 +221,7 @@ def test_what_cannot_be_followed_is_said_in_a_line(tiny: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="leave out --ckpt"):
         follow(EvalOptions(follow="run", ckpt="best", device="cpu"))
     shutil.copytree(config.run_dir, config.run_dir.with_name("two"))
-    with pytest.raises(UserError, match="several runs: name one of them, such as runs/run"):
+    with pytest.raises(UserError, match="is a folder of 2 runs: name one of them, such as runs/run"):
         follow(EvalOptions(follow="runs", device="cpu"))
     for content in ("{", '{"steps": 1}\n', "[]\n"):
         (config.run_dir / "evals.jsonl").write_text(content)
