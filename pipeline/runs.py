@@ -100,8 +100,9 @@ class RunSummary(Status):
     scores: Row = field(default_factory=dict)  # of each task of `eval --follow`, at the last checkpoint
 
     def as_json(self) -> Row:
-        """Everything but the curve."""
-        return {name: value for name, value in asdict(self).items() if name != "losses"}
+        """Everything but the curve; what is unknown is null."""
+        state = None if self.state is State.UNKNOWN else self.state
+        return {name: value for name, value in asdict(self).items() if name != "losses"} | {"state": state}
 
 
 @dataclass(frozen=True)

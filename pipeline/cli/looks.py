@@ -103,7 +103,7 @@ def runs(folder: Path | None, where: tuple[str, ...], sort: str, json: bool) -> 
 def plan(
     arguments: tuple[str, ...], on: str | None, measure: bool, price_per_gpu_hour: float | None, time: str | None, json: bool
 ) -> None:  # fmt: skip
-    """Estimate a run's memory, time, disk and price before it starts.
+    """Estimate memory, time, disk and price of a run before it starts.
 
     Every figure is marked as counted, formula, assumed or measured. Needs no GPU.
     """
