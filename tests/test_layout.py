@@ -46,7 +46,7 @@ ORDER = {
     ),
     "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
     "score": ("options", "loss", "harness", "tables", "run"),
-    "observe": ("tables", "shared_documents", "sample", "quality", "inspect", "verify"),
+    "observe": ("tables", "shared_documents", "sample", "quality", "inspect", "verify", "report"),
     "export": ("options", "model_card", "gguf", "run"),
     "slurm": ("sbatch", "doctor", "job", "starts", "checks", "submit"),
 }  # fmt: skip

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +35,9 @@ class Metrics:
 
     def write_bad_step(self, row: Row) -> None:
         """Append to bad_steps.jsonl the samples of a step that did not reach the weights."""
+
+    def write_event(self, event: str, step: int, **details: str) -> None:
+        """Append to events.jsonl, with the time."""
 
     def write_text(self, name: str, text: str, step: int) -> None:
         """Show `text` in TensorBoard as it is."""
@@ -67,6 +71,11 @@ class FileMetrics(Metrics):
     def write_bad_step(self, row: Row) -> None:
         with self._folder.bad_steps.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def write_event(self, event: str, step: int, **details: str) -> None:
+        row = {"step": step, "event": event, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        with self._folder.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row | details) + "\n")
 
     def write_text(self, name: str, text: str, step: int) -> None:
         if self._tensorboard is not None:

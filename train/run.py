@@ -223,6 +223,7 @@ def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
     # Now: the best may be one of those just set aside.
     trainer.checkpoints.best_val_loss = choose_best(folder.checkpoints, trainer.config.eval.tokens)
     metrics = FileMetrics(folder, trainer.step, trainer.config.log.tensorboard)
+    metrics.write_event("start", trainer.step)
     version = code_version()
     if folder.version.exists() and (before := folder.version.read_text().strip()) != version:
         logger.info("note: trained until now by code %s, from here on by %s", before, version)

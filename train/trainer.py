@@ -282,6 +282,8 @@ class Trainer:
         if planned or agreed.reason or agreed.save_now:
             with self.throughput.paused():
                 self.checkpoints.save(self.step, None if val_loss is None else val_loss.mean)
+            with self.noticing():
+                metrics.write_event("save", self.step)
         return agreed.reason
 
     def report(self, result: StepResult) -> None:
