@@ -48,16 +48,20 @@ class Scale:
         return [n * step for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
 
+def loss_range(runs: Sequence[Run]) -> tuple[float, float]:
+    """The lowest loss, and the highest that is shown."""
+    columns = [run.rows.columns[name] for run in runs for name in ("loss", "val_loss") if name in run.rows.columns]
+    low = min((np.nanmin(column) for column in columns), default=0)
+    return float(low), float(max((np.nanquantile(column, TOP_QUANTILE) for column in columns), default=1))
+
+
 def loss_svg(runs: Sequence[Run], references: dict[str, float]) -> str:
     """Train loss (thin) and val loss (dots) of each run against steps. Text without a colour takes
     that of the page around it, black in a file.
     """
     drawn = [run for run in runs if {"loss", "val_loss"} & run.rows.columns.keys()]
-    losses = [run.rows.columns[name] for run in drawn for name in ("loss", "val_loss") if name in run.rows.columns]
-    low = min((np.nanmin(column) for column in losses), default=0)
-    high = max((np.nanquantile(column, TOP_QUANTILE) for column in losses), default=1)
     x = Scale(0, max((run.rows.steps[-1] for run in drawn), default=1), LEFT, WIDTH - RIGHT)
-    y = Scale(low, high, HEIGHT - BOTTOM, TOP)
+    y = Scale(*loss_range(runs), HEIGHT - BOTTOM, TOP)
     curves = {run: [list(polylines(run.rows, name, x, y)) for name in ("loss", "val_loss")] for run in drawn}
     return fill("loss.svg", width=WIDTH, height=HEIGHT, x=x, y=y, curves=curves, references=references)
 

@@ -1,12 +1,12 @@
 "use strict";
 (() => {
-const { runs, references } = JSON.parse(document.getElementById("data").textContent);
+const { runs, references, top } = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const TITLES = {
   loss: "Loss (nats per token)", lr: "Learning rate", grad_norm: "Gradient norm", tokens_per_s: "Tokens per second",
   data_wait: "Data wait (share of the time)",
 };
-const AXES = { step: "steps", tokens: "tokens", hours: "hours of training", flops: "FLOPs" };
+const AXES = { step: "steps", tokens: "tokens", hours: "hours", flops: "FLOPs" };
 const SMOOTHED = ["loss", "grad_norm", "tokens_per_s", "data_wait"];
 const SMOOTHING_MOST = 0.1; // of the run's steps, at the end of the slider
 const UNITS = [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
@@ -84,7 +84,8 @@ function draw(panel) {
   const options = {
     width: panel.element.clientWidth || 300,
     height: panel.name === "loss" ? 340 : 190,
-    scales: { x: { time: false, range: () => range }, y: logarithmic ? { distr: 3, range: (u, low, high) => (low ? [low / 1.03, high * 1.03] : [1, 10]) } : {} },
+    padding: [8, 36, 0, 0],
+    scales: { x: { time: false, range: () => range }, y: logarithmic ? { distr: 3, range: logRange } : { range: panel.name === "loss" ? lossRange : linearRange } },
     axes: [
       { ...axis, values: (u, ticks) => ticks.map(axisValue), space: 70, size: 30 },
       { ...axis, values: (u, ticks) => ticks.map(plain), size: 52, ...(logarithmic && { splits: logTicks, filter: (u, ticks) => ticks }) },
@@ -93,11 +94,13 @@ function draw(panel) {
       { label: AXES[byId("axis").value], value: (u, value) => axisValue(value) },
       ...found.map(([label, stroke, , look]) => ({
         label, stroke, width: look.width, alpha: look.alpha ?? 1, dash: look.dash, class: look.class,
-        points: { show: Boolean(look.sparse), size: 5, fill: stroke },
+        points: { show: look.sparse ? isRoomy : false, size: 5, fill: stroke },
         value: (u, value) => plain(value),
       })),
     ],
     cursor: {
+      y: false,
+      points: { size: (u, number) => (u.series[number].class ? 0 : 7) },
       sync: { key: "report", scales: ["x", null] },
       dataIdx: nearest,
       drag: { x: true, y: false, setScale: false },
@@ -110,6 +113,18 @@ function draw(panel) {
   const chart = new uPlot(options, data, panel.element);
   touch(chart);
   return chart;
+}
+
+const linearRange = (u, low, high) => (low == null ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true));
+const logRange = (u, low, high) => (low > 0 ? [low / 1.03, high * 1.03] : [1, 10]);
+// Unless somebody looks at them, the first steps do not flatten all others.
+const lossRange = (u, low, high) => linearRange(u, low, zoom || low > top ? high : Math.min(high, top));
+
+// Whether a curve's values are far enough apart for a dot each.
+function isRoomy(u, number, first, last) {
+  let count = 0;
+  for (let row = first; row <= last; row++) count += u.data[number][row] != null;
+  return count * 12 < u.over.clientWidth;
 }
 
 // The row nearest to the cursor in which this curve has a value.
@@ -159,15 +174,21 @@ function marks(u, panel) {
       }
     }
   }
-  ctx.setLineDash([6 * px, 4 * px]);
-  ctx.strokeStyle = ctx.fillStyle = colors.muted;
+  ctx.fillStyle = colors.muted;
+  ctx.lineJoin = "round";
   ctx.font = `${12 * px}px system-ui, sans-serif`;
   ctx.textAlign = "right";
   ctx.textBaseline = "bottom";
   for (const [title, value] of Object.entries(panel.name === "loss" ? references : {})) {
     const y = u.valToPos(value, "y", true);
+    ctx.strokeStyle = colors.muted;
+    ctx.lineWidth = px;
+    ctx.setLineDash([6 * px, 4 * px]);
     line(left, y, left + width, y);
-    ctx.fillText(`${title} ${value.toFixed(3)}`, left + width - 4 * px, y - 2 * px);
+    ctx.setLineDash([]);
+    ctx.strokeStyle = colors.page; // around the letters, for a curve may pass below them
+    ctx.lineWidth = 4 * px;
+    for (const paint of ["strokeText", "fillText"]) ctx[paint](`${title} ${value.toFixed(3)}`, left + width - 4 * px, y - 2 * px);
   }
   ctx.restore();
 }
@@ -210,7 +231,7 @@ function touch(u) {
 function redraw() {
   byId("window").textContent = smoothingSteps() ? `${short(Math.max(1, Math.round(smoothingSteps())))} steps` : "off";
   const style = getComputedStyle(document.documentElement); // asked once: each question lays the page out
-  for (const name of ["muted", "line"]) colors[name] = style.getPropertyValue(`--${name}`);
+  for (const name of ["muted", "line", "page"]) colors[name] = style.getPropertyValue(`--${name}`);
   charts.forEach((chart) => chart.destroy());
   charts = [];
   zoomTo(zoom); // the runs that are shown, and so the ends of the axis, may be others

@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup
 
 import pipeline
-from observe.report.figure import loss_svg
+from observe.report.figure import loss_range, loss_svg
 from observe.report.read import CURVES, Column, Run, flat
 from observe.report.reduce import reduce
 from observe.report.templates import fill, resource, shown
@@ -46,14 +46,14 @@ def render(runs: Sequence[Run]) -> bytes:
         script=Markup(script),
         style=Markup(style),
         license=resource("uPlot.LICENSE.txt"),
-        data=Markup(as_json({"runs": curves, "references": references})),
+        data=Markup(as_json({"runs": curves, "references": references, "top": loss_range(runs)[1]})),
         figure=Markup(loss_svg(runs, references)),
         runs=runs,
         parameters=parameters,
         differences=differences(runs),
         reduced=[(run, len(curve["axes"]["step"])) for run, curve in zip(runs, curves, strict=True) if curve["means"]],
         samples=spread(sorted({step for run in runs for step in run.samples})),
-        cards={name: found if isinstance(found, str) else card(found) for name, found in datasets(runs).items()},
+        datasets=datasets(runs),
         references=references,
         spread=spread,
     )
@@ -124,16 +124,3 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for config in configs for key in config if key != "run.name")
     values = {key: [toml_value(config[key]) if key in config else "–" for config in configs] for key in keys}
     return {key: row for key, row in values.items() if len(set(row)) > 1}
-
-
-def card(manifest: Manifest) -> dict[str, Any]:
-    """What is known of a dataset."""
-    card: dict[str, Any] = {key: manifest.tokenizer[key] for key in ("name", "vocab_size")}
-    card = {"tokenizer": "{name}, {vocab_size:,} tokens".format_map(card)}
-    for split, shards in manifest.splits.items():
-        counts = {what: [getattr(shard, what) for shard in shards] for what in ("tokens", "documents", "bytes")}
-        sums = [f"{sum(values):,} {what}" for what, values in counts.items() if None not in values]
-        card[split] = ", ".join([*sums, f"{len(shards):,} shard(s)"])
-    card["options"] = {name: value for name, value in manifest.options.items() if value not in (None, False)}
-    others = ("sources", "skipped", "unusual", "statistics", "program", "fingerprint")
-    return card | {key: value for key in others if (value := getattr(manifest, key))}
