@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 # About what one unit holds in text, between these: small enough that a kill loses seconds and the
 # workers finish together, large enough that handing over a unit and syncing its result (some 20 ms)
 # do not count.
-SMALLEST_UNIT_BYTES = 1 << 20
+SMALLEST_UNIT_BYTES = 4 << 20
 LARGEST_UNIT_BYTES = 16 << 20
 UNITS_IN_A_CORPUS = 64
 # Longer texts are read block by block where their format allows it, so that memory does not follow
@@ -28,6 +28,7 @@ SPLITTING = 2
 # Positions inside an item, which are bytes of a file or rows, lie below 2**48: in a batch the
 # item's number goes above.
 POSITION_BITS = 48
+MOST_IN_BATCH = 1 << 63 - POSITION_BITS  # so that the two fit int64 together
 T = TypeVar("T")
 # Why a document is skipped.
 NOT_UTF8 = "not UTF-8"

@@ -176,6 +176,11 @@ class Throughput:
         self._steps += 1
         self._seconds += self.last_step_s
 
+    @property
+    def step_s(self) -> float:
+        """Seconds that a step takes: the last one or, if that has taken longer by now, this one."""
+        return max(self.last_step_s, time.perf_counter() - self._lap_began)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What runs inside is not training."""

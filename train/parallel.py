@@ -12,10 +12,11 @@ PyTorch's FSDP2: a block's weights are gathered only while it computes.
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -120,6 +121,20 @@ def replicate(model: LanguageModel, world: World) -> LanguageModel | Distributed
     # Gradients that are views of the buckets that travel: one copy of them less in memory. The
     # model's one buffer, a mask, never changes.
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def settle_buckets(model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> None:
+    """Two throw-away passes, which leave no trace. After its first backward pass DDP sorts gradients
+    into new buckets, by the order in which they came, and so adds them up in another order: a
+    resumed run of 3 or more ranks would take its first step with other rounding than the run that
+    was not interrupted.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for dropout
+        for _ in range(2):
+            torch.autograd.backward(loss())
+            model.zero_grad(set_to_none=True)
 
 
 def reduce_gradients(model: nn.Module, now: bool) -> AbstractContextManager[None]:

@@ -10,10 +10,11 @@ in checkpoints, so that a resumed run skips the same steps.
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pipeline.config.keys import TrainConfig
 
@@ -24,17 +25,6 @@ class Outcome(Enum):
     TAKEN = "taken"
     NOT_FINITE = "not finite"
     SPIKE = "spike"
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """`loss`: mean over all tokens of the global batch; `grad_norm`: before clipping. Equal on all
-    ranks.
-    """
-
-    loss: float
-    grad_norm: float
-    outcome: Outcome
 
 
 class StepGuard:
@@ -58,21 +48,28 @@ class StepGuard:
         self._norms.clear()
         self._norms.extend(norms if self.z_score else ())
 
+    @property
+    def most_norm(self) -> float:
+        """The largest gradient norm that is not a spike."""
+        # Early norms are large and fall fast: until the window is full there is nothing to compare
+        # with.
+        if not self.z_score or len(self._norms) < (self._norms.maxlen or 0):
+            return math.inf
+        # In the precision in which a device compares, so that it decides as the host does.
+        return float(np.float32(np.mean(self._norms) + self.z_score * np.std(self._norms)))
+
+    def rejects(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """() bool: what `judge` will say of the next step, decided on the device."""
+        return ~(torch.isfinite(loss) & torch.isfinite(grad_norm) & (grad_norm <= self.most_norm))
+
     def judge(self, loss: float, grad_norm: float) -> Outcome:
         """Decide on the next step, and remember it."""
         outcome = Outcome.TAKEN
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             outcome = Outcome.NOT_FINITE
-        elif self._is_spike(grad_norm):
+        elif grad_norm > self.most_norm:
             outcome = Outcome.SPIKE
         elif self.z_score:
             self._norms.append(grad_norm)
         self.bad_steps = 0 if outcome is Outcome.TAKEN else self.bad_steps + 1
         return outcome
-
-    def _is_spike(self, norm: float) -> bool:
-        # Early norms are large and fall fast: until the window is full there is nothing to compare
-        # with.
-        if not self.z_score or len(self._norms) < (self._norms.maxlen or 0):
-            return False
-        return bool(norm > np.mean(self._norms) + self.z_score * np.std(self._norms))

@@ -1,7 +1,7 @@
 """When to stop before the last step: a signal, a stop-file, a deadline such as SLURM's time limit.
 
-A rank only notices; at the end of the step the trainer makes all ranks agree, saves, and exits with
-code 0. Nothing is saved inside a signal handler, where half a step may be in flight.
+A rank only notices; all agree with the gradients of a step, after which the trainer saves, and exits
+with code 0. Nothing is saved inside a signal handler, where half a step may be in flight.
 
     PIPELINE_STOP_FILE   stop once this file exists: not a signal, which torchrun would turn into a kill
     PIPELINE_DEADLINE    Unix time by which the run must be saved, such as the end of a SLURM job

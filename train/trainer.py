@@ -9,7 +9,6 @@ import torch
 import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeline.budget import accumulation_steps, flops_per_token
@@ -17,7 +16,7 @@ from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import Diverged
 from pipeline.log import ProgressReport, logger
-from pipeline.machine.device import autocast, device_name
+from pipeline.machine.device import autocast, device_name, to_host
 from pipeline.machine.gpus import peak_flops
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
@@ -33,14 +32,20 @@ from train.optimizer.groups import build_optimizer
 from train.optimizer.schedule import learning_rate
 from train.preview import Preview, Previews
 from train.saving import Checkpoints
-from train.spikes import Outcome, StepGuard, StepResult
+from train.spikes import Outcome, StepGuard
 from train.stop import StopRequest
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """What all ranks do after this step: stop for a reason, save now, evaluate nothing as time is short."""
+class StepResult:
+    """What every rank knows of a step: `loss`, the mean over all tokens of the global batch,
+    `grad_norm`, before clipping, and what became of it; and what all do after it: stop for a reason,
+    save now, evaluate nothing as time is short.
+    """
 
+    loss: float
+    grad_norm: float
+    outcome: Outcome
     reason: str
     save_now: bool
     in_haste: bool
@@ -79,6 +84,7 @@ class Trainer:
         self.status = LiveStatus(RunFolder(config.run_dir))
         # The first error of this rank that the others may not have: they learn of it in the next step.
         self.fault: Exception | None = None
+        self.stop: StopRequest | None = None  # while `fit` runs
         # False while an update is under way: then a checkpoint would be of no step.
         self.is_consistent = True
         tokenizer = from_spec(mixture.tokenizer, mixture.sources[0].folder)
@@ -96,21 +102,6 @@ class Trainer:
         """
         self.wrapped = parallel.replicate(self.model, self.world)
 
-    def settle_buckets(self) -> None:
-        """Two throw-away passes, which leave no trace. After its first backward pass DDP sorts
-        gradients into new buckets, by the order in which they came, and so adds them up in another
-        order: a resumed run of 3 or more ranks would take its first step with other rounding than
-        the run that was not interrupted.
-        """
-        windows = torch.zeros(self.config.train.micro_batch_size, self.config.model.block_size + 1, dtype=torch.long)
-        devices = [self.world.device] if self.world.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # for dropout
-            for _ in range(2):
-                with autocast(self.world.device, self.dtype):
-                    loss = self.wrapped(*model_inputs(windows, self.config, self.mixture, self.world.device))
-                loss.backward()
-                self.optimizer.zero_grad(set_to_none=True)
-
     def train_step(self) -> StepResult:
         """One optimizer step over `tokens_per_step` tokens; one that is not finite, or a spike,
         leaves the weights alone.
@@ -126,23 +117,40 @@ class Trainer:
         loss = self.compute_gradients()
         parameters = list(self.model.parameters())
         norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        means, reason = self.agree(loss, norm)
+        read = to_host(means)
+        clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip or float("inf"), means[1])
+        self.is_consistent = False
+        # Decided on the device, so that a GPU goes on without the host; that hears of it meanwhile.
+        self.optimizer.step_unless(self.guard.rejects(means[0], means[1]) | (means[2] > 0))
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_value, norm_value, faulty, stopping, save_now, in_haste = read()
+        self.world.watch.check()
+        if faulty:
+            self.end_together()
+        if stopping:
+            reason = next(filter(None, self.world.gather(reason)))
+        outcome = self.guard.judge(loss_value, norm_value)
+        return StepResult(loss_value, norm_value, outcome, reason=reason, save_now=save_now > 0, in_haste=in_haste > 0)
+
+    def agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, str]:
+        """(6,) on the device, the same on every rank: means of loss and gradient norm, and of what a
+        rank has noticed, which is 0 where none has. Also this rank's reason to stop.
+
+        All of it takes one all-reduce and one transfer a step.
+        """
+        reason = hasty = ""
+        if self.stop is not None:
+            needed_s = self.throughput.step_s + self.checkpoints.save_s
+            reason = self.stop.reason(needed_s)
+            hasty = self.stop.deadline_reason(needed_s + (self.status.now.eval_s or 0.0))
+        noticed = [self.fault is not None, bool(reason), self.checkpoints.requested, bool(hasty)]
+        flags = torch.tensor(noticed, dtype=loss.dtype).to(loss.device, non_blocking=True)
         # Gradients were averaged over the ranks, so the norm is the same on all of them, but for
         # rounding where replicas of a model are sharded each in its own group. Their mean is the
         # same to the bit: so are the clipping and the outcome.
-        faulty = torch.full_like(loss, self.fault is not None)
-        means = self.world.sum(torch.stack([loss, norm, faulty])) / self.world.size
-        loss_value, norm_value, any_faulty = means.tolist()
-        self.world.watch.check()
-        if any_faulty:
-            self.end_together()
-        clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip or float("inf"), means[1])
-        outcome = self.guard.judge(loss_value, norm_value)
-        self.is_consistent = False
-        if outcome is Outcome.TAKEN:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss_value, norm_value, outcome)
+        return self.world.sum(torch.cat([torch.stack([loss, norm]), flags])) / self.world.size, reason
 
     def compute_gradients(self) -> Tensor:
         """Those of the step's batch, averaged over the ranks. Returns the mean loss of this rank's
@@ -150,18 +158,25 @@ class Trainer:
         """
         losses = torch.zeros((), device=self.world.device)
         for number in range(self.accumulation):
-            inputs, targets, documents = self.micro_batch(number)
+            windows = self.micro_batch(number)
             with parallel.reduce_gradients(self.wrapped, now=number == self.accumulation - 1):
-                with autocast(self.world.device, self.dtype):
-                    loss = self.wrapped(inputs, targets, documents)
-                self.scaler.scale(loss / self.accumulation).backward()
+                loss = self.loss_of(windows)
+                torch.autograd.backward(self.scaler.scale(loss / self.accumulation))
             losses += loss.detach()
         self.scaler.unscale_(self.optimizer)
         return losses / self.accumulation
 
-    def micro_batch(self, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs, targets and documents of this rank's micro-batch in the step."""
-        size = self.config.train.micro_batch_size
+    def loss_of(self, windows: Tensor) -> Tensor:
+        """Of (micro_batch_size, block_size + 1) ids, with gradients."""
+        with autocast(self.world.device, self.dtype):
+            loss: Tensor = self.wrapped(*model_inputs(windows, self.config, self.mixture, self.world.device))
+        return loss
+
+    def blank_windows(self) -> Tensor:
+        return torch.zeros(self.config.train.micro_batch_size, self.config.model.block_size + 1, dtype=torch.long)
+
+    def micro_batch(self, number: int) -> Tensor:
+        """The windows of ids of this rank's micro-batch in the step."""
         position = number * self.world.size + self.world.rank
         if self.config.model.dropout:
             # By position in the global batch, so that the masks are the same on any number of
@@ -171,11 +186,11 @@ class Trainer:
         brief = self.throughput.last_step_s > 0  # the first step of a start compiles
         self.world.watch.enter(f"reading the data of step {self.step}", waits=False, brief=brief)
         # For a batch that cannot be made, as the other ranks expect this one in their collectives.
-        windows = torch.zeros(size, self.config.model.block_size + 1, dtype=torch.long)
+        windows = self.blank_windows()
         with self.noticing():
-            windows = self.batches.batch(self.first_sample + position * size)
+            windows = self.batches.batch(self.first_sample + position * self.config.train.micro_batch_size)
         self.world.watch.enter(f"step {self.step}", brief=brief)
-        return model_inputs(windows, self.config, self.mixture, self.world.device)
+        return windows
 
     @property
     def position(self) -> Position:
@@ -222,15 +237,15 @@ class Trainer:
 
     def fit(self, metrics: Metrics, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged."""
-        max_steps, before = self.config.train.max_steps, self.status.now
+        max_steps, before, self.stop = self.config.train.max_steps, self.status.now, stop
         reason: str = ""
         if before.first_step_s:  # else a step is taken: nobody knows yet how long it is
             reason = stop.deadline_reason(before.first_step_s + self.checkpoints.save_s)
         reason = self.world.gather(reason)[0]  # the clock of one rank decides
         with ProgressReport("train", max_steps, "steps", done=self.step) as progress:
             self.throughput.start()
-            if isinstance(self.wrapped, DistributedDataParallel) and self.step < max_steps:
-                self.settle_buckets()  # the first lap has it, as it compiles
+            if self.step < max_steps:  # the first lap has it, as it compiles
+                parallel.settle_buckets(self.wrapped, lambda: self.loss_of(self.blank_windows()), self.world.device)
             while self.step < max_steps and not reason:
                 result = self.train_step()
                 self.throughput.lap()
@@ -239,7 +254,8 @@ class Trainer:
                 self.checkpoints.reserve()
                 self.step += 1
                 self.is_consistent = True
-                reason = self.between_steps(result, metrics, stop)
+                self.between_steps(result, metrics)
+                reason = result.reason
                 tokens_per_s = self.config.train.tokens_per_step / self.throughput.last_step_s
                 with self.noticing():
                     progress.advance(1, f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
@@ -248,20 +264,17 @@ class Trainer:
         self.raise_fault()
         return reason
 
-    def between_steps(self, result: StepResult, metrics: Metrics, stop: StopRequest) -> str:
-        """What the completed step calls for: checks, an evaluation, a row, a checkpoint. Returns a
-        reason to stop.
-        """
+    def between_steps(self, result: StepResult, metrics: Metrics) -> None:
+        """What the completed step calls for: checks, an evaluation, a row, a checkpoint."""
         config = self.config
-        agreed = self.agree(stop)
         self.world.watch.enter(f"what follows step {self.step}", waits=False)
         if config.parallel.check_every_steps and self.step % config.parallel.check_every_steps == 0:
             check_replicas(self.model, self.world, self.step)
         checkpoint, eval_every = config.checkpoint, config.eval.every_steps
         planned = self.is_due(checkpoint.every_steps) or self.is_due(checkpoint.keep_every_steps)
         # Every planned checkpoint is, so that `best` can compare them; a run that stops is in a hurry.
-        evaluating = eval_every > 0 and not agreed.reason and (planned or self.is_due(eval_every))
-        if evaluating and agreed.in_haste:
+        evaluating = eval_every > 0 and not result.reason and (planned or self.is_due(eval_every))
+        if evaluating and result.in_haste:
             evaluating = False
             logger.warning("step %d is not evaluated: the deadline is near", self.step)
         began, val_loss = time.monotonic(), None
@@ -279,12 +292,11 @@ class Trainer:
             self.status.update(val_loss=val_loss.mean, eval_s=time.monotonic() - began)
         self.report(result)
         # After the row: a crash in between drops nothing, as a resume writes the row again.
-        if planned or agreed.reason or agreed.save_now:
+        if planned or result.reason or result.save_now:
             with self.throughput.paused():
                 self.checkpoints.save(self.step, None if val_loss is None else val_loss.mean)
             with self.noticing():
                 metrics.write_event("save", self.step)
-        return agreed.reason
 
     def report(self, result: StepResult) -> None:
         """Bring what status.json says up to date."""
@@ -296,19 +308,6 @@ class Trainer:
     def is_due(self, every_steps: int) -> bool:
         """At the last step too; 0 is never."""
         return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.config.train.max_steps)
-
-    def agree(self, stop: StopRequest) -> Agreement:
-        """Every rank gets the same answer: what one of them noticed, all of them do."""
-        needed_s = self.throughput.last_step_s + self.checkpoints.save_s
-        reason = stop.reason(needed_s)
-        in_haste = stop.deadline_reason(needed_s + (self.status.now.eval_s or 0.0))
-        # One all-reduce per step for all three: a second one would cost as much again in latency.
-        flags = [bool(reason), self.checkpoints.requested, bool(in_haste)]
-        noticed = torch.tensor(flags, dtype=torch.float, device=self.world.device)
-        stopping, saving, hasty = self.world.sum(noticed).tolist()
-        if stopping:
-            reason = next(filter(None, self.world.gather(reason)))
-        return Agreement(reason, bool(saving), bool(hasty))
 
     def report_bad_step(self, result: StepResult, metrics: Metrics) -> None:
         """Record the samples of a step that left the weights alone. Raises Diverged after too many

@@ -6,6 +6,7 @@ machine surprises people who cannot see why.
 
 import os
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -65,6 +66,23 @@ def pick_dtype(name: str, device: torch.device, n_embd: int) -> tuple[torch.dtyp
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Compute in `dtype` while weights stay float32. Disabled for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Begin to copy the values of a vector to the host; the call that is returned waits for them, and
+    not for what a GPU was given to do since.
+    """
+    if values.device.type != "cuda":
+        return values.tolist
+    copied = values.to("cpu", non_blocking=True)  # into pinned memory
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return copied.tolist()
+
+    return wait
 
 
 def device_name(device: torch.device) -> str:

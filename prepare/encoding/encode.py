@@ -111,7 +111,8 @@ class UnitEncoder:
                 summary.rows += 1
                 if isinstance(result, Refused):
                     where = job.work.locate(position)
-                    report(summary.skipped, result.reason, where, first=[where] if result.broken else ())
+                    example = f"{where} ({result.detail})" if result.broken and result.detail else where
+                    report(summary.skipped, result.reason, example, first=[where] if result.broken else ())
                     if isinstance(result, Contaminated):
                         writer.list_left_out(document=where, evaluation_text=result.evaluation_text, words=result.words)
                     continue
@@ -233,4 +234,4 @@ _encoder: tuple[EncodingOptions, UnitEncoder] | None = None
 def load() -> None:
     """Import what encoding needs in a worker before there is work for it: a third of a second."""
     import_module("pyarrow.parquet")
-    BytePairTokenizer("gpt2")
+    BytePairTokenizer("gpt2").encode("")

@@ -92,12 +92,12 @@ class Snapshot:
         self.files = [file for files in self._files for file in files]
         # Each key that was listed so far, and the number of its source.
         self.keys: list[tuple[str, int]] = []
-        # Of the files that were listed so far, and of their items.
-        self._file_bytes = self._item_bytes = 0
+        # Of the files that were listed completely so far and of the items until then; of all items so far.
+        self._file_bytes = self._text_bytes = self._item_bytes = 0
 
     def __iter__(self) -> Iterator[tuple[str, Item]]:
         """File by file, as the footer of a Parquet file may lie behind a network."""
-        self._file_bytes = self._item_bytes = position = 0
+        self._file_bytes = self._text_bytes = self._item_bytes = position = 0
         times: Counter[str] = Counter()
         for number, (source, files) in enumerate(zip(self.corpus.sources, self._files, strict=True)):
             for key, item in keyed_items(self._counted(source.ready(files)), source, self._unit_bytes):
@@ -112,14 +112,15 @@ class Snapshot:
 
     def text_bytes(self) -> int:
         """Bytes of text, as near as they are known before reading: in proportion to those listed so far."""
-        if not self._file_bytes:
+        if not self._text_bytes:
             return sum(map(usual_text_bytes, self.files))
-        return sum(file.size for file in self.files) * self._item_bytes // self._file_bytes
+        return sum(file.size for file in self.files) * self._text_bytes // self._file_bytes
 
     def _counted(self, files: Iterator[StoredFile]) -> Iterator[StoredFile]:
         for file in files:
             yield file
-            self._file_bytes += file.size
+            # Only now: of a file that is half listed, the items would stand against nothing.
+            self._file_bytes, self._text_bytes = self._file_bytes + file.size, self._item_bytes
 
 
 def open_corpus(sources: list[str], reading: Reading, folder: Path, earlier: Corpus | None = None) -> Corpus:

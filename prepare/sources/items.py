@@ -16,7 +16,7 @@ from prepare.documents.parquet import split_rows
 from prepare.documents.streams import Stream
 from prepare.formats import Format, compression_of, format_of
 from prepare.storage.files import StoredFile, local_file, name_of
-from prepare.units import Batch, Item, Reading, Unit
+from prepare.units import MOST_IN_BATCH, Batch, Item, Reading, Unit
 
 # English compresses to about a third, and Parquet's pages to about a half: for progress, and for
 # the disk space needed.
@@ -70,7 +70,7 @@ def keyed_items(files: Iterable[StoredFile], source: Source, unit_bytes: int) ->
     batch: list[tuple[str, Item]] = []
     size = 0
     for piece in chain(_pieces(files, source, unit_bytes), [None]):
-        if batch and (piece is None or size + piece[1].size > 2 * unit_bytes):
+        if batch and (piece is None or size + piece[1].size > 2 * unit_bytes or len(batch) == MOST_IN_BATCH):
             yield _joined(batch, size)
             batch, size = [], 0
         if piece is not None:

@@ -43,12 +43,12 @@ def _list_remote(source: str, listing: Listing) -> list[StoredFile]:
     a glob matches.
     """
     if is_web(source):
+        source = source.partition("#")[0]  # what follows is never sent
         if not format_of(name_of(source)):
             raise UserError(f"{shown(source)} has no known suffix: expected one of {READABLE}")
         with reading(source):
             found = describe(source)
-        # What follows a # is never sent.
-        return [found] if listing.takes(source, found.size, source.partition("#")[0]) else []
+        return [found] if listing.takes(source, found.size, source) else []
     files = [file for file in _find(source, listing) if listing.takes(file.path, file.size, file.path)]
     listing.check(shown(source), files)
     return files

@@ -1,6 +1,7 @@
 """Sources: what is read, in which order, cut how; and each way they can be wrong."""
 
 import pickle
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import pytest
 
 from pipeline.errors import UserError
 from prepare.sources import corpus as corpora
-from prepare.sources.corpus import Corpus, open_corpus
+from prepare.sources.corpus import Corpus, Snapshot, open_corpus
+from prepare.sources.items import keyed_items
+from prepare.sources.local import Files
 from prepare.sources.names import default_name
-from prepare.units import Document, Reading, Refused, Unit
+from prepare.storage.files import StoredFile
+from prepare.units import POSITION_BITS, Batch, Document, Reading, Refused, Unit
 
 
 def opened(tmp_path: Path, *sources: object, field: str = "text") -> Corpus:
@@ -349,3 +353,27 @@ def test_what_is_wrong_with_a_source_is_told_in_one_line(
     message = str(caught.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == [], message
+
+
+def test_a_unit_of_very_small_files_has_a_position_for_each() -> None:
+    """200,000 notes make a corpus; a position names the file and the byte in it, in one int64."""
+    files = [StoredFile(f"{number}.txt", 1) for number in range(100_000)]
+    batches = [item for _, item in keyed_items(files, Files(Reading(), []), 1 << 30)]
+    assert sum(len(batch.items) for batch in batches if isinstance(batch, Batch)) == len(files)
+    for batch in batches:
+        assert isinstance(batch, Batch)
+        last = len(batch.items) - 1
+        position = array("q", [last << POSITION_BITS | (1 << POSITION_BITS) - 1])[0]
+        assert batch.locate(position).startswith(batch.items[-1].locate(0).split()[0])
+
+
+def test_the_text_that_is_to_come_is_not_overestimated_while_a_large_file_is_listed(tmp_path: Path) -> None:
+    """Progress would go back to a tenth of what it showed."""
+    (tmp_path / "a.txt").write_text("a small file before it")
+    line = orjson.dumps({"text": "word " * 19}) + b"\n"
+    (tmp_path / "b.jsonl").write_bytes(line * 10_000)
+    snapshot = Snapshot(opened(tmp_path, tmp_path), 10_000, lambda file: file)
+    total = sum(file.size for file in snapshot.files)
+    assert total // 2 < snapshot.text_bytes() < 2 * total
+    for _ in snapshot:
+        assert total // 2 < snapshot.text_bytes() < 2 * total

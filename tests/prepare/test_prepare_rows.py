@@ -59,6 +59,9 @@ def test_stop_ends_at_the_first_broken_row_of_the_corpus(tmp_path: Path, workers
         with pytest.raises(UserError, match=rf"c\.jsonl at byte {where}: not UTF-8; --bad-rows stop"):
             run(options)
     assert load_manifest(run(changed(options, bad_rows=None))).skipped["not UTF-8"]["count"] == 2
+    source.write_text('{"text": "sound"}\n{"text": 7}\n')
+    with pytest.raises(UserError, match=r"c\.jsonl at byte 18 \(the field 'text' holds int\): .*; --bad-rows stop"):
+        run(options_for(tmp_path, source, "typed", bad_rows="stop"))
     with pytest.raises(UserError, match="invalid --bad-rows 'never': expected skip or stop"):
         run(changed(options, bad_rows="never"))
 

@@ -208,6 +208,7 @@ def test_files_of_the_web(tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPa
     (tmp_path / "corpus" / "empty.txt").touch()
     for name in ("a.jsonl", "b.jsonl.gz", "d.txt", "sub/e.json.zst", "empty.txt"):
         assert documents(tmp_path, f"{web}/{name}") == documents(tmp_path, tmp_path / "corpus" / name)
+    assert documents(tmp_path, f"{web}/d.txt#top") == ["one text"]
     if Handler.ranges:
         assert documents(tmp_path, f"{web}/c.parquet") == TEXTS
     else:

@@ -1,6 +1,7 @@
 """The optimizer's groups and the learning-rate schedule, against their formulas."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -87,3 +88,31 @@ def test_the_initial_state_is_named_and_shaped_as_torch_makes_it() -> None:
             wanted = (value.shape, value.dtype, value.stride())
             assert (initial[name].shape, initial[name].dtype, initial[name].stride()) == wanted, name
             assert not initial[name].any()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rejected_update_changes_nothing(first: bool) -> None:
+    """Neither weights nor moments nor the count of steps, also where the gradient is not finite."""
+    torch.manual_seed(3)
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, OptimizerConfig(lr=0.1, weight_decay=0.1))
+    accepted, rejected = torch.tensor(False), torch.tensor(True)
+    for gradient in [1.0] if first else []:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step_unless(accepted)
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    states = [
+        deepcopy(optimizer.state[parameter] or optimizer.initial_state(parameter)) for parameter in model.parameters()
+    ]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.step_unless(rejected)
+    for parameter, weight, state in zip(model.parameters(), weights, states, strict=True):
+        assert torch.equal(parameter, weight)
+        assert optimizer.state[parameter].keys() == state.keys()
+        assert all(torch.equal(optimizer.state[parameter][name], value) for name, value in state.items())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step_unless(accepted)
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))

@@ -1,9 +1,11 @@
 """The guard against spikes: bad batches are injected, their steps skipped, and the run stays exact across restarts."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
@@ -32,7 +34,7 @@ def bad_batches(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     bad = set(BAD_SAMPLES)
     real = Trainer.micro_batch
 
-    def micro_batch(self: Trainer, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def micro_batch(self: Trainer, number: int) -> torch.Tensor:
         size = self.config.train.micro_batch_size
         first = self.first_sample + (number * self.world.size + self.world.rank) * size
         self.model.scale = 1000.0 if bad & set(range(first, first + size)) else 1.0  # type: ignore[assignment]
@@ -108,3 +110,24 @@ def test_without_a_z_score_only_what_is_not_finite_is_skipped() -> None:
     guard.restore([1.0, 1.0], 0)
     assert guard.judge(2.0, 1e9) is Outcome.TAKEN and guard.norms == []
     assert guard.judge(2.0, float("inf")) is Outcome.NOT_FINITE
+
+
+def test_the_device_decides_as_the_host_does() -> None:
+    """On a GPU the update is decided before the host has seen the norm: both have to agree, also at the very bound."""
+    guard = StepGuard(TrainConfig(spike_z_score=3.0, spike_window=8))
+    norms = torch.rand(8, generator=torch.Generator().manual_seed(5)).tolist()
+    for norm in norms:
+        guard.judge(1.0, norm)
+    bound = torch.tensor(guard.most_norm)
+    assert bound.item() == guard.most_norm
+    assert bound.item() == pytest.approx(np.mean(norms) + 3 * np.std(norms))
+    infinity, nan = torch.tensor(math.inf), torch.tensor(math.nan)
+    one = torch.ones(())
+    for loss, norm in [
+        (one, bound), (one, bound.nextafter(infinity)), (one, bound.nextafter(-infinity)), (one, infinity), (one, nan),
+        (nan, one), (infinity, one), (-infinity, one),
+    ]:  # fmt: skip
+        other = StepGuard(TrainConfig(spike_z_score=3.0, spike_window=8))
+        other.restore(guard.norms, 0)
+        taken = other.judge(loss.item(), norm.item()) is Outcome.TAKEN
+        assert guard.rejects(loss, norm).item() is not taken, (loss, norm)

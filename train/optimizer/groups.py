@@ -18,6 +18,19 @@ class AdamW(torch.optim.AdamW):
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         return {"step": step, **moments}
 
+    def step_unless(self, rejected: Tensor) -> None:
+        """Update the parameters unless `rejected`, () on their device, is true: the kernel looks at it,
+        and the host does not wait.
+        """
+        if rejected.device.type not in ("cpu", "cuda"):  # Metal's kernel cannot read the flag
+            if not rejected:
+                self.step()
+            return
+        # Where gradient scaling reports an overflow to a fused kernel, which then leaves all as it is.
+        self.found_inf = rejected.float()
+        self.step()
+        del self.found_inf
+
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """AdamW. Matrices decay; biases and the gains of norms, which are vectors, do not."""
