@@ -5,9 +5,12 @@ runs/<name>/config.toml           the resolved config
             version.txt           the code that trained it last: release, commit, hash of the sources
             status.json           running, done, stopped or failed; step; why it ended
             metrics.jsonl         one row of numbers per logged step
+            evals.jsonl           what `eval --follow` measured: one row per checkpoint
             bad_steps.jsonl       one row per step that did not reach the weights
             events.jsonl          one row per start, save and sample
+            references.json       unigram and bigram entropy of the dataset, which losses compare with
             log.txt, tb/          the log with timestamps; TensorBoard
+            profile/              traces of log.profile_steps
             checkpoints/          step_NNNNNNNN/ folders, and `latest` and `best`, which name one of them
             left_behind_*.jsonl   rows past the checkpoint to which the run went back
             save-now              created by the user: a checkpoint is saved after the current step, and it is removed
@@ -17,7 +20,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -46,12 +49,15 @@ class State(StrEnum):
     # The batch scripts look for this word, to tell a run that will resume from one that is over.
     STOPPED = "stopped"  # on request, with everything saved
     FAILED = "failed"
+    UNKNOWN = "unknown"  # only read: there is no status.json, or it is damaged
 
 
 @dataclass(frozen=True)
 class Status:
     """status.json. `step_s`, `first_step_s`, `eval_s`, `last_save_s`: seconds that the last step, this
-    start's first one (with compiling), the last evaluation and the last checkpoint took. None is unknown.
+    start's first one (with compiling), the last evaluation and the last checkpoint took; `trained_s`:
+    of all steps, what train.max_minutes limits. `tokens` were seen; `bits_per_byte` is of the val
+    loss. None is unknown.
     """
 
     state: State
@@ -72,37 +78,27 @@ class Status:
     first_step_s: float | None = None
     eval_s: float | None = None
     last_save_s: float | None = None
+    trained_s: float | None = None
+    bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)
-class RunSummary:
-    """A run at a glance, from status.json and the last rows of metrics.jsonl. None is unknown."""
+class RunSummary(Status):
+    """A run at a glance: its status, and the last rows of metrics.jsonl where those are newer."""
 
-    name: str
-    folder: Path
-    state: State | None
-    step: int = 0
-    max_steps: int | None = None
-    loss: float | None = None
-    val_loss: float | None = None
-    best_val_loss: float | None = None
-    lr: float | None = None
-    tokens: int | None = None
-    tokens_per_s: float | None = None
-    eta_s: float | None = None
-    updated_at: str = ""
+    name: str = ""
+    folder: str = ""
     age_s: float | None = None  # since updated_at
-    reason: str = ""
     grad_norm: float | None = None
     mfu: float | None = None
-    peak_flops: float | None = None
     data_wait: float | None = None
     memory_bytes: int | None = None
     losses: tuple[float, ...] = ()  # of the last rows
+    scores: Row = field(default_factory=dict)  # of each task of `eval --follow`, at the last checkpoint
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Row:
         """Everything but the curve."""
-        return {name: value for name, value in asdict(self).items() if name != "losses"} | {"folder": str(self.folder)}
+        return {name: value for name, value in asdict(self).items() if name != "losses"}
 
 
 @dataclass(frozen=True)
@@ -129,8 +125,10 @@ class RunFolder:
         self.config, self.status = path / "config.toml", path / "status.json"
         self.metrics, self.bad_steps = path / "metrics.jsonl", path / "bad_steps.jsonl"
         self.events = path / "events.jsonl"
+        self.evals = path / "evals.jsonl"
         self.log, self.tensorboard = path / "log.txt", path / "tb"
         self.save_now, self.version = path / "save-now", path / "version.txt"
+        self.references, self.profile = path / "references.json", path / "profile"
 
     def write_status(self, status: Status) -> None:
         """Dated now. On a full disk the old file is overwritten: a reader finds how the run ended."""
@@ -160,19 +158,17 @@ class RunFolder:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
 
-    def last_rows(self) -> list[Row]:
-        """The last rows of metrics.jsonl, at most TAIL_BYTES of them, without those that are half-written
-        or damaged.
-        """
+    def rows(self, path: Path, last_bytes: int = TAIL_BYTES) -> list[Row]:
+        """Those in the last bytes of a file of rows, without what is half-written or damaged."""
         try:
-            with self.metrics.open("rb") as file:
+            with path.open("rb") as file:
                 size = file.seek(0, SEEK_END)
-                file.seek(max(0, size - TAIL_BYTES))
+                file.seek(max(0, size - last_bytes))
                 lines = file.read().splitlines()
         except OSError:
             return []
         # The first of them may have lost its beginning.
-        return [row for line in lines[size > TAIL_BYTES :] if (row := parse_row(line)) is not None]
+        return [row for line in lines[size > last_bytes :] if (row := parse_row(line)) is not None]
 
     def val_losses(self) -> list[float]:
         """Of all rows, in their order. No row is parsed: 25 MB take 30 ms."""
@@ -183,13 +179,15 @@ class RunFolder:
 
     def summary(self) -> RunSummary:
         """Raises nothing: what is missing or damaged is None."""
-        found = summarize(self.path, self.read_status(), self.last_rows())
+        found = summarize(self.path, self.read_status(), self.rows(self.metrics))
         if found.best_val_loss is None and (losses := self.val_losses()):  # a run of an earlier version
             found = replace(found, val_loss=losses[-1], best_val_loss=min(losses))
-        return found
+        last = self.rows(self.evals)[-1:]
+        scores = {name: value for row in last for name, value in row.items() if "/" in name and "_stderr" not in name}
+        return replace(found, scores=scores)
 
 
-def summarize(path: Path, status: Status | None, rows: Sequence[Row]) -> RunSummary:
+def summarize(path: Path, status: Status | None, rows: Iterable[Row]) -> RunSummary:
     """The run in the folder `path`, from what its files hold: `rows` are the last of metrics.jsonl."""
     found: Row = {}
     # Null, and what another program wrote: NaN is a number to Python, but not to JSON.
@@ -199,15 +197,15 @@ def summarize(path: Path, status: Status | None, rows: Sequence[Row]) -> RunSumm
     written = {name: value for name, value in asdict(status).items() if value is not None} if status else {}
     # Whichever is newer: rows come every few steps, and status.json every few seconds.
     found = found | written if status and status.step >= found.get("step", 0) else written | found
-    state, age_s = found.get("state"), _age_s(found.get("updated_at"))
+    state, age_s = State(found.get("state", State.UNKNOWN)), _age_s(found.get("updated_at"))
     if state is State.RUNNING and age_s is not None and age_s > DEAD_AFTER_S:
         state = State.DEAD
     if state is not State.RUNNING:
         found.pop("eta_s", None)
     known = {entry.name: found[entry.name] for entry in fields(RunSummary) if entry.name in found}
     losses = tuple(row["loss"] for row in rows if "loss" in row)
-    identity = {"name": path.resolve().name, "folder": path, "state": state, "age_s": age_s, "losses": losses}
-    return RunSummary(**known | identity)
+    identity = {"name": path.resolve().name, "folder": str(path), "age_s": age_s, "losses": losses}
+    return RunSummary(**{"step": 0} | known | identity | {"state": state})
 
 
 def parse_row(line: bytes) -> Row | None:
@@ -263,6 +261,14 @@ def find_runs(names: Iterable[str], runs: Path = Path(RunConfig.dir)) -> list[Ru
             raise UserError(f"no run {name!r}: expected a name under {runs} or a run's folder; {hint}")
         found |= {folder.path.resolve(): folder for folder in folders}
     return list(found.values())
+
+
+def find_run(name: str, runs: Path = Path(RunConfig.dir)) -> RunFolder:
+    """The one run of that name. Raises UserError."""
+    folder, *more = find_runs([name], runs)
+    if more:
+        raise UserError(f"{name} is a folder of {1 + len(more)} runs: name one of them, such as {folder.path}")
+    return folder
 
 
 def newest_run(runs: Path) -> Path | None:

@@ -9,6 +9,7 @@ import difflib
 import logging
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from score.loss import Scorer
 from score.options import EvalOptions
 
 
+@cache
 def find_tasks(options: EvalOptions) -> TaskManager:
     """The tasks of --task-dir, which take precedence, and the harness's. Raises UserError for an
     unknown name.

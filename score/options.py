@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 @dataclass(frozen=True)
 class EvalOptions:
     """The options of `pipeline eval`. Without `data`, the loss is measured on the datasets that the
-    checkpoint was trained on, or not at all if there are `tasks`.
+    checkpoint was trained on, or not at all if there are `tasks`; with `follow`, a run, in any case.
     """
 
     ckpt: str = "latest"
@@ -28,6 +28,7 @@ class EvalOptions:
     dtype: str = "auto"
     json: bool = False
     run_dir: Path | None = None
+    follow: str = ""
 
 
 def check_options(options: EvalOptions) -> None:
@@ -39,6 +40,8 @@ def check_options(options: EvalOptions) -> None:
     for name, value in (("--batch-size", options.batch_size), ("--limit", options.limit)):
         if value is not None and value < 1:
             raise UserError(f"invalid {name} {value}: expected 1 or more")
+    if options.follow and (options.ckpt != EvalOptions.ckpt or options.run_dir is not None):
+        raise UserError("--follow evaluates every checkpoint of its run: leave out --ckpt and --run-dir")
     if not options.tasks and (options.task_dir is not None or options.limit is not None):
         raise UserError("--task-dir and --limit apply to tasks only: name tasks with --tasks")
     if options.task_dir is not None and not options.task_dir.is_dir():

@@ -73,7 +73,11 @@ def score(options: EvalOptions, world: World) -> dict[str, Any]:
     with world.fail_together():
         check_options(options)
         found = find_checkpoint(options.ckpt, options.run_dir) if world.is_first else Path()
-    folder = world.gather(found)[0]  # training may move `latest` while the ranks start
+    return evaluate(world.gather(found)[0], options, world)  # training may move `latest` while the ranks start
+
+
+def evaluate(folder: Path, options: EvalOptions, world: World) -> dict[str, Any]:
+    """The report on one checkpoint, on every rank."""
     with world.fail_together():
         subject = load(folder, options, world)
         block_size = subject.scorer.block_size
@@ -81,7 +85,8 @@ def score(options: EvalOptions, world: World) -> dict[str, Any]:
         if not 1 <= stride <= block_size:
             raise UserError(f"invalid --stride {stride}: expected 1 to {block_size}, the model's block_size")
         # All that can be wrong is found before the first of the hours that scoring may take.
-        datasets = [] if options.tasks and not options.data else open_datasets(subject, options)
+        only_tasks = options.tasks and not options.data and not options.follow
+        datasets = [] if only_tasks else open_datasets(subject, options)
         tasks = None
         if options.tasks and world.is_first:
             from score.harness import find_tasks  # it takes seconds to import
@@ -98,7 +103,7 @@ def score(options: EvalOptions, world: World) -> dict[str, Any]:
 def load(folder: Path, options: EvalOptions, world: World) -> Subject:
     """The model on this rank's device, with float32 weights as in training."""
     share_threads(world.local_size)
-    opened = open_model(folder)
+    opened = open_model(folder, verify=not options.follow)  # by the follower, once for all ranks
     model = read_model(opened)
     dtype, why = pick_dtype(options.dtype, world.device, model.config.n_embd)
     named = str(dtype).removeprefix("torch.")

@@ -45,8 +45,8 @@ ORDER = {
         "saving", "trainer", "memory", "run",
     ),
     "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
-    "score": ("options", "loss", "harness", "tables", "run"),
-    "observe": ("tables", "shared_documents", "sample", "quality", "inspect", "verify", "report"),
+    "score": ("options", "loss", "harness", "tables", "run", "follow"),
+    "observe": ("tables", "shared_documents", "sample", "quality", "inspect", "steps", "watch", "verify", "report"),
     "export": ("options", "model_card", "gguf", "run"),
     "slurm": ("sbatch", "doctor", "job", "starts", "checks", "submit"),
 }  # fmt: skip
@@ -54,7 +54,7 @@ ORDER = {
 # twice as many formats, listings that count what they pass over, a journal by file that survives sources which change.
 # Of pipeline and observe a tenth more: what is known of a run before, while and after it trains (plan, watch, report, runs).
 CEILINGS = {
-    "pipeline": 4500, "prepare": 4450, "train": 1800, "observe": 1540, "slurm": 800, "sample": 500, "score": 500, "export": 500,
+    "pipeline": 4550, "prepare": 4450, "train": 1980, "observe": 1540, "slurm": 800, "sample": 500, "score": 500, "export": 500,
 }  # fmt: skip
 # Rooms of `pipeline` that answer before torch is there; and the whole of prepare.
 WITHOUT_TORCH = (

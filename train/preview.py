@@ -13,7 +13,7 @@ from pipeline.log import LAYOUT, logger, printable
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.tokenizer import Tokenizer, encode_prompt
-from train.metrics import Metrics
+from train.metrics.record import Metrics
 from train.parallel import whole_model
 
 

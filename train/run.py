@@ -1,6 +1,7 @@
 """A config -> a trained run: the parts put together in reading order."""
 
 import os
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,10 +30,12 @@ from train.checks.nodes import check_nodes, code_version
 from train.checks.replicas import check_replicas
 from train.data.staging import stage
 from train.memory import explained
-from train.metrics import FileMetrics, Metrics
+from train.metrics.record import FileMetrics, Metrics, reference_losses
+from train.metrics.tensorboard import TensorBoard
+from train.metrics.trackers import Tracker, is_installed
 from train.preview import Preview
 from train.saving import choose_best
-from train.stop import StopRequest
+from train.stop import MAX_MINUTES, StopRequest
 from train.trainer import Trainer
 
 # When SLURM restarts a job because a node was lost, a rank of the last start may still be writing,
@@ -152,6 +155,10 @@ def initialise(trainer: Trainer, start: resume.Start | None = None) -> None:
     parallel.distribute(complete, trainer.model)
     if start is not None:
         trainer.step = trainer.checkpoints.restore(start.folder, start.began_at)
+        done = {"tokens": trainer.position.tokens, "trained_s": trainer.checkpoints.trained_s}
+        trainer.status.update(
+            step=trainer.step, **done
+        )  # the last start may have been killed past it, or before it said so
         logger.info("from %s: step %d of %d", start.folder, trainer.step, config.train.max_steps)
     elif config.model.init_from:
         logger.info("initial weights: %s", config.model.init_from)
@@ -197,12 +204,25 @@ def train(trainer: Trainer, folder: RunFolder) -> str:
         metrics.close()
         saver.close()
     state = State.STOPPED if reason else State.DONE
+    used_up = not reason and trainer.step < trainer.config.train.max_steps
     for name, (tokens, epochs) in trainer.mixture.progress(trainer.first_sample).items():
         logger.info("data %s: %s tokens seen, %.2f epoch(s)", name, f"{tokens:,}", epochs)
-    logger.info("%s at step %d%s", state, trainer.step, f": {reason}" if reason else "")
+    minutes = f"train.max_minutes={trainer.config.train.max_minutes:g} are used up" if used_up else ""
+    logger.info("%s at step %d%s", state, trainer.step, f": {reason or minutes}" if reason or minutes else "")
     if world.is_first:
-        trainer.status.end(state, reason, 0)
+        trainer.status.end(state, MAX_MINUTES if used_up else reason, 0)
+    if reason:
+        logger.info("to resume: %s", resume_command(trainer.config, world, folder))
     return reason
+
+
+def resume_command(config: Config, world: World, folder: RunFolder) -> str:
+    """What continues a run that was stopped, from the same working folder."""
+    program = "pipeline" if world.size == 1 else f"torchrun --nproc_per_node {world.local_size} -m pipeline"
+    # Not to start from scratch again, nor to go back to the same checkpoint.
+    again = "" if config.checkpoint.resume in ("auto", "must") else " --resume auto"
+    nodes = "" if world.local_size == world.size else " (on the same number of nodes)"
+    return f"{program} train {shlex.quote(str(folder.config))}{again}{nodes}"
 
 
 def record_fault(trainer: Trainer, fault: Fault) -> None:
@@ -222,7 +242,14 @@ def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
     resume.enter(folder, trainer.step, trainer.config.checkpoint.resume)
     # Now: the best may be one of those just set aside.
     trainer.checkpoints.best_val_loss = choose_best(folder.checkpoints, trainer.config.eval.tokens)
-    metrics = FileMetrics(folder, trainer.step, trainer.config.log.tensorboard)
+    peak, config = trainer.throughput.peak_flops, trainer.config
+    trainer.status.resumed(peak_flops=peak, max_steps=config.train.max_steps)
+    others: list[Metrics] = [Tracker(name, config) for name in config.log.also if is_installed(name, "log.also")]
+    if config.log.tensorboard and is_installed("tensorboard", "log.tensorboard"):
+        board = TensorBoard(folder, trainer.step)
+        board.describe(config, reference_losses(folder, trainer.mixture))
+        others.append(board)
+    metrics = FileMetrics(folder, others)
     metrics.write_event("start", trainer.step)
     version = code_version()
     if folder.version.exists() and (before := folder.version.read_text().strip()) != version:

@@ -207,6 +207,7 @@ class Checkpoints:
     dataset: str
     best_val_loss: float = math.inf  # of those on the disk; rank 0 alone looks there
     began_at: Position = field(default_factory=Position)  # zero, or where the run branched from another
+    trained_s: float = 0.0  # of all steps up to now, those of earlier starts included
     saver: Saver = field(default_factory=Saver)
     last_step: int = 0  # of the checkpoint started last, or restored
 
@@ -228,6 +229,11 @@ class Checkpoints:
     def save_s(self) -> float:
         """Seconds that a save may take."""
         return 2 * (FIRST_SAVE_S if self.saver.last_save_s is None else self.saver.last_save_s)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds of training that train.max_minutes leaves, by this rank's clock."""
+        return 60 * (self.config.train.max_minutes or math.inf) - self.trained_s
 
     def reserve(self) -> None:
         """Have the saver get its memory: after the first good step, when the optimizer has its state."""
@@ -266,6 +272,7 @@ class Checkpoints:
             step=step, tokens=self.began_at.at(step, self.config).tokens, config=to_dict(self.config),
             tokenizer=self.tokenizer.spec(), dataset=self.dataset, began_at=asdict(self.began_at), val_loss=val_loss,
             scaler=self.scaler.state_dict(), bad_steps=self.guard.bad_steps, grad_norms=self.guard.norms,
+            trained_s=self.trained_s,
         )  # fmt: skip
 
     def save_last_good(self, step: int) -> Path:
@@ -297,7 +304,7 @@ class Checkpoints:
         if description.scaler:  # empty where the run was not in float16
             self.scaler.load_state_dict(description.scaler)
         self.guard.restore(description.grad_norms, description.bad_steps)
-        self.last_step, self.began_at = description.step, began_at
+        self.last_step, self.began_at, self.trained_s = description.step, began_at, description.trained_s
         return description.step
 
     def save_rest(self, step: int) -> None:

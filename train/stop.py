@@ -25,6 +25,7 @@ from pipeline.log import logger
 # one step.
 EXIT_MARGIN_S = 60.0
 LOOK_INTERVAL_S = 1.0
+MAX_MINUTES = "max_minutes"  # the reason of a run that ends before train.max_steps and is done
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 # A closed terminal, Ctrl-\\, a limit of processor time. `nohup`, for one, starts a program that ignores them.
 SIGNALS_UNLESS_IGNORED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
@@ -99,6 +100,10 @@ class StopRequest:
     def _notice(self, number: int, frame: FrameType | None) -> None:
         # Only noted: the step that is running ends first.
         self._signal = signal.Signals(number).name
+        again = "; Ctrl-C again exits without saving" if number == signal.SIGINT else ""
+        said = "%s: saving after this step, then exiting%s", self._signal, again
+        # In a thread: the line that this one was writing may hold the lock of the log.
+        threading.Thread(target=logger.info, args=said, daemon=True).start()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -15,25 +15,29 @@ from pipeline.budget import accumulation_steps, flops_per_token
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import Diverged
-from pipeline.log import ProgressReport, logger
+from pipeline.log import logger
 from pipeline.machine.device import autocast, device_name, to_host
 from pipeline.machine.gpus import peak_flops
 from pipeline.machine.ranks import World
+from pipeline.machine.terminal import RunDisplay
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
-from pipeline.runs import Position, RunFolder
+from pipeline.runs import Position, Row, RunFolder
 from pipeline.vocabulary.specs import from_spec
 from train import parallel
 from train.checks.replicas import check_replicas
 from train.data.batches import Prefetcher, model_inputs
 from train.evaluation import Evaluation, ValLoss
-from train.metrics import LiveStatus, Metrics, Row, Throughput, val_columns
+from train.metrics.layers import LayerNorms
+from train.metrics.live import LiveStatus, Throughput, peak_memory_bytes
+from train.metrics.profiler import profiling
+from train.metrics.record import Metrics, val_columns
 from train.optimizer.groups import build_optimizer
 from train.optimizer.schedule import learning_rate
 from train.preview import Preview, Previews
 from train.saving import Checkpoints
 from train.spikes import Outcome, StepGuard
-from train.stop import StopRequest
+from train.stop import MAX_MINUTES, StopRequest
 
 
 @dataclass(frozen=True)
@@ -53,21 +57,15 @@ class StepResult:
 
 class Trainer:
     """A model on its way through `train.max_steps` optimizer steps; `step` counts the completed
-    ones.
+    ones, and `last_step` is an earlier one where train.max_minutes is used up before.
     """
 
     def __init__(
-        self,
-        config: Config,
-        world: World,
-        mixture: Mixture,
-        *,
-        model: LanguageModel,
-        dtype: torch.dtype,
-        preview: Preview | None,
-    ) -> None:
+        self, config: Config, world: World, mixture: Mixture, *,
+        model: LanguageModel, dtype: torch.dtype, preview: Preview | None,
+    ) -> None:  # fmt: skip
         self.config, self.world, self.mixture, self.model, self.dtype = config, world, mixture, model, dtype
-        self.step, train = 0, config.train
+        self.step, self.last_step, train = 0, config.train.max_steps, config.train
         self.accumulation = accumulation_steps(config, world.size)
         # The model as training calls it: `replicate` wraps it, to average gradients over the ranks.
         self.wrapped: torch.nn.Module = model
@@ -81,6 +79,7 @@ class Trainer:
         flops = flops_per_token(config.model, model.vocab_size)
         self.throughput = Throughput(train.tokens_per_step, flops, peak and peak * world.size)
         self.evaluation = Evaluation(config, world, mixture, dtype)
+        self.layers = LayerNorms(model, config.log.every_steps)
         self.status = LiveStatus(RunFolder(config.run_dir))
         # The first error of this rank that the others may not have: they learn of it in the next step.
         self.fault: Exception | None = None
@@ -119,10 +118,12 @@ class Trainer:
         norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
         means, reason = self.agree(loss, norm)
         read = to_host(means)
+        self.layers.before_update(self.step)
         clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip or float("inf"), means[1])
         self.is_consistent = False
         # Decided on the device, so that a GPU goes on without the host; that hears of it meanwhile.
         self.optimizer.step_unless(self.guard.rejects(means[0], means[1]) | (means[2] > 0))
+        self.layers.after_update()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         loss_value, norm_value, faulty, stopping, save_now, in_haste = read()
@@ -131,6 +132,8 @@ class Trainer:
             self.end_together()
         if stopping:
             reason = next(filter(None, self.world.gather(reason)))
+        if reason == MAX_MINUTES:  # evaluated and saved as the last step is
+            self.last_step, reason = self.step + 1, ""
         outcome = self.guard.judge(loss_value, norm_value)
         return StepResult(loss_value, norm_value, outcome, reason=reason, save_now=save_now > 0, in_haste=in_haste > 0)
 
@@ -143,7 +146,8 @@ class Trainer:
         reason = hasty = ""
         if self.stop is not None:
             needed_s = self.throughput.step_s + self.checkpoints.save_s
-            reason = self.stop.reason(needed_s)
+            used_up = self.world.is_first and self.checkpoints.left_s <= 0  # one rank's clock decides
+            reason = self.stop.reason(needed_s) or (MAX_MINUTES if used_up else "")
             hasty = self.stop.deadline_reason(needed_s + (self.status.now.eval_s or 0.0))
         noticed = [self.fault is not None, bool(reason), self.checkpoints.requested, bool(hasty)]
         flags = torch.tensor(noticed, dtype=loss.dtype).to(loss.device, non_blocking=True)
@@ -237,18 +241,20 @@ class Trainer:
 
     def fit(self, metrics: Metrics, stop: StopRequest) -> str:
         """Train to the last step, or to a reason to stop, which is returned. Raises Diverged."""
-        max_steps, before, self.stop = self.config.train.max_steps, self.status.now, stop
-        reason: str = ""
-        if before.first_step_s:  # else a step is taken: nobody knows yet how long it is
-            reason = stop.deadline_reason(before.first_step_s + self.checkpoints.save_s)
+        self.stop, reason = stop, ""
+        if self.checkpoints.left_s <= 0:
+            self.last_step = self.step
+        if first_step_s := self.status.now.first_step_s:  # else a step is taken: nobody knows yet how long it is
+            reason = stop.deadline_reason(first_step_s + self.checkpoints.save_s)
         reason = self.world.gather(reason)[0]  # the clock of one rank decides
-        with ProgressReport("train", max_steps, "steps", done=self.step) as progress:
+        with RunDisplay(self.status.summary) as display, profiling(self.config, self.world.is_first) as profiled_step:
             self.throughput.start()
-            if self.step < max_steps:  # the first lap has it, as it compiles
+            if self.step < self.last_step:  # the first lap has it, as it compiles
                 parallel.settle_buckets(self.wrapped, lambda: self.loss_of(self.blank_windows()), self.world.device)
-            while self.step < max_steps and not reason:
+            while self.step < self.last_step and not reason:
                 result = self.train_step()
                 self.throughput.lap()
+                self.checkpoints.trained_s += self.throughput.last_step_s
                 if result.outcome is not Outcome.TAKEN:
                     self.report_bad_step(result, metrics)
                 self.checkpoints.reserve()
@@ -256,9 +262,9 @@ class Trainer:
                 self.is_consistent = True
                 self.between_steps(result, metrics)
                 reason = result.reason
-                tokens_per_s = self.config.train.tokens_per_step / self.throughput.last_step_s
+                profiled_step()
                 with self.noticing():
-                    progress.advance(1, f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
+                    display.step_ended(is_last=self.step == self.last_step)
         self.world.watch.enter("the last save")
         self.checkpoints.wait()
         self.raise_fault()
@@ -266,12 +272,11 @@ class Trainer:
 
     def between_steps(self, result: StepResult, metrics: Metrics) -> None:
         """What the completed step calls for: checks, an evaluation, a row, a checkpoint."""
-        config = self.config
+        config, eval_every = self.config, self.config.eval.every_steps
         self.world.watch.enter(f"what follows step {self.step}", waits=False)
         if config.parallel.check_every_steps and self.step % config.parallel.check_every_steps == 0:
             check_replicas(self.model, self.world, self.step)
-        checkpoint, eval_every = config.checkpoint, config.eval.every_steps
-        planned = self.is_due(checkpoint.every_steps) or self.is_due(checkpoint.keep_every_steps)
+        planned = self.is_due(config.checkpoint.every_steps) or self.is_due(config.checkpoint.keep_every_steps)
         # Every planned checkpoint is, so that `best` can compare them; a run that stops is in a hurry.
         evaluating = eval_every > 0 and not result.reason and (planned or self.is_due(eval_every))
         if evaluating and result.in_haste:
@@ -289,7 +294,7 @@ class Trainer:
             # Even if the row failed: of a sharded model, all ranks take part.
             with self.noticing(), self.throughput.paused():
                 self.previews.show(self.model, self.step, metrics)
-            self.status.update(val_loss=val_loss.mean, eval_s=time.monotonic() - began)
+            self.status.evaluated(val_loss.mean, self.mixture, eval_s=time.monotonic() - began)
         self.report(result)
         # After the row: a crash in between drops nothing, as a resume writes the row again.
         if planned or result.reason or result.save_now:
@@ -301,13 +306,14 @@ class Trainer:
     def report(self, result: StepResult) -> None:
         """Bring what status.json says up to date."""
         step_s, lr = self.throughput.last_step_s, self.optimizer.param_groups[0]["lr"]
-        self.status.step_ended(self.step, self.config.train.max_steps, step_s)
+        self.status.step_ended(self.step, self.last_step, step_s, self.checkpoints.left_s)
         speed, save_s = self.config.train.tokens_per_step / step_s, self.checkpoints.saver.last_save_s
-        self.status.update(loss=result.loss, lr=lr, tokens_per_s=speed, last_save_s=save_s)
+        now = {"loss": result.loss, "lr": lr, "tokens": self.position.tokens, "tokens_per_s": speed}
+        self.status.update(**now, last_save_s=save_s, trained_s=self.checkpoints.trained_s)
 
     def is_due(self, every_steps: int) -> bool:
         """At the last step too; 0 is never."""
-        return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.config.train.max_steps)
+        return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.last_step)
 
     def report_bad_step(self, result: StepResult, metrics: Metrics) -> None:
         """Record the samples of a step that left the weights alone. Raises Diverged after too many
@@ -315,8 +321,6 @@ class Trainer:
         """
         # As text, since what is worth knowing here is inf or nan.
         why, loss, norm = result.outcome.value, str(result.loss), str(result.grad_norm)
-        if self.world.is_first:
-            logger.warning("step %d skipped (%s): loss %s, gradient norm %s", self.step, why, loss, norm)
         row = {"step": self.step, "first_sample": self.first_sample, "samples": self.samples_per_step}
         with self.noticing():
             metrics.write_bad_step(row | {"reason": why, "loss": loss, "grad_norm": norm})
@@ -334,12 +338,13 @@ class Trainer:
 
     def row(self, result: StepResult, val_loss: ValLoss | None) -> Row:
         """A row of metrics.jsonl; the speeds are those since the last row."""
-        lr = self.optimizer.param_groups[0]["lr"]
-        tokens = self.position.tokens
+        lr, tokens = self.optimizer.param_groups[0]["lr"], self.position.tokens
         row: Row = {"step": self.step, "tokens": tokens, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
-        row |= self.throughput.columns(self.batches.waited_s)
+        memory = {"memory_bytes": peak_memory_bytes(self.world.device)}
+        row |= self.throughput.columns(self.batches.waited_s) | memory | self.layers.columns
         self.batches.waited_s = 0.0
         if val_loss is not None:
             row |= val_columns(val_loss, self.mixture, self.first_sample)
             logger.info("step %d: loss %.4f, val loss %.4f, lr %.2e", self.step, result.loss, val_loss.mean, lr)
+        self.status.rows.append(row)
         return row

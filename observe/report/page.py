@@ -29,7 +29,6 @@ from pipeline.dataset.shards import Manifest
 MOST_ROWS, LEAST_ROWS_OF_RUN = 12_000, 400
 MOST_LISTED, MOST_MARKS = 40, 500  # samples and steps in a list, marks of a kind on a curve
 SMOOTHED = ("loss", "grad_norm", "tokens_per_s", "data_wait")
-ENTROPIES = {"unigram_entropy_nats": "unigram entropy", "bigram_entropy_nats": "bigram entropy"}
 
 
 def render(runs: Sequence[Run]) -> bytes:
@@ -109,12 +108,12 @@ def datasets(runs: Sequence[Run]) -> dict[str, Manifest | str]:
 
 
 def reference_losses(runs: Sequence[Run]) -> dict[str, float]:
-    """Losses of trivial models of the runs' datasets, in nats a token, as `prepare` counted them."""
+    """Losses that a reader may compare with. Runs of the same data have the same ones; of others each has
+    its run's name.
+    """
+    same = all(run.references == runs[0].references for run in runs)
     return {
-        shown(f"{title} of {name}"): float(found.statistics[key])
-        for name, found in datasets(runs).items()
-        for key, title in ENTROPIES.items()
-        if isinstance(found, Manifest) and isinstance(found.statistics.get(key), float)
+        shown(name if same else f"{name}, {run.label}"): value for run in runs for name, value in run.references.items()
     }
 
 

@@ -4,6 +4,7 @@ Any file may be missing, half-written or damaged: then its part is empty, and `d
 lines that were skipped.
 """
 
+import json
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,10 @@ class Run:
         self.label, self.color, self.damaged = label, color, 0
         self.summary: RunSummary = folder.summary()
         self.rows = Table.of(self._read(folder.metrics))
-        self.evals = Table.of([flat(row) for row in self._read(folder.path / "evals.jsonl")])
+        # What the task's scores are, without the position of the row and the scores' own errors.
+        evals = self._read(folder.evals)
+        self.evals = Table.of([{n: v for n, v in row.items() if n != "tokens" and "_stderr" not in n} for row in evals])
+        self.references_text = read_text(folder.references)
         self.skips, events = self._read(folder.bad_steps), self._read(folder.events)
         starts, saves = ([row["step"] for row in events if row.get("event") == kind] for kind in ("start", "save"))
         self.saves, self.restarts, self.began = saves, starts[1:], min(starts, default=0)
@@ -120,6 +124,17 @@ class Run:
             except (UserError, OSError) as error:
                 found[source.dataset] = str(error)
         return found
+
+    @property
+    def references(self) -> dict[str, float]:
+        """Losses of trivial models of the run's data, in nats a token, by their names; empty where there
+        is no references.json.
+        """
+        try:
+            found = json.loads(self.references_text).items()
+        except (ValueError, AttributeError, RecursionError):
+            return {}
+        return {name.replace("_", " "): value for name, number in found if (value := finite(number)) is not None}
 
     def of_model(self, count: Callable[..., int]) -> int | None:
         """`parameters` or `flops_per_token` of the model; None where its vocabulary is unknown."""

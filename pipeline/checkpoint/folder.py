@@ -60,6 +60,7 @@ MOST_RUN_CONFIG_BYTES = 1 << 18
 class Description:
     """checkpoint.json. `config` is the resolved config of the run, `dataset` the manifest's
     fingerprint, `began_at` the `Position` at which the run began: not zero where it is a branch.
+    `trained_s`: seconds of the steps that led here.
     """
 
     step: int
@@ -72,6 +73,7 @@ class Description:
     scaler: dict[str, Any] = field(default_factory=dict)
     bad_steps: int = 0
     grad_norms: list[float] = field(default_factory=list)
+    trained_s: float = 0.0
     files: dict[str, str] = field(default_factory=dict)
     program: str = pipeline.__version__
     format: int = FORMAT_VERSION

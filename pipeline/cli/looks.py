@@ -1,4 +1,4 @@
-"""The commands that look and change nothing: inspect, verify, report, doctor."""
+"""The commands that look and change nothing: inspect, watch, verify, report, doctor."""
 
 from pathlib import Path
 
@@ -11,18 +11,43 @@ GROUP = "Looking"
 
 @click.command(cls=Command, group=GROUP, example="pipeline inspect data/openwebtext")
 @click.argument(
-    "path", cls=Argument, type=PATH, help="A dataset or its name, a shard, or a checkpoint or Hugging Face folder."
+    "path",
+    cls=Argument,
+    type=PATH,
+    help="A dataset or its name, a shard, a checkpoint or Hugging Face folder; with --step a run.",
 )
+@click.option("--step", metavar="N", type=click.IntRange(min=0), help="Of a run: the texts of the batch of step N.")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
-def inspect(path: Path, json: bool) -> None:
-    """Show what is in a dataset, shard or checkpoint.
+def inspect(path: Path, step: int | None, json: bool) -> None:
+    """Show what is in a dataset, shard or checkpoint, or in a step of a run.
 
     Of token ids: counts, lengths, frequent tokens, how some documents begin, and the quality of the
-    text.
+    text. A step is counted as in bad_steps.jsonl: step 0 is the first.
     """
-    from observe.inspect import run
+    from observe import inspect, steps
 
-    run(path, json)
+    if step is None:
+        inspect.run(path, json)
+    else:
+        steps.run(path, step, json)
+
+
+@click.command(cls=Command, group=GROUP, example="pipeline watch\npipeline watch gpt2-124m runs/other --once --json")
+@click.argument(
+    "runs", cls=Argument, metavar="[RUN]...", nargs=-1,
+    help="A name under runs/, or a folder [default: all that are running, or else the newest].",
+)  # fmt: skip
+@click.option("--once", is_flag=True, help="Print them once and exit, as where stdout is not a terminal.")
+@click.option("--json", is_flag=True, help="Print one JSON list and exit.")
+def watch(runs: tuple[str, ...], once: bool, json: bool) -> None:
+    """Show runs while they train, from any terminal or node.
+
+    Only their files are read. One run is a panel, several are rows. A run whose status.json is a
+    minute old is dead.
+    """
+    from observe.watch import run
+
+    run(runs, once, json)
 
 
 @click.command(cls=Command, group=GROUP, example="pipeline verify runs/gpt2-124m/checkpoints/step_00001000")

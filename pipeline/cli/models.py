@@ -82,6 +82,10 @@ def sample(options: Any) -> None:
         "device": DEVICE, "dtype": DTYPE,
         "json": "Print one JSON object.",
         "run_dir": RUN_DIR,
+        "follow": {
+            "metavar": "RUN",
+            "help": "Evaluate each checkpoint of a run that trains, as it appears, and write rows to its evals.jsonl.",
+        },
     },
 )  # fmt: skip
 def evaluate(options: Any) -> None:
@@ -91,7 +95,10 @@ def evaluate(options: Any) -> None:
     a split; tasks are scored by the first rank alone.
     """
     os.environ["TQDM_DISABLE"] = "1"  # before anything imports it: the harness would draw bars into log files
-    from score.run import run
+    if options.follow:
+        from score.follow import follow as run
+    else:
+        from score.run import run
 
     run(options)
 

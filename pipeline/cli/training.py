@@ -1,5 +1,6 @@
 """The commands that train: train, quickstart."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline.config.keys import KEYS, SECTIONS, help_rows
 from pipeline.config.load import DEFAULT_CONFIG, config_from_arguments, load_config, preset_files
 from pipeline.config.other_names import did_you_mean, keys_for
 from pipeline.errors import UserError
+from pipeline.runs import RunFolder
 
 GROUP = "Training"
 NEXT_STEPS = """What to try next:
@@ -96,6 +98,16 @@ def train(
     from train.run import run
 
     run(config, dry_run=dry_run, stage_to=stage, preview=preview)
+    if not dry_run and launch.rank() == 0:
+        print_result(config.run_dir)
+
+
+def print_result(folder: Path) -> None:
+    """How a run ended, as one JSON line for scripts."""
+    if status := RunFolder(folder).read_status():
+        names = ("state", "reason", "step", "tokens", "loss", "val_loss", "bits_per_byte")
+        result = {"run": str(folder), **{name: getattr(status, name) for name in names}, "seconds": status.trained_s}
+        click.echo(json.dumps(result))
 
 
 @click.command(cls=Command, group=GROUP, example="pipeline quickstart")

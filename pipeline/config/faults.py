@@ -6,12 +6,13 @@ import re
 from dataclasses import Field
 from typing import Any
 
-from pipeline.config.keys import CHECKPOINT_NAME, KEYS, Config, WeightedDataset
+from pipeline.config.keys import CHECKPOINT_NAME, KEYS, TRACKERS, Config, WeightedDataset
 
 RUN_NAME = re.compile(r"[\w-][\w.-]{0,63}")  # becomes a folder: "." would hide it, ".." lead elsewhere
 COMPARE = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
 TYPE_NAMES: dict[Any, str] = {
     int: "an integer", float: "a number", bool: "true or false", str: "text", tuple[float, float]: "two numbers",
+    tuple[str, ...]: f"a list of any of {', '.join(TRACKERS)}",
     tuple[WeightedDataset, ...]: 'datasets with weights, such as [{dataset = "a", weight = 0.7}]',
 }  # fmt: skip
 
@@ -67,6 +68,8 @@ def _contradictions(config: Config) -> list[str]:
     if 0 < schedule.decay_steps < schedule.warmup_steps:
         warmup, decay = schedule.warmup_steps, schedule.decay_steps
         faults.append(f"schedule.warmup_steps={warmup} is above schedule.decay_steps={decay}")
+    if set(config.log.also).difference(TRACKERS):
+        faults.append(f"log.also={shown(config.log.also)}: expected {expected(KEYS['log.also'])}")
     if config.eval.sample_prompt and not config.eval.every_steps:
         faults.append("eval.sample_prompt needs evaluations, and eval.every_steps=0 turns them off")
     resume = config.checkpoint.resume

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 CHECKPOINT_NAME = re.compile(r"step_\d{8,}")
+TRACKERS = ("wandb", "trackio", "mlflow")  # of log.also
 DTYPES = ("float32", "bfloat16", "float16")  # of autocast; pipeline/machine/device.py has torch's
 T = TypeVar("T")
 
@@ -97,6 +98,8 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     max_steps: int = key(600_000, "optimizer steps of the whole run", at_least=1)
+    # Without evaluations and saves; of what was lost by a kill, nothing counts.
+    max_minutes: float = key(0.0, "minutes of training, all starts together; 0: no limit", at_least=0)
     tokens_per_step: int = key(524_288, "tokens of one optimizer step, all ranks", at_least=1)
     # Set by memory, not by learning: accumulation makes up the rest of tokens_per_step.
     micro_batch_size: int = key(16, "sequences of one forward pass, each rank", at_least=1)
@@ -132,6 +135,10 @@ class CheckpointConfig:
 class LogConfig:
     every_steps: int = key(10, "steps between rows of metrics.jsonl", at_least=1)
     tensorboard: bool = key(True, "write TensorBoard files to the run's tb/")
+    # Each gets its rows through a process that a run does not wait for.
+    also: tuple[str, ...] = key((), "more places for rows: ['wandb', 'trackio', 'mlflow']")
+    # A trace grows by megabytes a step.
+    profile_steps: int = key(0, "steps to trace, from a start's third on; 0: none", at_least=0, below=101)
 
 
 @dataclass(frozen=True)

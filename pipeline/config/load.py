@@ -190,6 +190,8 @@ def _coerce(value: Any, wanted: Any) -> Any:
         return value
     if wanted == tuple[float, float] and isinstance(value, list | tuple) and len(value) == 2:
         return tuple(_coerce(part, float) for part in value)
+    if wanted == tuple[str, ...] and isinstance(value, list | tuple):
+        return tuple(_coerce(part, str) for part in value)
     if wanted == tuple[WeightedDataset, ...] and isinstance(value, list | tuple):
         return tuple(_weighted_dataset(entry) for entry in value)
     raise TypeError

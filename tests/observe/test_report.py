@@ -105,8 +105,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     skip = {"step": 19, "reason": "spike", "loss": "2.5", "grad_norm": "9.0"}
     RunFolder(first).bad_steps.write_text(json.dumps(skip) + "\n")
     (first / "evals.jsonl").write_text(
-        '{"step": 20, "hellaswag": {"acc": 0.25}}\n{"step": 40, "hellaswag": {"acc": 0.4}}\n'
+        '{"step": 20, "hellaswag/acc": 0.25, "tokens": 9, "settings": "x"}\n{"step": 40, "hellaswag/acc": 0.4}\n'
     )
+    (first / "references.json").write_text('{"unigram_entropy": 2.41234, "bigram_entropy": "x"}')
     write_run(folder / "second", metrics(30, level=1.5), data=data, optimizer={"lr": 3e-3})
     written(folder, folder / "first", folder / "second")
     return folder / "report.html"
@@ -125,6 +126,7 @@ def test_the_page_tells_what_the_runs_are_and_how_they_differ(two: Path) -> None
     texts = Tags(page).texts
     for expected in ("first", "second", "optimizer.lr", "0.003", "old words", "new words", "40 of 40"):
         assert any(expected in text for text in texts), expected
+    assert "unigram entropy, first 2.412" in page and "bigram" not in page, "a number that is none is left out"
     assert "Restarted at step 10" in page and "Saved at step 10, 40" in page
     assert "Skipped step 19 (spike, loss 2.5, gradient norm 9.0)" in page
     assert "The MIT License" in page
@@ -140,7 +142,7 @@ def test_the_curves_are_all_rows_on_each_axis(two: Path) -> None:
     assert second["columns"]["loss"][0] == pytest.approx(metrics(30, 1.5)[0]["loss"], rel=1e-5)
     assert first["columns"]["val_loss"][:5] == [None] * 4 + [pytest.approx(2.7)]
     assert first["marks"]["restart"]["step"] == [10] and first["marks"]["skip"]["tokens"] == [20_000]
-    assert first["evals"]["columns"] == {"hellaswag.acc": [0.25, 0.4]} and first["evals"]["axes"]["tokens"] == [
+    assert first["evals"]["columns"] == {"hellaswag/acc": [0.25, 0.4]} and first["evals"]["axes"]["tokens"] == [
         20_000,
         40_000,
     ]
@@ -291,7 +293,7 @@ def test_a_browser_draws_every_curve_and_asks_for_nothing(two: Path, chromium: P
     chromium.open(two)
     assert chromium.run("charts.length") == 6, "five panels and one of evals.jsonl"
     titles = chromium.run("[...document.querySelectorAll('.panel h3')].map(e => e.textContent)")
-    assert titles[0] == "Loss (nats per token)" and titles[-1] == "Evaluation: hellaswag.acc"
+    assert titles[0] == "Loss (nats per token)" and titles[-1] == "Evaluation: hellaswag/acc"
     assert all(colored(chromium, chart) > 200 for chart in range(6))
     assert chromium.requests == [two.as_uri()] and chromium.complaints == []
     assert not chromium.run("document.getElementById('static').offsetHeight"), "the charts take the figure's place"

@@ -35,7 +35,7 @@ PINNED = {
     "train.spike_z_score", "train.spike_window",
     "eval.every_steps", "eval.tokens", "eval.sample_prompt",
     "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps", "checkpoint.resume",
-    "log.every_steps", "log.tensorboard",
+    "log.every_steps", "log.tensorboard", "log.also", "log.profile_steps",
     "parallel.strategy", "parallel.check_every_steps", "parallel.timeout_s",
 }  # fmt: skip
 
@@ -387,7 +387,10 @@ def test_a_mixture_takes_the_place_of_the_dataset_and_survives_both_written_form
             "unknown key eval.batches (did you mean eval.tokens: micro-batches x train.micro_batch_size x ",
         ),
         ("model.n_layers=3", "unknown key model.n_layers (did you mean model.n_layer?)"),
-        ("log.x=1", "unknown key log.x (expected one of log.every_steps, log.tensorboard)"),
+        (
+            "log.unknown=1",
+            "unknown key log.unknown (expected one of log.every_steps, log.tensorboard, log.also, log.profile_steps)",
+        ),
         ("model.vocab.size=1", "unknown key model.vocab.size"),
         ("model.n_layer=1.5", "model.n_layer=1.5: expected an integer >= 1"),
         ("model.n_layer=true", "model.n_layer=True: expected an integer >= 1"),

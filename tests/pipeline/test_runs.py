@@ -66,21 +66,19 @@ def test_a_summary_takes_the_newer_of_status_and_rows(tmp_path: Path) -> None:
     assert (newer.step, newer.loss, newer.val_loss, newer.best_val_loss, newer.tokens) == (25, 1.9, 2.6, 2.2, 2000)
 
 
-@pytest.mark.parametrize(
-    ("status", "expected"),
-    [
-        ({"updated_at": ago(seconds=30)}, State.RUNNING),
-        ({"updated_at": ago(minutes=5)}, State.DEAD),
-        ({"updated_at": ago(minutes=5).removesuffix("+00:00")}, State.DEAD),
-        ({"updated_at": ago(minutes=5).replace("+00:00", "Z")}, State.DEAD),
-        ({"updated_at": "yesterday"}, State.RUNNING),
-        ({"updated_at": ago(days=9), "state": "done"}, State.DONE),
-    ],
-)
-def test_a_dead_run_is_recognised_by_its_age(tmp_path: Path, status: dict[str, str], expected: State) -> None:
-    found = write_run(tmp_path / "a", [], eta_s=5.0, **status).summary()
-    assert found.state is expected
-    assert found.eta_s == (5.0 if expected is State.RUNNING else None)
+def test_a_dead_run_is_recognised_by_its_age(tmp_path: Path) -> None:
+    cases = {
+        ago(seconds=30): State.RUNNING,
+        ago(minutes=5): State.DEAD,
+        ago(minutes=5).removesuffix("+00:00"): State.DEAD,
+        ago(minutes=5).replace("+00:00", "Z"): State.DEAD,
+        "yesterday": State.RUNNING,
+    }
+    for number, (updated_at, expected) in enumerate(cases.items()):
+        found = write_run(tmp_path / str(number), [], eta_s=5.0, updated_at=updated_at).summary()
+        assert (found.state, found.eta_s) == (expected, 5.0 if expected is State.RUNNING else None), updated_at
+    ended = write_run(tmp_path / "a", [], eta_s=5.0, updated_at=ago(days=9), state="done").summary()
+    assert (ended.state, ended.eta_s) == (State.DONE, None)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +108,7 @@ def test_a_run_without_a_status_has_no_state(tmp_path: Path, status: str | None)
     folder = write_run(tmp_path / "a", [{"step": 7, "loss": None, "lr": "fast", "mfu": math.nan}])
     folder.status.unlink() if status is None else folder.status.write_text(status)
     found = folder.summary()
-    assert (found.state, found.step, found.loss, found.lr, found.losses) == (None, 7, None, None, ())
+    assert (found.state, found.step, found.loss, found.lr, found.losses) == (State.UNKNOWN, 7, None, None, ())
 
 
 def test_runs_are_found_by_name_by_folder_and_by_the_folder_that_holds_them(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import pytest
 
 from pipeline.machine.gpus import PEAK_FLOPS, format_peak, peak_flops
 from pipeline.runs import RunFolder, State, Status
-from train.metrics import FileMetrics, LiveStatus, Throughput
+from train.metrics.live import LiveStatus, Throughput
+from train.metrics.record import FileMetrics
+from train.metrics.tensorboard import TensorBoard
 
 
 def metrics_in(folder: Path) -> FileMetrics:
-    return FileMetrics(RunFolder(folder), 0, tensorboard=False)
+    return FileMetrics(RunFolder(folder))
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
@@ -59,10 +61,10 @@ def test_a_status_keeps_the_times_of_an_earlier_start_and_is_rewritten_while_not
 ) -> None:
     folder = RunFolder(tmp_path)
     folder.write_status(Status(State.STOPPED, 5, "SIGTERM", exit_code=0, step_s=0.5, last_save_s=2.0))
-    monkeypatch.setattr("train.metrics.STATUS_INTERVAL_S", 0.05)
+    monkeypatch.setattr("train.metrics.live.STATUS_INTERVAL_S", 0.05)
     with LiveStatus(folder) as live:
         assert folder.read_status() == Status(State.RUNNING, 5, step_s=0.5, last_save_s=2.0)
-        live.step_ended(6, 10, 0.25)
+        live.step_ended(6, 10, 0.25, math.inf)
         while folder.read_status().step != 6:
             time.sleep(0.01)
         found = folder.read_status()
@@ -132,16 +134,16 @@ def test_a_run_resumed_within_the_same_second_keeps_one_curve(tmp_path: Path) ->
     """The killed start's events sort last by their name: they must not hide what the resumed one wrote."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    first = FileMetrics(RunFolder(tmp_path), 0, tensorboard=True)
+    first = TensorBoard(RunFolder(tmp_path), 0)
     for step in (1, 2, 3):
         first.write({"step": step, "loss": float(step)})
     first.close()
     (events,) = (tmp_path / "tb").iterdir()
     second = int(time.time())
     events.rename(events.with_name(f"events.out.tfevents.{second:010d}.zzz.1.0"))
-    resumed = FileMetrics(RunFolder(tmp_path), 2, tensorboard=True)
+    resumed = TensorBoard(RunFolder(tmp_path), 2)
     for step in (3, 4, 5):
         resumed.write({"step": step, "loss": 10.0 * step})
     resumed.close()
-    found = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("loss")
+    found = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in found] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]

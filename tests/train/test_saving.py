@@ -16,7 +16,7 @@ from pipeline.checkpoint.folder import State, read_description, verify_files, wr
 from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder, step_of
 from pipeline.config.keys import Config
 from pipeline.errors import UserError
-from train.metrics import Metrics
+from train.metrics.record import Metrics
 from train.run import run
 from train.saving import Saver
 from train.stop import StopRequest

@@ -21,7 +21,7 @@ from pipeline.dataset.windows import evaluation_starts, windows_at
 from pipeline.errors import Diverged
 from pipeline.machine.ranks import World
 from pipeline.runs import RunFolder
-from train.metrics import FileMetrics, Metrics
+from train.metrics.record import FileMetrics, Metrics
 from train.run import assemble, initialise
 from train.spikes import Outcome
 from train.stop import StopRequest
@@ -215,7 +215,7 @@ def test_an_optimizer_that_takes_its_time_is_in_the_tokens_per_second(
         takes(*outside, seconds=3.0)
     for inside in ((trainer.optimizer, "step"), (trainer, "agree")):
         takes(*inside, seconds=0.5)
-    metrics = FileMetrics(RunFolder(config.run_dir), 0, tensorboard=False)
+    metrics = FileMetrics(RunFolder(config.run_dir))
     trainer.fit(metrics, StopRequest())
     rows = [json.loads(row) for row in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["tokens_per_s"] for row in rows[1:]] == [pytest.approx(128)] * 5
@@ -300,7 +300,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny: Path, value: 
 def test_bad_steps_are_written_down_with_their_samples_and_training_goes_on(tiny: Path) -> None:
     config = tiny_config(tiny, train={"max_bad_steps": 2})
     trainer = poisoned(trainer_of(config), {3, 6}, math.nan)
-    metrics = FileMetrics(RunFolder(config.run_dir), 0, tensorboard=False)
+    metrics = FileMetrics(RunFolder(config.run_dir))
     assert trainer.fit(metrics, StopRequest()) == ""
     metrics.close()
     rows = [json.loads(line) for line in (config.run_dir / "bad_steps.jsonl").read_text().splitlines()]
