@@ -19,7 +19,7 @@ GROUP = "Looking"
 @click.option("--step", metavar="N", type=click.IntRange(min=0), help="Of a run: the texts of the batch of step N.")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def inspect(path: Path, step: int | None, json: bool) -> None:
-    """Show what is in a dataset, shard or checkpoint, or in a step of a run.
+    """Show what is in a dataset, shard, checkpoint or step of a run.
 
     Of token ids: counts, lengths, frequent tokens, how some documents begin, and the quality of the
     text. A step is counted as in bad_steps.jsonl: step 0 is the first.
