@@ -7,6 +7,7 @@ runs/<name>/config.toml           the resolved config
             metrics.jsonl         one row of numbers per logged step
             evals.jsonl           what `eval --follow` measured: one row per checkpoint
             bad_steps.jsonl       one row per step that did not reach the weights
+            events.jsonl          one row per start, save and sample
             references.json       unigram and bigram entropy of the dataset, which losses compare with
             log.txt, tb/          the log with timestamps; TensorBoard
             profile/              traces of log.profile_steps
@@ -38,6 +39,7 @@ DEAD_AFTER_S = 60.0
 MOST_LEVELS = 4  # of folders between runs/ and a run
 TAIL_BYTES = 1 << 18  # of metrics.jsonl: about a thousand rows, in a few milliseconds
 LAST_BYTES = 1 << 12  # about ten rows, where many runs are looked at and their curves are not
+MOST_STEPS = 1 << 53  # exact as a float
 Row = dict[str, Any]  # of metrics.jsonl
 _VAL_LOSS = re.compile(rb'"val_loss": ?([0-9][0-9.e+-]*)[,}]')  # not half a number, at the end of the file
 
@@ -128,6 +130,7 @@ class RunFolder:
         self.path, self.checkpoints = path, path / "checkpoints"
         self.config, self.status = path / "config.toml", path / "status.json"
         self.metrics, self.bad_steps = path / "metrics.jsonl", path / "bad_steps.jsonl"
+        self.events = path / "events.jsonl"
         self.evals = path / "evals.jsonl"
         self.log, self.tensorboard = path / "log.txt", path / "tb"
         self.save_now, self.version = path / "save-now", path / "version.txt"
@@ -158,7 +161,7 @@ class RunFolder:
             # Earlier versions recorded less, and later ones may record more.
             known = {entry.name: found[entry.name] for entry in fields(Status) if entry.name in found}
             return Status(**known | {"state": State(found["state"]), "step": int(found["step"])})
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
 
     def read_config(self) -> dict[str, Any]:
@@ -179,7 +182,7 @@ class RunFolder:
         except OSError:
             return []
         # The first of them may have lost its beginning.
-        return [row for line in lines[size > last_bytes :] if (row := _row(line)) is not None]
+        return [row for line in lines[size > last_bytes :] if (row := parse_row(line)) is not None]
 
     def val_losses(self) -> list[float]:
         """Of all rows, in their order. No row is parsed: 25 MB take 30 ms."""
@@ -202,7 +205,7 @@ def summarize(path: Path, status: Status | None, rows: Iterable[Row]) -> RunSumm
     """The run in the folder `path`, from what its files hold: `rows` are the last of metrics.jsonl."""
     found: Row = {}
     # Null, and what another program wrote: NaN is a number to Python, but not to JSON.
-    rows = [{n: v for n, v in row.items() if isinstance(v, int | float) and math.isfinite(v)} for row in rows]
+    rows = [{n: v for n, v in row.items() if finite(v) is not None} for row in rows]
     for row in rows:
         found |= row
     written = {name: value for name, value in asdict(status).items() if value is not None} if status else {}
@@ -219,12 +222,23 @@ def summarize(path: Path, status: Status | None, rows: Iterable[Row]) -> RunSumm
     return RunSummary(**{"step": 0} | known | identity | {"state": state})
 
 
-def _row(line: bytes) -> Row | None:
+def parse_row(line: bytes) -> Row | None:
+    """A JSON object with a step, a line of any of a run's .jsonl files; None for anything else."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    has_step = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < MOST_STEPS
+    return row if has_step else None
+
+
+def finite(value: Any) -> float | None:
+    """A number as a float; None for one that is not finite, and for anything else."""
+    try:
+        found = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _age_s(updated_at: Any) -> float | None:

@@ -43,7 +43,7 @@ def files(folder: Path, kinds: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def test_the_wheel_holds_the_packages_the_presets_the_scripts_and_the_rank_table(installed: Path) -> None:
-    kinds = ("py", "sbatch", "tiktoken", "toml")
+    kinds = ("py", "sbatch", "tiktoken", "toml", "html", "svg", "css", "js", "txt")
     assert files(installed, kinds) == files(ROOT, kinds)
     presets = {path.name: path.read_bytes() for path in (ROOT / "configs").glob("*.toml")}
     assert {path.name: path.read_bytes() for path in (installed / "pipeline" / "configs").iterdir()} == presets

@@ -68,4 +68,5 @@ class Previews:
                 text = f"no sample: {error}"
             shown = printable(text, keep=LAYOUT)
             metrics.write_text("sample", shown, step)
+            metrics.write_event("sample", step, text=text)
             logger.info("step %d: sample\n%s", step, textwrap.indent(shown, "    "))

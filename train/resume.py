@@ -192,7 +192,7 @@ def drop_rows_after(run: RunFolder, step: int, keep: bool = False) -> None:
     `keep` into files next to it.
     """
     # A bad step's row has the number of steps before it.
-    for path, last in ((run.metrics, step), (run.bad_steps, step - 1)):
+    for path, last in ((run.metrics, step), (run.events, step), (run.bad_steps, step - 1)):
         if not path.is_file():
             continue
         content = path.read_bytes()

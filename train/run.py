@@ -264,6 +264,7 @@ def open_metrics(trainer: Trainer, folder: RunFolder) -> Metrics:
         board.describe(config, reference_losses(folder, trainer.mixture))
         others.append(board)
     metrics = FileMetrics(folder, others)
+    metrics.write_event("start", trainer.step)
     version = code_version()
     if folder.version.exists() and (before := folder.version.read_text().strip()) != version:
         logger.info("note: trained until now by code %s, from here on by %s", before, version)

@@ -271,12 +271,11 @@ class Trainer:
 
     def between_steps(self, result: StepResult, metrics: Metrics) -> None:
         """What the completed step calls for: checks, an evaluation, a row, a checkpoint."""
-        config = self.config
+        config, eval_every = self.config, self.config.eval.every_steps
         self.world.watch.enter(f"what follows step {self.step}", waits=False)
         if config.parallel.check_every_steps and self.step % config.parallel.check_every_steps == 0:
             check_replicas(self.model, self.world, self.step)
-        checkpoint, eval_every = config.checkpoint, config.eval.every_steps
-        planned = self.is_due(checkpoint.every_steps) or self.is_due(checkpoint.keep_every_steps)
+        planned = self.is_due(config.checkpoint.every_steps) or self.is_due(config.checkpoint.keep_every_steps)
         # Every planned checkpoint is, so that `best` can compare them; a run that stops is in a hurry.
         evaluating = eval_every > 0 and not result.reason and (planned or self.is_due(eval_every))
         if evaluating and result.in_haste:
@@ -300,6 +299,8 @@ class Trainer:
         if planned or result.reason or result.save_now:
             with self.throughput.paused():
                 self.checkpoints.save(self.step, None if val_loss is None else val_loss.mean)
+            with self.noticing():
+                metrics.write_event("save", self.step)
 
     def report(self, result: StepResult) -> None:
         """Bring what status.json says up to date."""

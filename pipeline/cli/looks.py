@@ -1,4 +1,4 @@
-"""The commands that look and change nothing: plan, watch, runs, inspect, verify, doctor."""
+"""The commands that look and change nothing: plan, watch, runs, report, inspect, verify, doctor."""
 
 from pathlib import Path
 
@@ -60,6 +60,24 @@ def verify(path: Path) -> None:
     from observe.verify import run
 
     run(path)
+
+
+@click.command(cls=Command, group=GROUP, example="pipeline report gpt2-124m gpt2-124m-lr1e-3 --png loss.png")
+@click.argument(
+    "runs", cls=Argument, metavar="RUN [RUN]...", nargs=-1, required=True, help="Names under runs/, or folders of runs."
+)
+@click.option("--out", type=PATH, default=Path("report.html"), help="The page. [default: report.html]")
+@click.option("--png", type=PATH, help="Also write the loss curve as PNG, 300 dots per inch.")
+@click.option("--svg", type=PATH, help="Also write the loss curve as SVG.")
+def report(runs: tuple[str, ...], out: Path, png: Path | None, svg: Path | None) -> None:
+    """Write one or several runs as one HTML page.
+
+    It has curves, what differs in the configs, samples and data, needs no network, and may be mailed
+    as it is. Its path goes to stdout.
+    """
+    from observe.report.run import run
+
+    run(runs, out, png=png, svg=svg)
 
 
 @click.command(cls=Command, group=GROUP, example="pipeline runs --where optimizer.lr=3e-4 --sort best_val_loss")

@@ -100,7 +100,7 @@ def app() -> None:
 
 for command in (
     data.prepare, data.merge, data.fetch, training.train, training.config, training.quickstart, models.sample,
-    models.evaluate, models.export, looks.plan, looks.runs, looks.watch, looks.inspect, looks.verify, jobs.submit,
-    looks.doctor, jobs.batch,
+    models.evaluate, models.export, looks.plan, looks.runs, looks.watch, looks.report, looks.inspect, looks.verify,
+    jobs.submit, looks.doctor, jobs.batch,
 ):  # fmt: skip
     app.add_command(command)

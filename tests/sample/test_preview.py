@@ -1,5 +1,6 @@
 """Sampling while training: where the samples go, that they repeat, and that training takes no notice."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,8 @@ def test_every_evaluation_shows_a_sample_in_the_log_and_in_tensorboard(tiny: Pat
     assert [(step, re.sub("^    ", "", text, flags=re.MULTILINE)) for step, text in shown] == samples
     assert all(line.startswith("    ") for _, text in shown for line in text.split("\n")), "to Markdown it is code"
     assert all("sample" not in row for row in rows(config))
+    recorded = map(json.loads, (config.run_dir / "events.jsonl").read_text().splitlines())
+    assert [(row["step"], printable(row["text"], LAYOUT)) for row in recorded if row["event"] == "sample"] == samples
 
 
 @pytest.mark.slow

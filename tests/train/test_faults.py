@@ -290,7 +290,8 @@ def test_a_file_size_limit_is_one_line(tiny: Path, limit: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["status.json", "log.txt", "metrics.jsonl", "config.toml", "tb", "checkpoints", "bad_steps.jsonl"]
+    "name",
+    ["status.json", "log.txt", "metrics.jsonl", "config.toml", "tb", "checkpoints", "bad_steps.jsonl", "events.jsonl"],
 )
 def test_a_run_folder_in_which_something_else_has_a_files_name_is_one_line(tiny: Path, name: str) -> None:
     config = faulty(tiny, log={"tensorboard": True}, train={"max_steps": 6, "max_bad_steps": 100})

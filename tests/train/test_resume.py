@@ -1,5 +1,6 @@
 """Which checkpoint a start goes on from: damage is seen, named and stepped over, and never ends in a fresh start."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -178,6 +179,18 @@ def test_resume_by_name_goes_back_and_comes_to_the_same_end(finished: Config) ->
     absent = replace(config, checkpoint=replace(config.checkpoint, resume="step_00000007"))
     with pytest.raises(UserError, match=r"step_00000007: checkpoint.resume names it; found: step_0.*05, step_0.*10"):
         run(absent)
+
+
+def test_starts_and_saves_are_recorded_and_those_past_a_resumed_step_dropped(finished: Config) -> None:
+    config = copy_of(finished, "events")
+
+    def events() -> list[tuple[str, int]]:
+        found = map(json.loads, (config.run_dir / "events.jsonl").read_text().splitlines())
+        return [(row["event"], row["step"]) for row in found]
+
+    assert events() == [("start", 0), ("save", 5), ("save", 10)]
+    run(replace(config, checkpoint=replace(config.checkpoint, resume="step_00000005")))
+    assert events() == [("start", 0), ("save", 5), ("start", 5), ("save", 10)]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\x00", b"../elsewhere", b"step_00000011\n"])

@@ -1,10 +1,11 @@
-"""What a run records about itself: metrics.jsonl, bad_steps.jsonl, references.json."""
+"""What a run records about itself: metrics.jsonl, bad_steps.jsonl, events.jsonl, references.json."""
 
 import json
 import math
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.dataset.mixture import Mixture
@@ -30,6 +31,9 @@ class Metrics:
 
     def write_bad_step(self, row: Row) -> None:
         """Log a step that did not reach the weights, and append its samples to bad_steps.jsonl."""
+
+    def write_event(self, event: str, step: int, **details: str) -> None:
+        """Append to events.jsonl, with the time."""
 
     def write_text(self, name: str, text: str, step: int) -> None:
         """Show `text` in TensorBoard as it is."""
@@ -60,6 +64,11 @@ class FileMetrics(Metrics):
         logger.warning("step %d skipped (%s): loss %s, gradient norm %s; %s", *figures)
         with self._folder.bad_steps.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def write_event(self, event: str, step: int, **details: str) -> None:
+        row = {"step": step, "event": event, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        with self._folder.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row | details) + "\n")
 
     def write_text(self, name: str, text: str, step: int) -> None:
         for other in self._others:
