@@ -31,7 +31,7 @@ PINNED = {
     "optimizer.name", "optimizer.lr", "optimizer.min_lr", "optimizer.betas", "optimizer.weight_decay",
     "optimizer.grad_clip",
     "schedule.kind", "schedule.warmup_steps", "schedule.decay_steps",
-    "train.max_steps", "train.tokens_per_step", "train.micro_batch_size", "train.max_bad_steps",
+    "train.max_steps", "train.max_minutes", "train.tokens_per_step", "train.micro_batch_size", "train.max_bad_steps",
     "train.spike_z_score", "train.spike_window",
     "eval.every_steps", "eval.tokens", "eval.sample_prompt",
     "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps", "checkpoint.resume",
