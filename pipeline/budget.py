@@ -3,6 +3,7 @@ No torch.
 """
 
 import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.checkpoint.layouts import layout_of
@@ -10,9 +11,18 @@ from pipeline.config.keys import Config, ModelConfig
 from pipeline.dataset.shards import Manifest
 from pipeline.dataset.windows import window_count
 from pipeline.errors import UserError
+from pipeline.machine.gpus import CPU_BFLOAT16_MIN_WIDTH, Hardware, hardware_named
+from pipeline.model.constants import VOCAB_MULTIPLE
+from pipeline.model.footprint import Footprint, Setting, Sizes
 
 # Float32 weights, and AdamW's two moments of each.
 CHECKPOINT_BYTES_PER_PARAMETER = 12
+# Assumed parts of the peaks. So GPT-2 124M takes 144 ms a step of 524,288 tokens on 8 H100 (llm.c: 140 ms,
+# modded-nanogpt records/2024-10-13) and 384 ms on 8 A100 80GB (build-nanogpt: about 350 ms).
+MATRICES_REACH, ATTENTION_REACHES, BANDWIDTH_REACHED, LINK_REACHED = 0.6, 0.3, 0.85, 0.8
+LAUNCH_S = 5e-6  # of one kernel, or of one of PyTorch's operations on a CPU
+UPDATE_BYTES = 40  # a parameter: AdamW reads 16 and writes 12, clipping reads 8 and writes 4
+USABLE = 0.9
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
@@ -95,3 +105,139 @@ def most_checkpoints(config: Config) -> int:
 def checkpoint_bytes(model: ModelConfig, vocab_size: int) -> int:
     """Size of one checkpoint on disk, but for tokenizer and descriptions."""
     return CHECKPOINT_BYTES_PER_PARAMETER * parameters(model, vocab_size)
+
+
+# ---- the memory and the time of a step ----
+
+
+def setting(config: Config, hardware: Hardware) -> Setting:
+    """How the ranks of a run would share the model, in which type, compiled or not."""
+    device, ranks = hardware.device, hardware.ranks
+    shards = {"ddp": 1, "fsdp": ranks, "hsdp": hardware.per_node}[config.parallel.strategy]
+    narrow = device.is_cpu and config.model.n_embd < CPU_BFLOAT16_MIN_WIDTH
+    dtype = ("float32" if narrow else device.dtype) if config.run.dtype == "auto" else config.run.dtype
+    compiled = {"auto": not device.is_cpu, "on": True, "off": False}[config.run.compile]
+    accumulation = accumulation_steps(config, ranks)
+    return Setting(ranks, shards, accumulation, dtype=dtype, on_cpu=device.is_cpu, compiled=compiled)
+
+
+def footprint(config: Config, vocab_size: int, setting: Setting) -> Footprint:
+    """The memory of a step on one rank."""
+    model, layout = config.model, layout_of(config.model)
+    padded = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    shard = 0
+    for name, shape in layout.shapes(model, padded).items():
+        if layout.is_trained(model, name):
+            # FSDP2 pads what it shards to equal parts, along the first dimension in torch's order.
+            rows, *others = reversed(shape) if name.endswith(layout.transposed) else shape
+            shard += -(-rows // setting.shards) * math.prod(others)
+    complete = parameters(model, padded)
+    block = complete - parameters(replace(model, n_layer=model.n_layer - 1), padded)
+    return Footprint(config, Sizes(complete, shard, block, table=padded * model.n_embd), setting)
+
+
+def nearest_batch(config: Config, ranks: int) -> Config:
+    """The config itself, or with the nearest tokens_per_step that divides over the ranks; smaller
+    micro-batches where it is less than one of each rank.
+    """
+    train, sequences = config.train, config.model.block_size * ranks
+    size = min(train.micro_batch_size, max(1, round(train.tokens_per_step / sequences)))
+    at_a_time = size * sequences
+    tokens = max(1, round(train.tokens_per_step / at_a_time)) * at_a_time
+    return replace(config, train=replace(train, tokens_per_step=tokens, micro_batch_size=size))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step. `compute_s`: FLOPs of all micro-batches; `traffic_s`: reading
+    and writing memory, in and between their kernels; `launch_s`: starting those; `update_s`: clipping and
+    AdamW; `exchange_s`: between ranks, of which `exposed_s` is not hidden behind the others.
+    """
+
+    compute_s: float
+    traffic_s: float
+    launch_s: float
+    update_s: float
+    exchange_s: float
+    exposed_s: float
+
+    @property
+    def forward_backward_s(self) -> float:
+        # Kernels are launched while others run.
+        return max(self.compute_s + self.traffic_s, self.launch_s)
+
+    @property
+    def total_s(self) -> float:
+        return self.forward_backward_s + self.update_s + self.exposed_s
+
+
+def step_time(step: Footprint, hardware: Hardware, vocab_size: int) -> StepTime:
+    """A step on this hardware, by formula, at the assumed parts of its peaks."""
+    model, device, setting = step.config.model, hardware.device, step.setting
+    flops, bandwidth = device.flops, device.bandwidth * BANDWIDTH_REACHED
+    if setting.dtype == "float32" and not device.is_cpu:
+        flops /= 2  # TF32, which has half of bfloat16's peak on all of NVIDIA's data sheets
+    tokens, again = step.tokens * setting.accumulation, 4 / 3 if step.recomputes else 1.0
+    attention = 12 * model.n_layer * model.n_embd * model.block_size
+    matrices = flops_per_token(model, vocab_size) - attention
+    # Of attention a causal kernel skips half, and its backward pass computes a sixth again.
+    per_token_s = matrices / (flops * MATRICES_REACH) + 7 / 12 * attention / (flops * ATTENTION_REACHES)
+    # 146 C bytes a block if compiled (40 forward, 106 backward), by the tensors that Inductor's kernels read and
+    # write; about three times as many in single operations. Of the logits 8 or 40 each.
+    block, logit = (146, 8) if setting.compiled else (440, 40)
+    moved = block * model.n_layer * model.n_embd + logit * step.sizes.table / model.n_embd
+    # Casts of weights, and adding gradients, in each micro-batch.
+    weights = setting.accumulation * step.sizes.all * (18 if setting.dtype != "float32" else 12)
+    launches = setting.accumulation * model.n_layer * (30 if setting.compiled else 100)
+    exchange_s = _exchange_s(step, hardware)
+    compute_s = tokens * per_token_s * again
+    # A sharded model is gathered and reduced while others compute; whole gradients at the end.
+    exposed_s = max(0.0, exchange_s - compute_s) if setting.shards > 1 else exchange_s
+    return StepTime(
+        compute_s, traffic_s=(tokens * moved * again + weights) / bandwidth, launch_s=launches * LAUNCH_S,
+        update_s=UPDATE_BYTES * step.sizes.shard / bandwidth, exchange_s=exchange_s, exposed_s=exposed_s,
+    )  # fmt: skip
+
+
+def _exchange_s(step: Footprint, hardware: Hardware) -> float:
+    """A rank's bytes over its links: all-reduce inside nodes, then between them (Thakur et al. 2005)."""
+    device, setting, sizes = hardware.device, step.setting, step.sizes
+    nodes, per_node = hardware.nodes, hardware.per_node
+
+    def one_way(size: float, nodes: int) -> float:
+        """To gather `size` bytes on every rank, or to reduce them."""
+        inside, between = (per_node - 1) / per_node / device.link, (nodes - 1) / nodes / per_node / device.net
+        return size * (inside + between) / LINK_REACHED
+
+    gradients = 4 * sizes.all
+    if setting.shards == 1:
+        return 2 * one_way(gradients, nodes)
+    gathered = 2 * setting.accumulation * step.itemsize * sizes.all  # forward and backward
+    if setting.shards == setting.ranks:
+        return one_way(gathered + gradients, nodes)
+    return one_way(gathered, 1) + one_way(gradients, 1) + 2 * gradients / per_node / device.net / LINK_REACHED
+
+
+def outlook(config: Config, vocab_size: int, device_name: str, ranks: int) -> list[str]:
+    """The short form of `pipeline plan`, for the log: memory and time, where the device is known."""
+    hardware = hardware_named(device_name, ranks)
+    if hardware is None:
+        return [f"memory and time: unknown for {device_name or 'no GPU'}; see pipeline plan --on KINDx{ranks}"]
+    step = footprint(config, vocab_size, setting(config, hardware))
+    found = step.memory()
+    kinds = ", ".join(f"{kind} {size / 1e9:,.2f}" for kind, size in asdict(found).items() if size)
+    lines = [
+        f"memory a rank: about {found.total / 1e9:,.2f} GB of {hardware.device.memory_bytes / 1e9:,.0f} GB ({kinds}), by formula"
+    ]
+    if found.total > usable_bytes(hardware):
+        lines.append(
+            f"warning: that does not fit {hardware.device.kind}: see pipeline plan --on {hardware} for what does"
+        )
+    step_s = step_time(step, hardware, vocab_size).total_s
+    hours = step_s * config.train.max_steps / 3600
+    return [*lines, f"time: about {step_s:,.3g} s a step, {hours:,.1f} hours in all on {hardware}, assumed"]
+
+
+def usable_bytes(hardware: Hardware) -> float:
+    """Memory of a rank that tensors can fill: the rest is the context, NCCL, gaps between blocks."""
+    return hardware.device.memory_bytes * USABLE

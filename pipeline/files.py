@@ -6,6 +6,8 @@ within a filesystem, and a synced folder keeps the new name across a power failu
 
 import fcntl
 import itertools
+import json
+import math
 import os
 import secrets
 import socket
@@ -88,6 +90,43 @@ def check_types(document: dict[str, Any], wanted: dict[str, Any]) -> None:
         options = get_args(wanted[name]) if isinstance(wanted[name], UnionType) else (wanted[name],)
         if type(value) not in [get_origin(option) or option for option in options]:
             raise TypeError(f"{name} has the type {type(value).__name__}")
+
+
+def dump_json(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> bytes:
+    """In UTF-8. A number that is not finite becomes null, as JSON has none.
+
+    Hashes are taken of it, so its form must not change.
+    """
+    separators = (",", ":") if indent is None else None
+    return json.dumps(
+        _finite(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, separators=separators
+    ).encode()
+
+
+def parse_json(content: bytes) -> Any:
+    """Raises ValueError for what is not JSON in UTF-8, or is nested too deeply to be meant. An integer
+    past 64 bits is a float, and so refused where an integer is expected.
+    """
+    try:
+        return json.loads(content.decode(), parse_constant=_refuse_constant, parse_int=_parse_int)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parse_int(digits: str) -> int | float:
+    return int(digits) if len(digits) < 20 else float(digits)  # 64 bits have up to 19 digits and a sign
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def is_plain_name(name: str) -> bool:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from pipeline.checkpoint.find import find_checkpoint
 from pipeline.checkpoint.folder import Description
 from pipeline.checkpoint.load import read_model
@@ -16,6 +14,7 @@ from pipeline.config.keys import Config
 from pipeline.config.load import from_dict
 from pipeline.dataset.shards import Manifest, TokenReader, load_manifest
 from pipeline.errors import UserError
+from pipeline.files import dump_json
 from pipeline.log import logger
 from pipeline.machine import ranks as distributed
 from pipeline.machine.device import pick_dtype, share_threads
@@ -62,7 +61,7 @@ def run(options: EvalOptions) -> None:
     try:
         report = score(options, world)
         if world.is_first:
-            sys.stdout.write(orjson.dumps(report).decode() + "\n" if options.json else format_report(report))
+            sys.stdout.write(dump_json(report).decode() + "\n" if options.json else format_report(report))
             sys.stdout.flush()
         world.barrier()  # a rank that exits while another still writes would break its connections
     finally:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
-from pipeline.budget import checkpoint_bytes, data_arithmetic, most_checkpoints, step_arithmetic
+from pipeline.budget import checkpoint_bytes, data_arithmetic, most_checkpoints, outlook, step_arithmetic
 from pipeline.config import site
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
@@ -165,7 +165,9 @@ def _arithmetic(config: Config, job: Job) -> Iterator[str]:
     mixture = Mixture(config)
     for source in mixture.sources:
         yield data_arithmetic(config, source.folder, source.manifest, source.share)
-    size = checkpoint_bytes(config.model, mixture.tokenizer["vocab_size"])
+    vocab_size = mixture.tokenizer["vocab_size"]
+    yield from outlook(config, vocab_size, job.gpus_per_node.partition(":")[0].lower(), job.ranks)
+    size = checkpoint_bytes(config.model, vocab_size)
     needed = size * most_checkpoints(config)
     yield f"checkpoints of about {size / 1e6:,.1f} MB, {needed / 1e6:,.1f} MB of them at a time"
     folder = RunFolder(config.run_dir).checkpoints

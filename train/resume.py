@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.folder import DESCRIPTION, TRAINING_STATE, Description, in_use, read_description, verify_files
+from pipeline.checkpoint.folder import DESCRIPTION, TRAINING_STATE, Description, read_description, verify_files
 from pipeline.checkpoint.pointers import (
     checkpoint_folders,
     pointed_folder,
@@ -20,6 +20,7 @@ from pipeline.checkpoint.pointers import (
     set_pointer,
     step_of,
 )
+from pipeline.checkpoint.retention import in_use
 from pipeline.config.keys import CHECKPOINT_NAME, Config
 from pipeline.config.load import from_dict, to_dict
 from pipeline.dataset.mixture import Mixture

@@ -8,10 +8,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from pipeline import launch
-from pipeline.budget import data_arithmetic, parameters, step_arithmetic
+from pipeline.budget import data_arithmetic, outlook, parameters, step_arithmetic
 from pipeline.checkpoint.find import find_model_folder
-from pipeline.checkpoint.folder import in_use
 from pipeline.checkpoint.load import load_initial_weights, load_weights
+from pipeline.checkpoint.retention import in_use
 from pipeline.config.keys import Config
 from pipeline.config.load import to_dict, to_toml
 from pipeline.dataset.mixture import Mixture
@@ -39,6 +39,10 @@ from train.trainer import Trainer
 # When SLURM restarts a job because a node was lost, a rank of the last start may still be writing,
 # and a file server holds the lock of a dead one until its lease is over (NFS: 90 s).
 LAST_START_S = 300.0
+DRY_RUN = (
+    "dry run: config, datasets, batch, ranks, weights and checkpoints were checked, nothing was written. Not checked: "
+    "whether a step fits the memory and how long it takes, disk space, compiling; `pipeline plan` says what is known"
+)
 
 
 def run(config: Config, *, dry_run: bool = False, stage_to: Path | None = None, preview: Preview | None = None) -> str:
@@ -96,7 +100,9 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
         world.check_agreement("the step", trainer.step)
         check_replicas(trainer.model, world, trainer.step)
         if dry_run:
-            logger.info("dry run: everything fits, nothing was written")
+            name = device_name(world.device)
+            logger.info("%s", "\n".join(outlook(config, trainer.model.vocab_size, name, world.size)))
+            logger.info("%s", DRY_RUN)
             return ""
         trainer.replicate()
         return train(trainer, folder)

@@ -21,16 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.folder import (
-    Description,
-    State,
-    folder_name,
-    prune_checkpoints,
-    read_description,
-    write_checkpoint,
-)
+from pipeline.checkpoint.folder import Description, State, folder_name, read_description, write_checkpoint
 from pipeline.checkpoint.load import open_optimizer, read_optimizer
 from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, set_pointer
+from pipeline.checkpoint.retention import prune_checkpoints
 from pipeline.config.keys import Config
 from pipeline.config.load import from_dict, to_dict
 from pipeline.errors import UserError, reason_of

@@ -12,15 +12,13 @@ There is no random state to save: the order of the data and every dropout mask f
 and the step. There is no pickle anywhere, so loading a checkpoint executes nothing.
 """
 
-import fcntl
+import re
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
-import orjson
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,10 +26,21 @@ from torch.nn.functional import pad
 
 import pipeline
 from pipeline.checkpoint.layouts import layout_of
-from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_pointer, step_of
+from pipeline.checkpoint.pointers import set_pointer
 from pipeline.checkpoint.safetensors_files import WEIGHTS, as_os_error
 from pipeline.errors import UserError
-from pipeline.files import check_types, hash_bytes, hash_file, is_plain_name, publish, read_limited, sync, write_atomic
+from pipeline.files import (  # fmt: skip
+    check_types,
+    dump_json,
+    hash_bytes,
+    hash_file,
+    is_plain_name,
+    parse_json,
+    publish,
+    read_limited,
+    sync,
+    write_atomic,
+)  # fmt: skip
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import gather
 from pipeline.runs import Position
@@ -146,7 +155,7 @@ def write_description(folder: Path, description: Description) -> None:
     for name in hashes:
         sync(folder / name)
     document = asdict(description) | {"files": hashes}
-    write_atomic(folder / DESCRIPTION, dump_json(document | {"hash": hash_of_description(document)}))
+    write_atomic(folder / DESCRIPTION, dump_json(document | {"hash": hash_of_description(document)}, indent=2))
 
 
 def folder_name(step: int) -> str:
@@ -179,7 +188,7 @@ def write_model(
     _save_tensors(folder / WEIGHTS, parameters | zeros, metadata={"format": "pt"})
     dtype_name = str(dtype).removeprefix("torch.")
     document = layout.config_json(config, model.vocab_size, tokenizer.end_of_text, dtype_name)
-    (folder / CONFIG).write_bytes(dump_json(document))
+    (folder / CONFIG).write_bytes(dump_json(document, indent=2))
     for name, content in (tokenizer_files(tokenizer, config.block_size) | tokenizer.files()).items():
         (folder / name).write_bytes(content)
 
@@ -239,15 +248,18 @@ def read_description(folder: Path) -> Description:
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint of this program: it has no {DESCRIPTION}")
     try:
-        document = orjson.loads(read_limited(path, MOST_DESCRIPTION_BYTES))
+        content = read_limited(path, MOST_DESCRIPTION_BYTES)
+        document = parse_json(content)
         if document["format"] != FORMAT_VERSION:
             raise UserError(f"{path} has format {document['format']!r}, this program reads {FORMAT_VERSION}")
         description = Description(**document)
         _check_types(document)
-        # Of the document, not the file: whitespace does not matter.
-        damaged = document.get("hash") != hash_of_description(document)
+        # Of the document, not the file: whitespace does not matter. Nor of a file that another library
+        # wrote, as earlier versions of this program did, which has other numbers: 0.00006 for 6e-05.
+        written = hash_bytes(re.sub(rb',\s*"hash": "[0-9a-f]*"(?=\s*}$)', b"", content))
+        damaged = document.get("hash") not in (hash_of_description(document), written)
         _upgrade(document["config"])
-    except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): use another checkpoint") from None
     if damaged:
         raise UserError(f"{path} is damaged (does not match its own hash): use another checkpoint")
@@ -270,9 +282,13 @@ def _check_types(document: dict[str, Any]) -> None:
     files = document.get("files", {})
     if not all(is_plain_name(name) and isinstance(hash_, str) for name, hash_ in files.items()):
         raise TypeError("files names paths outside the folder")
-    if not all(isinstance(norm, float | int | None) for norm in document.get("grad_norms", ())):
-        raise TypeError("grad_norms holds something else than numbers")
-    if len(dump_json(document["config"])) > MOST_RUN_CONFIG_BYTES:
+    for name, numbers in (
+        ("grad_norms", document.get("grad_norms", ())),
+        ("scaler", document.get("scaler", {}).values()),
+    ):
+        if not all(isinstance(number, float | int | None) for number in numbers):
+            raise TypeError(f"{name} holds something else than numbers")
+    if len(dump_json(document["config"], indent=2)) > MOST_RUN_CONFIG_BYTES:
         raise TypeError("config is too large")
 
 
@@ -290,41 +306,6 @@ def verify_files(folder: Path, description: Description, without: Collection[str
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its hash; use another checkpoint")
 
 
-def prune_checkpoints(checkpoints: Path, keep: int, keep_every_steps: int = 0) -> None:
-    """Remove all but the `keep` newest checkpoints, those every `keep_every_steps` (0: none),
-    `latest` and `best`, and those in use: only folders this program wrote, and partial ones.
-    """
-    # A folder without a description may be anybody's.
-    ours = [folder for folder in checkpoint_folders(checkpoints) if (folder / DESCRIPTION).is_file()]
-    permanent = [folder for folder in ours if keep_every_steps and step_of(folder) % keep_every_steps == 0]
-    kept = {*ours[-keep:], *permanent, pointed_folder(checkpoints, "latest"), best_folder(checkpoints)}
-    for folder in (*(folder for folder in ours if folder not in kept), *checkpoints.glob(".step_*.partial")):
-        if not _is_in_use(folder):
-            shutil.rmtree(folder)
-
-
-@contextmanager
-def in_use(folder: Path | None) -> Iterator[None]:
-    """Keep a run that trains from pruning the checkpoint that another run branches from, while that
-    reads it. A lock of the kernel's: it ends with this process. None is no checkpoint.
-    """
-    with ExitStack() as stack:
-        if folder is not None:
-            file = stack.enter_context((folder / DESCRIPTION).open("rb"))
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_SH)
-        yield
-
-
-def _is_in_use(folder: Path) -> bool:
-    with suppress(OSError), (folder / DESCRIPTION).open("r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 def _optimizer_in_folder_layout(model: LanguageModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State of a parameter's shape in the layout of the weights; scalars, such as a step, as they
     are.
@@ -336,10 +317,6 @@ def _optimizer_in_folder_layout(model: LanguageModel, state: dict[str, Tensor]) 
     return stored
 
 
-def dump_json(document: dict[str, Any]) -> bytes:
-    return orjson.dumps(document, option=orjson.OPT_INDENT_2)
-
-
 def hash_of_description(document: dict[str, Any]) -> str:
     """The hash of a description, its own hash left out."""
-    return hash_bytes(dump_json({name: value for name, value in document.items() if name != "hash"}))
+    return hash_bytes(dump_json({name: value for name, value in document.items() if name != "hash"}, indent=2))

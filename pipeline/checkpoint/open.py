@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import orjson
-
 from pipeline.checkpoint.folder import CONFIG, DESCRIPTION, TRAINING_STATE, Description, read_description, verify_files
 from pipeline.checkpoint.layouts import layout_for, layout_of
 from pipeline.checkpoint.safetensors_files import Stored, check_tensors, open_tensors, weight_files
 from pipeline.config.keys import ModelConfig
 from pipeline.config.load import from_dict
 from pipeline.errors import UserError
-from pipeline.files import read_limited
+from pipeline.files import parse_json, read_limited
 from pipeline.log import logger
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.huggingface_files import is_gpt2, open_folder
@@ -83,8 +81,8 @@ def _foreign_config(path: Path) -> tuple[ModelConfig, int]:
     implemented.
     """
     try:
-        document = orjson.loads(read_limited(path, MOST_CONFIG_BYTES))
-    except orjson.JSONDecodeError as error:
+        document = parse_json(read_limited(path, MOST_CONFIG_BYTES))
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise UserError(f"{path} is not a JSON object: expected a Hugging Face config")

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.checkpoint.layout import Shapes
 from pipeline.errors import UserError
-from pipeline.files import read_limited
+from pipeline.files import parse_json, read_limited
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -63,9 +62,9 @@ def weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are read, pickled weights (.bin, .pt) never")
     try:
-        document = orjson.loads(read_limited(folder / INDEX, MOST_HEADER_BYTES))
+        document = parse_json(read_limited(folder / INDEX, MOST_HEADER_BYTES))
         names = sorted(set(document["weight_map"].values()))
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / INDEX} is damaged ({type(error).__name__}): expected a weight_map") from None
     for name in names:
         # A plain name: an index must not lead out of its folder.

@@ -1,4 +1,4 @@
-"""The commands that look and change nothing: inspect, verify, doctor."""
+"""The commands that look and change nothing: inspect, verify, plan, doctor."""
 
 from pathlib import Path
 
@@ -35,6 +35,36 @@ def verify(path: Path) -> None:
     from observe.verify import run
 
     run(path)
+
+
+@click.command(cls=Command, group=GROUP, example="pipeline plan gpt2-124m --on h100x8 --price-per-gpu-hour 2.5")
+@click.argument(
+    "arguments", cls=Argument, metavar="[CONFIG|RUN] [SECTION.KEY=VALUE]...", nargs=-1,
+    help="As for pipeline train; or a run, to set its plan next to what it measured.",
+)  # fmt: skip
+@click.option(
+    "--on", metavar="KIND[xN]", help="Hardware, N ranks: h100x8, a100-40x16, 4090, cpu. [default: this machine]"
+)
+@click.option("--measure", is_flag=True, help="Measure for ten seconds how long a step takes on this machine.")
+@click.option("--price-per-gpu-hour", metavar="X", type=click.FloatRange(min=0), help="For the price of the run.")
+@click.option("--time", metavar="LIMIT", help="Time limit of a SLURM job, as for submit. [default: 24:00:00]")
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def plan(
+    arguments: tuple[str, ...], on: str | None, measure: bool, price_per_gpu_hour: float | None, time: str | None, json: bool
+) -> None:  # fmt: skip
+    """Estimate the memory, time, disk and price of a run before it starts.
+
+    Every figure is marked as counted, formula, assumed or measured. Needs no GPU.
+    """
+    from observe.plan.figures import Wish
+    from observe.plan.run import run
+    from slurm.sbatch import seconds
+
+    limit_s = None if time is None else seconds(time)
+    if time is not None and not limit_s:
+        raise click.BadParameter(f"expected minutes, h:mm:ss or d-hh:mm:ss, got {time!r}", param_hint="--time")
+    wish = Wish(price_per_gpu_hour=price_per_gpu_hour, time_limit_s=limit_s)
+    run(arguments, on=on, wish=wish, measured=measure, json=json)
 
 
 @click.command(cls=Command, group=GROUP, example="pipeline doctor\npipeline doctor --slurm job.sbatch")

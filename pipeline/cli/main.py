@@ -100,6 +100,6 @@ def app() -> None:
 
 for command in (
     data.prepare, data.merge, data.fetch, training.train, training.quickstart, models.sample, models.evaluate,
-    models.export, looks.inspect, looks.verify, jobs.submit, looks.doctor, jobs.batch,
+    models.export, looks.inspect, looks.verify, looks.plan, jobs.submit, looks.doctor, jobs.batch,
 ):  # fmt: skip
     app.add_command(command)

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from pipeline.config.keys import Config
 from pipeline.dataset.shards import Manifest, TokenReader, load_manifest
 from pipeline.dataset.windows import Loader, Samples, Windows
 from pipeline.errors import UserError
-from pipeline.files import hash_bytes
+from pipeline.files import dump_json, hash_bytes
 from pipeline.vocabulary.specs import check_same_vocabulary
 
 PERIOD = 10_000  # shares are exact to a hundredth of a percent
@@ -76,7 +75,7 @@ class Mixture:
         """
         if len(self.sources) == 1:
             return self.sources[0].manifest.fingerprint
-        return hash_bytes(orjson.dumps([[source.manifest.fingerprint, source.turns] for source in self.sources]))
+        return hash_bytes(dump_json([[source.manifest.fingerprint, source.turns] for source in self.sources]))
 
     def __str__(self) -> str:
         if len(self.sources) == 1:

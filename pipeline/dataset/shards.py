@@ -17,12 +17,11 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from pipeline.config.keys import Config
 from pipeline.dataset import foreign
 from pipeline.errors import UserError
-from pipeline.files import check_types, hash_bytes, is_plain_name, write_atomic
+from pipeline.files import check_types, dump_json, hash_bytes, is_plain_name, parse_json, write_atomic
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.specs import check_spec
 from pipeline.vocabulary.tokenizer import token_dtype
@@ -84,7 +83,7 @@ class Manifest:
         # Neither sources nor options: they may differ where the tokens do not.
         shards = {split: [shard.hash for shard in shards] for split, shards in self.splits.items()}
         content = {"tokenizer": self.tokenizer, "dtype": self.dtype, "shards": shards}
-        return hash_bytes(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+        return hash_bytes(dump_json(content, sort_keys=True))
 
     @property
     def shards(self) -> list[Shard]:
@@ -120,7 +119,7 @@ class Manifest:
         return sum(getattr(shard, what) for shard in self.splits[split])
 
     def save(self, folder: Path) -> None:
-        write_atomic(folder / MANIFEST_NAME, orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
+        write_atomic(folder / MANIFEST_NAME, dump_json(asdict(self), indent=2))
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -147,7 +146,7 @@ def read_manifest(folder: Path) -> Manifest:
             "run the same `pipeline prepare` command again"
         )
     try:
-        document = orjson.loads(path.read_bytes())
+        document = parse_json(path.read_bytes())
         # First: another format may have other keys.
         if document["format"] != FORMAT_VERSION:
             raise UserError(
@@ -157,7 +156,7 @@ def read_manifest(folder: Path) -> Manifest:
         splits = {split: [Shard(**shard) for shard in shards[split]] for split in SPLITS}
         manifest = Manifest(splits=splits, **document)
         _check_form(folder, manifest)
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): prepare the dataset again with --force"
         ) from None

@@ -12,12 +12,10 @@ import torch
 
 from pipeline import launch
 from pipeline.errors import Failure, UserError, one_line
+from pipeline.machine.gpus import CPU_BFLOAT16_MIN_WIDTH
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Below this width a CPU spends more on casting than bfloat16 saves: on two cores with AMX, width
-# 128 ran 0.8 times as fast as float32 and width 384 ran 2 times as fast.
-CPU_BFLOAT16_MIN_WIDTH = 256
 # What says so without a type of its own: torch's CPU allocator, Metal, cuBLAS, NCCL.
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED")
 MOST_CAUSE_CHARACTERS = 120

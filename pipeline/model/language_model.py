@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.architecture import Body
+from pipeline.model.constants import VOCAB_MULTIPLE
 from pipeline.model.gpt2 import GPT2
 
 # By `model.arch`.
 ARCHITECTURES: dict[str, type[Body]] = {"gpt2": GPT2}
-VOCAB_MULTIPLE = 64  # matrix units work in tiles; GPT-2's 50,257 columns become 50,304
 
 
 class LanguageModel(nn.Module):

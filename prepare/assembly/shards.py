@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import xxhash
 
 from pipeline.dataset.scan import entropy_nats
 from pipeline.dataset.shards import SPLITS, Shard
-from pipeline.files import publish, write_atomic
+from pipeline.files import dump_json, parse_json, publish, write_atomic
 from pipeline.vocabulary.tokenizer import TokenIds, token_dtype
 from prepare.assembly.splits import COPY_TOKENS, DocumentRange, Flags, SplitByHash, dropped, numbered_parts, sizes
 from prepare.unfinished.parts import Part
@@ -178,7 +177,7 @@ def write_shard(arguments: tuple[Assembly, ShardLayout]) -> Shard:
     # Renamed last: `written_shard` takes the file of tokens as the sign that these two exist as
     # well.
     counts.save(assembly.parts / f"{layout.name}.counts")
-    write_atomic(assembly.parts / f"{layout.name}.json", orjson.dumps(asdict(shard)))
+    write_atomic(assembly.parts / f"{layout.name}.json", dump_json(asdict(shard)))
     publish(partial, final)
     return shard
 
@@ -187,7 +186,7 @@ def written_shard(assembly: Assembly, layout: ShardLayout) -> Shard | None:
     """The shard, if an earlier run has written it."""
     if not (assembly.folder / f"{layout.name}.bin").exists():
         return None
-    return Shard(**orjson.loads((assembly.parts / f"{layout.name}.json").read_bytes()))
+    return Shard(**parse_json((assembly.parts / f"{layout.name}.json").read_bytes()))
 
 
 def _token_ranges(split: str, lengths: npt.NDArray[np.int64], selection: Selection) -> list[tuple[int, int]]:

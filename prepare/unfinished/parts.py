@@ -27,9 +27,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
-from pipeline.files import sync, unique
+from pipeline.files import dump_json, parse_json, sync, unique
 from pipeline.vocabulary.tokenizer import TokenIds
 
 # Reason -> how many documents (`count`) and where the first one is (`example`); of broken rows also
@@ -126,7 +125,7 @@ class PartWriter:
         self._begin = self._tokens
 
     def list_left_out(self, **entry: str) -> None:
-        self._listed += orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
+        self._listed += dump_json(entry) + b"\n"
 
     def abandon_document(self) -> None:
         """Drop the ids of the current document."""
@@ -152,7 +151,7 @@ class PartWriter:
             self._lengths, self._text_bytes, self._hashes, self._positions, self._signatures, self._listed,
         ):  # fmt: skip
             self._file.write(column)
-        footer = orjson.dumps(asdict(summary))
+        footer = dump_json(asdict(summary))
         self._file.write(footer + len(footer).to_bytes(8, "little"))
         self._file.close()
         # Its content is durable before its name is. The name itself need not be: a part whose rename is
@@ -236,4 +235,4 @@ def read_summary(path: Path) -> Summary:
         end = file.seek(-8, 2)
         length = int.from_bytes(file.read(8), "little")
         file.seek(end - length)
-        return Summary(**orjson.loads(file.read(length)))
+        return Summary(**parse_json(file.read(length)))

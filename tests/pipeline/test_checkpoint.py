@@ -20,13 +20,13 @@ from pipeline.checkpoint.folder import (
     Description,
     State,
     hash_of_description,
-    prune_checkpoints,
     read_description,
     verify_files,
     write_checkpoint,
 )
 from pipeline.checkpoint.load import load_initial_weights, load_model, load_weights, open_optimizer, read_optimizer
 from pipeline.checkpoint.pointers import best_folder, checkpoint_folders, pointed_folder, set_aside, set_pointer
+from pipeline.checkpoint.retention import prune_checkpoints
 from pipeline.config.keys import Config, ModelConfig
 from pipeline.config.load import to_dict
 from pipeline.errors import UserError

@@ -13,8 +13,9 @@ import torch
 from conftest import die_at, overrides, run_program, tiny_config, write_dataset, write_documents
 from test_train_run import assert_identical, copy_of, curve, final_tensors, renamed, rows, status
 
-from pipeline.checkpoint.folder import hash_of_description, prune_checkpoints, read_description
+from pipeline.checkpoint.folder import hash_of_description, read_description
 from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder
+from pipeline.checkpoint.retention import prune_checkpoints
 from pipeline.config.keys import Config, WeightedDataset
 from pipeline.errors import Diverged, UserError
 from pipeline.runs import RunFolder

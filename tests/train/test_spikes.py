@@ -34,7 +34,7 @@ def bad_batches(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     bad = set(BAD_SAMPLES)
     real = Trainer.micro_batch
 
-    def micro_batch(self: Trainer, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def micro_batch(self: Trainer, number: int) -> torch.Tensor:
         size = self.config.train.micro_batch_size
         first = self.first_sample + (number * self.world.size + self.world.rank) * size
         self.model.scale = 1000.0 if bad & set(range(first, first + size)) else 1.0  # type: ignore[assignment]

@@ -1,0 +1,121 @@
+"""What was measured: a few steps on this machine, and a run that has been trained."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from observe.plan.figures import Plan
+from pipeline.budget import checkpoint_bytes, most_checkpoints
+from pipeline.checkpoint.pointers import checkpoint_folders
+from pipeline.errors import UserError
+from pipeline.machine.gpus import CPU, cores_here, kind_of
+from pipeline.runs import RunFolder
+
+BUDGET_S = 10.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A figure as planned and as measured, None where the run did not record it."""
+
+    key: str
+    label: str
+    planned: float
+    measured: float | None
+
+    def line(self) -> str:
+        unit = 1e9 if self.key.endswith("_bytes") else 1.0
+        line = f"  {self.label:<26}{self.planned / unit:>14,.4g}"
+        if self.measured is None:
+            return f"{line}{'unknown':>14}"
+        ratio = f"{self.measured / self.planned:>8.2f}x" if self.planned else ""
+        return f"{line}{self.measured / unit:>14,.4g}{ratio}"
+
+
+def comparisons(plan: Plan, run: RunFolder) -> Iterator[Comparison]:
+    """The plan next to what a run recorded, in the same units."""
+    found, tokens, step_s = run.summary(), plan.config.train.tokens_per_step, plan.time.total_s
+    took_s = tokens / found.tokens_per_s if found.tokens_per_s else None
+    yield Comparison("step_s", "step, s", step_s, took_s)
+    yield Comparison("tokens_per_s", "tokens a second", tokens / step_s, found.tokens_per_s)
+    steps = max(0, found.step - plan.first_step)
+    trained_s = getattr(run.read_status(), "trained_s", None) or (took_s and took_s * steps)
+    yield Comparison("hours", f"hours of {steps:,} steps", steps * step_s / 3600, trained_s and trained_s / 3600)
+    yield Comparison("memory_bytes", "memory a rank, GB", plan.memory.total, found.memory_bytes)
+    sizes = [_size_of(folder) for folder in checkpoint_folders(run.checkpoints)]
+    size, most = checkpoint_bytes(plan.config.model, plan.vocab_size), most_checkpoints(plan.config)
+    yield Comparison("checkpoint_bytes", "checkpoint, GB", size, sizes[-1] if sizes else None)
+    yield Comparison("disk_bytes", "disk, GB", most * size, sum(sizes))
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of a checkpoint's files; 0 where the run removes it meanwhile."""
+    with suppress(OSError):
+        return sum(file.stat().st_size for file in folder.iterdir())
+    return 0
+
+
+def measure(plan: Plan) -> tuple[float, float]:
+    """Seconds that the micro-batches of a step, and its update, take one rank here, in about ten
+    seconds. Raises UserError unless this machine is what the plan is for.
+    """
+    import torch
+
+    from pipeline.machine.device import DTYPES, autocast, device_name, pick_device
+
+    device = pick_device(plan.config.run.device)
+    here = kind_of(device_name(device)) if device.type == "cuda" else device.type
+    if here != plan.hardware.device.kind:
+        raise UserError(
+            f"--measure measures this machine, {here or device_name(device)}, not {plan.hardware}: set --on to it"
+        )
+    if here == CPU:
+        torch.set_num_threads(max(1, cores_here() // plan.hardware.ranks))
+    step = plan.footprint
+    model, optimizer = _model(plan, device)
+    dtype = DTYPES[step.setting.dtype]
+
+    def seconds(work: Callable[[], None]) -> float:
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def micro_batch() -> None:
+        ids = torch.randint(plan.vocab_size, (size, plan.config.model.block_size), device=device)
+        with autocast(device, dtype):
+            loss = model(ids, ids)
+        loss.backward()
+
+    # The largest micro-batch that takes a fifth of the time; of a smaller one the time grows with its size.
+    size, began = 1, time.perf_counter()
+    micro_s = min(seconds(micro_batch) for _ in range(2))  # the first one compiles, or warms up
+    while size < plan.config.train.micro_batch_size and 2 * micro_s < BUDGET_S / 5:
+        size = min(2 * size, plan.config.train.micro_batch_size)
+        micro_s = min(seconds(micro_batch) for _ in range(2))
+    seconds(optimizer.step)  # allocates
+    update_s = seconds(optimizer.step)
+    times = [micro_s]
+    while time.perf_counter() - began < BUDGET_S:
+        times.append(seconds(micro_batch))
+    typical_s = sorted(times)[len(times) // 2]
+    return step.setting.accumulation * typical_s * plan.config.train.micro_batch_size / size, update_s
+
+
+def _model(plan: Plan, device: Any) -> tuple[Any, Any]:
+    """Random weights and their optimizer, as training has them on one rank."""
+    import torch
+
+    from pipeline.machine.device import check_memory
+    from pipeline.model.language_model import LanguageModel
+
+    check_memory(device, plan.memory.weights * 4, "weights, gradients and optimizer state", "measure a smaller model")
+    with torch.device(device):
+        model = LanguageModel(plan.config.model, plan.vocab_size)
+    if plan.footprint.setting.compiled:
+        model.compile()
+    return model, torch.optim.AdamW(model.parameters(), fused=True)

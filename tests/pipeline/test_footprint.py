@@ -1,0 +1,244 @@
+"""The memory of a step by formula, against what is really allocated on this CPU.
+
+Run as a program, this file takes real steps as one rank and prints what they allocated: of ddp as one
+of two processes, of fsdp with a process group that only pretends the others.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.budget import footprint
+from pipeline.config.keys import Config, DataConfig, ModelConfig, TrainConfig
+from pipeline.model.footprint import Footprint, Setting
+
+VOCABULARY = 1000
+SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 128, "block_size": 56}
+# Names of cases, what of the model is different, sequences, accumulation, autocast type.
+SHAPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
+    "small": (SMALL, 4, 2, "float32"),
+    "one micro-batch": (SMALL, 4, 1, "float32"),
+    "recomputed": (SMALL | {"activation_checkpointing": "block"}, 6, 2, "float32"),
+    "recomputed, one micro-batch": (SMALL | {"activation_checkpointing": "block", "n_layer": 6}, 6, 1, "float32"),
+    "bfloat16": (SMALL | {"n_embd": 160}, 4, 2, "bfloat16"),
+    "bfloat16, recomputed": (SMALL | {"n_embd": 160, "activation_checkpointing": "block"}, 7, 1, "bfloat16"),
+    "wide": ({"n_layer": 2, "n_head": 6, "n_embd": 288, "block_size": 40}, 2, 1, "float32"),
+    "deep": ({"n_layer": 12, "n_head": 2, "n_embd": 64, "block_size": 72}, 3, 2, "float32"),
+    "long": ({"n_layer": 2, "n_head": 2, "n_embd": 48, "block_size": 500}, 2, 1, "float32"),
+    "untied, without biases": (SMALL | {"tie_weights": False, "bias": False}, 4, 2, "float32"),
+    "untied, one micro-batch": (SMALL | {"tie_weights": False, "n_embd": 160}, 3, 1, "float32"),
+    "dropout": (SMALL | {"dropout": 0.1}, 4, 2, "float32"),
+    "dropout in bfloat16": (SMALL | {"dropout": 0.1}, 4, 2, "bfloat16"),
+}
+FSDP_RANKS, DDP_RANKS = 4, 2
+
+
+def case(name: str, documents: bool = False) -> tuple[Config, Setting]:
+    model, sequences, accumulation, dtype = SHAPES[name]
+    config = Config(
+        model=ModelConfig(**model),
+        train=TrainConfig(micro_batch_size=sequences),
+        data=DataConfig(document_mask=documents),
+    )
+    return config, Setting(accumulation=accumulation, dtype=dtype)
+
+
+def run_ranks(strategy: str, processes: int, tmp_path: Path) -> dict[str, dict[str, int]]:
+    """What this file prints as a program, of rank 0."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, strategy, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), outputs[0][1][-3000:]
+    return json.loads(outputs[0][0].splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, int]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = {"one": 1, "ddp": DDP_RANKS, "fsdp": 1}
+    return {strategy: run_ranks(strategy, count, folder) for strategy, count in processes.items()}
+
+
+def planned(name: str, strategy: str) -> Footprint:
+    config, setting = case(name)
+    shared = {"one": (1, 1), "ddp": (DDP_RANKS, 1), "fsdp": (FSDP_RANKS, FSDP_RANKS)}[strategy]
+    return footprint(config, VOCABULARY, replace(setting, ranks=shared[0], shards=shared[1]))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("strategy", ["one", "ddp", "fsdp"])
+def test_the_peak_is_what_is_allocated(measured: Any, name: str, strategy: str) -> None:
+    step, found = planned(name, strategy), measured[strategy][name]
+    memory = step.memory()
+    assert memory.weights + memory.optimizer == found["states"], "exactly"
+    # Without what is there anyway: that would hide a wrong formula behind the weights.
+    states = memory.weights + memory.optimizer
+    assert memory.total - states == pytest.approx(found["peak"], rel=0.12)
+    assert memory.total == pytest.approx(states + found["peak"], rel=0.05)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_the_backward_pass_needs_is_what_autograd_keeps(measured: Any, name: str) -> None:
+    step, found = planned(name, "one"), measured["one"][name]
+    assert step.activations == pytest.approx(found["activations"], rel=0.02)
+    assert step.logits == pytest.approx(found["logits"], rel=0.05)
+
+
+def test_a_document_mask_is_kept_in_each_block() -> None:
+    config, setting = case("small", documents=True)
+    with_mask = footprint(config, VOCABULARY, setting)
+    found = Measurement(config, setting).measure()
+    assert with_mask.activations == pytest.approx(found["activations"], rel=0.02)
+
+
+def test_gradients_of_shards_are_complete_while_they_accumulate() -> None:
+    step = planned("small", "fsdp")
+    assert step.gradients == 4 * step.sizes.all
+    once = replace(step, setting=replace(step.setting, accumulation=1))
+    assert once.gradients == 4 * step.sizes.shard
+
+
+def test_kinds_add_up_to_the_peak_but_for_what_is_never_there_together() -> None:
+    for name in SHAPES:
+        for strategy in ("one", "ddp", "fsdp"):
+            found = planned(name, strategy).memory().as_json()
+            total, overlap = found.pop("total"), found.pop("overlap")
+            assert total == sum(found.values()) - overlap and min(found.values()) >= 0 <= overlap
+
+
+class Measurement:
+    """A real model, optimizer and strategy, and the bytes that PyTorch's CPU allocator gave out."""
+
+    def __init__(self, config: Config, setting: Setting, strategy: str = "one") -> None:
+        import torch
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from pipeline.machine.ranks import World
+        from pipeline.model.language_model import LanguageModel
+        from train import parallel
+        from train.optimizer.groups import build_optimizer
+
+        torch.set_num_threads(1)
+        self.config, self.setting, self.dtype = config, setting, getattr(torch, setting.dtype)
+        ranks = {"one": 1, "ddp": DDP_RANKS, "fsdp": FSDP_RANKS}[strategy]
+        world = World(device=torch.device("cpu"), rank=0, size=ranks, local_rank=0, local_size=ranks)
+        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",)) if strategy == "fsdp" else None
+        self.model = LanguageModel.without_memory(config.model, VOCABULARY)
+        parallel.allocate(self.model, world, mesh, dtype=self.dtype, compiled=False)
+        for parameter in self.model.parameters():
+            torch.nn.init.normal_(parameter.detach(), std=0.02)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.wrapped = parallel.replicate(self.model, world)
+        sequences, length = config.train.micro_batch_size, config.model.block_size
+        windows = torch.randint(VOCABULARY, (sequences, length + 1))
+        documents = torch.arange(length).div(16, rounding_mode="floor").expand(sequences, -1)
+        self.inputs = windows[:, :-1], windows[:, 1:], documents if config.data.document_mask else None
+
+    def step(self) -> None:
+        from pipeline.machine.device import autocast
+        from train.parallel import reduce_gradients
+
+        for number in range(self.setting.accumulation):
+            with reduce_gradients(self.wrapped, now=number == self.setting.accumulation - 1):
+                with autocast(self.inputs[0].device, self.dtype):
+                    loss = self.wrapped(*self.inputs)
+                loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def measure(self) -> dict[str, int]:
+        from torch.distributed.tensor import DTensor
+
+        self.step()
+        self.step()  # DDP sorts its buckets anew after the first one
+        found = {"peak": peak_of(self.step)}
+        tensors = [
+            *self.model.parameters(),
+            *(t for state in self.optimizer.state.values() for t in state.values() if t.ndim),
+        ]
+        # Of a shard the storage, which has FSDP2's padding.
+        local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        found["states"] = 4 * sum(t.numel() for t in local)
+        if self.wrapped is not self.model:
+            found["peak"] += 4 * sum(p.numel() for p in self.model.parameters())  # DDP's buckets, which stay
+        if not isinstance(tensors[0], DTensor):
+            found |= self.kept()
+        return found
+
+    def kept(self) -> dict[str, int]:
+        """Bytes that autograd keeps between the two passes, without weights; and the logits' peak."""
+        import torch
+
+        from pipeline.machine.device import autocast
+
+        kept: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor)
+            return tensor
+
+        device, rows = self.inputs[0].device, self.inputs[0].numel()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, self.dtype):
+            loss = self.model(*self.inputs)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        shapes = {tuple(parameter.shape) for parameter in self.model.parameters()}
+        shapes |= {shape[::-1] for shape in shapes}  # autocast's copies are no activations, and transposed
+        shapes.add((rows, self.model.padded_vocab_size))
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in kept
+            if tuple(tensor.shape) not in shapes and tensor.untyped_storage().data_ptr() not in weights
+        }
+        hidden = torch.randn(rows, self.model.config.n_embd)
+        del loss
+
+        def of_loss() -> None:
+            logits = torch.nn.functional.linear(hidden, self.model.lm_head.weight.detach()).requires_grad_()
+            torch.nn.functional.cross_entropy(logits, self.inputs[1].flatten()).backward()
+
+        # Less the logits themselves: a leaf stays, and the model's are freed before the backward pass.
+        leaf = 4 * rows * self.model.padded_vocab_size
+        return {"activations": sum(storages.values()), "logits": peak_of(of_loss) - leaf}
+
+
+def peak_of(work: Any) -> int:
+    """Bytes that were allocated at a time, beyond those before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def main(strategy: str, rank: int, store: str) -> None:
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if strategy == "ddp":
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=DDP_RANKS)
+    elif strategy == "fsdp":
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=FSDP_RANKS)
+    sys.stdout.write(
+        json.dumps({name: Measurement(*case(name), strategy=strategy).measure() for name in SHAPES}) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
