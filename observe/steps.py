@@ -12,7 +12,6 @@ import numpy as np
 
 from observe.inspect import BEGINNING_CHARACTERS, decode
 from observe.tables import cell, open_console
-from pipeline.checkpoint.folder import read_description
 from pipeline.checkpoint.pointers import pointed_folder
 from pipeline.config.keys import Config
 from pipeline.config.load import load_config
@@ -63,6 +62,8 @@ def began_at(folder: RunFolder, config: Config, mixture: Mixture) -> Position:
         if config.run.branch_from:
             raise UserError(f"{folder.path} is a branch without a checkpoint, which would say at which sample it began")
         return Position()
+    from pipeline.checkpoint.folder import read_description  # it imports torch
+
     description = read_description(newest)
     if description.dataset != mixture.fingerprint:
         raise UserError(

@@ -30,7 +30,7 @@ from pipeline.config.load import to_toml
 
 pytestmark = pytest.mark.campaign
 assert nothing_stays  # a fixture
-RANKS, MAX_STEPS, FAULTS, PARTS = 4, 100, 5, 10
+RANKS, MAX_STEPS, FAULTS, PARTS = 4, 150, 5, 10
 TIMEOUT_S = 6.0
 
 # Faults inside a rank: fault.json, beside sitecustomize.py, names the rank and after how many calls of this start.
@@ -292,8 +292,8 @@ def strike_job(fault: Fault, config: Config, cluster: Cluster, job: str) -> None
             cluster.call("scontrol", "requeue", job)
 
 
-def suffer_on_nodes(fault: Fault, config: Config, cluster: Cluster, job: str) -> str:
-    """One start of the job, which the fault ends. Returns the job, if SLURM has it in its queue again."""
+def suffer_on_nodes(fault: Fault, config: Config, cluster: Cluster, job: str) -> None:
+    """One start, which the fault ends. A job that is queued again is not waited for: the same command is submitted."""
     restarts = int(cluster.job(job)["Restarts"])
     if fault.kind not in INSIDE:
         strike_job(fault, config, cluster, job)
@@ -305,6 +305,8 @@ def suffer_on_nodes(fault: Fault, config: Config, cluster: Cluster, job: str) ->
         )
 
     wait_until(f"{fault} ends the start", is_over)
+    with suppress(AssertionError):  # it is over
+        cluster.call("scancel", job)
     wait_until("its processes are gone", lambda: not cluster.processes(job))
     (config.run_dir / "filler").unlink(missing_ok=True)
     if fault.kind == "node":
@@ -312,7 +314,6 @@ def suffer_on_nodes(fault: Fault, config: Config, cluster: Cluster, job: str) ->
             cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
     check(fault, config, cluster.log(job))
     wait_until("the nodes are cleared", lambda: cluster.node_states() == ["idle", "idle"])
-    return job if cluster.job(job)["JobState"] == "PENDING" else ""
 
 
 @pytest.mark.timeout(570)
@@ -321,18 +322,14 @@ def test_faults_at_random_on_two_nodes(
     part: int, cluster: Cluster, undisturbed_on_nodes: Config, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     chance = random.Random(f"{request.config.option.campaign_seed} slurm {part}")
-    config, job = configure(cluster, f"faults-{part}"), ""
+    config = configure(cluster, f"faults-{part}")
     (tmp_path / "sitecustomize.py").write_text(INJECT)
     config.run_dir.mkdir(parents=True)
     with small_disk_at(config.run_dir):
         for fault in draw(chance, NODES):
             plant(fault, tmp_path)
-            if job:
-                cluster.go_on(job)
-            job = suffer_on_nodes(fault, config, cluster, job or submit(cluster, config, tmp_path))
+            suffer_on_nodes(fault, config, cluster, submit(cluster, config, tmp_path))
         plant(None, tmp_path)
-        if job:
-            cluster.call("scancel", job)
         job = submit(cluster, config, tmp_path)
         assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
         assert (status(config)["state"], status(config)["step"]) == ("done", MAX_STEPS)

@@ -68,7 +68,7 @@ def test_the_keys_of_scripts_are_there_and_what_is_unknown_is_null(
     bare_row, full = found(capsys, root)
     assert set(bare_row) >= MINIMUM <= set(full)
     assert (full["hours"], full["dataset"], full["parameters"], full["best_val_loss"]) == (2.0, "tiny", 9, 2.25)
-    assert (bare_row["state"], bare_row["step"], bare_row["loss"], bare_row["dataset"]) == ("unknown", 3, 1.5, None)
+    assert (bare_row["state"], bare_row["step"], bare_row["loss"], bare_row["dataset"]) == (None, 3, 1.5, None)
 
 
 @pytest.mark.parametrize(
