@@ -66,7 +66,7 @@ def assert_undisturbed(found: Config, wanted: Config) -> None:
         assert (found.run_dir / "checkpoints" / pointer).read_bytes() == (
             wanted.run_dir / "checkpoints" / pointer
         ).read_bytes()
-    for name in ("loss", "val_loss"):
+    for name in ("train/loss", "val/loss"):
         assert scalars(found, name) == scalars(wanted, name)
 
 
@@ -283,7 +283,7 @@ def test_killed_in_the_middle_of_a_background_save(tiny: Path) -> None:
     run(config)
     assert not (checkpoints / ".step_00000020.partial").exists()
     assert curve(config) == curve(straight)
-    assert scalars(config, "loss") == scalars(straight, "loss")
+    assert scalars(config, "train/loss") == scalars(straight, "train/loss")
 
 
 @pytest.mark.slow

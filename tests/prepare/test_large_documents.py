@@ -185,7 +185,7 @@ def test_a_damaged_document_is_skipped_as_one(
     manifest = load_manifest(tmp_path / "data" / "several")
     assert sum(shard.documents for shards in manifest.splits.values() for shard in shards) == 50
     ((found, entry),) = manifest.skipped.items()
-    assert reason in found and entry["count"] == 1 and entry["example"] == str(large)
+    assert reason in found and entry["count"] == 1 and entry["example"].startswith(str(large))
 
 
 class ReadsAhead(Workers):

@@ -106,7 +106,7 @@ def test_two_ranks_stopped_and_resumed_equal_straight_through_bit_for_bit(two: t
     [
         (4, "ddp"),
         pytest.param(3, "ddp", marks=pytest.mark.campaign),
-        (3, "fsdp"),
+        pytest.param(3, "fsdp", marks=pytest.mark.campaign),
         pytest.param(4, "fsdp", marks=pytest.mark.campaign),
     ],
 )
@@ -215,7 +215,7 @@ if os.environ.get("RANK", "0") != "0":
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.campaign), "fsdp"])
 def test_one_rank_holds_a_complete_model_and_reads_the_checkpoint(tiny: Path, strategy: str) -> None:
     (tiny / "sitecustomize.py").write_text(ONLY_RANK_0_READS)
     config = tiny_config(tiny, parallel={"strategy": strategy})

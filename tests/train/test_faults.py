@@ -108,7 +108,7 @@ batches.Prefetcher._make = make
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.campaign)])
 def test_an_id_beyond_the_vocabulary_on_one_rank_of_four_is_saved_and_told(tiny: Path, strategy: str) -> None:
     """The damaged id is in the shard itself; which rank reads it first follows from the seed."""
     ids = np.fromfile(tiny / "data/tiny/train_00000.bin", dtype="<u2")

@@ -111,7 +111,7 @@ def test_a_killed_run_counts_what_led_to_its_checkpoint(tiny: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.campaign)])
 def test_ranks_agree_on_the_last_step_and_one_of_them_prints_the_result(tiny: Path, strategy: str) -> None:
     config = timed_config(tiny, 0.05, parallel={"strategy": strategy})
     result = run_program("train", "quickstart", *overrides(config), cwd=tiny, ranks=2)

@@ -97,10 +97,10 @@ def test_tensorboard_holds_the_same_curve(tiny: Path) -> None:
     run(config)
     events = EventAccumulator(str(config.run_dir / "tb"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
         (r["step"], pytest.approx(r["loss"])) for r in rows(config)
     ]
-    assert [e.step for e in events.Scalars("val_loss")] == [5, 10]
+    assert [e.step for e in events.Scalars("val/loss")] == [5, 10]
 
 
 def test_stopped_after_every_single_step_equals_straight_through(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
