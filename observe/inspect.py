@@ -81,7 +81,10 @@ def describe_dataset(path: Path) -> dict[str, Any]:
         splits[split] = describe_counts(counts, tokenizer)
         splits[split]["shards"] = len(manifest.splits[split])
         splits[split]["beginnings"] = [describe_beginning(folder, manifest, found, tokenizer) for found in counts.first]
-    recorded = ("program", "dtype", "end_of_text", "sources", "options", "val_rule", "skipped", "unusual", "statistics")
+    recorded = (
+        "program", "dtype", "end_of_text", "sources", "read", "passed_over", "options", "val_rule", "skipped", "unusual",
+        "statistics",
+    )  # fmt: skip
     identity = {"kind": "shard"} if path.is_file() else {"kind": "dataset", "fingerprint": manifest.fingerprint}
     described = {"path": str(path), **identity, "note": note, "tokenizer": vocabulary(manifest.tokenizer)}
     described |= {name: getattr(manifest, name) for name in recorded} | {"splits": splits}

@@ -32,7 +32,7 @@ from typing import Any, Self
 
 from pipeline.config.keys import Config, RunConfig
 from pipeline.errors import UserError
-from pipeline.files import write_atomic
+from pipeline.files import dump_json, write_atomic
 
 # status.json is rewritten at least every 15 s. Four times that, as a network disk may show it late.
 DEAD_AFTER_S = 60.0
@@ -139,12 +139,7 @@ class RunFolder:
     def write_status(self, status: Status) -> None:
         """Dated now. On a full disk the old file is overwritten: a reader finds how the run ended."""
         document = asdict(status) | {"updated_at": datetime.now(UTC).isoformat(timespec="seconds")}
-        # NaN is not JSON.
-        finite = {
-            name: None if value in (math.inf, -math.inf) or value != value else value
-            for name, value in document.items()
-        }
-        content = json.dumps(finite).encode() + b"\n"
+        content = dump_json(document) + b"\n"
         try:
             write_atomic(self.status, content)
         except OSError:
