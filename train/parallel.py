@@ -12,6 +12,7 @@ PyTorch's FSDP2: a block's weights are gathered only while it computes.
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -127,7 +128,11 @@ def replicate(model: LanguageModel, world: World) -> LanguageModel | Distributed
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     # Gradients that are views of the buckets that travel: one copy of them less in memory. The
     # model's one buffer, a mask, never changes.
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the last option, 2.9 knows no other name
+        return DistributedDataParallel(
+            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
 
 def settle_buckets(model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> None:

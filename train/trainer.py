@@ -266,6 +266,7 @@ class Trainer:
                     display.step_ended(is_last=self.step == self.last_step)
         self.world.watch.enter("the last save")
         self.checkpoints.wait()
+        self.status.update(last_save_s=self.checkpoints.saver.last_save_s)
         self.raise_fault()
         return reason
 
