@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 import pytest
+import torch
 
 from pipeline.config.keys import Config
 from pipeline.config.load import from_dict
@@ -284,6 +285,15 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> Config:
     for section, keys in sections.items():
         document.setdefault(section, {}).update(keys)
     return from_dict(document)
+
+
+@pytest.fixture(autouse=True)
+def threads_of_torch() -> Iterator[None]:
+    """The bits of a sum depend on the number of threads: a test that changes it does so for itself alone."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture
