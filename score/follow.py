@@ -17,8 +17,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from pipeline import launch
 from pipeline.checkpoint.find import RUNS
 from pipeline.checkpoint.folder import (
@@ -31,7 +29,7 @@ from pipeline.checkpoint.folder import (
 )
 from pipeline.checkpoint.pointers import checkpoint_folders, step_of
 from pipeline.errors import UserError
-from pipeline.files import Held, holder, one_writer, write_atomic
+from pipeline.files import Held, dump_json, holder, one_writer, parse_json, write_atomic
 from pipeline.log import logger
 from pipeline.machine import ranks
 from pipeline.runs import Row, RunFolder, State, find_run, is_run
@@ -85,7 +83,7 @@ class Follower:
     def __init__(self, options: EvalOptions) -> None:
         self.run, self.options = await_run(options.follow), options
         # As JSON has them, to be compared with those of rows.
-        self.settings = orjson.loads(orjson.dumps({name: getattr(options, name) for name in SETTINGS}))
+        self.settings = parse_json(dump_json({name: getattr(options, name) for name in SETTINGS}))
         self._seen: set[tuple[Path, int]] = set()  # with the time of its description: a step may be trained again
         self._writer: Any = None
         self._plotted = math.inf  # the step of the last row
@@ -137,7 +135,7 @@ class Follower:
     def rows(self) -> list[Row]:
         """Those of evals.jsonl. Raises UserError where it is damaged."""
         try:
-            rows = [orjson.loads(line) for line in self.run.evals.read_bytes().splitlines()]
+            rows = [parse_json(line) for line in self.run.evals.read_bytes().splitlines()]
             return sorted(rows, key=lambda row: int(row["step"]))
         except FileNotFoundError:
             return []
@@ -206,4 +204,4 @@ def _identity(description: Description) -> str:
 
 
 def _line(row: Row) -> bytes:
-    return orjson.dumps(row) + b"\n"
+    return dump_json(row) + b"\n"

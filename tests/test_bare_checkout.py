@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from tree import SOURCES, imports_outside_functions
 
 ABSENT = ("datasets", "orjson", "ijson", "zstandard", "gigatoken", "fastokens")
 PROGRAM = f"""
@@ -40,3 +41,9 @@ def test_text_is_prepared_trained_on_sampled_and_scored_without_optional_librari
             text=True,
         )
         assert ended.returncode == 0, (command, ended.stderr[-2000:])
+
+
+def test_no_module_imports_an_optional_library_at_its_top() -> None:
+    """Also those that no command of the test above reaches, such as what `eval --follow` runs."""
+    found = {str(path): sorted(imports_outside_functions(path) & set(ABSENT)) for path in SOURCES}
+    assert not {path: names for path, names in found.items() if names}

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from json import dumps  # FLOPs have more than orjson's 64 bits
 from pathlib import Path
 
 from observe.plan.figures import MOST_EPOCHS, Plan, Wish, figures
@@ -15,6 +14,7 @@ from pipeline.config.keys import Config
 from pipeline.config.load import config_from_arguments, find_config
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
+from pipeline.files import dump_json
 from pipeline.log import logger, printable
 from pipeline.machine.gpus import hardware, hardware_here
 from pipeline.runs import RunFolder, find_runs, is_run
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str], *, on: str | None, wish: Wish, measured: bool,
     warn(plan)
     beside = list(comparisons(plan, folder)) if folder is not None else []
     if json:
-        sys.stdout.write(dumps(as_json(plan, beside), indent=2) + "\n")
+        sys.stdout.write(dump_json(as_json(plan, beside), indent=2).decode() + "\n")
         for line in plan.warnings:
             logger.warning("warning: %s", line)
     else:
