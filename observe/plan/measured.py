@@ -46,7 +46,7 @@ def comparisons(plan: Plan, run: RunFolder) -> Iterator[Comparison]:
     yield Comparison("hours", f"hours of {steps:,} steps", steps * step_s / 3600, trained_s and trained_s / 3600)
     yield Comparison("memory_bytes", "memory a rank, GB", plan.memory.total, found.memory_bytes)
     sizes = [_size_of(folder) for folder in checkpoint_folders(run.checkpoints)]
-    size, most = checkpoint_bytes(plan.config.model, plan.vocab_size), most_checkpoints(plan.config)
+    size, most = checkpoint_bytes(plan.config, plan.vocab_size), most_checkpoints(plan.config)
     yield Comparison("checkpoint_bytes", "checkpoint, GB", size, sizes[-1] if sizes else None)
     yield Comparison("disk_bytes", "disk, GB", most * size, sum(sizes))
 
