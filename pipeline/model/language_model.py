@@ -89,9 +89,9 @@ class LanguageModel(nn.Module):
         scalar.
 
         Tokens with different numbers in `documents` (B, T) do not see each other, and positions
-        count from 0 in each.
+        count from 0 in each. Rows of `ids` past the last row of `targets` are not counted.
         """
-        logits = F.linear(self.transformer(ids, documents), self.lm_head.weight, self.logit_bias)
+        logits = F.linear(self.transformer(ids, documents)[: len(targets)], self.lm_head.weight, self.logit_bias)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def logits(self, ids: Tensor, documents: Tensor | None = None, where: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config, write_dataset, write_documents
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from pipeline.checkpoint.folder import to_folder
 from pipeline.checkpoint.layout_gpt2 import GPT2Layout
@@ -318,12 +319,12 @@ def test_too_many_bad_steps_in_a_row_are_a_divergence(tiny: Path) -> None:
 @pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.campaign), "aot_eager"])
 def test_the_compiled_model_follows_the_eager_one(tiny: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Generating C++ takes 20 s: by default what is captured runs as it is."""
-    compiler = partialmethod(torch.nn.Module.compile, backend=backend)
-    monkeypatch.setattr(torch.nn.Module, "compile", compiler)
+    graphs = CompileCounterWithBackend(backend)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
     eager = trained(tiny_config(tiny, run={"compile": "off"}), steps=5)[1]
     trainer, compiled = trained(tiny_config(tiny, run={"compile": "on"}), steps=5)
-    assert trainer.model._compiled_call_impl is not None
     assert compiled == pytest.approx(eager, rel=1e-4)
+    assert len(trainer.model.blocks) > 1 and graphs.frame_count == 1
 
 
 def test_float16_scales_its_loss_and_halves_the_scale_at_an_overflow(tiny: Path) -> None:
@@ -336,6 +337,25 @@ def test_float16_scales_its_loss_and_halves_the_scale_at_an_overflow(tiny: Path)
     assert trainer.scaler.get_scale() == 65536
     trainer.scaler.update(2.0**60)
     before = weights(trainer)
-    assert trainer.train_step().outcome is Outcome.NOT_FINITE
+    assert trainer.train_step().outcome is Outcome.RESCALED
     assert trainer.scaler.get_scale() == 2.0**59
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
+
+
+def test_overflows_of_scaled_gradients_are_no_bad_steps_while_the_scale_can_fall(tiny: Path) -> None:
+    """More of them in a row than train.max_bad_steps; a loss that is not finite, or a scale below 1, still counts."""
+    config = tiny_config(tiny, train={"max_bad_steps": 2})
+    trainer = Trainer(config, ALONE, Mixture(config), model=trainer_of(config).model, dtype=torch.float16, preview=None)
+    trainer.scaler.scale(torch.zeros(()))  # which makes the scale
+    trainer.scaler.update(2.0**40)
+    before = weights(trainer)
+    for count in range(1, 6):
+        assert trainer.train_step().outcome is Outcome.RESCALED
+        assert trainer.scaler.get_scale() == 2.0 ** (40 - count) and trainer.guard.bad_steps == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
+    trainer.scaler.update(1024.0)
+    assert trainer.train_step().outcome is Outcome.TAKEN
+    assert trainer.guard.judge(math.nan, math.nan, trainer.scaler) is Outcome.NOT_FINITE
+    trainer.scaler.update(0.5)
+    assert trainer.guard.judge(2.0, math.inf, trainer.scaler) is Outcome.NOT_FINITE
+    assert trainer.guard.bad_steps == 2
