@@ -8,7 +8,6 @@ import math
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.keys import ModelConfig
@@ -16,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.model.architecture import Body
 from pipeline.model.constants import VOCAB_MULTIPLE
 from pipeline.model.gpt2 import GPT2
+from pipeline.model.loss import mean_loss, token_losses
 
 # By `model.arch`.
 ARCHITECTURES: dict[str, type[Body]] = {"gpt2": GPT2}
@@ -91,16 +91,20 @@ class LanguageModel(nn.Module):
         Tokens with different numbers in `documents` (B, T) do not see each other, and positions
         count from 0 in each.
         """
-        logits = F.linear(self.transformer(ids, documents), self.lm_head.weight, self.logit_bias)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        hidden = self.transformer(ids, documents).flatten(0, 1)
+        return mean_loss(hidden, self.lm_head.weight, self.logit_bias, targets.flatten())
 
-    def logits(self, ids: Tensor, documents: Tensor | None = None, where: Tensor | None = None) -> Tensor:
-        """Float32 logits (B, T, V) after every token of `ids`; with `where` (B, T), (n, V) after
-        those it marks.
+    def token_losses(self, ids: Tensor, targets: Tensor, documents: Tensor | None, where: Tensor) -> Tensor:
+        """(n,) cross-entropy of the n `targets` (B, T) that `where` (B, T) marks, without gradients.
+
+        Raises UserError unless all are finite: then no logit was NaN.
         """
-        hidden = self.transformer(ids, documents)
-        # The head is a third of GPT-2 124M's work: it is spared where nobody asks.
-        logits: Tensor = self.lm_head(hidden if where is None else hidden[where])
+        hidden = self.transformer(ids, documents)[where]
+        return finite(token_losses(hidden, self.lm_head.weight, self.logit_bias, targets[where]))
+
+    def logits(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Float32 logits (B, T, V) after every token of `ids`."""
+        logits: Tensor = self.lm_head(self.transformer(ids, documents))
         return logits[..., : self.vocab_size].float()
 
 
