@@ -117,6 +117,7 @@ def compile_blocks(model: LanguageModel) -> None:
     for block in model.blocks:
         # Not the module: what FSDP does around it cannot be traced.
         block.forward = torch.compile(block.forward)
+    model.differentiate = torch.compile(model.differentiate)
 
 
 def distribute(complete: LanguageModel | None, model: LanguageModel) -> None:
