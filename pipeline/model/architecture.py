@@ -66,6 +66,15 @@ class Body(nn.Module, ABC):
     def decoding_steps(self, dtype: torch.dtype, rows: int) -> DecodingSteps:
         """The operations in `dtype`, with weights laid out for `rows` rows at a time."""
 
+    def residual(self, x: Tensor) -> Tensor:
+        """Embeddings (B, T, C) as the residual stream that blocks add to: float32, which autocast leaves
+        as it is, or with model.residual_dtype=autocast the type of the matrix products.
+        """
+        kind = x.device.type
+        if self.config.residual_dtype == "float32" or not torch.is_autocast_enabled(kind):
+            return x
+        return x.to(torch.get_autocast_dtype(kind))
+
     def init_weights(self, module: nn.Module) -> None:
         """Initialise one module of the model: N(0, 0.02), biases zero. Called for every module,
         children first.

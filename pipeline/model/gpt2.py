@@ -150,7 +150,7 @@ class GPT2(Body):
             mask = document_mask(documents)
             # A token's position in its document is the number of tokens it sees besides itself.
             positions = mask.sum(dim=3).squeeze(1) - 1
-        x = self.drop(self.wte(ids) + self.wpe(positions))
+        x = self.drop(self.residual(self.wte(ids) + self.wpe(positions)))
         for block in self.h:
             x = block(x, mask)
         out: Tensor = self.ln_f(x)
