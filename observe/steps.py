@@ -3,7 +3,6 @@ skipped or whose loss jumps. Which sample is where follows from the seed and the
 ranks.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from observe.inspect import BEGINNING_CHARACTERS, decode
-from observe.tables import cell, open_console
+from observe.tables import cell, open_console, print_json
 from pipeline.checkpoint.pointers import pointed_folder
 from pipeline.config.keys import Config
 from pipeline.config.load import load_config
@@ -24,10 +23,7 @@ from pipeline.vocabulary.specs import from_spec
 def run(name: Path, step: int, as_json: bool) -> None:
     """Write the batch of a step to stdout. Raises UserError where the run or its data cannot be read."""
     description = describe_step(find_run(str(name)), step)
-    if as_json:
-        sys.stdout.write(json.dumps(description) + "\n")
-    else:
-        show(description)
+    (print_json if as_json else show)(description)
 
 
 def describe_step(folder: RunFolder, step: int) -> dict[str, Any]:

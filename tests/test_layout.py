@@ -47,7 +47,7 @@ ORDER = {
     "sample": ("options", "choice", "generate", "continuation", "interactive", "preview", "run"),
     "score": ("options", "loss", "harness", "tables", "run", "follow"),
     "observe": (
-        "tables", "doctor", "sample", "quality", "inspect", "steps", "watch", "verify", "config", "runs",
+        "tables", "doctor", "sample", "quality", "inspect", "steps", "verify", "config", "runs", "watch",
         "plan", "report",
     ),
     "export": ("options", "model_card", "gguf", "run"),
