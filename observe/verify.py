@@ -133,22 +133,16 @@ class Verification:
 
     def _report_sources(self) -> None:
         """What was counted while the sources were read against what the manifest says of the shards."""
-        rows, documents, text_bytes = (
-            sum(source[what] for source in self.manifest.read) for what in ("rows", "documents", "text_bytes")
-        )
+        counts = ("rows", "documents", "text_bytes")
+        rows, documents, text_bytes = (sum(source[what] for source in self.manifest.read) for what in counts)
         skipped = sum(entry["count"] for entry in self.manifest.skipped.values())
-        kept, kept_bytes = (
-            sum(self.manifest.count(split, what) for split in SPLITS) for what in ("documents", "bytes")
-        )
+        kept, size = (sum(self.manifest.count(split, what) for split in SPLITS) for what in ("documents", "bytes"))
+        fault = "the sources have {:,} {}, but the manifest records {:,} in the shards"
         if kept + skipped != rows:
-            self.faults.append(
-                f"the sources have {rows:,} documents, but the manifest records {kept:,} in the shards and {skipped:,} skipped"
-            )
+            self.faults.append(f"{fault.format(rows, 'documents', kept)} and {skipped:,} skipped")
         # Duplicates are left out after reading; with them the sources have more text.
-        if kept_bytes > text_bytes or (kept == documents and kept_bytes != text_bytes):
-            self.faults.append(
-                f"the sources have {text_bytes:,} bytes of text, but the manifest records {kept_bytes:,} in the shards"
-            )
+        if size > text_bytes or (kept == documents and size != text_bytes):
+            self.faults.append(fault.format(text_bytes, "bytes of text", size))
 
     def verdict(self) -> str:
         """What was verified."""

@@ -164,7 +164,7 @@ class RunFolder:
         try:
             sections = tomllib.loads(self.config.read_text(encoding="utf-8")).items()
             return {f"{section}.{key}": value for section, keys in sections for key, value in keys.items()}
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             return {}
 
     def rows(self, path: Path, last_bytes: int = TAIL_BYTES) -> list[Row]:

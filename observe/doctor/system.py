@@ -219,11 +219,12 @@ def host_name() -> Iterator[Finding]:
 def gpus() -> Iterator[Finding]:
     """As NVIDIA's driver reports them, with who holds them."""
     if shutil.which("nvidia-smi") is None:
-        found = "no nvidia-smi on PATH, so no NVIDIA GPU: training runs on the CPU"
-        lost = Path("/dev/nvidia0").exists()
-        yield from judge(
-            "gpu", found, [(lost, "/dev/nvidia0 exists, but nvidia-smi does not", "install the driver's tools")]
+        lost = (
+            Path("/dev/nvidia0").exists(),
+            "/dev/nvidia0 exists, but nvidia-smi does not",
+            "install the driver's tools",
         )
+        yield from judge("gpu", "no nvidia-smi on PATH, so no NVIDIA GPU: training runs on the CPU", [lost])
         return
     tables = (_nvidia_smi(f"--query-gpu={GPU_COLUMNS},{reasons}") for reasons in GPU_REASONS)
     first = next(tables)
@@ -245,10 +246,8 @@ def gpus() -> Iterator[Finding]:
         return
     holding = _nvidia_smi("--query-compute-apps=pid,process_name,used_memory").stdout.splitlines()
     holders = [f"process {row.strip()}{_owner(row.partition(',')[0])}" for row in holding]
-    fault = f"held by {'; '.join(holders)}"
-    yield from judge(
-        "gpu users", "no other process", [(bool(holders), fault, "end it, or use another GPU (CUDA_VISIBLE_DEVICES)")]
-    )
+    held = (bool(holders), f"held by {'; '.join(holders)}", "end it, or use another GPU (CUDA_VISIBLE_DEVICES)")
+    yield from judge("gpu users", "no other process", [held])
 
 
 def _nvidia_smi(query: str) -> "subprocess.CompletedProcess[str]":
@@ -265,3 +264,6 @@ def _owner(pid: str) -> str:
         return f" of {pwd.getpwuid((PROC / pid).stat().st_uid).pw_name}"
     except (OSError, KeyError):
         return ""
+
+
+CHECKS = (versions, compiler, cpu, memory, limits, clock, host_name, gpus)
