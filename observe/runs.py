@@ -137,8 +137,8 @@ def format_entries(entries: Sequence[Entry], width: float) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     while sum(widths) + 2 * len(widths) - 2 > width and len(widths) > LEAST_COLUMNS:
         widths.pop()
-    # Then a long name loses its end.
-    widths[0] -= min(max(0, sum(widths) + 2 * len(widths) - 2 - width), max(0, widths[0] - LEAST_NAME))
+    if (excess := sum(widths) + 2 * len(widths) - 2 - width) > 0:  # then a long name loses its end
+        widths[0] = max(LEAST_NAME, widths[0] - int(excess))
     sides = ["<" if form is str else ">" for _, form in COLUMNS.values()]
     return [
         "  ".join(f"{text[:size]:{side}{size}}" for text, side, size in zip(row, sides, widths, strict=False)).rstrip()

@@ -208,7 +208,7 @@ class Verification:
         ids: TokenIds = np.asarray(map_shard(self.folder, self.manifest, shard))
         for start, length in zip(*(positions.tolist() for positions in documents), strict=True):
             # 0.4 us a document. Of 128 bits, so that equal ones are not compared again.
-            key = xxhash.xxh3_128_digest(ids[start : start + length]) if length else b""
+            key = xxhash.xxh3_128_digest(ids[start : start + length].data) if length else b""
             if key and split == "val":
                 tally.seen.setdefault(key, Document(shard.file, start, length))
             elif twin := self.val_documents.get(key):

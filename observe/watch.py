@@ -2,6 +2,7 @@
 sees their folders may do it, and a run notices nothing.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,7 +35,7 @@ def run(names: Sequence[str], once: bool, as_json: bool) -> None:
     console = open_console()
     if as_json:
         print_json([folder.summary().as_json() for folder in folders])
-    elif once or not terminal.can_draw(console.file):
+    elif once or not terminal.can_draw(sys.stdout):
         console.print(picture(folders, console.width))
     else:
         with suppress(KeyboardInterrupt):  # the usual way to leave

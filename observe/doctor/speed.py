@@ -17,7 +17,7 @@ from observe.doctor import system
 from observe.doctor.findings import Finding, fail, judge
 from pipeline.machine import fitness
 from pipeline.machine.device import pick_device, pick_dtype
-from pipeline.machine.gpus import peak_flops
+from pipeline.machine.gpus import cores_here, peak_flops
 
 MEASURED_S = 1.0  # for each device, type and number of threads
 ROWS = {"cuda": 8192, "cpu": 1024}
@@ -60,8 +60,7 @@ def examine() -> Iterator[Finding]:
     for each in [torch.device("cpu"), *(torch.device("cuda", number) for number in range(count))]:
         if not fitness.multiplies_right(each):
             yield fail("matrix product", f"wrong on {each}", "do not train on it: exclude the node and report it")
-    if hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(system.cores())
+    torch.set_num_threads(cores_here())
     yield from _cpu_speed(
         [torch.float32, dtype] if (dtype, device.type) == (torch.bfloat16, "cpu") else [torch.float32]
     )

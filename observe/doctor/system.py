@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pipeline
 from observe.doctor.findings import Finding, fail, judge, ok
-from pipeline.machine.gpus import peak_flops
+from pipeline.machine.gpus import cores_here, peak_flops
 
 LEAST_TORCH = (2, 9)
 NEEDED = ("torch", "numpy", "safetensors", "xxhash", "click", "rich", "tiktoken", "tokenizers", "regex")
@@ -54,11 +54,6 @@ def text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def cores() -> int:
-    """Those that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_features() -> set[str]:
@@ -120,7 +115,7 @@ def compiler() -> Iterator[Finding]:
 
 
 def cpu() -> Iterator[Finding]:
-    flags, count = cpu_features(), cores()
+    flags, count = cpu_features(), cores_here()
     model = re.search(r"^model name\s*:\s*(.*)$", text_of(PROC / "cpuinfo"), re.MULTILINE)
     features = [name for name in FEATURES if name in flags]
     dtype = "bfloat16" if BFLOAT16 & flags else "float32"

@@ -21,7 +21,8 @@ from pipeline.config.keys import Config
 from pipeline.config.load import from_dict
 from pipeline.dataset.shards import Manifest, read_manifest
 from pipeline.errors import UserError
-from pipeline.runs import Row, RunFolder, RunSummary, finite, parse_row
+from pipeline.files import finite
+from pipeline.runs import Row, RunFolder, RunSummary, parse_row
 
 Column = npt.NDArray[np.float64]
 CURVES = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "data_wait")

@@ -11,11 +11,9 @@ GROUP = "Looking"
 
 @click.command(cls=Command, group=GROUP, example="pipeline inspect data/openwebtext")
 @click.argument(
-    "path",
-    cls=Argument,
-    type=PATH,
+    "path", cls=Argument, type=PATH,
     help="A dataset or its name, a shard, a checkpoint or Hugging Face folder; with --step a run.",
-)
+)  # fmt: skip
 @click.option("--step", metavar="N", type=click.IntRange(min=0), help="Of a run: the texts of the batch of step N.")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def inspect(path: Path, step: int | None, json: bool) -> None:
