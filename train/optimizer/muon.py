@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.model.sharding import part
 from train.optimizer.adamw import AdamW
+from train.optimizer.shares import over_ranks
 
 MOMENTUM = 0.95
 # Jordan's quintic: the steepest at 0 whose iterates stay in about [0.7, 1.2]. Five steps bring singular
@@ -60,18 +61,21 @@ class Muon(torch.optim.Optimizer):
         # The gradient of a rejected step may be NaN. Momentum that moves towards itself stays, to the bit.
         gradient = torch.where(rejected, momentum, torch.stack([part(parameter.grad) for parameter in parameters]))
         torch._foreach_copy_(momenta, momentum.lerp_(gradient, 1 - MOMENTUM).unbind())
-        rows, columns = momentum.shape[1:]
-        matrices = gradient.lerp_(momentum, MOMENTUM).view(-1, rows // group["blocks"], columns)  # Nesterov's
-        update = orthogonalised(matrices).reshape(momentum.shape)
-        scale = group["lr"] * UPDATE_RMS * math.sqrt(max(matrices.shape[1:]))
+        (rows, columns), blocks = parameters[0].shape, group["blocks"]
+
+        def compute(matrices: Tensor) -> Tensor:
+            return orthogonalised(matrices.reshape(-1, rows // blocks, columns)).reshape(matrices.shape)
+
+        update = over_ranks(gradient.lerp_(momentum, MOMENTUM), parameters[0], compute)  # Nesterov's
+        scale = group["lr"] * UPDATE_RMS * math.sqrt(max(rows // blocks, columns))
         weights = [part(parameter) for parameter in parameters]
         torch._foreach_mul_(weights, torch.where(rejected, 1.0, 1 - group["lr"] * group["weight_decay"]))
-        torch._foreach_add_(weights, (update * torch.where(rejected, 0.0, -scale)).unbind())
+        torch._foreach_add_(weights, (update.float() * torch.where(rejected, 0.0, -scale)).unbind())
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
     """(n, R, C) with the same singular vectors and all singular values near 1, by Newton-Schulz
-    iterations on the smaller of each matrix's two Gram matrices.
+    iterations on the smaller of each matrix's two Gram matrices; in bfloat16 on CUDA.
     """
     linear, cubic, quintic = COEFFICIENTS
     # The singular values need no more than bfloat16, which a CPU without units for it takes 20 times as long for.
@@ -83,4 +87,4 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic)
         x = torch.baddbmm(x, polynomial, x, beta=linear)
-    return (x.mT if is_tall else x).float()
+    return x.mT if is_tall else x
