@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.keys import ModelConfig
+from pipeline.model.cache import Cache
 from pipeline.model.constants import INIT_STD
 
 
@@ -24,13 +25,12 @@ class DecodingSteps:
     """A body's operations without autograd: `embed`, then each of `blocks` with its own cache, then
     `norm`.
 
-    embed(ids (B, T), start) and block(x (B, T, C), cache, start) take T tokens that follow `start`
-    earlier ones. A block reads the keys and values of those from the first B rows of `cache` (2, S,
-    heads, block_size, head width) and adds the T new ones.
+    embed(ids (B, T), positions) and block(x (B, T, C), cache, positions) take T tokens at
+    `positions` (T,), int64 on the device, which follow those in the cache.
     """
 
-    embed: Callable[[Tensor, int], Tensor]
-    blocks: Sequence[Callable[[Tensor, Tensor, int], Tensor]]
+    embed: Callable[[Tensor, Tensor], Tensor]
+    blocks: Sequence[Callable[[Tensor, Cache, Tensor], Tensor]]
     norm: Callable[[Tensor], Tensor]
 
 

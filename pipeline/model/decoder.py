@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.machine.device import check_memory
+from pipeline.model.cache import FilledCache
 from pipeline.model.language_model import LanguageModel, finite
 from pipeline.model.products import product
 
@@ -29,10 +30,11 @@ class Decoder:
         self.samples, self.block_size, self.length = samples, config.block_size, 0
         self.vocab_size, self.device = model.vocab_size, model.lm_head.weight.device
         heads, width = body.cache_heads
-        cache = (2, samples, heads, config.block_size, width)
-        needed = config.n_layer * math.prod(cache) * dtype.itemsize
+        shape = (2, samples, heads, config.block_size, width)
+        needed = config.n_layer * math.prod(shape) * dtype.itemsize
         check_memory(self.device, needed, f"keys and values of {samples:,} samples", "ask for fewer samples")
-        self.caches = [torch.zeros(cache, dtype=dtype, device=self.device) for _ in body.blocks]
+        self.caches = [FilledCache(shape, dtype, self.device) for _ in body.blocks]
+        self.positions = torch.arange(config.block_size, device=self.device)
         self.steps = body.decoding_steps(dtype, samples)
         self.head = product(model.lm_head, dtype, samples)
 
@@ -42,11 +44,13 @@ class Decoder:
         earlier text.
         """
         self.length = 0
+        for cache in self.caches:
+            cache.clear()
         logits = self._next_logits(ids)
         # The shared text was read once, in the first row: every sample starts from a copy.
         if len(ids) < self.samples:
             for cache in self.caches:
-                cache[:, 1:, :, : self.length] = cache[:, :1, :, : self.length]
+                cache.share_first_row()
         return logits.expand(self.samples, -1)
 
     @torch.inference_mode()
@@ -58,10 +62,10 @@ class Decoder:
         """Logits (B, V) after ids (B, T), which follow the `length` tokens in the first B rows of
         the caches.
         """
-        start = self.length
-        x = self.steps.embed(ids, start)
+        start, self.length = self.length, self.length + ids.size(1)
+        positions = self.positions[start : self.length]
+        x = self.steps.embed(ids, positions)
         for block, cache in zip(self.steps.blocks, self.caches, strict=True):
-            x = block(x, cache, start)
-        self.length = start + ids.size(1)
+            x = block(x, cache, positions)
         # Only the last position has a next token to predict.
         return finite(self.head(self.steps.norm(x[:, -1])))[:, : self.vocab_size].float()
