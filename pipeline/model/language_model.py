@@ -131,7 +131,16 @@ def finite(logits: Tensor) -> Tensor:
     """The logits themselves. Raises UserError unless all are finite: text sampled from NaN looks
     like a result.
     """
-    # In a tenth of the time that logits.isfinite().all() takes: 0.01 ms for GPT-2's 50,257.
-    if not torch.stack(logits.aminmax()).isfinite().all():
-        raise UserError("the model's logits are not finite, so its weights are damaged: use another checkpoint")
+    if not all_finite(logits):
+        raise damaged_weights()
     return logits
+
+
+def all_finite(logits: Tensor) -> Tensor:
+    """() bool, on the device."""
+    # In a tenth of the time that logits.isfinite().all() takes: 0.01 ms for GPT-2's 50,257.
+    return torch.stack(logits.aminmax()).isfinite().all()
+
+
+def damaged_weights() -> UserError:
+    return UserError("the model's logits are not finite, so its weights are damaged: use another checkpoint")

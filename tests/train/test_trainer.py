@@ -164,7 +164,10 @@ def test_a_bfloat16_residual_stream_takes_less_memory_and_follows_the_loss_curve
     # Each block's two norms and the last one keep their input in half the bytes.
     assert kept_bytes(plain) - kept_bytes(trainer) >= 2 * (2 * model.n_layer + 1) * tokens * model.n_embd
     # Without autocast there is no other type to take.
-    assert trained(tiny_config(tiny, model={"residual_dtype": "autocast"}, train={"max_steps": 50}), steps=3)[1] == exact[:3]
+    assert (
+        trained(tiny_config(tiny, model={"residual_dtype": "autocast"}, train={"max_steps": 50}), steps=3)[1]
+        == exact[:3]
+    )
 
 
 def test_weights_stay_float32_under_bfloat16(tiny: Path) -> None:
