@@ -96,6 +96,7 @@ def curves_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_a_restart_evaluates_what_is_missing_and_other_settings_all_of_it(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
