@@ -165,6 +165,7 @@ def test_a_kind_that_nobody_knows_is_refused_with_those_that_are_known() -> None
     assert hardware_named("mps", 1) is None
 
 
+@pytest.mark.slow
 def test_a_measurement_replaces_the_assumed_time(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:

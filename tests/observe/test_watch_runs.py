@@ -127,6 +127,7 @@ def on_a_pty(arguments: list[str], enough: Callable[[str], bool], then: bytes = 
     return written.decode(), process.wait(10)
 
 
+@pytest.mark.slow
 def test_on_a_terminal_it_follows_a_run_to_its_end(write_run: Callable[..., RunFolder]) -> None:
     write_run("a")
 
@@ -144,6 +145,7 @@ def test_on_a_terminal_it_follows_a_run_to_its_end(write_run: Callable[..., RunF
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_it_and_nothing_is_drawn_twice(write_run: Callable[..., RunFolder]) -> None:
     write_run("a"), write_run("b")
     started = time.monotonic()
