@@ -24,7 +24,7 @@ def captured(function: Callable[[Tensor], Outputs], example: Tensor) -> Callable
     """
     inputs = example.clone()
     try:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_CALLS):
