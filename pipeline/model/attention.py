@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, H heads of queries, K of keys and values, D per h
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +74,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scope: Tensor
         key, value = (part.repeat_interleave(H // part.size(1), dim=1) for part in (key, value))
     # Norms of queries and keys leave float32, which autocast casts back for torch's own functions only.
     rows = [part.transpose(1, 2).flatten(0, 1).to(value.dtype) for part in (query, key, value)]
-    y: Tensor = flash(*rows, cu_seq_q=scope, cu_seq_k=scope, max_q=T, max_k=T, window_size=(-1, 0))
-    return y.unflatten(0, (B, T)).transpose(1, 2)
+    y = flash(*rows, cu_seq_q=scope, cu_seq_k=scope, max_q=T, max_k=T, window_size=(-1, 0))
+    return y.view(B, T, H, -1).transpose(1, 2)
 
 
 @cache
@@ -84,4 +85,5 @@ def _flash_of_documents() -> Callable[..., Tensor] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+    known = "window_size" in inspect.signature(varlen_attn).parameters
+    return cast(Callable[..., Tensor], varlen_attn) if known else None
