@@ -9,8 +9,10 @@ Shapes: B sequences, T tokens, C = n_embd, S samples, P = padded vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,10 @@ class DecodingSteps:
 
 class Body(nn.Module, ABC):
     """A decoder-only transformer below the output head: ids (B, T) -> hidden states (B, T, C)."""
+
+    # Endings of the names of a block's matrices that are several of equal height, one on the other,
+    # and of how many: Muon updates each apart.
+    fused: ClassVar[Mapping[str, int]] = MappingProxyType({})
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, C = n_embd, H heads, D = C / H per head, S sample
 
 import math
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -108,6 +109,8 @@ class Block(nn.Module):
 
 class GPT2(Body):
     """Learned positions, pre-norm blocks, and a final norm."""
+
+    fused = MappingProxyType({"c_attn.weight": 3})
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
         super().__init__(config, padded_vocab_size)

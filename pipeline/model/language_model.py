@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, C = n_embd, V = vocabulary, P = V padded to a mul
 """
 
 import math
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -67,6 +68,11 @@ class LanguageModel(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The architecture's layers, which are sharded and compiled one by one."""
         return self.transformer.blocks
+
+    @property
+    def fused(self) -> Mapping[str, int]:
+        """Endings of the names of matrices that are several in one, and how many."""
+        return self.transformer.fused
 
     def tie_and_mask(self) -> None:
         """Tie the head, and give the padding rows the logit -inf; again wherever memory was

@@ -78,6 +78,7 @@ def planned(name: str, strategy: str) -> Footprint:
     return footprint(config, VOCABULARY, replace(setting, ranks=shared[0], shards=shared[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("strategy", ["one", "ddp", "fsdp"])
 def test_the_peak_is_what_is_allocated(measured: Any, name: str, strategy: str) -> None:
@@ -90,6 +91,7 @@ def test_the_peak_is_what_is_allocated(measured: Any, name: str, strategy: str) 
     assert memory.total == pytest.approx(states + found["peak"], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_the_backward_pass_needs_is_what_autograd_keeps(measured: Any, name: str) -> None:
     step, found = planned(name, "one"), measured["one"][name]

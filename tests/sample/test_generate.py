@@ -121,6 +121,7 @@ def test_greedy_samples_are_all_the_likeliest_continuation() -> None:
     assert rows[0][0] == logits.argmax().item()
 
 
+@pytest.mark.slow
 def test_a_penalised_greedy_text_equals_transformers() -> None:
     """The prompt's tokens are penalised too."""
     model = model_with_opinions()

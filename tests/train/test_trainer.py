@@ -95,6 +95,7 @@ def test_logged_loss_is_the_mean_over_the_whole_global_batch(tiny: Path) -> None
     assert trainer.train_step().loss == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_fifty_steps_equal_an_independent_trainer(tiny: Path) -> None:
     """transformers' GPT-2, torch's plain AdamW, clipping and schedule written out, on the same batches."""
     transformers = pytest.importorskip("transformers")
@@ -348,6 +349,7 @@ def test_too_many_bad_steps_in_a_row_are_a_divergence(tiny: Path) -> None:
         trainer.fit(Metrics(), StopRequest())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.campaign), "aot_eager"])
 def test_the_compiled_model_follows_the_eager_one(tiny: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Generating C++ takes 20 s: by default what is captured runs as it is."""
