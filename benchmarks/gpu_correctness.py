@@ -339,8 +339,9 @@ def prepared(check: Check) -> dict[str, Any]:
     """A dataset made here, which the steps after it train on."""
     source, tokenizer = "stdlib", "gpt2"
     if check.tiny:
-        source, tokenizer = "tiny.txt", "byte"
-        (check.data / source).write_text("".join(f"def f{n}(x):\n    return x + {n}\n\n" for n in range(3000)))
+        source, tokenizer = "tiny.jsonl", "byte"  # documents shorter than a window
+        texts = ({"text": f"def f{n}(x):\n    return x + {n}\n\n"} for n in range(3000))
+        (check.data / source).write_text("\n".join(map(json.dumps, texts)))
     text = program(
         check, "prepare", source, "--name", "stdlib", "--data-dir", ".", "--tokenizer", tokenizer, "--val-fraction", "0.05",
     )  # fmt: skip

@@ -13,6 +13,7 @@ from torch.profiler import profile as record
 
 from pipeline.budget import flops_per_token
 from pipeline.config.keys import Config
+from pipeline.model.attention import document_offsets, takes_offsets
 from pipeline.model.decoder import Decoder
 from pipeline.model.language_model import LanguageModel, document_numbers
 from sample.choice import Choice
@@ -94,7 +95,11 @@ def training_speed(check: Check) -> dict[str, Any]:
         if config.data.document_mask:
             end_of_text = check.vocabulary - 1
             ids[:, ::DOCUMENT_TOKENS] = end_of_text
-            documents = document_numbers(ids[:, :-1], end_of_text)
+            with check.autocast():
+                by_offset = takes_offsets(check.device, config.model.dropout)
+            documents = (document_offsets if by_offset else document_numbers)(ids[:, :-1].cpu(), end_of_text).to(
+                check.device
+            )
         optimizer = build_optimizer(model, config.optimizer)
         step = one_step(check, model, optimizer, lambda: model(ids[:, :-1], ids[:, 1:], documents), accumulate)
         return speed(check, config, step, accumulate)

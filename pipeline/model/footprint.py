@@ -226,7 +226,7 @@ def gpt2_block(step: Footprint) -> int:
         columns += model.n_head * (scores * model.block_size - F32) + model.n_embd * (2 * item + item * low)
     elif model.dropout:
         columns += 2 * model.n_embd
-    if step.config.data.document_mask:
+    if step.config.data.document_mask and (setting.on_cpu or model.dropout or not low):
         columns += item * model.block_size  # the mask as a bias, made in each block
     return columns * tokens
 

@@ -95,8 +95,8 @@ class LanguageModel(nn.Module):
         """Mean cross-entropy in nats of predicting `targets` (B, T) from `ids` (B, T): a float32
         scalar.
 
-        Tokens with different numbers in `documents` (B, T) do not see each other, and positions
-        count from 0 in each. Rows of `ids` past the last row of `targets` are not counted.
+        Tokens of different `documents`, by number (B, T) or offset (n,), do not see each other, and
+        positions count from 0 in each. Rows of `ids` past the last row of `targets` are not counted.
         """
         hidden = self.transformer(ids, documents)[: len(targets)].flatten(0, 1)
         return mean_loss(
