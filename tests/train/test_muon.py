@@ -91,6 +91,17 @@ def test_steps_equal_the_update_written_out(shape: tuple[int, int], blocks: int)
     torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(40, 40), (40, 160), (160, 40)])
+@pytest.mark.parametrize("smallest", [1e-2, 1e-8])
+def test_singular_values_far_apart_are_no_harm(shape: tuple[int, int], smallest: float) -> None:
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.double), full_matrices=False)
+    values = torch.logspace(0, math.log10(smallest), min(shape), dtype=torch.double)
+    matrix = left * values @ right
+    found, expected = orthogonalised(matrix.float()[None])[0].double(), newton_schulz(matrix)
+    assert (found - expected).norm() < 5e-4 * expected.norm()
+
+
 def test_singular_values_come_near_1_and_matrices_of_a_stack_do_not_mix() -> None:
     torch.manual_seed(0)
     stack = torch.randn(3, 40, 20)
