@@ -14,8 +14,10 @@ from conftest import ROOT
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pipeline.config.keys import ModelConfig, OptimizerConfig
+from pipeline.budget import checkpoint_bytes, footprint
+from pipeline.config.keys import Config, ModelConfig, OptimizerConfig
 from pipeline.machine import ranks as distributed
+from pipeline.model.footprint import Setting
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 from train import parallel
@@ -138,6 +140,16 @@ def test_the_initial_state_is_named_and_shaped_as_a_step_makes_it() -> None:
         assert ("momentum_buffer" in made) == (".h." in name and parameter.ndim == 2)
         for kind, value in made.items():
             assert (initial[kind].shape, initial[kind].dtype) == (value.shape, value.dtype)
+
+
+def test_the_plan_counts_the_bytes_of_its_state() -> None:
+    config = Config(model=MODEL, optimizer=OptimizerConfig(name="muon"))
+    model = LanguageModel(MODEL, 128)
+    optimizer = build_optimizer(model, config.optimizer)
+    states = [state for p in model.parameters() for state in optimizer.initial_state(p).values() if state.ndim]
+    assert footprint(config, 128, Setting()).memory().optimizer == sum(state.nbytes for state in states)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert checkpoint_bytes(config, 128) == weights + sum(state.nbytes for state in states)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3.0])
