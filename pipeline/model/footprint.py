@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from pipeline.config.keys import Config
-from pipeline.model.constants import CHUNK_LOGITS
+from pipeline.model.constants import chunk_count
 
 F32, INT64 = 4, 8
 BYTES = {"float32": F32, "bfloat16": 2, "float16": 2}
@@ -87,8 +87,12 @@ class Footprint:
 
     @property
     def stream(self) -> int:
-        """The residual stream (B, T, C), which is float32 under autocast too."""
-        return F32 * self.tokens * self.config.model.n_embd
+        """The residual stream (B, T, C), which is float32 under autocast too, unless configured."""
+        return self.stream_itemsize * self.tokens * self.config.model.n_embd
+
+    @property
+    def stream_itemsize(self) -> int:
+        return self.itemsize if self.config.model.residual_dtype == "autocast" else F32
 
     @property
     def block(self) -> int:
@@ -107,8 +111,9 @@ class Footprint:
     @property
     def ends(self) -> int:
         """Kept outside of the blocks: the last norm's input and output, its mean and deviation."""
-        mask = (self.stream if self.setting.on_cpu else self.stream // F32) if self.config.model.dropout else 0
-        return self.stream + self.stream * self.itemsize // F32 + 2 * F32 * self.tokens + mask
+        numbers = self.tokens * self.config.model.n_embd
+        mask = (self.stream if self.setting.on_cpu else numbers) if self.config.model.dropout else 0
+        return self.stream + numbers * self.itemsize + 2 * F32 * self.tokens + mask
 
     @property
     def activations(self) -> int:
@@ -116,13 +121,14 @@ class Footprint:
 
     @property
     def logits(self) -> int:
-        """Of one chunk (n, P) the loss holds float32 logarithms of probabilities next to the logits; on
-        a CPU, to make them from others, float32 logits too.
+        """Of one chunk (n, P) the loss holds logits, float32 logarithms of probabilities, and the gradient:
+        in place in float32; compiled without the logarithms. A CPU makes those from float32 logits.
         """
-        vocabulary = self.sizes.table // self.config.model.n_embd
-        most = CHUNK_LOGITS["cpu" if self.setting.on_cpu else "cuda"]
-        rows = -(-self.tokens // -(-self.tokens * vocabulary // most))
-        copies = F32 + self.itemsize + (F32 if self.setting.on_cpu and self.itemsize < F32 else 0)
+        setting, vocabulary = self.setting, self.sizes.table // self.config.model.n_embd
+        rows = -(-self.tokens // chunk_count(self.tokens, vocabulary, on_cpu=setting.on_cpu))
+        copies = 2 * self.itemsize
+        if self.itemsize < F32 and not setting.compiled:
+            copies = 2 * F32 + self.itemsize if setting.on_cpu else F32 + 2 * self.itemsize
         return copies * rows * vocabulary
 
     @property
@@ -165,7 +171,8 @@ class Footprint:
         table, block = F32 * sizes.table, F32 * sizes.block
         head = table if tied or self.fresh else 0  # the gradient, until the embedding's is added
         # The gradients of an MLP's inner (B, T, 4 C), in and out, less what its product has freed.
-        work = self.stream * (1 + self.itemsize) + 4 * F32 * self.config.model.n_embd**2
+        numbers = self.tokens * self.config.model.n_embd
+        work = self.stream + 4 * self.itemsize * numbers + 4 * F32 * self.config.model.n_embd**2
         gathered = self.itemsize * sizes.block if sharded else 0
         # Autocast's copies of weights, which the backward pass frees; FSDP2 gathers a block's as such.
         low = self.itemsize < F32
@@ -207,9 +214,9 @@ def gpt2_block(step: Footprint) -> int:
     """Bytes of (B, T, C) and others that GPT-2's block keeps."""
     model, setting, tokens = step.config.model, step.setting, step.tokens
     low, item = step.itemsize < F32, step.itemsize
-    # In float32 both norms' inputs, which autocast leaves; in its type 14 C: both norms' outputs, queries,
+    # In the residual stream's type both norms' inputs; in autocast's 14 C: both norms' outputs, queries,
     # keys and values, attention's output, 4 C before GELU and 4 C behind it. Float32 means and deviations.
-    columns = model.n_embd * (2 * F32 + 14 * item) + 4 * F32
+    columns = model.n_embd * (2 * step.stream_itemsize + 14 * item) + 4 * F32
     # A trace of Inductor's min-cut partition kept 42 C: two normalised float32 copies more, less what
     # it computes again. Not measured on a GPU.
     if setting.compiled:
@@ -221,7 +228,7 @@ def gpt2_block(step: Footprint) -> int:
         columns += model.n_head * (scores * model.block_size - F32) + model.n_embd * (2 * item + item * low)
     elif model.dropout:
         columns += 2 * model.n_embd
-    if step.config.data.document_mask:
+    if step.config.data.document_mask and (setting.on_cpu or model.dropout or not low):
         columns += item * model.block_size  # the mask as a bias, made in each block
     return columns * tokens
 

@@ -11,7 +11,7 @@ idea is Liger Kernel's (Hsu et al. 2024, arXiv 2410.10989).
 Shapes: N tokens, C = n_embd, P = padded vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,17 +19,40 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.model.constants import CHUNK_LOGITS
+from pipeline.model.constants import chunk_count
 
 
-def mean_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def loss_and_gradient(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """() sum of the losses of `ids` (n, 1) under `logits` (n, P), and its gradient by the logits, in their
+    type. As one compiled kernel it reads the logits twice and writes the gradient once.
+    """
+    log_p = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    at_target = log_p.gather(1, ids)
+    # p, less 1 at the target: subtracted before p is rounded.
+    gradient = log_p.exp_().to(logits.dtype).scatter_(1, ids, at_target.expm1().to(logits.dtype))
+    return -at_target.sum(), gradient
+
+
+Differentiate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def mean_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    differentiate: Differentiate = loss_and_gradient,
+) -> Tensor:
     """() mean cross-entropy in nats of `targets` (N,) under the logits hidden @ weight.T + bias.
 
     hidden (N, C), weight (P, C), bias (P,), which gets no gradient: in the type of autocast, losses
     and their gradients in float32 at least.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss: Tensor = _MeanLoss.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+        loss: Tensor = _MeanLoss.apply(  # type: ignore[no-untyped-call]
+            *(hidden, weight, bias, targets), _product_type(hidden), differentiate
+        )
         return loss
     return token_losses(hidden, weight, bias, targets).mean()
 
@@ -49,8 +72,10 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
 
 class _MeanLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        dtype = _product_type(hidden)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        dtype: torch.dtype, differentiate: Differentiate,
+    ) -> Tensor:  # fmt: skip
         low, low_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         d_hidden: list[Tensor] = []
@@ -58,16 +83,14 @@ class _MeanLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk, ids in _chunks(hidden, targets, len(weight)):
                 rows, ids = chunk.to(dtype), ids.unsqueeze(1)
-                log_p = F.log_softmax(F.linear(rows, low, low_bias), dim=1, dtype=total.dtype)
-                total -= log_p.gather(1, ids).sum()
-                # d logits of the sum: p, less 1 at the target. The mean's 1/N comes later, as float16
-                # would lose what is that small.
-                d_logits = log_p.exp_().scatter_add_(1, ids, log_p.new_full((), -1).expand_as(ids)).to(dtype)
+                # Of the sum: the mean's 1/N comes later, as float16 would lose what is that small.
+                loss, d_logits = differentiate(F.linear(rows, low, low_bias), ids)
+                total += loss
                 if ctx.needs_input_grad[0]:
                     d_hidden.append(d_logits @ low)
                 if d_weight is not None:
                     _add_product(d_weight, d_logits.t(), rows)
-                del log_p, d_logits  # or they would live next to the next chunk's logits
+                del d_logits  # or it would live next to the next chunk's
         ctx.save_for_backward(torch.cat(d_hidden) if d_hidden else None, d_weight)
         ctx.tokens, ctx.hidden_type = len(targets), hidden.dtype
         return total / len(targets)
@@ -80,7 +103,7 @@ class _MeanLoss(torch.autograd.Function):
         return (
             None if d_hidden is None else d_hidden.to(ctx.hidden_type) * scale,
             None if d_weight is None else d_weight * scale,
-            None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -93,8 +116,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of equal length of both, whose logits number about CHUNK_LOGITS."""
-    count = -(-len(targets) * vocab_size // CHUNK_LOGITS["cpu" if hidden.device.type == "cpu" else "cuda"])
+    """Parts of both, as CHUNK_LOGITS asks."""
+    count = chunk_count(len(targets), vocab_size, on_cpu=hidden.device.type == "cpu")
     return zip(hidden.detach().chunk(count), targets.chunk(count), strict=True)
 
 
