@@ -19,9 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits of a chunk. On a CPU measured at 50,304 and 257 ids; on a GPU chunks must be long: each adds
-# to all of d weight, which for 5,000 rows takes a twentieth of the time of the three products.
-CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+from pipeline.model.constants import chunk_count
 
 
 def loss_and_gradient(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +90,7 @@ class _MeanLoss(torch.autograd.Function):
                     d_hidden.append(d_logits @ low)
                 if d_weight is not None:
                     _add_product(d_weight, d_logits.t(), rows)
+                del d_logits  # or it would live next to the next chunk's
         ctx.save_for_backward(torch.cat(d_hidden) if d_hidden else None, d_weight)
         ctx.tokens, ctx.hidden_type = len(targets), hidden.dtype
         return total / len(targets)
@@ -117,11 +116,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of both, whose logits number about CHUNK_LOGITS; of equal length where that can be, as what
-    is compiled is for one length.
-    """
-    least = -(-len(targets) * vocab_size // CHUNK_LOGITS["cpu" if hidden.device.type == "cpu" else "cuda"])
-    count = next((count for count in range(least, 2 * least) if len(targets) % count == 0), least)
+    """Parts of both, as CHUNK_LOGITS asks."""
+    count = chunk_count(len(targets), vocab_size, on_cpu=hidden.device.type == "cpu")
     return zip(hidden.detach().chunk(count), targets.chunk(count), strict=True)
 
 
