@@ -36,6 +36,7 @@ def test_all_steps_pass_at_toy_size(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_step_that_is_late_fails_alone(tmp_path: Path) -> None:
     done = check(tmp_path, "--seconds", "4.5", "--only", "training_speed,profile")
     report = json.loads((tmp_path / "gpu_check.json").read_text())
