@@ -24,16 +24,7 @@ def captured(function: Callable[[Tensor], Outputs], example: Tensor) -> Callable
     """
     inputs = example.clone()
     try:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_CALLS):
-                function(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those that pin batches and copy checkpoints, may go on.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            outputs = function(inputs)
+        graph, outputs = _capture(function, inputs)
     except RuntimeError as error:
         logger.warning("decoding without a CUDA graph, at a quarter of the speed: %s", one_line(error))
         return function
@@ -44,3 +35,18 @@ def captured(function: Callable[[Tensor], Outputs], example: Tensor) -> Callable
         return outputs
 
     return replay
+
+
+def _capture(function: Callable[[Tensor], Outputs], inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, Outputs]:
+    with torch.cuda.device(inputs.device):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_CALLS):
+                function(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as those that pin batches and copy checkpoints, may go on.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = function(inputs)
+    return graph, outputs

@@ -174,6 +174,7 @@ def test_a_captured_function_is_replayed_on_new_inputs(monkeypatch: pytest.Monke
         calls[:] = [lambda: out.copy_(inputs * 2)]  # a capture runs nothing
         return out
 
+    monkeypatch.setattr(torch.cuda, "device", MagicMock())
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", MagicMock())
