@@ -74,15 +74,13 @@ def measure(plan: Plan) -> tuple[float, float]:
             loss = model(ids, ids)
         loss.backward()
 
-    # The largest micro-batch that takes a fifth of the time; of a smaller one the time grows with its size.
     size, began = 1, time.perf_counter()
-    micro_s = min(seconds(micro_batch) for _ in range(2))  # the first one compiles, or warms up
-    while size < plan.config.train.micro_batch_size and 2 * micro_s < BUDGET_S / 5:
-        size = min(2 * size, plan.config.train.micro_batch_size)
-        micro_s = min(seconds(micro_batch) for _ in range(2))
-    seconds(optimizer.step)  # allocates
-    update_s = seconds(optimizer.step)
-    times = [micro_s]
+    one_s = min(seconds(micro_batch) for _ in range(2))  # the first one compiles, or warms up
+    # As many sequences as take a fifth of the time: that of a micro-batch grows with its size.
+    size = max(1, min(plan.config.train.micro_batch_size, int(BUDGET_S / 5 / one_s)))
+    for work in (micro_batch, optimizer.step):  # both allocate
+        seconds(work)
+    update_s, times = seconds(optimizer.step), [seconds(micro_batch)]
     while time.perf_counter() - began < BUDGET_S:
         times.append(seconds(micro_batch))
     typical_s = sorted(times)[len(times) // 2]

@@ -13,7 +13,7 @@ from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.char_byte_word import UNKNOWN, WORD_PATTERN, ByteTokenizer, CharTokenizer, WordTokenizer
 from pipeline.vocabulary.merges import PUBLISHED, Merges, merges_of, published_for, symbols
 from pipeline.vocabulary.tokenizer import END_OF_TEXT, JSON_FILE, MAX_VOCABULARY_BYTES, Tokenizer
-from pipeline.vocabulary.tokenizer_json import JsonTokenizer, vocabulary_in
+from pipeline.vocabulary.tokenizer_json import JsonTokenizer, json_fingerprint, vocabulary_in
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"  # GPT-2's two files, older than tokenizer.json
@@ -79,6 +79,9 @@ def fingerprints(folder: Path, tokenizer: Tokenizer) -> set[str]:
     from_file = open_folder(folder)
     if from_file is not None and from_file.end_of_text == tokenizer.end_of_text:
         found.add(from_file.spec()["fingerprint"])
+        # The oldest datasets have the fingerprint of the file with its post-processor; their ids
+        # are the same.
+        found.add(json_fingerprint(_content(folder / JSON_FILE), tokenizer.end_of_text))
     return found
 
 

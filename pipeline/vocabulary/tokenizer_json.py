@@ -57,7 +57,7 @@ class JsonTokenizer:
         return self._engine.token_bytes()
 
     def spec(self) -> dict[str, Any]:
-        return spec_of(self, fingerprint=hash_bytes(self.content + b"\n%d" % self.end_of_text))
+        return spec_of(self, fingerprint=json_fingerprint(self.content, self.end_of_text))
 
     def files(self) -> dict[str, bytes]:
         return {JSON_FILE: self.content}
@@ -113,6 +113,11 @@ class _Library:
 
     def token_bytes(self) -> None:
         return None
+
+
+def json_fingerprint(content: bytes, end_of_text: int) -> str:
+    """The fingerprint in the spec of a tokenizer.json with this end-of-text token."""
+    return hash_bytes(content + b"\n%d" % end_of_text)
 
 
 def vocabulary_in(document: dict[str, Any]) -> dict[str, int]:
