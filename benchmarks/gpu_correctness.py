@@ -261,7 +261,7 @@ def one_rank_groups(check: Check) -> dict[str, Any]:
         wrapped: nn.Module = model
         if kind == "ddp":
             # `replicate` wraps none for a single rank.
-            wrapped = parallel.replicate(model, replace(world, size=2), "float32")
+            wrapped = parallel.replicate(model, replace(world, size=2))
             assert isinstance(wrapped, DistributedDataParallel)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         values = []

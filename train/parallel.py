@@ -138,7 +138,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def replicate(model: LanguageModel, world: World, gradient_dtype: str) -> LanguageModel | DistributedDataParallel:
+def replicate(model: LanguageModel, world: World) -> LanguageModel | DistributedDataParallel:
     """What to call in training, once every replica or shard has its weights."""
     if is_sharded(model) or world.size == 1:
         return model
@@ -147,14 +147,9 @@ def replicate(model: LanguageModel, world: World, gradient_dtype: str) -> Langua
     # model's one buffer, a mask, never changes.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the last option, 2.9 knows no other name
-        wrapped = DistributedDataParallel(
+        return DistributedDataParallel(
             model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
         )
-    if gradient_dtype == "bfloat16":
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook  # 40 ms
-
-        wrapped.register_comm_hook(None, bf16_compress_hook)
-    return wrapped
 
 
 def settle_buckets(model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> None:

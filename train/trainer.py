@@ -98,7 +98,7 @@ class Trainer:
         """From here on the ranks train one model together: each has a replica or a shard, and
         gradients are averaged.
         """
-        self.wrapped = parallel.replicate(self.model, self.world, self.config.parallel.gradient_dtype)
+        self.wrapped = parallel.replicate(self.model, self.world)
 
     def train_step(self) -> StepResult:
         """One optimizer step over `tokens_per_step` tokens; one that is not finite, or a spike,

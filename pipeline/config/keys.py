@@ -149,8 +149,6 @@ class ParallelConfig:
     # ddp: every rank holds the whole model; fsdp shards weights, gradients and optimizer state over
     # all ranks, hsdp over those of a node.
     strategy: str = key("ddp", "how ranks share the model", ("ddp", "fsdp", "hsdp"))
-    # Half the bytes, for nodes on slow networks; their sums round to 8 bits.
-    gradient_dtype: str = key("float32", "in which ddp's ranks exchange gradients", ("float32", "bfloat16"))
     # From the second step on; start-up and the first one, which may compile, have half an hour at least.
     timeout_s: float = key(300.0, "seconds that ranks wait for a late one", above=0)
     check_every_steps: int = key(1000, "steps between comparing weights; 0: at start", at_least=0)

@@ -143,7 +143,7 @@ class Measurement:
         for parameter in self.model.parameters():
             torch.nn.init.normal_(parameter.detach(), std=0.02)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.wrapped = parallel.replicate(self.model, world, "float32")
+        self.wrapped = parallel.replicate(self.model, world)
         sequences, length = config.train.micro_batch_size, config.model.block_size
         windows = torch.randint(VOCABULARY, (sequences, length + 1))
         documents = torch.arange(length).div(16, rounding_mode="floor").expand(sequences, -1)

@@ -1,7 +1,6 @@
 """torch.compile block by block: how many graphs it makes, and that DDP averages gradients while the backward pass goes on."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,17 +113,3 @@ def test_ddp_averages_gradients_while_the_backward_pass_goes_on(tiny: Path, monk
     # The first blocks whose gradients come are averaged before the backward pass of the first layer begins.
     last_backward = len(events) - 1 - events[::-1].index("backward")
     assert len([event for event in events[:last_backward] if event.startswith("bucket")]) >= 2, events
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ddp_may_exchange_gradients_in_bfloat16(tiny: Path, dtype: str) -> None:
-    trainer = trainer_of(tiny_config(tiny))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        trainer.wrapped = parallel.replicate(trainer.model, replace(trainer.world, size=2), dtype)
-        trainer.compute_gradients()
-    finally:
-        dist.destroy_process_group()
-    gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
-    assert all(gradient.dtype == torch.float32 for gradient in gradients)
-    assert all(torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients) is (dtype == "bfloat16")
