@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from pipeline.config.keys import Config
+from pipeline.model.constants import CHUNK_LOGITS
 
 F32, INT64 = 4, 8
 BYTES = {"float32": F32, "bfloat16": 2, "float16": 2}
@@ -120,16 +121,14 @@ class Footprint:
 
     @property
     def logits(self) -> int:
-        """Of (B T, P) the backward pass of the loss holds three in float32: log-probabilities, their
-        gradient, the logits' gradient. Compiled with the loss, logits and gradient in `dtype`.
+        """Of one chunk (n, P) the loss holds float32 logarithms of probabilities next to the logits; on
+        a CPU, to make them from others, float32 logits too.
         """
-        copies = 2 * self.itemsize if self.compiled_loss else 3 * F32
-        return copies * self.tokens * self.sizes.table // self.config.model.n_embd
-
-    @property
-    def compiled_loss(self) -> bool:
-        """Of a sharded model only the blocks are compiled."""
-        return self.setting.compiled and self.setting.shards == 1
+        vocabulary = self.sizes.table // self.config.model.n_embd
+        most = CHUNK_LOGITS["cpu" if self.setting.on_cpu else "cuda"]
+        rows = -(-self.tokens // -(-self.tokens * vocabulary // most))
+        copies = F32 + self.itemsize + (F32 if self.setting.on_cpu and self.itemsize < F32 else 0)
+        return copies * rows * vocabulary
 
     @property
     def fresh(self) -> bool:
@@ -178,7 +177,10 @@ class Footprint:
         low = self.itemsize < F32
         cast = self.itemsize * sizes.block if low and not sharded else 0
         before = 0 if self.fresh else self.gradients
-        yield before + self.activations + self.logits + gathered + layers * cast + self.itemsize * low * sizes.table
+        # The loss adds up the head's gradient in the forward pass, and multiplies it in the backward pass.
+        forward = before + self.activations + gathered + layers * cast + table
+        yield forward + self.logits + self.itemsize * low * sizes.table
+        yield forward + table + self.stream
         for done in range(layers):  # blocks, the last one first
             gradients = before
             if sharded:
@@ -193,9 +195,8 @@ class Footprint:
             yield there + left + self.block - self.kept + work
             own = gathered if sharded else block if self.fresh else 0
             yield there + left - self.kept + own + 2 * self.stream
-        # The embedding's backward pass adds its gradient to the head's. A new one is copied once more,
-        # as the sum is laid out like the head's, transposed.
-        copies = 1 + tied + (tied and self.fresh and not sharded)
+        # The embedding's backward pass adds its gradient to the head's.
+        copies = 1 + tied
         if sharded:
             outside = F32 * sizes.all - layers * block
             yield (
