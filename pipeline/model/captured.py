@@ -25,7 +25,7 @@ def captured(function: Callable[[Tensor], Outputs], example: Tensor) -> Callable
     inputs = example.clone()
     try:
         graph, outputs = _capture(function, inputs)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: of a device that is no GPU
         logger.warning("decoding without a CUDA graph, at a quarter of the speed: %s", one_line(error))
         return function
 
