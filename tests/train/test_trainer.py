@@ -154,7 +154,7 @@ def kept_bytes(trainer: Trainer) -> int:
 
 
 def test_a_bfloat16_residual_stream_takes_less_memory_and_follows_the_loss_curve(tiny: Path) -> None:
-    """Fifty steps of Shakespeare's characters, 4 x 128, stayed within 1e-3 of float32, as bfloat16 products alone did."""
+    """Fifty steps of Shakespeare's characters, 4 x 128, stayed within 1.2e-3 of float32; bfloat16 products alone within 5e-4."""
     low = {"run": {"dtype": "bfloat16"}, "train": {"max_steps": 50}}
     _, exact = trained(tiny_config(tiny, train={"max_steps": 50}), steps=50)
     plain, _ = trained(tiny_config(tiny, **low), steps=1)
