@@ -34,6 +34,15 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "untied, without biases": (SMALL | {"tie_weights": False, "bias": False}, 4, 2, "float32"),
     "untied, one micro-batch": (SMALL | {"tie_weights": False, "n_embd": 160}, 3, 1, "float32"),
     "dropout": (SMALL | {"dropout": 0.1}, 4, 2, "float32"),
+    "qwen3": (SMALL | {"arch": "qwen3"}, 4, 2, "float32"),
+    "qwen3, grouped, one micro-batch": (
+        SMALL | {"arch": "qwen3", "n_kv_head": 2, "n_embd": 160, "tie_weights": False},
+        4,
+        1,
+        "float32",
+    ),
+    "qwen3, grouped, bfloat16": (SMALL | {"arch": "qwen3", "n_kv_head": 1, "n_embd": 160}, 4, 2, "bfloat16"),
+    "qwen3, recomputed": (SMALL | {"arch": "qwen3", "activation_checkpointing": "block"}, 6, 1, "float32"),
     "dropout in bfloat16": (SMALL | {"dropout": 0.1}, 4, 2, "bfloat16"),
 }
 FSDP_RANKS, DDP_RANKS = 4, 2
