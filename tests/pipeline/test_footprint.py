@@ -201,7 +201,8 @@ class Measurement:
         device, rows = self.inputs[0].device, self.inputs[0].numel()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, self.dtype):
             loss = self.model(*self.inputs)
-        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        states = (*self.model.parameters(), *self.model.buffers())  # rotary tables are no activations
+        weights = {tensor.untyped_storage().data_ptr() for tensor in states}
         shapes = {tuple(parameter.shape) for parameter in self.model.parameters()}
         shapes |= {shape[::-1] for shape in shapes}  # autocast's copies are no activations, and transposed
         shapes.add((rows, self.model.padded_vocab_size))
