@@ -28,6 +28,7 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "recomputed, one micro-batch": (SMALL | {"activation_checkpointing": "block", "n_layer": 6}, 6, 1, "float32"),
     "bfloat16": (SMALL | {"n_embd": 160}, 4, 2, "bfloat16"),
     "bfloat16, recomputed": (SMALL | {"n_embd": 160, "activation_checkpointing": "block"}, 7, 1, "bfloat16"),
+    "bfloat16 residual stream": (SMALL | {"n_embd": 160, "residual_dtype": "autocast"}, 4, 2, "bfloat16"),
     "wide": ({"n_layer": 2, "n_head": 6, "n_embd": 288, "block_size": 40}, 2, 1, "float32"),
     "deep": ({"n_layer": 12, "n_head": 2, "n_embd": 64, "block_size": 72}, 3, 2, "float32"),
     "long": ({"n_layer": 2, "n_head": 2, "n_embd": 48, "block_size": 500}, 2, 1, "float32"),
