@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import small_model
 from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.model import loss as module
 from pipeline.model.loss import mean_loss, token_losses
-from test_model import small_model
 
 ROWS, WIDTH, VOCABULARY, PADDED = 37, 16, 50, 64
 
