@@ -35,6 +35,7 @@ def logits_of(twin: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits.float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_lean_copy_is_the_same_model_here_and_in_transformers(tmp_path: Path, dtype: str, bias: bool) -> None:
@@ -219,6 +220,7 @@ def test_weights_that_are_damaged_are_not_said_to_be_out_of_range(tmp_path: Path
 # ---- GGUF ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("plain", "block_size"), [(True, 1024), (False, 24)])
 def test_transformers_own_gguf_reader_gives_the_same_logits(

@@ -52,6 +52,7 @@ def test_value_and_gradients_are_those_of_cross_entropy(factor: float) -> None:
     assert not gradients(mean_loss)[2][VOCABULARY:].any(), "exactly zero"
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_one_of_the_value_in_float64() -> None:
     hidden, weight, bias, targets = inputs(torch.float64)
     assert torch.autograd.gradcheck(lambda h, w: mean_loss(h, w, bias, targets), (hidden, weight))
@@ -96,6 +97,7 @@ def test_logits_never_exist_at_full_size(monkeypatch: pytest.MonkeyPatch) -> Non
         assert peak < 2 * 4 * (hidden.numel() + weight.numel()) + 4 * ROWS * PADDED / 2
 
 
+@pytest.mark.slow
 def test_the_compiler_takes_it_as_one_graph() -> None:
     found = gradients(torch.compile(mean_loss, backend="aot_eager", fullgraph=True))
     for one, other in zip(found, gradients(mean_loss), strict=True):
