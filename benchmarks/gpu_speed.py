@@ -13,12 +13,15 @@ from torch.profiler import profile as record
 
 from pipeline.budget import flops_per_token
 from pipeline.config.keys import Config
+from pipeline.model.attention import document_offsets, takes_offsets
 from pipeline.model.decoder import Decoder
 from pipeline.model.language_model import LanguageModel, document_numbers
 from sample.choice import Choice
 from sample.generate import generate
 from train import parallel
+from train.optimizer.adamw import AdamW
 from train.optimizer.groups import build_optimizer
+from train.optimizer.muon import Muon
 
 FASTER_THAN_NANOGPT, MFU_124M, GREEDY_TOKENS_PER_S = 1.2, 0.45, 2000
 DOCUMENT_TOKENS = 300  # about OpenWebText's median
@@ -51,6 +54,8 @@ def one_step(
     check: Check, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], accumulate: int
 ) -> Callable[[], None]:
     """As both programs train: autocast, accumulation, clipping, a fused update."""
+    never = torch.zeros((), dtype=torch.bool, device=check.device)
+    ours = isinstance(optimizer, AdamW | Muon)
 
     def step() -> None:
         for _ in range(accumulate):
@@ -58,7 +63,7 @@ def one_step(
                 value = loss()
             (value / accumulate).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        optimizer.step_unless(never) if ours else optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
@@ -94,7 +99,11 @@ def training_speed(check: Check) -> dict[str, Any]:
         if config.data.document_mask:
             end_of_text = check.vocabulary - 1
             ids[:, ::DOCUMENT_TOKENS] = end_of_text
-            documents = document_numbers(ids[:, :-1], end_of_text)
+            with check.autocast():
+                by_offset = takes_offsets(check.device, config.model.dropout)
+            documents = (document_offsets if by_offset else document_numbers)(ids[:, :-1].cpu(), end_of_text).to(
+                check.device
+            )
         optimizer = build_optimizer(model, config.optimizer)
         step = one_step(check, model, optimizer, lambda: model(ids[:, :-1], ids[:, 1:], documents), accumulate)
         return speed(check, config, step, accumulate)

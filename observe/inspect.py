@@ -220,7 +220,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
     spec = found.tokenizer.spec()
     described: dict[str, Any] = {"path": str(folder), "kind": "Hugging Face folder"}
     if saved := found.description:
-        recorded = ("step", "tokens", "val_loss", "program", "dataset", "config")
+        recorded = ("step", "tokens", "val_loss", "averaged", "program", "dataset", "config")
         described |= {"kind": "checkpoint", **{name: getattr(saved, name) for name in recorded}}
     else:
         described["config"] = {"model": asdict(found.config)}

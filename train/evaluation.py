@@ -61,8 +61,8 @@ class Evaluation:
             windows = self.read(source, starts)
             if self.compiled:  # for one size: a short batch would be compiled for again
                 windows = F.pad(windows, (0, 0, 0, size - len(starts)))
-            ids, targets, documents = model_inputs(windows, self.config, self.mixture, self.world.device)
             with autocast(self.world.device, self.dtype):
+                ids, targets, documents = model_inputs(windows, self.config, self.mixture, self.world.device)
                 loss = model(ids, targets[: len(starts)], documents).cpu()
             # Weighted by windows, as the last batch of a source may be a short one.
             totals[source] += loss * len(starts) if index < len(batches) else 0

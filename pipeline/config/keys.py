@@ -56,7 +56,7 @@ class DataConfig:
     data_dir: str = key("data", "where prepared datasets are")
     # TOML: mixture = [{dataset = "a", weight = 0.7}, {dataset = "b", weight = 0.3}]
     mixture: tuple[WeightedDataset, ...] = key((), "several datasets: [{dataset='a', weight=0.7}, ...]")
-    # Slower, as no flash attention kernel takes a mask.
+    # Slower on a CPU, or with dropout: there no flash attention kernel takes documents.
     document_mask: bool = key(False, "attention and positions restart with each document")
 
 

@@ -64,8 +64,9 @@ class Body(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Tokens with different numbers in `documents` (B, T) must not see each other, and
-        positions count from 0 in each.
+        """Tokens of different `documents` must not see each other, and positions count from 0 in each:
+        the number of each token's document (B, T), or offsets (n,). `positions_and_scope` and
+        `causal_attention` (attention.py) know both.
         """
 
     @abstractmethod
