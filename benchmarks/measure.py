@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import orjson
@@ -68,10 +69,10 @@ class Row:
     """
 
     measurement: str
-    title: str
     figure: str
-    unit: str
     peer: str
+    title: str
+    unit: str
     here: list[float]
     there: list[float]
     ratios: list[float]
@@ -105,7 +106,7 @@ def take_turns(sides: dict[str, Turn], turns: int, warm_up: bool = False) -> dic
 def how_many_times_better(here: float, there: float, unit: str) -> float:
     """Above 1 is better here: more of a rate, less of anything else."""
     over, under = (here, there) if unit.endswith("/s") else (there, here)
-    return over / under if under else float("nan")
+    return over / under
 
 
 def measure(measurement: Measurement, options: Options, machine: Machine, turns: int = 0) -> list[Row]:
@@ -119,20 +120,13 @@ def measure(measurement: Measurement, options: Options, machine: Machine, turns:
     rows = []
     for figure, unit in measurement.figures.items():
         here = [turn[figure] for turn in taken[HERE]]
-        for peer in [name for name in sides if name != HERE] or [""]:
-            there = [turn[figure] for turn in taken.get(peer, []) if figure in turn]
+        peers = [name for name in sides if name not in taken or (name != HERE and figure in taken[name][0])]
+        for peer in peers or [""]:  # a figure that no peer has
+            there = [turn[figure] for turn in taken.get(peer, [])]
             ratios = [how_many_times_better(a, b, unit) for a, b in zip(here, there, strict=False)]
-            reason = sides.get(peer, "")
-            if there or isinstance(reason, str):
-                rows.append(
-                    Row(measurement.name, measurement.title, figure, unit, peer=peer, here=here, there=there,
-                        ratios=ratios, note=reason if isinstance(reason, str) else "", **asdict(machine))
-                )  # fmt: skip
-        if not any(row.figure == figure for row in rows):  # a figure that no peer has
-            rows.append(
-                Row(measurement.name, measurement.title, figure, unit, peer="", here=here, there=[], ratios=[],
-                    **asdict(machine))
-            )  # fmt: skip
+            known = {"title": measurement.title, "unit": unit, "note": "" if there else str(sides.get(peer, ""))}
+            known |= vars(machine)
+            rows.append(Row(measurement.name, figure, peer, here=here, there=there, ratios=ratios, **known))
     return rows
 
 
@@ -173,11 +167,7 @@ def this_machine() -> Machine:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     versions = {"python": sys.version.partition(" ")[0]}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    versions |= {package: version(package) for package in PACKAGES if find_spec(package)}
     return Machine(what, datetime.date.today().isoformat(), commit, versions)
 
 

@@ -32,33 +32,25 @@ POLL_S = 0.02
 WORKERS = 2
 TINY_BYTES = 200_000
 
-TIKTOKEN = """
-import sys, time
-import pyarrow.parquet as pq
-from pipeline.vocabulary.byte_pair import BytePairTokenizer
-encoding = BytePairTokenizer("gpt2").encoding
-started, taken = 0.0, 0.0
-for batch in pq.ParquetFile(sys.argv[1]).iter_batches(10_000):
-    texts = batch.column(0).to_pylist()
-    started = time.perf_counter()
-    for text in texts:
-        encoding.encode_ordinary(text)
-    taken += time.perf_counter() - started
-print(taken)
-"""
-
-GIGATOKEN = """
+# Seconds in the encoder, of texts in memory.
+ENCODE = """
 import os, sys, time
-os.environ["RAYON_NUM_THREADS"] = sys.argv[2]
-import gigatoken
 import pyarrow.parquet as pq
-from pipeline.vocabulary.byte_pair import GPT2_RANKS
-encoder = gigatoken.Tokenizer.from_tiktoken(GPT2_RANKS, pretokenizer="gpt2")
+from pipeline.vocabulary.byte_pair import GPT2_RANKS, BytePairTokenizer
+parquet, library, os.environ["RAYON_NUM_THREADS"] = sys.argv[1:]
+if library == "gigatoken":
+    import gigatoken
+    encode = gigatoken.Tokenizer.from_tiktoken(GPT2_RANKS, pretokenizer="gpt2").encode_batch
+else:
+    encoding = BytePairTokenizer("gpt2").encoding
+    encode = lambda texts: [encoding.encode_ordinary(text) for text in texts]
 taken = 0.0
-for batch in pq.ParquetFile(sys.argv[1]).iter_batches(10_000):
-    texts = [text.encode() for text in batch.column(0).to_pylist()]
+for batch in pq.ParquetFile(parquet).iter_batches(10_000):
+    texts = batch.column(0).to_pylist()
+    if library == "gigatoken":
+        texts = [text.encode() for text in texts]
     started = time.perf_counter()
-    encoder.encode_batch(texts)
+    encode(texts)
     taken += time.perf_counter() - started
 print(taken)
 """
@@ -109,8 +101,8 @@ def sides(options: Options, megabytes: int, hidden: tuple[str, ...], peers: tupl
         folder = Path(name)
         source, size = write_corpus(folder, TINY_BYTES if options.tiny else megabytes * 1_000_000)
 
-        def in_memory(program: str) -> dict[str, float]:
-            return {"speed": size / 1e6 / float(run([sys.executable, "-c", program, source, str(WORKERS)]))}
+        def in_memory(library: str) -> dict[str, float]:
+            return {"speed": size / 1e6 / float(run([sys.executable, "-c", ENCODE, source, library, str(WORKERS)]))}
 
         def on_disk(program: str, *more: str) -> dict[str, float]:
             target = folder / "target"
@@ -122,8 +114,8 @@ def sides(options: Options, megabytes: int, hidden: tuple[str, ...], peers: tupl
 
         others = {
             "datasets.map and tiktoken, 2 processes": partial(on_disk, MAP),
-            "tiktoken, 1 process, nothing written": partial(in_memory, TIKTOKEN),
-            "gigatoken, 2 threads, nothing written": partial(in_memory, GIGATOKEN),
+            "tiktoken, 1 process, nothing written": partial(in_memory, "tiktoken"),
+            "gigatoken, 2 threads, nothing written": partial(in_memory, "gigatoken"),
         }
         fast = partial(on_disk, PREPARE, *hidden)
         missing = [library for library in ("gigatoken", "fastokens") if not find_spec(library)]

@@ -58,13 +58,18 @@ def test_every_figure_of_every_turn_is_kept_and_ratios_are_by_turn(unit: str, ra
 
 def test_sides_take_turns_in_alternating_order() -> None:
     order: list[str] = []
-    taken = take_turns({name: lambda name=name: order.append(name) or {} for name in "ab"}, 3)  # type: ignore[func-returns-value, misc]
+
+    def side(name: str) -> dict[str, float]:
+        order.append(name)
+        return {}
+
+    taken = take_turns({"a": lambda: side("a"), "b": lambda: side("b")}, 3)
     assert order == [*"ab", *"ba", *"ab"]
     assert {name: len(turns) for name, turns in taken.items()} == {"a": 3, "b": 3}
 
 
 def row(name: str, peer: str, there: list[float], machine: str = "machine A") -> Row:
-    return Row(name, "case", "figure", "s", peer=peer, here=[1.0], there=there, ratios=there, machine=machine,
+    return Row(name, "figure", peer, title="case", unit="s", here=[1.0], there=there, ratios=there, machine=machine,
                date="2026-11-26", commit="abc")  # fmt: skip
 
 
