@@ -21,6 +21,7 @@ from benchmarks.page import spread
 
 LEAST = 1.05  # a median below it is no regression, however certain
 CONFIDENCE = 0.95
+LEAST_TURNS = 6  # of fewer, even the smallest and the largest ratio hold the median less often than that
 WARM_UP = 5  # steps
 SIX = ["model.n_layer=6", "model.n_head=6", "model.n_embd=384"]
 LARGE = [*SIX, "model.block_size=256", "train.tokens_per_step=4096", "train.micro_batch_size=16"]
@@ -46,13 +47,12 @@ class Verdict(StrEnum):
 
 def interval(ratios: list[float]) -> tuple[float, float]:
     """Of the median, at 95 % or more, whatever the distribution: n turns lie on either side of it as coins fall, so the
-    k smallest and k largest are left out, with k as large as 2 P(Binomial(n, 1/2) < k) <= 5 % allows. From 6 turns on.
+    k smallest and k largest are left out, with k as large as 2 P(Binomial(n, 1/2) < k) <= 5 % allows. From LEAST_TURNS on.
     """
     count, ordered = len(ratios), sorted(ratios)
     outside = [2 * sum(math.comb(count, i) for i in range(k + 1)) / 2**count for k in range(count // 2 + 1)]
     least = sum(chance <= 1 - CONFIDENCE for chance in outside)
-    if not least:
-        raise ValueError(f"{count} turns say nothing at {CONFIDENCE:.0%}: expected 6 or more")
+    assert least, f"{count} turns say nothing at {CONFIDENCE:.0%}"
     return ordered[least - 1], ordered[count - least]
 
 
@@ -136,8 +136,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help=f"some of {', '.join(CASES)}")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
     options = parser.parse_args()
-    interval([1.0] * options.turns)
-    verdicts = []
+    cases, verdicts = options.only.split(",") if options.only else list(CASES), []
+    if options.turns < LEAST_TURNS or set(cases) - set(CASES):
+        parser.error(f"expected {LEAST_TURNS} or more --turns, and --only of {', '.join(CASES)}")
     with tempfile.TemporaryDirectory(prefix="bench-compare-") as name:
         folder = Path(name)
         git = ["git", "-C", str(ROOT), "worktree"]
@@ -149,7 +150,7 @@ def main() -> int:
                 tree.prepare()
                 tree.train("model", 1, [*SIX, "model.block_size=64"])
             print(f"| | {options.rev} | working tree | times as long | 95 % interval of that | |\n{'|---' * 6}|")
-            for case in options.only.split(",") if options.only else CASES:
+            for case in cases:
                 row, verdict = compare(*trees, case, options.turns)
                 print(row, flush=True)
                 verdicts.append(verdict)
