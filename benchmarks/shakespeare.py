@@ -87,7 +87,10 @@ def train_nanogpt(home: Path, dataset: Path, steps: list[str]) -> dict[str, floa
     run([*NANOGPT, "--eval_iters=20", *steps], home)
     took = time.perf_counter() - began
     torch.save(val_windows(dataset), home / "windows.pt")
-    return {"raw text to checkpoint": took, "val loss": float(run([sys.executable, "-c", NANOGPT_LOSS], home))}
+    return {
+        "raw text to checkpoint": took,
+        "val loss": float(run([sys.executable, "-c", NANOGPT_LOSS], home).split()[-1]),
+    }
 
 
 @contextmanager

@@ -23,6 +23,8 @@ def choose(logits: Tensor, choice: Choice, seen: Tensor | None, uniform: Tensor)
     cumulative = kept.softmax(dim=-1).cumsum(dim=-1, dtype=uniform.dtype)
     # Scaled by the last sum, which rounding may leave below 1: a number above it finds no token.
     drawn = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True)
+    # Where logits are NaN, which the decoder reports, none is found either.
+    drawn.clamp_(max=kept.size(-1) - 1)
     return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
 

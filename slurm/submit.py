@@ -18,13 +18,12 @@ from math import ceil
 from pathlib import Path
 
 from pipeline.budget import checkpoint_bytes, data_arithmetic, most_checkpoints, outlook, step_arithmetic
-from pipeline.config import site
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
 from pipeline.log import logger
 from pipeline.runs import RunFolder
-from slurm import checks, sbatch
+from slurm import checks, sbatch, site
 from slurm.doctor import Status
 from slurm.job import Job, Script, ask, fill, shown
 

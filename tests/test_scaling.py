@@ -1,16 +1,18 @@
 """docs/scaling.md: its tables are what the plan's arithmetic gives. `PYTHONPATH=. python tests/test_scaling.py` writes them."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
 import pytest
 from tree import ROOT
 
-from observe.plan.figures import Plan, Wish
 from pipeline import budget
+from pipeline.config.keys import Config
 from pipeline.config.load import load_config
-from pipeline.machine.gpus import hardware
+from pipeline.machine.gpus import Hardware, hardware
+from pipeline.model.footprint import Footprint
 
 PAGE = ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- scaling -->", "<!-- end of scaling -->"
@@ -18,11 +20,26 @@ RANKS, STRATEGIES = (8, 64, 1024), ("ddp", "fsdp", "hsdp")
 # With the loss in nats at which published runs end: nanoGPT's of 124M, and OpenAI's 1558M fine-tuned on OpenWebText.
 PRESETS = {"gpt2-124m": 2.85, "gpt2-1558m": 2.54}
 NOTICEABLE = 0.1  # of a step
+VOCABULARY = 50_257
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A preset's step on so many H100s, as `pipeline plan` has it: with the nearest batch that divides."""
+
+    wanted: Config
+    config: Config
+    hardware: Hardware
+    footprint: Footprint
+    time: budget.StepTime
 
 
 @cache
 def plan(preset: str, strategy: str, ranks: int) -> Plan:
-    return Plan(load_config(preset, [f"parallel.strategy={strategy}"]), hardware(f"h100x{ranks}"), Wish())
+    wanted, machine = load_config(preset, [f"parallel.strategy={strategy}"]), hardware(f"h100x{ranks}")
+    config = budget.nearest_batch(wanted, ranks)
+    footprint = budget.footprint(config, VOCABULARY, budget.setting(config, machine))
+    return Plan(wanted, config, machine, footprint, time=budget.step_time(footprint, machine, VOCABULARY))
 
 
 def critical_batch(loss: float) -> float:
@@ -42,7 +59,7 @@ def speed(found: Plan) -> float:
 
 def limits(found: Plan, loss: float) -> Iterator[str]:
     """What keeps more GPUs from helping."""
-    if not found.fits:
+    if found.footprint.memory().total > budget.usable_bytes(found.hardware):
         yield "does not fit"
     if found.time.exposed_s > NOTICEABLE * found.time.total_s:
         yield f"{found.time.exposed_s / found.time.total_s:.0%} of a step waits for the links"

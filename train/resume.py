@@ -34,7 +34,7 @@ from train.optimizer.schedule import learning_rate
 # The order of the data and the shapes of the weights follow from these: they cannot change between
 # two starts of a run.
 FIXED_KEYS = (
-    "run.seed", "train.tokens_per_step", "model.arch", "model.n_layer", "model.n_head", "model.n_embd",
+    "run.seed", "train.tokens_per_step", "optimizer.name", "model.arch", "model.n_layer", "model.n_head", "model.n_embd",
     "model.block_size", "model.bias", "model.tie_weights", "data.document_mask", "run.branch_from",
 )  # fmt: skip
 

@@ -145,7 +145,8 @@ def notes(config: Config, mixture: Mixture) -> list[str]:
         for source in mixture.sources
         if source.manifest.is_foreign
     ]
-    if config.schedule.warmup_steps >= config.decay_steps:
+    cooldown = config.cooldown_steps if config.schedule.kind == "wsd" else 0
+    if config.schedule.warmup_steps >= config.decay_steps - cooldown:
         lines.append(
             f"note: schedule.warmup_steps={config.schedule.warmup_steps:,} leaves no room before step {config.decay_steps:,}, "
             "where the learning rate should reach its minimum: the run ends while it still rises"

@@ -86,8 +86,12 @@ class Footprint:
 
     @property
     def stream(self) -> int:
-        """The residual stream (B, T, C), which is float32 under autocast too."""
-        return F32 * self.tokens * self.config.model.n_embd
+        """The residual stream (B, T, C), which is float32 under autocast too, unless configured."""
+        return self.stream_itemsize * self.tokens * self.config.model.n_embd
+
+    @property
+    def stream_itemsize(self) -> int:
+        return self.itemsize if self.config.model.residual_dtype == "autocast" else F32
 
     @property
     def block(self) -> int:
@@ -106,8 +110,9 @@ class Footprint:
     @property
     def ends(self) -> int:
         """Kept outside of the blocks: the last norm's input and output, its mean and deviation."""
-        mask = (self.stream if self.setting.on_cpu else self.stream // F32) if self.config.model.dropout else 0
-        return self.stream + self.stream * self.itemsize // F32 + 2 * F32 * self.tokens + mask
+        numbers = self.tokens * self.config.model.n_embd
+        mask = (self.stream if self.setting.on_cpu else numbers) if self.config.model.dropout else 0
+        return self.stream + numbers * self.itemsize + 2 * F32 * self.tokens + mask
 
     @property
     def activations(self) -> int:
@@ -166,7 +171,8 @@ class Footprint:
         table, block = F32 * sizes.table, F32 * sizes.block
         head = table if tied or self.fresh else 0  # the gradient, until the embedding's is added
         # The gradients of an MLP's inner (B, T, 4 C), in and out, less what its product has freed.
-        work = self.stream * (1 + self.itemsize) + 4 * F32 * self.config.model.n_embd**2
+        numbers = self.tokens * self.config.model.n_embd
+        work = self.stream + 4 * self.itemsize * numbers + 4 * F32 * self.config.model.n_embd**2
         gathered = self.itemsize * sizes.block if sharded else 0
         # Autocast's copies of weights, which the backward pass frees; FSDP2 gathers a block's as such.
         low = self.itemsize < F32
@@ -206,9 +212,9 @@ def gpt2_block(step: Footprint) -> int:
     """Bytes of (B, T, C) and others that GPT-2's block keeps."""
     model, setting, tokens = step.config.model, step.setting, step.tokens
     low, item = step.itemsize < F32, step.itemsize
-    # In float32 both norms' inputs, which autocast leaves; in its type 14 C: both norms' outputs, queries,
+    # In the residual stream's type both norms' inputs; in autocast's 14 C: both norms' outputs, queries,
     # keys and values, attention's output, 4 C before GELU and 4 C behind it. Float32 means and deviations.
-    columns = model.n_embd * (2 * F32 + 14 * item) + 4 * F32
+    columns = model.n_embd * (2 * step.stream_itemsize + 14 * item) + 4 * F32
     # A trace of Inductor's min-cut partition kept 42 C: two normalised float32 copies more, less what
     # it computes again. Not measured on a GPU.
     if setting.compiled:
@@ -220,7 +226,7 @@ def gpt2_block(step: Footprint) -> int:
         columns += model.n_head * (scores * model.block_size - F32) + model.n_embd * (2 * item + item * low)
     elif model.dropout:
         columns += 2 * model.n_embd
-    if step.config.data.document_mask:
+    if step.config.data.document_mask and (setting.on_cpu or model.dropout or not low):
         columns += item * model.block_size  # the mask as a bias, made in each block
     return columns * tokens
 

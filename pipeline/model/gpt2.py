@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, C = n_embd, H heads, D = C / H per head, S sample
 
 import math
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.keys import ModelConfig
-from pipeline.model.architecture import Body, DecodingSteps, document_mask
+from pipeline.model.architecture import Body, DecodingSteps
+from pipeline.model.attention import causal_attention, positions_and_scope
+from pipeline.model.cache import Cache, attend
 from pipeline.model.constants import INIT_STD, LAYER_NORM_EPSILON
 from pipeline.model.products import layer_norm, product
 
@@ -39,14 +42,13 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, scope: Tensor | None) -> Tensor:
         B, T, C = x.shape
         query, key, value = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2)
         )
         dropout = self.dropout if self.training else 0.0
-        # Flash kernels know `is_causal` and skip half the work; with an explicit mask none is used.
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        y = causal_attention(query, key, value, scope=scope, dropout=dropout)
         out: Tensor = self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
         return out
 
@@ -87,26 +89,19 @@ class Block(nn.Module):
         x = x + self.mlp(self.ln_2(x))
         return x
 
-    def decoding_step(self, dtype: torch.dtype, rows: int) -> Callable[[Tensor, Tensor, int], Tensor]:
-        """`branches` on T tokens of each row that follow `start` earlier ones in the cache (2, S,
-        H, block_size, D).
-        """
+    def decoding_step(self, dtype: torch.dtype, rows: int) -> Callable[[Tensor, Cache, Tensor], Tensor]:
+        """`branches` on T tokens of each row that follow those in the cache."""
         attn, mlp = self.attn, self.mlp
         ln_1, ln_2 = layer_norm(self.ln_1, dtype), layer_norm(self.ln_2, dtype)
         c_attn, attn_c_proj, c_fc, mlp_c_proj = (
             product(linear, dtype, rows) for linear in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
         )
 
-        def step(x: Tensor, cache: Tensor, start: int) -> Tensor:
+        def step(x: Tensor, cache: Cache, positions: Tensor) -> Tensor:
             B, T, _ = x.shape
             heads = c_attn(ln_1(x)).view(B, T, 3 * attn.n_head, -1).transpose(1, 2)
             query, key, value = heads.chunk(3, dim=1)
-            keys, values = cache[:, :B, :, : start + T]
-            keys[:, :, start:], values[:, :, start:] = key, value
-            # A single new token may look at all that is cached; only a prefill, which starts at 0,
-            # needs the mask.
-            y = F.scaled_dot_product_attention(query, keys, values, is_causal=T > 1)
-            x = x + attn_c_proj(y.transpose(1, 2).reshape(B, T, -1))
+            x = x + attn_c_proj(attend(query, key, value, cache))
             return x + mlp_c_proj(F.gelu(c_fc(ln_2(x)), approximate="tanh"))
 
         return step
@@ -114,6 +109,8 @@ class Block(nn.Module):
 
 class GPT2(Body):
     """Learned positions, pre-norm blocks, and a final norm."""
+
+    fused = MappingProxyType({"c_attn.weight": 3})
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
         super().__init__(config, padded_vocab_size)
@@ -144,24 +141,19 @@ class GPT2(Body):
             nn.init.normal_(module.c_proj.weight, std=INIT_STD / math.sqrt(2 * self.config.n_layer))
 
     def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
-        positions = torch.arange(ids.size(1), device=ids.device)
-        mask = None
-        if documents is not None:
-            mask = document_mask(documents)
-            # A token's position in its document is the number of tokens it sees besides itself.
-            positions = mask.sum(dim=3).squeeze(1) - 1
-        x = self.drop(self.wte(ids) + self.wpe(positions))
+        positions, scope = positions_and_scope(ids, documents)
+        x = self.drop(self.residual(self.wte(ids) + self.wpe(positions)))
         for block in self.h:
-            x = block(x, mask)
+            x = block(x, scope)
         out: Tensor = self.ln_f(x)
         return out
 
     def decoding_steps(self, dtype: torch.dtype, rows: int) -> DecodingSteps:
-        tokens, positions = (table.weight.detach().to(dtype) for table in (self.wte, self.wpe))
+        tokens, places = (table.weight.detach().to(dtype) for table in (self.wte, self.wpe))
 
         # Closures over plain tensors: calling modules would cost a tenth of a token's time.
-        def embed(ids: Tensor, start: int) -> Tensor:
-            return F.embedding(ids, tokens) + positions[start : start + ids.size(1)]
+        def embed(ids: Tensor, positions: Tensor) -> Tensor:
+            return F.embedding(ids, tokens) + F.embedding(positions, places)
 
         blocks = [cast(Block, block).decoding_step(dtype, rows) for block in self.h]
         return DecodingSteps(embed, blocks, layer_norm(self.ln_f, dtype))

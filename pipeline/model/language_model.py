@@ -5,10 +5,10 @@ Shapes: B sequences, T tokens, C = n_embd, V = vocabulary, P = V padded to a mul
 """
 
 import math
+from collections.abc import Mapping
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.keys import ModelConfig
@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.model.architecture import Body
 from pipeline.model.constants import VOCAB_MULTIPLE
 from pipeline.model.gpt2 import GPT2
+from pipeline.model.loss import loss_and_gradient, mean_loss, token_losses
 
 # By `model.arch`.
 ARCHITECTURES: dict[str, type[Body]] = {"gpt2": GPT2}
@@ -32,6 +33,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
+        self.differentiate = loss_and_gradient  # compiled where the blocks are
         self.padded_vocab_size = rows = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.transformer = ARCHITECTURES[config.arch](config, rows)
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
@@ -67,6 +69,11 @@ class LanguageModel(nn.Module):
         """The architecture's layers, which are sharded and compiled one by one."""
         return self.transformer.blocks
 
+    @property
+    def fused(self) -> Mapping[str, int]:
+        """Endings of the names of matrices that are several in one, and how many."""
+        return self.transformer.fused
+
     def tie_and_mask(self) -> None:
         """Tie the head, and give the padding rows the logit -inf; again wherever memory was
         replaced.
@@ -88,19 +95,25 @@ class LanguageModel(nn.Module):
         """Mean cross-entropy in nats of predicting `targets` (B, T) from `ids` (B, T): a float32
         scalar.
 
-        Tokens with different numbers in `documents` (B, T) do not see each other, and positions
-        count from 0 in each.
+        Tokens of different `documents`, by number (B, T) or offset (n,), do not see each other, and
+        positions count from 0 in each. Rows of `ids` past the last row of `targets` are not counted.
         """
-        logits = F.linear(self.transformer(ids, documents), self.lm_head.weight, self.logit_bias)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        hidden = self.transformer(ids, documents)[: len(targets)].flatten(0, 1)
+        return mean_loss(
+            hidden, self.lm_head.weight, self.logit_bias, targets.flatten(), differentiate=self.differentiate
+        )
 
-    def logits(self, ids: Tensor, documents: Tensor | None = None, where: Tensor | None = None) -> Tensor:
-        """Float32 logits (B, T, V) after every token of `ids`; with `where` (B, T), (n, V) after
-        those it marks.
+    def token_losses(self, ids: Tensor, targets: Tensor, documents: Tensor | None, where: Tensor) -> Tensor:
+        """(n,) cross-entropy of the n `targets` (B, T) that `where` (B, T) marks, without gradients.
+
+        Raises UserError unless all are finite: then no logit was NaN.
         """
-        hidden = self.transformer(ids, documents)
-        # The head is a third of GPT-2 124M's work: it is spared where nobody asks.
-        logits: Tensor = self.lm_head(hidden if where is None else hidden[where])
+        hidden = self.transformer(ids, documents)[where]
+        return finite(token_losses(hidden, self.lm_head.weight, self.logit_bias, targets[where]))
+
+    def logits(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Float32 logits (B, T, V) after every token of `ids`."""
+        logits: Tensor = self.lm_head(self.transformer(ids, documents))
         return logits[..., : self.vocab_size].float()
 
 
@@ -118,7 +131,16 @@ def finite(logits: Tensor) -> Tensor:
     """The logits themselves. Raises UserError unless all are finite: text sampled from NaN looks
     like a result.
     """
-    # In a tenth of the time that logits.isfinite().all() takes: 0.01 ms for GPT-2's 50,257.
-    if not torch.stack(logits.aminmax()).isfinite().all():
-        raise UserError("the model's logits are not finite, so its weights are damaged: use another checkpoint")
+    if not all_finite(logits):
+        raise damaged_weights()
     return logits
+
+
+def all_finite(logits: Tensor) -> Tensor:
+    """() bool, on the device."""
+    # In a tenth of the time that logits.isfinite().all() takes: 0.01 ms for GPT-2's 50,257.
+    return torch.stack(logits.aminmax()).isfinite().all()
+
+
+def damaged_weights() -> UserError:
+    return UserError("the model's logits are not finite, so its weights are damaged: use another checkpoint")

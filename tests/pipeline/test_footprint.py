@@ -28,6 +28,7 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "recomputed, one micro-batch": (SMALL | {"activation_checkpointing": "block", "n_layer": 6}, 6, 1, "float32"),
     "bfloat16": (SMALL | {"n_embd": 160}, 4, 2, "bfloat16"),
     "bfloat16, recomputed": (SMALL | {"n_embd": 160, "activation_checkpointing": "block"}, 7, 1, "bfloat16"),
+    "bfloat16 residual stream": (SMALL | {"n_embd": 160, "residual_dtype": "autocast"}, 4, 2, "bfloat16"),
     "wide": ({"n_layer": 2, "n_head": 6, "n_embd": 288, "block_size": 40}, 2, 1, "float32"),
     "deep": ({"n_layer": 12, "n_head": 2, "n_embd": 64, "block_size": 72}, 3, 2, "float32"),
     "long": ({"n_layer": 2, "n_head": 2, "n_embd": 48, "block_size": 500}, 2, 1, "float32"),
@@ -77,6 +78,7 @@ def planned(name: str, strategy: str) -> Footprint:
     return footprint(config, VOCABULARY, replace(setting, ranks=shared[0], shards=shared[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("strategy", ["one", "ddp", "fsdp"])
 def test_the_peak_is_what_is_allocated(measured: Any, name: str, strategy: str) -> None:
@@ -89,6 +91,7 @@ def test_the_peak_is_what_is_allocated(measured: Any, name: str, strategy: str) 
     assert memory.total == pytest.approx(states + found["peak"], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_the_backward_pass_needs_is_what_autograd_keeps(measured: Any, name: str) -> None:
     step, found = planned(name, "one"), measured["one"][name]

@@ -19,6 +19,7 @@ from pipeline.checkpoint.layouts import LAYOUTS
 from pipeline.checkpoint.load import load_model
 from pipeline.config.keys import Config, ModelConfig
 from pipeline.model.architecture import Body, DecodingSteps, document_mask
+from pipeline.model.cache import Cache, attend
 from pipeline.model.decoder import Decoder
 from pipeline.model.language_model import ARCHITECTURES
 from sample.choice import Choice
@@ -40,15 +41,16 @@ class ToyBlock(nn.Module):
         self.query, self.output = (nn.Linear(width, width, bias=False) for _ in range(2))
         self.key_value = nn.Linear(width, 2 * width // config.n_head, bias=False)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: Cache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         batch, length, _ = x.shape
         normed = self.norm(x)
         query = self.query(normed).view(batch, length, self.n_head, -1).transpose(1, 2)
-        key_value = torch.stack(self.key_value(normed).unsqueeze(1).chunk(2, dim=-1))
+        key, value = self.key_value(normed).unsqueeze(1).chunk(2, dim=-1)
         if cache is not None:
-            cache[:, :batch, :, start : start + length] = key_value
-            key_value = cache[:, :batch, :, : start + length]
-        key, value = key_value.expand(-1, -1, self.n_head, -1, -1)
+            return x + self.output(attend(query, key, value, cache))
+        key, value = (part.expand(-1, self.n_head, -1, -1) for part in (key, value))
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None and length > 1)
         return x + self.output(y.transpose(1, 2).flatten(2))
 
@@ -79,7 +81,7 @@ class Toy(Body):
 
     def decoding_steps(self, dtype: torch.dtype, rows: int) -> DecodingSteps:
         return DecodingSteps(
-            lambda ids, start: self.tokens(ids), [partial(block) for block in self.layers], nn.Identity()
+            lambda ids, positions: self.tokens(ids), [partial(block) for block in self.layers], nn.Identity()
         )
 
 

@@ -63,6 +63,7 @@ def stopped_at(config: Config, step: int) -> None:
 # ---- back inside a run ----
 
 
+@pytest.mark.slow
 def test_a_checkpoint_named_by_resume_is_gone_back_to_once(trunk: Config, caplog: pytest.LogCaptureFixture) -> None:
     """As a job that SLURM queues again: each start makes a few steps, and none takes them back."""
     caplog.set_level("INFO", "pipeline")
@@ -80,6 +81,7 @@ def test_a_checkpoint_named_by_resume_is_gone_back_to_once(trunk: Config, caplog
     assert [path.name for path in left] == ["left_behind_step_00000010"]
 
 
+@pytest.mark.slow
 def test_another_step_goes_back_again_and_the_first_one_after_its_mark_is_removed(trunk: Config) -> None:
     config = changed(copy_of(trunk, "twice"), checkpoint={"every_steps": 1, "keep": 20})
     for resume, first in (("step_00000005", 6), ("step_00000007", 8), ("step_00000005", 6)):
@@ -164,6 +166,7 @@ def test_a_checkpoint_of_the_version_before_eval_tokens_is_resumed(trunk: Config
     assert steps(config) == [5, 10, 12]
 
 
+@pytest.mark.slow
 def test_going_back_may_be_killed_at_any_moment(trunk: Config) -> None:
     """The next start of the same command finds the run at the step or goes back to it, and loses nothing of the rest."""
     straight = changed(copy_of(trunk, "unkilled"), checkpoint={"resume": "step_00000005"})
@@ -293,6 +296,7 @@ def test_everything_but_the_shapes_may_change_and_tokens_are_counted_on(trunk: C
     assert evaluated["tokens_tiny"] + evaluated["tokens_other"] == 7 * 256, "the new mixture from its first sample on"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [branch_of, annealing])
 def test_a_branch_stopped_after_any_step_ends_the_same(trunk: Config, make: Any) -> None:
     straight, chopped = make(trunk, "whole"), make(trunk, "chopped")
@@ -306,6 +310,7 @@ def test_a_branch_stopped_after_any_step_ends_the_same(trunk: Config, make: Any)
     assert read_description(checkpoint(chopped, straight.train.max_steps)).began_at["step"] == 5
 
 
+@pytest.mark.slow
 def test_a_branch_resumes_without_its_trunk_and_goes_back_inside_itself(trunk: Config) -> None:
     gone = copy_of(trunk, "gone")
     config = branch_of(gone, "orphan", checkpoint={"every_steps": 1, "keep": 20})
@@ -321,6 +326,7 @@ def test_a_branch_resumes_without_its_trunk_and_goes_back_inside_itself(trunk: C
     assert steps(config)[-1] == 14 and not list((config.run_dir / "checkpoints").glob("damaged_*"))
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_branch_counts_from_the_first_trunk(trunk: Config) -> None:
     first = annealing(trunk, "first")
     run(first)

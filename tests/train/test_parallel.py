@@ -44,10 +44,11 @@ def under(config: Config, strategy: str) -> Config:
 
 
 @pytest.mark.slow
-def test_a_run_moves_between_strategies_and_rank_counts_and_stays_the_same_run(tiny: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_moves_between_strategies_and_rank_counts_and_stays_the_same_run(tiny: Path, optimizer: str) -> None:
     """Losses, norms and weights are those of one undisturbed rank, with accumulation, dropout and uneven parts."""
     (tiny / "sitecustomize.py").write_text(TWO_NODES)
-    config = sharded_config(tiny, checkpoint={"every_steps": 3})
+    config = sharded_config(tiny, checkpoint={"every_steps": 3}, optimizer={"name": optimizer})
     straight = trained(renamed(config, "straight"), tiny, ranks=1)
     moving = renamed(config, "moving")
     for max_steps, strategy, ranks in ((3, "ddp", 1), (6, "fsdp", 2), (9, "hsdp", 4), (12, "ddp", 1)):

@@ -69,6 +69,7 @@ def copy_of(config: Config, name: str) -> Config:
     return copied
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_contract_says(tiny: Path) -> None:
     config = tiny_config(tiny, log={"tensorboard": True, "every_steps": 2})
     result = run_program("train", "quickstart", *overrides(config), cwd=tiny)
@@ -103,6 +104,7 @@ def test_tensorboard_holds_the_same_curve(tiny: Path) -> None:
     assert [e.step for e in events.Scalars("val/loss")] == [5, 10]
 
 
+@pytest.mark.slow
 def test_stopped_after_every_single_step_equals_straight_through(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten starts, each stopped by its stop-file after one step, dropout on: the same bits as one start."""
     straight = tiny_config(tiny, model={"dropout": 0.2}, log={"every_steps": 5})
