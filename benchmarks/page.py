@@ -12,7 +12,7 @@ from benchmarks.measure import RESULTS, ROOT, Row, read_rows
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 TITLES = {
-    "prepare": "Preparation", "loading": "Loading", "step": "A step, by part", "bookkeeping": "Logging and watching",
+    "preparation": "Preparation", "loading": "Loading", "step": "A step, by part", "bookkeeping": "Logging and watching",
     "shakespeare": "Time to a loss", "decoding": "Decoding", "eval": "Evaluation", "checkpoint": "Saving",
     "startup": "Start-up", "memory": "Peak memory",
 }  # fmt: skip

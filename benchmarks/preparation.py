@@ -191,7 +191,7 @@ CASES = {
 }
 MEASUREMENTS = [
     Measurement(
-        f"prepare.{name}", f"`prepare` of Parquet, 2 workers, {title}", FIGURES,
+        f"preparation.{name}", f"`prepare` of Parquet, 2 workers, {title}", FIGURES,
         partial(sides, megabytes=megabytes, hidden=hidden, peers=peers), turns=3, warm_up=False,
     )
     for name, (title, megabytes, hidden, peers) in CASES.items()
