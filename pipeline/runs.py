@@ -84,6 +84,7 @@ class Status:
     last_save_s: float | None = None
     trained_s: float | None = None
     bits_per_byte: float | None = None
+    dtype: str | None = None  # autocast's, in which a run on a CPU stays
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,26 @@ PyTorch's FSDP2: a block's weights are gathered only while it computes.
 import importlib.util
 import os
 import shutil
+import sys
 import sysconfig
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import UserError
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import gather, scatter
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 MIN_TRITON_CAPABILITY = (7, 0)  # Volta; Triton generates no code for older GPUs
 
@@ -96,6 +100,8 @@ def allocate(
             "float16 needs parallel.strategy=ddp, as its loss scaling does not look across shards: "
             "set run.dtype=bfloat16 or float32, or parallel.strategy=ddp"
         )
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, as it takes a second
+
     # Autocast would cast a block's matrices to `dtype` before each product: gathered as such, half
     # as many bytes travel. The residual stream stays float32, as without sharding; so what is
     # outside of the blocks is gathered in float32.
@@ -135,7 +141,12 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether each rank holds a part of every weight. In the middle of a forward pass the parameters
     themselves do not tell: they are gathered.
     """
-    return isinstance(model, FSDPModule)
+    return _is_fsdp(model)
+
+
+def _is_fsdp(model: nn.Module) -> "TypeGuard[FSDPModule]":
+    module = sys.modules.get("torch.distributed.fsdp")  # which `allocate` imports
+    return module is not None and isinstance(model, module.FSDPModule)
 
 
 def replicate(model: LanguageModel, world: World) -> LanguageModel | DistributedDataParallel:
@@ -168,7 +179,7 @@ def settle_buckets(model: nn.Module, loss: Callable[[], Tensor], device: torch.d
 
 def reduce_gradients(model: nn.Module, now: bool) -> AbstractContextManager[None]:
     """Ranks average their gradients in the backward pass of a step's last micro-batch only."""
-    if isinstance(model, FSDPModule):
+    if _is_fsdp(model):
         model.set_requires_gradient_sync(now)
     if isinstance(model, DistributedDataParallel) and not now:
         return model.no_sync()
@@ -177,7 +188,7 @@ def reduce_gradients(model: nn.Module, now: bool) -> AbstractContextManager[None
 
 def reshard(model: nn.Module) -> None:
     """Free the gathered weights that a forward pass keeps for a backward pass, where none follows."""
-    if isinstance(model, FSDPModule):
+    if _is_fsdp(model):
         model.reshard()
 
 

@@ -16,7 +16,7 @@ import pipeline
 from observe.doctor import system
 from observe.doctor.findings import Finding, fail, judge
 from pipeline.machine import fitness
-from pipeline.machine.device import pick_device, pick_dtype
+from pipeline.machine.device import MOST_TRIAL_WIDTH, pick_device, pick_dtype
 from pipeline.machine.gpus import cores_here, peak_flops
 
 MEASURED_S = 1.0  # for each device, type and number of threads
@@ -48,7 +48,7 @@ ranks.stop()
 def examine() -> Iterator[Finding]:
     """What torch sees, right results, speed, and an all-reduce over gloo, and over NCCL on two GPUs."""
     device = pick_device("auto")
-    dtype, why = pick_dtype("auto", device, n_embd=sys.maxsize)
+    dtype, why = pick_dtype("auto", device, n_embd=MOST_TRIAL_WIDTH)
     count = torch.cuda.device_count()
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"  # type: ignore[no-untyped-call]
     found = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, NCCL {nccl}, {count} GPU(s)"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from pipeline.config.keys import Config
+from pipeline.model.constants import chunk_count
 
 F32, INT64 = 4, 8
 BYTES = {"float32": F32, "bfloat16": 2, "float16": 2}
@@ -34,12 +35,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of the whole model, of one rank's shard, of one block, of the token embedding."""
+    """Parameters of the whole model, of one rank's shard, of one block, of the token embedding; and
+    those of the shard that Muon updates, with one moment instead of two.
+    """
 
     all: int
     shard: int
     block: int
     table: int
+    matrices: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,16 +124,15 @@ class Footprint:
 
     @property
     def logits(self) -> int:
-        """Of (B T, P) the backward pass of the loss holds three in float32: log-probabilities, their
-        gradient, the logits' gradient. Compiled with the loss, logits and gradient in `dtype`.
+        """Of one chunk (n, P) the loss holds logits, float32 logarithms of probabilities, and the gradient:
+        in place in float32; compiled without the logarithms. A CPU makes those from float32 logits.
         """
-        copies = 2 * self.itemsize if self.compiled_loss else 3 * F32
-        return copies * self.tokens * self.sizes.table // self.config.model.n_embd
-
-    @property
-    def compiled_loss(self) -> bool:
-        """Of a sharded model only the blocks are compiled."""
-        return self.setting.compiled and self.setting.shards == 1
+        setting, vocabulary = self.setting, self.sizes.table // self.config.model.n_embd
+        rows = -(-self.tokens // chunk_count(self.tokens, vocabulary, on_cpu=setting.on_cpu))
+        copies = 2 * self.itemsize
+        if self.itemsize < F32 and not setting.compiled:
+            copies = 2 * F32 + self.itemsize if setting.on_cpu else F32 + 2 * self.itemsize
+        return copies * rows * vocabulary
 
     @property
     def fresh(self) -> bool:
@@ -148,7 +151,8 @@ class Footprint:
         weights, activations, logits = F32 * self.sizes.shard, self.activations, self.logits
         peak = self.throughout + max(self.moments())
         more = peak - self.gradients - activations - logits
-        return Memory(weights, self.gradients, 2 * weights, activations=activations, logits=logits,
+        moments = 2 * weights - F32 * self.sizes.matrices
+        return Memory(weights, self.gradients, moments, activations=activations, logits=logits,
                       other=max(more, 0), overlap=max(-more, 0))  # fmt: skip
 
     @property
@@ -178,7 +182,10 @@ class Footprint:
         low = self.itemsize < F32
         cast = self.itemsize * sizes.block if low and not sharded else 0
         before = 0 if self.fresh else self.gradients
-        yield before + self.activations + self.logits + gathered + layers * cast + self.itemsize * low * sizes.table
+        # The loss adds up the head's gradient in the forward pass, and multiplies it in the backward pass.
+        forward = before + self.activations + gathered + layers * cast + table
+        yield forward + self.logits + self.itemsize * low * sizes.table
+        yield forward + table + self.stream
         for done in range(layers):  # blocks, the last one first
             gradients = before
             if sharded:
@@ -193,9 +200,8 @@ class Footprint:
             yield there + left + self.block - self.kept + work
             own = gathered if sharded else block if self.fresh else 0
             yield there + left - self.kept + own + 2 * self.stream
-        # The embedding's backward pass adds its gradient to the head's. A new one is copied once more,
-        # as the sum is laid out like the head's, transposed.
-        copies = 1 + tied + (tied and self.fresh and not sharded)
+        # The embedding's backward pass adds its gradient to the head's.
+        copies = 1 + tied
         if sharded:
             outside = F32 * sizes.all - layers * block
             yield (

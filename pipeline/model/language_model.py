@@ -6,10 +6,11 @@ Shapes: B sequences, T tokens, C = n_embd, V = vocabulary, P = V padded to a mul
 
 import math
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
@@ -20,6 +21,18 @@ from pipeline.model.loss import loss_and_gradient, mean_loss, token_losses
 
 # By `model.arch`.
 ARCHITECTURES: dict[str, type[Body]] = {"gpt2": GPT2}
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves tensors as they are where torch.nn.init would fill them. On the meta device there is nothing
+    to fill, and the first random number there imports the compiler: 2 s of each command's start.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        fills = getattr(func, "__module__", None) == nn.init.__name__
+        return (kwargs or {})["tensor"] if fills else func(*args, **(kwargs or {}))
 
 
 class LanguageModel(nn.Module):
@@ -47,7 +60,7 @@ class LanguageModel(nn.Module):
     @classmethod
     def without_memory(cls, config: ModelConfig, vocab_size: int) -> Self:
         """A model on the meta device: shapes and types alone."""
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             return cls(config, vocab_size)
 
     @classmethod

@@ -19,9 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits of a chunk. On a CPU measured at 50,304 and 257 ids; on a GPU chunks must be long: each adds
-# to all of d weight, which for 5,000 rows takes a twentieth of the time of the three products.
-CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+from pipeline.model.constants import chunk_count
 
 
 def loss_and_gradient(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,9 +50,7 @@ def mean_loss(
     and their gradients in float32 at least.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss: Tensor = _MeanLoss.apply(  # type: ignore[no-untyped-call]
-            *(hidden, weight, bias, targets), _product_type(hidden), differentiate
-        )
+        loss: Tensor = _MeanLoss.apply(*(hidden, weight, bias, targets), differentiate)  # type: ignore[no-untyped-call]
         return loss
     return token_losses(hidden, weight, bias, targets).mean()
 
@@ -75,9 +71,9 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
 class _MeanLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        dtype: torch.dtype, differentiate: Differentiate,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, differentiate: Differentiate
+    ) -> Tensor:
+        dtype = _product_type(hidden)
         low, low_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         d_hidden: list[Tensor] = []
@@ -92,6 +88,7 @@ class _MeanLoss(torch.autograd.Function):
                     d_hidden.append(d_logits @ low)
                 if d_weight is not None:
                     _add_product(d_weight, d_logits.t(), rows)
+                del d_logits  # or they would live next to the next chunk's logits
         ctx.save_for_backward(torch.cat(d_hidden) if d_hidden else None, d_weight)
         ctx.tokens, ctx.hidden_type = len(targets), hidden.dtype
         return total / len(targets)
@@ -104,7 +101,7 @@ class _MeanLoss(torch.autograd.Function):
         return (
             None if d_hidden is None else d_hidden.to(ctx.hidden_type) * scale,
             None if d_weight is None else d_weight * scale,
-            None, None, None, None,
+            None, None, None,
         )  # fmt: skip
 
 
@@ -117,11 +114,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of both, whose logits number about CHUNK_LOGITS; of equal length where that can be, as what
-    is compiled is for one length.
-    """
-    least = -(-len(targets) * vocab_size // CHUNK_LOGITS["cpu" if hidden.device.type == "cpu" else "cuda"])
-    count = next((count for count in range(least, 2 * least) if len(targets) % count == 0), least)
+    """Parts of both, as CHUNK_LOGITS asks."""
+    count = chunk_count(len(targets), vocab_size, on_cpu=hidden.device.type == "cpu")
     return zip(hidden.detach().chunk(count), targets.chunk(count), strict=True)
 
 
