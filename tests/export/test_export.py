@@ -36,9 +36,11 @@ def logits_of(twin: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_lean_copy_is_the_same_model_here_and_in_transformers(tmp_path: Path, dtype: str, bias: bool) -> None:
-    folder, model = saved(tmp_path / "run", replace(SMALL, bias=bias))
+@pytest.mark.parametrize("kind", [{"bias": True}, {"bias": False}, {"arch": "qwen3", "n_kv_head": 1}], ids=str)
+def test_the_lean_copy_is_the_same_model_here_and_in_transformers(
+    tmp_path: Path, dtype: str, kind: dict[str, Any]
+) -> None:
+    folder, model = saved(tmp_path / "run", replace(SMALL, **kind))
     run(ExportOptions(tmp_path / "out", str(folder), dtype))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
