@@ -228,7 +228,7 @@ def gpt2_block(step: Footprint) -> int:
 
 
 def qwen3_block(step: Footprint) -> int:
-    """Bytes of (B, T, C) and others that Qwen3's block keeps. Not measured on a GPU, nor compiled."""
+    """Bytes of (B, T, C) and others that a block of model.arch=qwen3 keeps. Not measured on a GPU, nor compiled."""
     model, item = step.config.model, step.itemsize
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
     # Norms' inputs and outputs as in GPT-2. Queries and keys before their norms and turned, values,
