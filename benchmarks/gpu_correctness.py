@@ -163,7 +163,7 @@ def logits(check: Check) -> dict[str, Any]:
 
 
 def config_of(check: Check, name: str, device: str, steps: int, sections: dict[str, dict[str, Any]]) -> Config:
-    shape, micro = check.small(), 4 if check.tiny else 16
+    shape, micro = check.small(), 4
     base: dict[str, dict[str, Any]] = {
         "run": {"name": name, "dir": str(check.data / "runs"), "device": device, "compile": "off", "dtype": "float32"},
         "data": {"dataset": "stdlib", "data_dir": str(check.data)},
@@ -179,7 +179,9 @@ def config_of(check: Check, name: str, device: str, steps: int, sections: dict[s
         raise NotMeasured(str(error)) from error
 
 
-def curve(check: Check, device: str, steps: int, sections: dict[str, dict[str, Any]]) -> tuple[list[float], str, float]:
+def curve(
+    check: Check, device: str, steps: int, sections: dict[str, dict[str, Any]]
+) -> tuple[list[float], str, float | None]:
     """Losses of a run, a hash of its weights, its validation loss where it has one."""
     config = config_of(check, "curve", device, steps, sections)
     world = World(rank=0, size=1, local_size=1, device=check.device if device == "cuda" else torch.device(device))
@@ -187,12 +189,13 @@ def curve(check: Check, device: str, steps: int, sections: dict[str, dict[str, A
     torch.set_float32_matmul_precision("highest")  # `assemble` turns TF32 on
     initialise(trainer)
     trainer.replicate()
-    losses, val = [], float("nan")
+    losses: list[float] = []
+    val = None
     for step in range(steps):
         losses.append(trainer.train_step().loss)
         trainer.step += 1
         if config.eval.every_steps and step == steps // 2:
-            val = trainer.evaluation.run(trainer.model).mean
+            val = round(trainer.evaluation.run(trainer.model).mean, 4)
     weights = (parameter.detach().cpu().numpy().tobytes() for parameter in trainer.model.parameters())
     trainer.batches.close()
     return losses, hashlib.sha256(b"".join(weights)).hexdigest()[:12], val
@@ -200,7 +203,7 @@ def curve(check: Check, device: str, steps: int, sections: dict[str, dict[str, A
 
 def curves(check: Check) -> dict[str, Any]:
     """Losses of some steps on the device against the same steps on the CPU in float32."""
-    steps, there = (4, "cpu") if check.tiny else (20, check.device.type)
+    steps, there = (4, "cpu") if check.tiny else (10, check.device.type)
     references: dict[str, list[float]] = {}
 
     def against(kind: str, **sections: dict[str, Any]) -> Callable[[], Any]:
@@ -213,7 +216,7 @@ def curves(check: Check) -> dict[str, Any]:
             losses, _, val = curve(check, there, steps, sections)
             if key not in references:
                 references[key] = curve(check, "cpu", steps, task)[0]
-            return correct(largest_gap(losses, references[key]), CURVES[kind]) | {"val loss": round(val, 4)}
+            return correct(largest_gap(losses, references[key]), CURVES[kind]) | {"val loss": val}
 
         return run
 
@@ -223,7 +226,7 @@ def curves(check: Check) -> dict[str, Any]:
     plan = {
         "float32": against("float32"),
         "bfloat16": against("bfloat16", run=low),
-        "bfloat16, compiled": against("bfloat16", run=low | compiled, eval={"every_steps": 10}),
+        "bfloat16, compiled": against("bfloat16", run=low | compiled, eval={"every_steps": 5}),
         "recompute": against("bfloat16", run=low, model={"activation_checkpointing": "block"}),
         "documents": against("bfloat16", run=low | compiled, data=documents),
         "documents, float32": against("float32", data=documents),

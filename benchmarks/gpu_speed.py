@@ -19,7 +19,9 @@ from pipeline.model.language_model import LanguageModel, document_numbers
 from sample.choice import Choice
 from sample.generate import generate
 from train import parallel
+from train.optimizer.adamw import AdamW
 from train.optimizer.groups import build_optimizer
+from train.optimizer.muon import Muon
 
 FASTER_THAN_NANOGPT, MFU_124M, GREEDY_TOKENS_PER_S = 1.2, 0.45, 2000
 DOCUMENT_TOKENS = 300  # about OpenWebText's median
@@ -52,6 +54,8 @@ def one_step(
     check: Check, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], accumulate: int
 ) -> Callable[[], None]:
     """As both programs train: autocast, accumulation, clipping, a fused update."""
+    never = torch.zeros((), dtype=torch.bool, device=check.device)
+    ours = isinstance(optimizer, AdamW | Muon)
 
     def step() -> None:
         for _ in range(accumulate):
@@ -59,7 +63,7 @@ def one_step(
                 value = loss()
             (value / accumulate).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        optimizer.step_unless(never) if ours else optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step

@@ -16,8 +16,8 @@ from pipeline.machine.gpus import CPU_BFLOAT16_MIN_WIDTH, Hardware, hardware_nam
 from pipeline.model.constants import VOCAB_MULTIPLE
 from pipeline.model.footprint import Footprint, Setting, Sizes
 
-# Float32 weights, and AdamW's two moments of each.
-CHECKPOINT_BYTES_PER_PARAMETER = 12
+# Float32 weights, and AdamW's two moments of each; Muon has one.
+CHECKPOINT_BYTES_PER_PARAMETER, MUON_BYTES_LESS = 12, 4
 # Assumed parts of the peaks. So GPT-2 124M takes 144 ms a step of 524,288 tokens on 8 H100 (llm.c: 140 ms,
 # modded-nanogpt records/2024-10-13) and 384 ms on 8 A100 80GB (build-nanogpt: about 350 ms).
 MATRICES_REACH, ATTENTION_REACHES, BANDWIDTH_REACHED, LINK_REACHED = 0.6, 0.3, 0.85, 0.8
@@ -105,9 +105,24 @@ def most_checkpoints(config: Config) -> int:
     return config.checkpoint.keep + (config.train.max_steps // every if every else 0) + 2
 
 
-def checkpoint_bytes(model: ModelConfig, vocab_size: int) -> int:
+def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     """Size of one checkpoint on disk, but for tokenizer and descriptions."""
-    return CHECKPOINT_BYTES_PER_PARAMETER * parameters(model, vocab_size)
+    matrices = sum(map(math.prod, muon_matrices(config)))
+    return CHECKPOINT_BYTES_PER_PARAMETER * parameters(config.model, vocab_size) - MUON_BYTES_LESS * matrices
+
+
+def muon_matrices(config: Config) -> list[tuple[int, ...]]:
+    """Shapes of what Muon updates: the matrices of the blocks; none with AdamW. A fused one is one here."""
+    layout, model = layout_of(config.model), config.model
+    shapes, outside = (layout.shapes(each, VOCAB_MULTIPLE) for each in (model, replace(model, n_layer=0)))
+    updated = config.optimizer.name == "muon"
+    return [shape for name, shape in shapes.items() if updated and name not in outside and len(shape) == 2]
+
+
+def newton_schulz_flops(config: Config) -> int:
+    """Of one step, all ranks together: 5 iterations of 3 products on each matrix, r the shorter side."""
+    sides = [(min(shape), max(shape)) for shape in muon_matrices(config)]
+    return sum(5 * (4 * r * r * c + 2 * r**3) for r, c in sides)
 
 
 # ---- the memory and the time of a step ----
@@ -131,7 +146,8 @@ def footprint(config: Config, vocab_size: int, setting: Setting) -> Footprint:
     shard = sum(_shards(model, padded, setting.shards))
     complete = parameters(model, padded)
     block = complete - parameters(replace(model, n_layer=model.n_layer - 1), padded)
-    return Footprint(config, Sizes(complete, shard, block, table=padded * model.n_embd), setting)
+    matrices = sum(map(math.prod, muon_matrices(config))) // setting.shards
+    return Footprint(config, Sizes(complete, shard, block, table=padded * model.n_embd, matrices=matrices), setting)
 
 
 def _shards(model: ModelConfig, padded: int, shards: int) -> list[int]:
@@ -158,7 +174,7 @@ def nearest_batch(config: Config, ranks: int) -> Config:
 class StepTime:
     """Seconds of one optimizer step. `compute_s`: FLOPs of all micro-batches; `traffic_s`: reading
     and writing memory, in and between their kernels; `launch_s`: starting those; `update_s`: clipping and
-    AdamW; `exchange_s`: between ranks, of which `exposed_s` is not hidden behind the others.
+    the optimizer; `exchange_s`: between ranks, of which `exposed_s` is not hidden behind the others.
     """
 
     compute_s: float
@@ -198,11 +214,12 @@ def step_time(step: Footprint, hardware: Hardware, vocab_size: int) -> StepTime:
     launches = setting.accumulation * model.n_layer * (30 if setting.compiled else 100)
     exchange_s = _exchange_s(step, hardware)
     compute_s = tokens * per_token_s * again
+    orthogonalise_s = newton_schulz_flops(step.config) / setting.ranks / (flops * MATRICES_REACH)
     # A sharded model is gathered and reduced while others compute; whole gradients at the end.
     exposed_s = max(0.0, exchange_s - compute_s) if setting.shards > 1 else exchange_s
     return StepTime(
         compute_s, traffic_s=(tokens * moved * again + weights) / bandwidth, launch_s=launches * LAUNCH_S,
-        update_s=UPDATE_BYTES * step.sizes.shard / bandwidth, exchange_s=exchange_s, exposed_s=exposed_s,
+        update_s=UPDATE_BYTES * step.sizes.shard / bandwidth + orthogonalise_s, exchange_s=exchange_s, exposed_s=exposed_s,
     )  # fmt: skip
 
 

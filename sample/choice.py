@@ -65,5 +65,6 @@ def _likeliest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     last = best[:, top_k - 1 : top_k]
     if (best[:, top_k:] < last).all():
         return best[:, :top_k], ids[:, :top_k]
-    best, ids = logits.topk(int((logits >= last).sum(dim=-1).max()))
+    # NaN equals nothing, and the decoder has yet to report it.
+    best, ids = logits.topk(max(top_k, int((logits >= last).sum(dim=-1).max())))
     return best.masked_fill(best < last, -torch.inf), ids

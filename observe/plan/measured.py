@@ -23,7 +23,7 @@ def comparisons(plan: Plan, run: RunFolder) -> list[tuple[str, str, float, float
     steps = max(0, found.step - plan.first_step)
     trained_s = found.trained_s or (took_s and took_s * steps)
     sizes = [_size_of(folder) for folder in checkpoint_folders(run.checkpoints)]
-    size, most = checkpoint_bytes(plan.config.model, plan.vocab_size), most_checkpoints(plan.config)
+    size, most = checkpoint_bytes(plan.config, plan.vocab_size), most_checkpoints(plan.config)
     return [
         ("step_s", "step", step_s, took_s),
         ("tokens_per_s", "tokens a second", tokens / step_s, found.tokens_per_s),

@@ -24,6 +24,21 @@ def captured(function: Callable[[Tensor], Outputs], example: Tensor) -> Callable
     """
     inputs = example.clone()
     try:
+        graph, outputs = _capture(function, inputs)
+    except (RuntimeError, ValueError) as error:  # ValueError: of a device that is no GPU
+        logger.warning("decoding without a CUDA graph, at a quarter of the speed: %s", one_line(error))
+        return function
+
+    def replay(given: Tensor) -> Outputs:
+        inputs.copy_(given)
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def _capture(function: Callable[[Tensor], Outputs], inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, Outputs]:
+    with torch.cuda.device(inputs.device):
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -34,13 +49,4 @@ def captured(function: Callable[[Tensor], Outputs], example: Tensor) -> Callable
         # Other threads, such as those that pin batches and copy checkpoints, may go on.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = function(inputs)
-    except RuntimeError as error:
-        logger.warning("decoding without a CUDA graph, at a quarter of the speed: %s", one_line(error))
-        return function
-
-    def replay(given: Tensor) -> Outputs:
-        inputs.copy_(given)
-        graph.replay()
-        return outputs
-
-    return replay
+    return graph, outputs

@@ -35,12 +35,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of the whole model, of one rank's shard, of one block, of the token embedding."""
+    """Parameters of the whole model, of one rank's shard, of one block, of the token embedding; and
+    those of the shard that Muon updates, with one moment instead of two.
+    """
 
     all: int
     shard: int
     block: int
     table: int
+    matrices: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ class Footprint:
         weights, activations, logits = F32 * self.sizes.shard, self.activations, self.logits
         peak = self.throughout + max(self.moments())
         more = peak - self.gradients - activations - logits
-        return Memory(weights, self.gradients, 2 * weights, activations=activations, logits=logits,
+        moments = 2 * weights - F32 * self.sizes.matrices
+        return Memory(weights, self.gradients, moments, activations=activations, logits=logits,
                       other=max(more, 0), overlap=max(-more, 0))  # fmt: skip
 
     @property

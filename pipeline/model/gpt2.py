@@ -22,13 +22,14 @@ from pipeline.model.products import layer_norm, product
 
 
 class LayerNorm(nn.LayerNorm):
-    """Gains and biases in the type of the input: sharded ones may arrive in bfloat16, next to a
-    float32 residual stream.
+    """Gains and biases in no narrower type than the input: sharded ones may arrive in bfloat16, next
+    to a float32 residual stream.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias=bias, eps=self.eps)
+        dtype = torch.promote_types(self.weight.dtype, x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), bias=bias, eps=self.eps)
 
 
 class Attention(nn.Module):

@@ -50,9 +50,7 @@ def mean_loss(
     and their gradients in float32 at least.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss: Tensor = _MeanLoss.apply(  # type: ignore[no-untyped-call]
-            *(hidden, weight, bias, targets), _product_type(hidden), differentiate
-        )
+        loss: Tensor = _MeanLoss.apply(*(hidden, weight, bias, targets), differentiate)  # type: ignore[no-untyped-call]
         return loss
     return token_losses(hidden, weight, bias, targets).mean()
 
@@ -73,9 +71,9 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
 class _MeanLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        dtype: torch.dtype, differentiate: Differentiate,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, differentiate: Differentiate
+    ) -> Tensor:
+        dtype = _product_type(hidden)
         low, low_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         d_hidden: list[Tensor] = []
@@ -90,7 +88,7 @@ class _MeanLoss(torch.autograd.Function):
                     d_hidden.append(d_logits @ low)
                 if d_weight is not None:
                     _add_product(d_weight, d_logits.t(), rows)
-                del d_logits  # or it would live next to the next chunk's
+                del d_logits  # or they would live next to the next chunk's logits
         ctx.save_for_backward(torch.cat(d_hidden) if d_hidden else None, d_weight)
         ctx.tokens, ctx.hidden_type = len(targets), hidden.dtype
         return total / len(targets)
@@ -103,7 +101,7 @@ class _MeanLoss(torch.autograd.Function):
         return (
             None if d_hidden is None else d_hidden.to(ctx.hidden_type) * scale,
             None if d_weight is None else d_weight * scale,
-            None, None, None, None,
+            None, None, None,
         )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ PINNED = {
     "model.tie_weights", "model.activation_checkpointing", "model.init_from",
     "optimizer.name", "optimizer.lr", "optimizer.min_lr", "optimizer.betas", "optimizer.weight_decay",
     "optimizer.grad_clip",
-    "schedule.kind", "schedule.warmup_steps", "schedule.decay_steps",
+    "schedule.kind", "schedule.warmup_steps", "schedule.decay_steps", "schedule.cooldown_steps",
     "train.max_steps", "train.max_minutes", "train.tokens_per_step", "train.micro_batch_size", "train.max_bad_steps",
     "train.spike_z_score", "train.spike_window",
     "eval.every_steps", "eval.tokens", "eval.sample_prompt",

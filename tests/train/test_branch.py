@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import die_at, overrides, run_program, tiny_config, write_dataset, write_documents
+from safetensors.torch import load_file
 from test_train_run import assert_identical, copy_of, curve, final_tensors, renamed, rows, status
 
 from pipeline.checkpoint.folder import hash_of_description, read_description
@@ -274,6 +275,42 @@ def test_a_branch_with_the_same_data_is_the_trunk_s_own_continuation(trunk: Conf
     assert steps(trunk) == [5, 10] and read_description(checkpoint(trunk, 10)).began_at == {
         "step": 0, "sample": 0, "tokens": 0
     }  # fmt: skip
+
+
+def test_a_cooldown_is_a_branch_while_the_trunk_goes_on_as_it_was(trunk: Config) -> None:
+    """The rate falls linearly from where the branch begins; the trunk's is the same as without one, to the bit."""
+    constant = {"kind": "wsd", "warmup_steps": 2, "decay_steps": 1000, "cooldown_steps": 500}
+    straight = renamed(changed(trunk, schedule=constant, optimizer={"name": "muon"}), "wsd-straight")
+    run(straight)
+    going = renamed(straight, "wsd-trunk")
+    stopped_at(going, 5)
+    cooldown = branch_of(
+        going,
+        "cooldown",
+        train={"max_steps": 9},
+        schedule={"decay_steps": 0, "cooldown_steps": 4},
+        optimizer={"min_lr": 0.0},
+    )
+    run(cooldown)
+    assert [row["lr"] for row in rows(cooldown)] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
+    run(going)
+    assert [row["lr"] for row in rows(going)][2:] == [1e-2] * 8
+    for name, tensor in final_tensors(straight).items():
+        assert torch.equal(final_tensors(going)[name], tensor), name
+
+
+def test_another_optimizer_begins_its_state_anew_in_a_branch_and_is_no_resume(
+    trunk: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    resumed = changed(copy_of(trunk, "muon"), optimizer={"name": "muon"}, train={"max_steps": 12})
+    with pytest.raises(UserError, match="cannot resume with optimizer.name 'adamw' -> 'muon': set them back"):
+        run(resumed)
+    config = branch_of(trunk, "muon-branch", optimizer={"name": "muon"})
+    run(config)
+    assert "optimizer.name adamw -> muon: its state starts from zero, the weights do not" in caplog.text
+    assert rows(config)[0]["loss"] == rows(trunk)[5]["loss"], "the trunk's weights and samples"
+    names = load_file(checkpoint(config, 10) / "training_state.safetensors")
+    assert {name.split(".")[0] for name in names} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
 
 
 def annealing(trunk: Config, name: str) -> Config:

@@ -88,10 +88,9 @@ def test_ddp_averages_gradients_while_the_backward_pass_goes_on(tiny: Path, monk
     trainer = trainer_of(tiny_config(tiny, **COMPILED, model={"n_layer": 4}, train={"tokens_per_step": 32}))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        # A bucket holds one block here; otherwise 25 MB, and the first one 1 MB.
+        # A bucket holds one block here; otherwise 25 MB.
         block_bytes = sum(parameter.nbytes for parameter in trainer.model.blocks[0].parameters())
-        monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", block_bytes)
-        wrapped = DistributedDataParallel(trainer.model, bucket_cap_mb=block_bytes / 2**20)
+        wrapped = trainer.wrapped = DistributedDataParallel(trainer.model, bucket_cap_mb=block_bytes / 2**20)
 
         def average(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
             events.append(f"bucket {bucket.index()}")
@@ -101,7 +100,6 @@ def test_ddp_averages_gradients_while_the_backward_pass_goes_on(tiny: Path, monk
 
         wrapped.register_comm_hook(None, average)
         parallel.settle_buckets(wrapped, lambda: trainer.loss_of(trainer.blank_windows()), torch.device("cpu"))
-        trainer.wrapped = wrapped
         events.clear()
         trainer.train_step()
     finally:

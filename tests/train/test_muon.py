@@ -14,8 +14,10 @@ from conftest import ROOT
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pipeline.config.keys import ModelConfig, OptimizerConfig
+from pipeline.budget import checkpoint_bytes, footprint
+from pipeline.config.keys import Config, ModelConfig, OptimizerConfig
 from pipeline.machine import ranks as distributed
+from pipeline.model.footprint import Setting
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 from train import parallel
@@ -91,6 +93,17 @@ def test_steps_equal_the_update_written_out(shape: tuple[int, int], blocks: int)
     torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(40, 40), (40, 160), (160, 40)])
+@pytest.mark.parametrize("smallest", [1e-2, 1e-8])
+def test_singular_values_far_apart_are_no_harm(shape: tuple[int, int], smallest: float) -> None:
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.double), full_matrices=False)
+    values = torch.logspace(0, math.log10(smallest), min(shape), dtype=torch.double)
+    matrix = left * values @ right
+    found, expected = orthogonalised(matrix.float()[None])[0].double(), newton_schulz(matrix)
+    assert (found - expected).norm() < 5e-4 * expected.norm()
+
+
 def test_singular_values_come_near_1_and_matrices_of_a_stack_do_not_mix() -> None:
     torch.manual_seed(0)
     stack = torch.randn(3, 40, 20)
@@ -127,6 +140,16 @@ def test_the_initial_state_is_named_and_shaped_as_a_step_makes_it() -> None:
         assert ("momentum_buffer" in made) == (".h." in name and parameter.ndim == 2)
         for kind, value in made.items():
             assert (initial[kind].shape, initial[kind].dtype) == (value.shape, value.dtype)
+
+
+def test_the_plan_counts_the_bytes_of_its_state() -> None:
+    config = Config(model=MODEL, optimizer=OptimizerConfig(name="muon"))
+    model = LanguageModel(MODEL, 128)
+    optimizer = build_optimizer(model, config.optimizer)
+    states = [state for p in model.parameters() for state in optimizer.initial_state(p).values() if state.ndim]
+    assert footprint(config, 128, Setting()).memory().optimizer == sum(state.nbytes for state in states)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert checkpoint_bytes(config, 128) == weights + sum(state.nbytes for state in states)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3.0])

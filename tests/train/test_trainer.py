@@ -154,7 +154,7 @@ def kept_bytes(trainer: Trainer) -> int:
 
 
 def test_a_bfloat16_residual_stream_takes_less_memory_and_follows_the_loss_curve(tiny: Path) -> None:
-    """Fifty steps of Shakespeare's characters, 4 x 128, stayed within 1e-3 of float32, as bfloat16 products alone did."""
+    """Fifty steps of Shakespeare's characters, 4 x 128, stayed within 1.2e-3 of float32; bfloat16 products alone within 5e-4."""
     low = {"run": {"dtype": "bfloat16"}, "train": {"max_steps": 50}}
     _, exact = trained(tiny_config(tiny, train={"max_steps": 50}), steps=50)
     plain, _ = trained(tiny_config(tiny, **low), steps=1)
@@ -361,9 +361,10 @@ def test_the_compiled_model_follows_the_eager_one(tiny: Path, monkeypatch: pytes
     assert len(trainer.model.blocks) > 1 and graphs.frame_count == 2
 
 
-def test_float16_scales_its_loss_and_halves_the_scale_at_an_overflow(tiny: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_scales_its_loss_and_halves_the_scale_at_an_overflow(tiny: Path, optimizer: str) -> None:
     """On a GPU only; the scaler itself also runs on a CPU, so that its part of the step can be seen here."""
-    config = tiny_config(tiny)
+    config = tiny_config(tiny, optimizer={"name": optimizer})
     exact = trained(config, steps=3)[1]
     trainer = Trainer(config, ALONE, Mixture(config), model=trainer_of(config).model, dtype=torch.float16, preview=None)
     torch.manual_seed(0)

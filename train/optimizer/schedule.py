@@ -18,6 +18,7 @@ def learning_rate(step: int, config: Config) -> float:
     if left <= 0:
         return min_lr
     if config.schedule.kind == "wsd":  # Hu et al. 2024
-        return min_lr + (lr - min_lr) * min(1.0, left / max(config.cooldown_steps, 1))
+        cooldown = config.cooldown_steps
+        return lr if left >= cooldown else min_lr + (lr - min_lr) * left / cooldown
     progress = (step - warmup) / (config.decay_steps - warmup)
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
