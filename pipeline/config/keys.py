@@ -81,7 +81,7 @@ class ModelConfig:
     # more work.
     activation_checkpointing: str = key("none", "save memory, recompute activations", ("none", "block"))
     # 7 % of a step of GPT-2 124M on a GPU goes into moving float32 ones. Additions round to 8 bits.
-    residual_dtype: str = key("float32", "residual stream; autocast: as the matrix products", ("float32", "autocast"))
+    residual_dtype: str = key("float32", "of the residual stream", ("float32", "autocast"))
     init_from: str = key("", "start from these weights: a folder or hf:ORG/NAME")
 
     @property
@@ -95,7 +95,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = key("adamw", "muon: of the blocks' matrices, AdamW of the rest", ("adamw", "muon"))
+    name: str = key("adamw", "muon: for the blocks' matrices", ("adamw", "muon"))
     lr: float = key(6e-4, "peak learning rate, after schedule.warmup_steps", above=0)
     min_lr: float = key(6e-5, "learning rate from schedule.decay_steps on", at_least=0)
     betas: tuple[float, float] = key((0.9, 0.95), "AdamW's decay rates of the two moments", at_least=0, below=1)
@@ -105,10 +105,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    kind: str = key("cosine", "after the warmup: cosine decay, or constant, then linear", ("cosine", "wsd"))
+    kind: str = key("cosine", "after the warmup", ("cosine", "wsd"))
     warmup_steps: int = key(2000, "steps of linear warmup", at_least=0)
     decay_steps: int = key(0, "step that reaches min_lr; 0: train.max_steps", at_least=0)
-    cooldown_steps: int = key(0, "linear steps that end wsd; 0: a fifth of train.max_steps", at_least=0)
+    cooldown_steps: int = key(0, "linear end of wsd; 0: a fifth of max_steps", at_least=0)
 
 
 @dataclass(frozen=True)

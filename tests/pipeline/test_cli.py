@@ -202,7 +202,7 @@ def test_what_runs_on_ranks_checks_the_nodes_before_torch_is_imported(command: s
             "Invalid value for '--top-k': 'many' is",
             "pipeline sample",
         ),
-        (["train", "gpt3"], "no config 'gpt3': expected a TOML file or one of the presets gpt2-124m, ", ""),
+        (["train", "gpt3"], "no config 'gpt3': expected a TOML file or one of the presets 1x24g, ", ""),
         (["train", "zzz.key=1"], "unknown key zzz.key (see pipeline train --help)", ""),
         (["train", "run.seed=1", "model.n_head=7"], "model.n_embd=768 is not a multiple of model.n_head=7", ""),
         (["train", "quickstart", "model.n_layers=1"], "unknown key model.n_layers (did you mean model.n_layer?)", ""),

@@ -27,7 +27,7 @@ PINNED = {
     "run.name", "run.dir", "run.seed", "run.device", "run.dtype", "run.compile", "run.branch_from",
     "data.dataset", "data.data_dir", "data.mixture", "data.document_mask",
     "model.arch", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.dropout", "model.bias",
-    "model.n_kv_head", "model.head_dim", "model.n_inner", "model.rope_theta",
+    "model.n_kv_head", "model.head_dim", "model.n_inner", "model.rope_theta", "model.residual_dtype",
     "model.tie_weights", "model.activation_checkpointing", "model.init_from",
     "optimizer.name", "optimizer.lr", "optimizer.min_lr", "optimizer.betas", "optimizer.weight_decay",
     "optimizer.grad_clip",
