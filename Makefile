@@ -20,7 +20,7 @@ quickstart: setup
 	$(BIN)/pipeline quickstart
 
 # In parallel, one torch thread per worker: with more, the workers compete for cores and take twice the time.
-PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 test: setup
 	$(PARALLEL)

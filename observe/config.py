@@ -1,9 +1,9 @@
 """The resolved config: each value with where it comes from, what it means and what it may be."""
 
-import json
 import sys
 from collections.abc import Sequence
 
+from observe.tables import print_json
 from pipeline.config.faults import expected
 from pipeline.config.keys import KEYS, SECTIONS
 from pipeline.config.load import config_from_arguments, origins, to_dict, toml_value
@@ -24,7 +24,7 @@ def run(arguments: Sequence[str], as_json: bool) -> None:
             }
             for name, entry in KEYS.items()
         }  # fmt: skip
-        sys.stdout.write(json.dumps(rows) + "\n")
+        print_json(rows)
         return
     for section in SECTIONS:
         lines = [

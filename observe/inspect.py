@@ -4,8 +4,6 @@ Counts, lengths and entropies are exact: every id is read once.
 """
 
 import codecs
-import json
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,7 +16,7 @@ from rich.text import Text
 
 from observe.quality import Sampled, describe_quality, show_quality
 from observe.sample import NO_DOCUMENTS, documents_of, smallest
-from observe.tables import cell, open_console, plain_table
+from observe.tables import cell, open_console, plain_table, print_json
 from pipeline.budget import parameters
 from pipeline.dataset.scan import Advance, DocumentFinder, Positions, blocks, each_shard, entropy_nats
 from pipeline.dataset.shards import Manifest, Shard, check_sizes, map_shard, path_or_name, read_path
@@ -39,10 +37,7 @@ def run(path: Path, as_json: bool) -> None:
     path = path_or_name(path)
     is_model = (path / "config.json").is_file() or any(path.glob("*.safetensors"))
     description = describe_model(path) if is_model else describe_dataset(path)
-    if as_json:
-        sys.stdout.write(json.dumps(description) + "\n")
-    else:
-        show(description)
+    (print_json if as_json else show)(description)
 
 
 # ---- datasets and shards ----
@@ -225,7 +220,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
     spec = found.tokenizer.spec()
     described: dict[str, Any] = {"path": str(folder), "kind": "Hugging Face folder"}
     if saved := found.description:
-        recorded = ("step", "tokens", "val_loss", "program", "dataset", "config")
+        recorded = ("step", "tokens", "val_loss", "averaged", "program", "dataset", "config")
         described |= {"kind": "checkpoint", **{name: getattr(saved, name) for name in recorded}}
     else:
         described["config"] = {"model": asdict(found.config)}

@@ -25,8 +25,9 @@ LANGUAGE_CONFIDENCE, LANGUAGES = 0.5, 8
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95}
 # As `prepare --near-dedup`: MinHash of 5-word shingles.
 SHINGLE_WORDS, SIGNATURE_VALUES, NEAR = 5, 128, 0.8
+NEEDS = "needs the package {}: pip install 'gpt-pipeline[quality]'"
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
-_WORD = re.compile(r"\w+")
+_WORD, _LETTER = re.compile(r"\w+"), re.compile(r"[^\W\d_]")
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Parts:
         self.paragraphs = [each.strip() for each in text.split("\n\n") if each.strip()]
         self.words = text.split()
 
-    def lines_that(self, predicate: Callable[[str], object]) -> float:
-        return _share(sum(map(bool, map(predicate, self.lines))), self.lines)
+    def lines_with(self, *, start: tuple[str, ...] = (), end: tuple[str, ...] = ()) -> float:
+        return _share(sum(line.startswith(start) or line.endswith(end) for line in self.lines), self.lines)
 
     def pair_share(self) -> float:
         """Of all characters of words, those in the most frequent pair of neighbours."""
@@ -73,25 +74,21 @@ def _share(count: int, among: list[str]) -> float:
     return count / max(len(among), 1)
 
 
+def _repeated(texts: list[str]) -> float:
+    return _share(len(texts) - len(set(texts)), texts)
+
+
 STATISTICS = {
     "words": Statistic(lambda d: len(d.words), 50, 100_000),
     "mean word length": Statistic(lambda d: sum(map(len, d.words)) / max(len(d.words), 1), 3, 10),
     "symbols (# ...) per word": Statistic(lambda d: _share(len(re.findall(r"#|\.\.\.|…", d.text)), d.words), most=0.1),
-    "lines with a bullet": Statistic(lambda d: d.lines_that(lambda line: line[0] in "•‣*-–●"), most=0.9),
-    "lines ending in an ellipsis": Statistic(
-        lambda d: d.lines_that(lambda line: line.endswith(("...", "…"))), most=0.3
-    ),
-    "words with a letter": Statistic(
-        lambda d: _share(sum(any(map(str.isalpha, word)) for word in d.words), d.words), 0.8
-    ),
+    "lines with a bullet": Statistic(lambda d: d.lines_with(start=tuple("•‣*-–●")), most=0.9),
+    "lines ending in an ellipsis": Statistic(lambda d: d.lines_with(end=("...", "…")), most=0.3),
+    "words with a letter": Statistic(lambda d: _share(sum(map(bool, map(_LETTER.search, d.words))), d.words), 0.8),
     "English stop words, of 8": Statistic(lambda d: len(STOP_WORDS & {word.lower() for word in d.words}), 2),
-    "lines ending in punctuation": Statistic(
-        lambda d: d.lines_that(lambda line: line.endswith((".", "!", "?", '"', "”")))
-    ),
-    "repeated lines": Statistic(lambda d: 1 - _share(len(set(d.lines)), d.lines) if d.lines else 0.0, most=0.3),
-    "repeated paragraphs": Statistic(
-        lambda d: 1 - _share(len(set(d.paragraphs)), d.paragraphs) if d.paragraphs else 0.0, most=0.3
-    ),
+    "lines ending in punctuation": Statistic(lambda d: d.lines_with(end=(".", "!", "?", '"', "”"))),
+    "repeated lines": Statistic(lambda d: _repeated(d.lines), most=0.3),
+    "repeated paragraphs": Statistic(lambda d: _repeated(d.paragraphs), most=0.3),
     "characters in the top word pair": Statistic(Parts.pair_share, most=0.2),
 }
 
@@ -113,12 +110,12 @@ def describe_quality(split: str, sample: list[Sampled], documents: int) -> dict[
 def _describe(statistic: Statistic, values: Any, sample: list[Sampled]) -> dict[str, Any]:
     outside = (values < statistic.least) | (values > statistic.most)
     lowest, highest = int(values.argmin()), int(values.argmax())
-    limits = {"least": statistic.least, "most": statistic.most if np.isfinite(statistic.most) else None}
     return {
         "min": float(values[lowest]),
         **{name: float(np.quantile(values, share)) for name, share in QUANTILES.items()},
         "max": float(values[highest]),
-        **limits,
+        "least": statistic.least,
+        "most": statistic.most if np.isfinite(statistic.most) else None,
         "outside": float(outside.mean()),
         "lowest": _example(sample[lowest]),
         "highest": _example(sample[highest]),
@@ -132,7 +129,7 @@ def _example(document: Sampled) -> dict[str, Any]:
 def _languages(sample: list[Sampled]) -> dict[str, float] | str:
     """Shares of ISO 639 codes, by py3langid, whose model is part of its package; or what is missing."""
     if find_spec("py3langid") is None:
-        return "needs the package py3langid: pip install 'gpt-pipeline[quality]'"
+        return NEEDS.format("py3langid")
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
@@ -144,13 +141,12 @@ def _languages(sample: list[Sampled]) -> dict[str, float] | str:
 def _near_duplicates(sample: list[Sampled]) -> float | str:
     """The share of documents that are near to one before them in the sample, equal ones included."""
     if find_spec("rensa") is None:
-        return "needs the package rensa: pip install 'gpt-pipeline[quality]'"
+        return NEEDS.format("rensa")
     from rensa import RMinHash
 
     shingles = [_shingles(each.text) for each in sample]
-    values = np.array(
-        [sketch.digest() for sketch in RMinHash.from_token_sets(shingles, SIGNATURE_VALUES, 1)], np.uint32
-    )
+    sketches = RMinHash.from_token_sets(shingles, SIGNATURE_VALUES, 1)
+    values = np.array([sketch.digest() for sketch in sketches], np.uint32)
     near = sum(bool(((values[:at] == values[at]).mean(axis=1) >= NEAR).any()) for at in range(1, len(values)))
     return near / max(len(sample), 1)
 

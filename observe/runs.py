@@ -3,31 +3,34 @@
 import difflib
 import fnmatch
 import json
+import math
 import shutil
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from observe.tables import format_value
+from observe.tables import format_count, print_json
 from pipeline.config.keys import KEYS
 from pipeline.config.other_names import keys_for
 from pipeline.errors import UserError
 from pipeline.log import logger, printable
-from pipeline.runs import LAST_BYTES, RunFolder, all_runs
+from pipeline.machine.terminal import format_duration, format_number
+from pipeline.runs import LAST_BYTES, RunFolder, State, all_runs
 
 Entry = dict[str, Any]  # of a run: what --json prints
-# The last are the first to go where a terminal is narrow.
-COLUMNS = (
-    "name", "state", "age_s", "step", "loss", "best_val_loss", "lr", "tokens_per_s", "parameters", "hours", "tokens", "dataset",
-)  # fmt: skip
-TITLES = {"age_s": "age", "hours": "trained", "best_val_loss": "best val", "tokens_per_s": "tokens/s"}
-DURATIONS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-SIZES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-LEFT = ("name", "state", "dataset")
+# Titles and formats. The last columns are the first to go where a terminal is narrow, down to the time left.
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "name": ("name", str), "state": ("state", str), "age_s": ("age", format_duration), "step": ("step", "{:,}".format),
+    "loss": ("loss", format_number), "tokens_per_s": ("tokens/s", format_count), "eta_s": ("left", format_duration),
+    "best_val_loss": ("best val", format_number), "lr": ("lr", format_number),
+    "parameters": ("parameters", format_count), "hours": ("hours", "{:,.3g}".format), "tokens": ("tokens", format_count),
+    "dataset": ("dataset", str),
+}  # fmt: skip
+LEAST_COLUMNS, LEAST_NAME = 7, 8
 # They differ between any two runs and say nothing about them.
 NO_DIFFERENCES = ("run.name", "run.dir")
 
@@ -99,8 +102,14 @@ def write(entries: list[Entry], sort: str, as_json: bool) -> None:
     known.sort(key=lambda entry: value_of(entry, key) if numbers else str(value_of(entry, key)), reverse=sort != key)
     entries = known + [entry for entry in entries if value_of(entry, key) is None]
     mark_differences(entries)
-    text = json.dumps(entries, default=str) + "\n" if as_json else format_entries(entries)
-    sys.stdout.write(text)
+    if as_json:
+        return print_json(entries)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    for line, entry in zip(format_entries(entries, width), ({}, *entries), strict=True) if entries else ():
+        sys.stdout.write(f"{line}\n")
+        if differs := "  ".join(f"{key}={short(value)}" for key, value in entry.get("differs", {}).items()):
+            sys.stdout.write(f"    {printable(differs)}\n")
+    return None
 
 
 def mark_differences(entries: list[Entry]) -> None:
@@ -117,38 +126,24 @@ def mark_differences(entries: list[Entry]) -> None:
                 entry["differs"][key] = value
 
 
-def format_entries(entries: Sequence[Entry]) -> str:
-    """A table, each run followed by a line of what differs. Into a file every column is written."""
-    columns = list(COLUMNS)
-    rows = [[TITLES.get(name, name) for name in columns]]
-    rows += [[printable(format_cell(name, entry.get(name))) for name in columns] for entry in entries]
+def format_entries(entries: Sequence[Entry], width: float) -> list[str]:
+    """A heading, and a line for each run, of the columns that fit into `width`."""
+    rows = [[title for title, _ in COLUMNS.values()]]
+    for entry in entries:
+        # A run that is alive was updated a moment ago.
+        known = entry | ({"age_s": None} if entry["state"] == State.RUNNING else {})
+        values = [(known.get(name), form) for name, (_, form) in COLUMNS.items()]
+        rows.append(["-" if value is None else printable(form(value)) for value, form in values])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sum(widths) + 2 * len(widths)
-    while sum(widths) + 2 * len(widths) > width + 2 and len(widths) > len(LEFT):
+    while sum(widths) + 2 * len(widths) - 2 > width and len(widths) > LEAST_COLUMNS:
         widths.pop()
-    lines = []
-    for row, entry in zip(rows, ({}, *entries), strict=True):
-        cells = zip(columns, row, widths, strict=False)
-        lines.append("  ".join(cell.ljust(width) if name in LEFT else cell.rjust(width) for name, cell, width in cells))
-        if differs := entry.get("differs"):
-            lines.append(printable("    " + "  ".join(f"{key}={short(value)}" for key, value in differs.items())))
-    return "".join(f"{line.rstrip()}\n" for line in lines) if entries else ""
-
-
-def format_cell(name: str, value: Any) -> str:
-    """Numbers short enough to compare: 124.4M, 3.1 h."""
-    if value is None:
-        return "-"
-    if name in ("age_s", "hours"):
-        value = value * 3600 if name == "hours" else max(value, 0)  # clocks of two machines differ
-        seconds, unit = next((seconds, unit) for seconds, unit in DURATIONS if value >= seconds or seconds == 1)
-        return f"{value / seconds:.0f} {unit}" if name == "age_s" else f"{value / seconds:.3g} {unit}"
-    if name in ("tokens", "parameters", "tokens_per_s") and value >= 1000:
-        size, unit = next((size, unit) for size, unit in SIZES if value >= size)
-        return f"{value / size:.3g}{unit}"
-    if name in ("loss", "best_val_loss"):
-        return f"{value:.4f}"
-    return f"{value:.2e}" if name == "lr" else format_value(value)
+    if (excess := sum(widths) + 2 * len(widths) - 2 - width) > 0:  # then a long name loses its end
+        widths[0] = max(LEAST_NAME, widths[0] - int(excess))
+    sides = ["<" if form is str else ">" for _, form in COLUMNS.values()]
+    return [
+        "  ".join(f"{text[:size]:{side}{size}}" for text, side, size in zip(row, sides, widths, strict=False)).rstrip()
+        for row in rows
+    ]
 
 
 def short(value: Any) -> str:

@@ -3,7 +3,6 @@ skipped or whose loss jumps. Which sample is where follows from the seed and the
 ranks.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from observe.inspect import BEGINNING_CHARACTERS, decode
-from observe.tables import cell, open_console
+from observe.tables import cell, open_console, print_json
 from pipeline.checkpoint.pointers import pointed_folder
 from pipeline.config.keys import Config
 from pipeline.config.load import load_config
@@ -20,14 +19,13 @@ from pipeline.errors import UserError
 from pipeline.runs import Position, RunFolder, find_run
 from pipeline.vocabulary.specs import from_spec
 
+RECORDED = ("loss", "grad_norm", "reason")
+
 
 def run(name: Path, step: int, as_json: bool) -> None:
     """Write the batch of a step to stdout. Raises UserError where the run or its data cannot be read."""
     description = describe_step(find_run(str(name)), step)
-    if as_json:
-        sys.stdout.write(json.dumps(description) + "\n")
-    else:
-        show(description)
+    (print_json if as_json else show)(description)
 
 
 def describe_step(folder: RunFolder, step: int) -> dict[str, Any]:
@@ -47,9 +45,7 @@ def describe_step(folder: RunFolder, step: int) -> dict[str, Any]:
     # A row counts the step that it is about as complete; a skipped step never was.
     rows = [row for row in folder.rows(folder.metrics, sys.maxsize) if row["step"] == step + 1]
     bad = [row for row in folder.rows(folder.bad_steps, sys.maxsize) if row["step"] == step]
-    recorded: dict[str, Any] = {
-        name: row[name] for row in rows + bad for name in ("loss", "grad_norm", "reason") if name in row
-    }
+    recorded: dict[str, Any] = {name: row[name] for row in rows + bad for name in RECORDED if name in row}
     return {"run": str(folder.path), "step": step, "first_sample": first, **recorded, "samples": described}
 
 
@@ -76,9 +72,7 @@ def began_at(folder: RunFolder, config: Config, mixture: Mixture) -> Position:
 def show(description: dict[str, Any]) -> None:
     """What is recorded about the step, then how each text begins."""
     console, samples = open_console(), description["samples"]
-    recorded = "".join(
-        f", {name} {description[name]}" for name in ("loss", "grad_norm", "reason") if name in description
-    )
+    recorded = "".join(f", {name} {description[name]}" for name in RECORDED if name in description)
     console.print(cell(f"{description['run']}, step {description['step']:,}: {len(samples):,} samples{recorded}"))
     for each in samples:
         where = f"sample {each['sample']:,}: {each['dataset']} from token {each['position']:,}"

@@ -4,6 +4,7 @@ What comes out of files is shown with its control characters escaped and never a
 text can reach the terminal as a command.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,10 @@ from pipeline.log import printable
 
 FILE_WIDTH = 120  # of tables in a file or a pipe
 LISTED = 3
+
+
+def print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, default=str) + "\n")
 
 
 def open_console() -> Console:
@@ -50,3 +55,11 @@ def format_value(value: Any) -> str:
 def format_list(entries: Sequence[str]) -> str:
     more = f" and {len(entries) - LISTED:,} more" if len(entries) > LISTED else ""
     return "; ".join(entries[:LISTED]) + more
+
+
+def format_count(count: float) -> str:
+    """Three digits of a large count, and its unit: 12.4M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if size <= count < 1e15:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:,.0f}" if count < 1e3 else f"{count:.3g}"

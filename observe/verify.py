@@ -8,15 +8,15 @@ All faults are reported, one line each with the shard and the position. Nothing 
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from observe.shared_documents import DocumentIndex
 from observe.tables import format_list
 from pipeline.dataset.scan import Advance, DocumentFinder, Positions, blocks, each_shard
 from pipeline.dataset.shards import (
@@ -66,11 +66,20 @@ def _verify_checkpoint(folder: Path) -> None:
     sys.stdout.write(f"verified: {folder}: step {description.step}, hashes of {len(description.files)} files match\n")
 
 
+class Document(NamedTuple):
+    """A document's position and length in its shard, in ids, without end-of-text."""
+
+    file: str
+    start: int
+    length: int
+
+
 @dataclass
 class Tally:
     """What the pass over one shard found; `unreadable` is the reason if there was none.
 
-    `outside`: ids outside the vocabulary. `twins`: documents that val has too.
+    `outside`: ids outside the vocabulary. `seen`: val's documents by a hash of their ids; `twins`:
+    documents of train that are among them.
     """
 
     unreadable: str = ""
@@ -80,6 +89,7 @@ class Tally:
     last_id: int = -1
     outside: int = 0
     first_outside: str = ""
+    seen: dict[bytes, Document] = field(default_factory=dict)
     twins: int = 0
     first_twin: str = ""
 
@@ -99,9 +109,9 @@ class Verification:
         self.token_bytes: npt.NDArray[np.int64] | None = None
         # Different texts have different ids in GPT-2's vocabulary, which is assumed of foreign shards.
         self.keeps_text = manifest.is_foreign
-        # Where documents are cut, the end of one may be equal to another document.
-        compared = all(map(manifest.splits.get, SPLITS)) and manifest.val_rule.get("kind") != "position"
-        self.val_documents = DocumentIndex() if compared else None
+        # Where documents are split, the end of one may be equal to another document.
+        self.compares = all(map(manifest.splits.get, SPLITS)) and manifest.val_rule.get("kind") != "position"
+        self.val_documents: dict[bytes, Document] = {}
 
     def run(self) -> None:
         """Read everything once; fills `faults` and `remarks`."""
@@ -109,11 +119,11 @@ class Verification:
         size = sum(shard.tokens for shard in self.shards) * np.dtype(self.manifest.dtype).itemsize
         tallies: dict[str, list[Tally]] = {}
         with ProgressReport("verify", size / 1e6, "MB") as report:
-            # val first: it is the smaller index, in which train's documents are looked up.
+            # val first: it has fewer documents to keep in memory, among which train's are looked up.
             for split in sorted(self.manifest.splits, key=lambda split: split != "val"):
                 tallies[split] = list(each_shard(self.manifest.splits[split], report, partial(self._tally, split)))
-                if split == "val" and self.val_documents:
-                    self.val_documents.sort()
+                for tally in reversed(tallies[split]):  # of equal documents the first one is reported
+                    self.val_documents |= tally.seen
         for split, shards in self.manifest.splits.items():
             for shard, tally in zip(shards, tallies[split], strict=True):
                 self.documents += tally.documents - shard.tails
@@ -123,29 +133,23 @@ class Verification:
 
     def _report_sources(self) -> None:
         """What was counted while the sources were read against what the manifest says of the shards."""
-        rows, documents, text_bytes = (
-            sum(source[what] for source in self.manifest.read) for what in ("rows", "documents", "text_bytes")
-        )
+        counts = ("rows", "documents", "text_bytes")
+        rows, documents, text_bytes = (sum(source[what] for source in self.manifest.read) for what in counts)
         skipped = sum(entry["count"] for entry in self.manifest.skipped.values())
-        kept, kept_bytes = (
-            sum(self.manifest.count(split, what) for split in SPLITS) for what in ("documents", "bytes")
-        )
+        kept, size = (sum(self.manifest.count(split, what) for split in SPLITS) for what in ("documents", "bytes"))
+        fault = "the sources have {:,} {}, but the manifest records {:,} in the shards"
         if kept + skipped != rows:
-            self.faults.append(
-                f"the sources have {rows:,} documents, but the manifest records {kept:,} in the shards and {skipped:,} skipped"
-            )
+            self.faults.append(f"{fault.format(rows, 'documents', kept)} and {skipped:,} skipped")
         # Duplicates are left out after reading; with them the sources have more text.
-        if kept_bytes > text_bytes or (kept == documents and kept_bytes != text_bytes):
-            self.faults.append(
-                f"the sources have {text_bytes:,} bytes of text, but the manifest records {kept_bytes:,} in the shards"
-            )
+        if size > text_bytes or (kept == documents and size != text_bytes):
+            self.faults.append(fault.format(text_bytes, "bytes of text", size))
 
     def verdict(self) -> str:
         """What was verified."""
         found = [f"every id is below {self.vocab_size:,}"]
         if not self.manifest.is_foreign:
             found += ["sizes, hashes and counts match the manifest", "every shard ends with end-of-text"]
-        if self.val_documents and self.documents and self.keeps_text:
+        if self.compares and self.documents and self.keeps_text:
             found.append("no document is in both splits")
         tokens = sum(shard.tokens for shard in self.shards)
         return f"{tokens:,} tokens, {self.documents:,} documents in {len(self.shards)} shard(s); {', '.join(found)}"
@@ -197,19 +201,20 @@ class Verification:
         return tally
 
     def _find_twins(self, split: str, shard: Shard, documents: tuple[Positions, Positions], tally: Tally) -> None:
-        """Add val's documents to the index or look train's up, except those two shards share."""
-        starts, lengths = (positions[documents[1] > 0] for positions in documents)
-        if self.val_documents is None or not len(starts):
+        """Collect val's documents or look train's up, except those two shards share."""
+        if not self.compares:
             return
         # Mapped anew for each block: one mapping of a large shard would keep all pages in memory.
         ids: TokenIds = np.asarray(map_shard(self.folder, self.manifest, shard))
-        if split == "val":
-            self.val_documents.add(shard.file, ids, starts, lengths)
-            return
-        for start, twin in self.val_documents.find(ids, starts, lengths):
-            if not tally.twins:
-                tally.first_twin = f"of {twin.length} tokens at position {start}, in {twin.file} at {twin.start}"
-            tally.twins += 1
+        for start, length in zip(*(positions.tolist() for positions in documents), strict=True):
+            # 0.4 us a document. Of 128 bits, so that equal ones are not compared again.
+            key = xxhash.xxh3_128_digest(ids[start : start + length].data) if length else b""
+            if key and split == "val":
+                tally.seen.setdefault(key, Document(shard.file, start, length))
+            elif twin := self.val_documents.get(key):
+                if not tally.twins:
+                    tally.first_twin = f"of {twin.length} tokens at position {start}, in {twin.file} at {twin.start}"
+                tally.twins += 1
 
     def _report(self, shard: Shard, tally: Tally) -> None:
         path, ours = self.folder / shard.file, not self.manifest.is_foreign

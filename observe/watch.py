@@ -2,26 +2,23 @@
 sees their folders may do it, and a run notices nothing.
 """
 
-import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from observe.tables import open_console
+from observe.runs import entry_of, format_entries
+from observe.tables import open_console, print_json
 from pipeline.config.keys import RunConfig
 from pipeline.errors import UserError
-from pipeline.log import printable
 from pipeline.machine import terminal
-from pipeline.machine.terminal import format_duration, format_number
-from pipeline.runs import RunFolder, RunSummary, State, all_runs, find_runs
+from pipeline.runs import RunFolder, State, all_runs, find_runs
 
 # Files change every ten seconds or so, and what has not changed is not drawn again: a slow line carries
 # a few hundred bytes a second.
@@ -35,11 +32,11 @@ def run(names: Sequence[str], once: bool, as_json: bool) -> None:
     not a terminal, once.
     """
     folders = find_runs(names) if names else running_or_newest()
+    console = open_console()
     if as_json:
-        sys.stdout.write(json.dumps([folder.summary().as_json() for folder in folders]) + "\n")
+        print_json([folder.summary().as_json() for folder in folders])
     elif once or not terminal.can_draw(sys.stdout):
-        console = open_console()
-        console.print(picture([folder.summary() for folder in folders], console.width, console.options.ascii_only))
+        console.print(picture(folders, console.width))
     else:
         with suppress(KeyboardInterrupt):  # the usual way to leave
             follow(folders)
@@ -64,37 +61,18 @@ def follow(folders: Sequence[RunFolder]) -> None:
             # Of a run that lives, the age changes all the time and is not shown.
             seen = ([replace(summary, age_s=None) for summary in summaries], console.size)
             if seen != drawn:
-                live.update(picture(summaries, console.width, console.options.ascii_only), refresh=True)
+                live.update(picture(folders, console.width), refresh=True)
                 drawn = seen
             if all(summary.state in ENDED for summary in summaries):
                 return
             time.sleep(LOOK_INTERVAL_S)
 
 
-def picture(summaries: Sequence[RunSummary], width: int, ascii_only: bool) -> RenderableType:
-    return terminal.RunPanel(summaries[0]) if len(summaries) == 1 else run_table(summaries, width, ascii_only)
-
-
-def run_table(runs: Sequence[RunSummary], width: int, ascii_only: bool = False) -> Table:
-    """A row for each run. The narrower the terminal, the fewer columns; state, rate and time left stay."""
-    columns: list[tuple[int, str, Callable[[RunSummary], str]]] = [
-        (0, "state", terminal.format_state),
-        (0, "step", terminal.format_step if width >= 100 else lambda run: f"{run.step:,}"),
-        (0, "loss", lambda run: format_number(run.loss)),
-        (110, "", lambda run: terminal.sparkline(run.losses, terminal.CURVE_WIDTH // 2, ascii_only)),
-        (80, "val", lambda run: format_number(run.val_loss)),
-        (80, "best", lambda run: format_number(run.best_val_loss)),
-        (100, "lr", lambda run: format_number(run.lr)),
-        (0, "tokens/s", lambda run: "-" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}"),
-        (0, "left", lambda run: format_duration(run.eta_s)),
-    ]
-    shown = {title: [value(run) for run in runs] for needed, title, value in columns if width >= needed}
-    taken = sum(2 + max(map(len, [title, *cells])) for title, cells in shown.items())
-    table = Table(box=None, pad_edge=False)
-    # A long name is cut short before any figure is.
-    table.add_column("run", no_wrap=True, overflow="ellipsis", max_width=max(8, width - taken))
-    for title in shown:
-        table.add_column(title, justify="left" if title in ("state", "") else "right", no_wrap=True)
-    for run, *cells in zip(runs, *shown.values(), strict=True):
-        table.add_row(Text(printable(run.name)), *map(Text, cells), style=terminal.COLORS[run.state])
-    return table
+def picture(folders: Sequence[RunFolder], width: int) -> RenderableType:
+    """One run as a panel, several as the rows that `pipeline runs` has."""
+    if len(folders) == 1:
+        return terminal.RunPanel(folders[0].summary())
+    entries = [entry_of(folder, folder.path.parent) for folder in folders]
+    heading, *rows = format_entries(entries, width)
+    colors = [terminal.COLORS[entry["state"] or State.UNKNOWN] for entry in entries]
+    return Text("\n").join([Text(heading), *(Text(row, style=color) for row, color in zip(rows, colors, strict=True))])

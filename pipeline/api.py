@@ -42,10 +42,10 @@ TRAIN = "train"
 def load(
     checkpoint: str | Path = "latest", *, run_dir: str | Path | None = None, device: str = "auto", dtype: str = "auto"
 ) -> "Model":
-    """The model of a checkpoint: "latest", "best", a path, a run's folder, or hf:ORG/NAME. Raises
+    """The model of a checkpoint: "latest", "best", "average", a path, a run's folder, or hf:ORG/NAME. Raises
     UserError.
 
-    `run_dir` is the run of "latest" and "best", by default the newest under runs/; `device` and
+    `run_dir` is the run of the first three, by default the newest under runs/; `device` and
     `dtype` are as for `pipeline sample`.
     """
     from pipeline.checkpoint.find import find_checkpoint

@@ -4,6 +4,7 @@ No torch.
 
 import math
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from pathlib import Path
 
 from pipeline.checkpoint.layouts import layout_of
@@ -15,14 +16,16 @@ from pipeline.machine.gpus import CPU_BFLOAT16_MIN_WIDTH, Hardware, hardware_nam
 from pipeline.model.constants import VOCAB_MULTIPLE
 from pipeline.model.footprint import Footprint, Setting, Sizes
 
-# Float32 weights, and AdamW's two moments of each.
-CHECKPOINT_BYTES_PER_PARAMETER = 12
+# Float32 weights, and AdamW's two moments of each; Muon has one.
+CHECKPOINT_BYTES_PER_PARAMETER, MUON_BYTES_LESS = 12, 4
 # Assumed parts of the peaks. So GPT-2 124M takes 144 ms a step of 524,288 tokens on 8 H100 (llm.c: 140 ms,
 # modded-nanogpt records/2024-10-13) and 384 ms on 8 A100 80GB (build-nanogpt: about 350 ms).
 MATRICES_REACH, ATTENTION_REACHES, BANDWIDTH_REACHED, LINK_REACHED = 0.6, 0.3, 0.85, 0.8
 LAUNCH_S = 5e-6  # of one kernel, or of one of PyTorch's operations on a CPU
 UPDATE_BYTES = 40  # a parameter: AdamW reads 16 and writes 12, clipping reads 8 and writes 4
 USABLE = 0.9
+BUCKET_BYTES = (1 << 20, 25 << 20)  # DDP's first bucket, so that something is sent early, and the others
+AGREED_VALUES = 6  # float32: loss, gradient norm, and four flags of what a rank has noticed
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
@@ -106,9 +109,24 @@ def most_checkpoints(config: Config) -> int:
     return config.checkpoint.keep + (config.train.max_steps // every if every else 0) + 2
 
 
-def checkpoint_bytes(model: ModelConfig, vocab_size: int) -> int:
+def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     """Size of one checkpoint on disk, but for tokenizer and descriptions."""
-    return CHECKPOINT_BYTES_PER_PARAMETER * parameters(model, vocab_size)
+    matrices = sum(map(math.prod, muon_matrices(config)))
+    return CHECKPOINT_BYTES_PER_PARAMETER * parameters(config.model, vocab_size) - MUON_BYTES_LESS * matrices
+
+
+def muon_matrices(config: Config) -> list[tuple[int, ...]]:
+    """Shapes of what Muon updates: the matrices of the blocks; none with AdamW. A fused one is one here."""
+    layout, model = layout_of(config.model), config.model
+    shapes, outside = (layout.shapes(each, VOCAB_MULTIPLE) for each in (model, replace(model, n_layer=0)))
+    updated = config.optimizer.name == "muon"
+    return [shape for name, shape in shapes.items() if updated and name not in outside and len(shape) == 2]
+
+
+def newton_schulz_flops(config: Config) -> int:
+    """Of one step, all ranks together: 5 iterations of 3 products on each matrix, r the shorter side."""
+    sides = [(min(shape), max(shape)) for shape in muon_matrices(config)]
+    return sum(5 * (4 * r * r * c + 2 * r**3) for r, c in sides)
 
 
 # ---- the memory and the time of a step ----
@@ -127,17 +145,22 @@ def setting(config: Config, hardware: Hardware) -> Setting:
 
 def footprint(config: Config, vocab_size: int, setting: Setting) -> Footprint:
     """The memory of a step on one rank."""
-    model, layout = config.model, layout_of(config.model)
+    model = config.model
     padded = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    shard = 0
-    for name, shape in layout.shapes(model, padded).items():
-        if layout.is_trained(model, name):
-            # FSDP2 pads what it shards to equal parts, along the first dimension in torch's order.
-            rows, *others = reversed(shape) if name.endswith(layout.transposed) else shape
-            shard += -(-rows // setting.shards) * math.prod(others)
+    shard = sum(_shards(model, padded, setting.shards))
     complete = parameters(model, padded)
     block = complete - parameters(replace(model, n_layer=model.n_layer - 1), padded)
-    return Footprint(config, Sizes(complete, shard, block, table=padded * model.n_embd), setting)
+    matrices = sum(map(math.prod, muon_matrices(config))) // setting.shards
+    return Footprint(config, Sizes(complete, shard, block, table=padded * model.n_embd, matrices=matrices), setting)
+
+
+def _shards(model: ModelConfig, padded: int, shards: int) -> list[int]:
+    """Elements of each trained tensor on one rank, in the layout's order."""
+    layout = layout_of(model)
+    trained = {name: shape for name, shape in layout.shapes(model, padded).items() if layout.is_trained(model, name)}
+    # FSDP2 pads what it shards to equal parts, along the first dimension in torch's order.
+    rows = {name: shape[-1 if name.endswith(layout.transposed) else 0] for name, shape in trained.items()}
+    return [-(-rows[name] // shards) * math.prod(shape) // rows[name] for name, shape in trained.items()]
 
 
 def nearest_batch(config: Config, ranks: int) -> Config:
@@ -155,7 +178,7 @@ def nearest_batch(config: Config, ranks: int) -> Config:
 class StepTime:
     """Seconds of one optimizer step. `compute_s`: FLOPs of all micro-batches; `traffic_s`: reading
     and writing memory, in and between their kernels; `launch_s`: starting those; `update_s`: clipping and
-    AdamW; `exchange_s`: between ranks, of which `exposed_s` is not hidden behind the others.
+    the optimizer; `exchange_s`: between ranks, of which `exposed_s` is not hidden behind the others.
     """
 
     compute_s: float
@@ -195,31 +218,78 @@ def step_time(step: Footprint, hardware: Hardware, vocab_size: int) -> StepTime:
     launches = setting.accumulation * model.n_layer * (30 if setting.compiled else 100)
     exchange_s = _exchange_s(step, hardware)
     compute_s = tokens * per_token_s * again
+    orthogonalise_s = newton_schulz_flops(step.config) / setting.ranks / (flops * MATRICES_REACH)
     # A sharded model is gathered and reduced while others compute; whole gradients at the end.
     exposed_s = max(0.0, exchange_s - compute_s) if setting.shards > 1 else exchange_s
     return StepTime(
         compute_s, traffic_s=(tokens * moved * again + weights) / bandwidth, launch_s=launches * LAUNCH_S,
-        update_s=UPDATE_BYTES * step.sizes.shard / bandwidth, exchange_s=exchange_s, exposed_s=exposed_s,
+        update_s=UPDATE_BYTES * step.sizes.shard / bandwidth + orthogonalise_s, exchange_s=exchange_s, exposed_s=exposed_s,
     )  # fmt: skip
 
 
-def _exchange_s(step: Footprint, hardware: Hardware) -> float:
-    """A rank's bytes over its links: all-reduce inside nodes, then between them (Thakur et al. 2005)."""
-    device, setting, sizes = hardware.device, step.setting, step.sizes
-    nodes, per_node = hardware.nodes, hardware.per_node
+class Span(Enum):
+    """The ranks of a collective: all, those of a node, or those with the same shard, one of each node."""
 
-    def one_way(size: float, nodes: int) -> float:
-        """To gather `size` bytes on every rank, or to reduce them."""
-        inside, between = (per_node - 1) / per_node / device.link, (nodes - 1) / nodes / per_node / device.net
-        return size * (inside + between) / LINK_REACHED
+    ALL, NODE, REPLICAS = "all", "node", "replicas"
 
-    gradients = 4 * sizes.all
+
+@dataclass(frozen=True)
+class Exchange:
+    """`count` collectives of one step that each rank takes part in, with `size` bytes in all: of the
+    complete tensor for all_gather and reduce_scatter, of a rank's for all_reduce.
+    """
+
+    collective: str
+    span: Span
+    count: int
+    size: int
+
+
+def exchanges(step: Footprint) -> list[Exchange]:
+    """All collectives of a step with AdamW; tests/train/test_exchange.py counts them on real ranks."""
+    model, setting, layers = step.config.model, step.setting, step.config.model.n_layer
+    if setting.ranks == 1:
+        return []
+    rows = step.sizes.table // model.n_embd
+    tensors, fewer = (_shards(each, rows, setting.shards) for each in (model, replace(model, n_layer=layers - 1)))
+    agreed = Exchange("all_reduce", Span.ALL, 1, size=4 * AGREED_VALUES)
     if setting.shards == 1:
-        return 2 * one_way(gradients, nodes)
-    gathered = 2 * setting.accumulation * step.itemsize * sizes.all  # forward and backward
-    if setting.shards == setting.ranks:
-        return one_way(gathered + gradients, nodes)
-    return one_way(gathered, 1) + one_way(gradients, 1) + 2 * gradients / per_node / device.net / LINK_REACHED
+        return [Exchange("all_reduce", Span.ALL, _buckets(tensors), size=4 * sum(tensors)), agreed]
+    blocks = setting.shards * layers * (sum(tensors) - sum(fewer))
+    outside = setting.shards * sum(tensors) - blocks
+    span = Span.ALL if setting.shards == setting.ranks else Span.NODE
+    # A block is gathered forward and backward, what is around the blocks once, in float32.
+    gathered = setting.accumulation * (2 * step.itemsize * blocks + 4 * outside)
+    found = [
+        Exchange("all_gather", span, setting.accumulation * (2 * layers + 1), size=gathered),
+        Exchange("reduce_scatter", span, layers + 1, size=4 * (blocks + outside)),
+        Exchange("all_reduce", span, 1, size=4 * len(tensors)),  # the norm of each gradient
+        agreed,
+    ]
+    if span is Span.NODE:
+        found.append(Exchange("all_reduce", Span.REPLICAS, layers + 1, size=4 * sum(tensors)))
+    return found
+
+
+def _buckets(tensors: list[int]) -> int:
+    """DDP's all-reduces: gradients, from the last layer's to the first's, in buckets that are sent when full."""
+    count, held = 0, 0
+    for size in reversed(tensors):
+        held += 4 * size
+        if held >= BUCKET_BYTES[min(count, 1)]:
+            count, held = count + 1, 0
+    return count + (held > 0)
+
+
+def _exchange_s(step: Footprint, hardware: Hardware) -> float:
+    """A rank's bytes over its links: inside nodes, then between them; an all-reduce sends twice (Thakur et
+    al. 2005). Without latency, which ranks by the hundred add.
+    """
+    per_node, nodes = hardware.per_node, hardware.nodes
+    inside, between = (per_node - 1) / per_node / hardware.device.link, (nodes - 1) / nodes / hardware.device.net
+    a_byte_s = {Span.ALL: inside + between / per_node, Span.NODE: inside, Span.REPLICAS: between}
+    sent = (a_byte_s[each.span] * each.size * (1 + (each.collective == "all_reduce")) for each in exchanges(step))
+    return sum(sent) / LINK_REACHED
 
 
 def outlook(config: Config, vocab_size: int, device_name: str, ranks: int) -> list[str]:

@@ -118,7 +118,16 @@ def _finite(value: Any) -> Any:
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite(value) if isinstance(value, float) else value
+
+
+def finite(value: Any) -> float | None:
+    """A number as a float; None for one that is not finite, and for anything else."""
+    try:
+        found = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:  # an integer
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _parse_int(digits: str) -> int | float:

@@ -18,7 +18,6 @@ runs/<name>/config.toml           the resolved config
 
 import difflib
 import json
-import math
 import re
 import tomllib
 from collections.abc import Iterable
@@ -32,7 +31,7 @@ from typing import Any, Self
 
 from pipeline.config.keys import Config, RunConfig
 from pipeline.errors import UserError
-from pipeline.files import dump_json, write_atomic
+from pipeline.files import dump_json, finite, write_atomic
 
 # status.json is rewritten at least every 15 s. Four times that, as a network disk may show it late.
 DEAD_AFTER_S = 60.0
@@ -85,6 +84,7 @@ class Status:
     last_save_s: float | None = None
     trained_s: float | None = None
     bits_per_byte: float | None = None
+    dtype: str | None = None  # autocast's, in which a run on a CPU stays
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class RunFolder:
         try:
             sections = tomllib.loads(self.config.read_text(encoding="utf-8")).items()
             return {f"{section}.{key}": value for section, keys in sections for key, value in keys.items()}
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             return {}
 
     def rows(self, path: Path, last_bytes: int = TAIL_BYTES) -> list[Row]:
@@ -225,15 +225,6 @@ def parse_row(line: bytes) -> Row | None:
         return None
     has_step = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < MOST_STEPS
     return row if has_step else None
-
-
-def finite(value: Any) -> float | None:
-    """A number as a float; None for one that is not finite, and for anything else."""
-    try:
-        found = float(value) if type(value) in (int, float) else math.nan
-    except OverflowError:
-        return None
-    return found if math.isfinite(found) else None
 
 
 def _age_s(updated_at: Any) -> float | None:

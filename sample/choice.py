@@ -23,6 +23,8 @@ def choose(logits: Tensor, choice: Choice, seen: Tensor | None, uniform: Tensor)
     cumulative = kept.softmax(dim=-1).cumsum(dim=-1, dtype=uniform.dtype)
     # Scaled by the last sum, which rounding may leave below 1: a number above it finds no token.
     drawn = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True)
+    # Where logits are NaN, which the decoder reports, none is found either.
+    drawn.clamp_(max=kept.size(-1) - 1)
     return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
 
@@ -63,5 +65,6 @@ def _likeliest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     last = best[:, top_k - 1 : top_k]
     if (best[:, top_k:] < last).all():
         return best[:, :top_k], ids[:, :top_k]
-    best, ids = logits.topk(int((logits >= last).sum(dim=-1).max()))
+    # NaN equals nothing, and the decoder has yet to report it.
+    best, ids = logits.topk(max(top_k, int((logits >= last).sum(dim=-1).max())))
     return best.masked_fill(best < last, -torch.inf), ids

@@ -5,6 +5,7 @@ the newer half is read again at the first positions, which costs one prefill eve
 tokens.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -37,22 +38,25 @@ def generate(
     block_size = decoder.block_size
     ids = torch.tensor([prompt], device=decoder.device)
     logits = decoder.prefill(ids[:, -block_size:])
-    ids = ids.expand(decoder.samples, -1)
+    # On the host, where each id goes anyway: a list for each position.
+    window = deque(([each] * decoder.samples for each in prompt[-block_size:]), maxlen=block_size)
     seen = None
     if choice.repetition_penalty != 1:
-        seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+        seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids.expand(decoder.samples, -1), True)
     numbers = uniforms(seed, decoder.samples, decoder.device)
     for count in range(1, max_new_tokens + 1):
         chosen = choose(logits, choice, seen, next(numbers))
-        yield Tokens(chosen.tolist(), log_probabilities(logits, chosen).tolist() if scored else [])
+        window.append(decoder.to_host(chosen))
+        yield Tokens(window[-1], log_probabilities(logits, chosen).tolist() if scored else [])
         if count == max_new_tokens:
             return
-        column = chosen.unsqueeze(1)
         if seen is not None:
-            seen.scatter_(1, column, True)
-        ids = torch.cat([ids[:, -block_size:], column], dim=1)
-        full = decoder.length == block_size
-        logits = decoder.prefill(ids[:, -max(1, block_size // 2) :]) if full else decoder.step(chosen)
+            seen.scatter_(1, chosen.unsqueeze(1), True)
+        if decoder.length < block_size:
+            logits = decoder.step(chosen)
+        else:
+            newer = torch.tensor(list(window)[-max(1, block_size // 2) :], device=decoder.device)
+            logits = decoder.prefill(newer.t())
 
 
 def log_probabilities(logits: Tensor, chosen: Tensor) -> Tensor:

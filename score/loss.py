@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.dataset.shards import TokenReader
@@ -28,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.log import ProgressReport
 from pipeline.machine.device import autocast
 from pipeline.machine.ranks import World
-from pipeline.model.language_model import LanguageModel, document_numbers, finite
+from pipeline.model.language_model import LanguageModel, document_numbers
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,7 @@ def split_loss(scorer: Scorer, reader: TokenReader, stride: int, end_of_text: in
             inputs, targets = windows[:, :-1], windows[:, 1:]
             documents = None if end_of_text is None else document_numbers(inputs, end_of_text)
             with autocast(world.device, scorer.dtype):
-                logits = finite(scorer.model.logits(inputs, documents, scored))
-            losses = F.cross_entropy(logits, targets[scored], reduction="none")
+                losses = scorer.model.token_losses(inputs, targets, documents, scored)
             total += float(losses.cpu().double().sum())
             progress.advance(len(windows) * world.size)
     return float(sum(world.gather(total))) / predicted

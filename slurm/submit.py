@@ -18,13 +18,12 @@ from math import ceil
 from pathlib import Path
 
 from pipeline.budget import checkpoint_bytes, data_arithmetic, most_checkpoints, outlook, step_arithmetic
-from pipeline.config import site
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
 from pipeline.log import logger
 from pipeline.runs import RunFolder
-from slurm import checks, sbatch
+from slurm import checks, sbatch, site
 from slurm.doctor import Status
 from slurm.job import Job, Script, ask, fill, shown
 
@@ -167,7 +166,7 @@ def _arithmetic(config: Config, job: Job) -> Iterator[str]:
         yield data_arithmetic(config, source.folder, source.manifest, source.share)
     vocab_size = mixture.tokenizer["vocab_size"]
     yield from outlook(config, vocab_size, job.gpus_per_node.partition(":")[0].lower(), job.ranks)
-    size = checkpoint_bytes(config.model, vocab_size)
+    size = checkpoint_bytes(config, vocab_size)
     needed = size * most_checkpoints(config)
     yield f"checkpoints of about {size / 1e6:,.1f} MB, {needed / 1e6:,.1f} MB of them at a time"
     folder = RunFolder(config.run_dir).checkpoints

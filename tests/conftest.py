@@ -52,11 +52,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """CI takes a sample of the campaign, another one each time: the whole of it takes a quarter of an hour.
 
-    With several workers, a file's tests share its fixtures in one of them, and one has the machine's SLURM.
+    With several workers, one has the machine's SLURM, a slow test goes to whichever is free, and the others of a
+    file stay together. SLURM's and the slow ones come first: a worker that gets them last works on alone.
     """
-    for item in items:
-        uses_slurm = "cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("slurm" if uses_slurm else item.path.name))
+    groups = {item: group_of(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    if hasattr(config, "workerinput"):  # in one process, files with fixtures of their own stay together
+        slow = {groups[item] for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (groups[item] != "slurm", groups[item] not in slow))
     share = config.option.campaign_share
     campaign = [item for item in items if item.get_closest_marker("campaign")]
     if share < 1 and campaign:
@@ -64,6 +68,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = set(campaign).difference(chosen)
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=list(left_out))
+
+
+def group_of(item: pytest.Item) -> str:
+    """Tests of one group run in one worker."""
+    fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
+    if "cluster" in fixtures:
+        return "slurm"
+    # Those of a file that share a fixture would each make it again elsewhere.
+    shares = any(found[-1].scope in ("module", "class", "package") for found in fixtures.values())
+    return item.nodeid if item.get_closest_marker("slow") and not shares else item.path.name
 
 
 def prose() -> list[str]:

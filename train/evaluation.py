@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.keys import Config
@@ -14,7 +15,7 @@ from pipeline.machine.device import autocast
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
 from train.data.batches import model_inputs
-from train.parallel import reshard
+from train.parallel import reshard, should_compile
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Evaluation:
 
     def __init__(self, config: Config, world: World, mixture: Mixture, dtype: torch.dtype) -> None:
         self.config, self.world, self.mixture, self.dtype = config, world, mixture, dtype
+        self.compiled, _ = should_compile(config.run.compile, world.device)
         self.fault: Exception | None = None  # in reading the data, which other ranks may not have
         self.readers = [TokenReader(source.folder, source.manifest, "val") for source in mixture.sources]
         windows = math.ceil(config.eval.tokens / config.model.block_size)
@@ -57,8 +59,11 @@ class Evaluation:
             # counts it as 0.
             source, starts = batches[index % len(batches)]
             windows = self.read(source, starts)
+            if self.compiled:  # for one size: a short batch would be compiled for again
+                windows = F.pad(windows, (0, 0, 0, size - len(starts)))
             with autocast(self.world.device, self.dtype):
-                loss = model(*model_inputs(windows, self.config, self.mixture, self.world.device)).cpu()
+                ids, targets, documents = model_inputs(windows, self.config, self.mixture, self.world.device)
+                loss = model(ids, targets[: len(starts)], documents).cpu()
             # Weighted by windows, as the last batch of a source may be a short one.
             totals[source] += loss * len(starts) if index < len(batches) else 0
             totals[source] += math.nan if self.fault else 0

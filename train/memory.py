@@ -58,7 +58,7 @@ def largest_fitting(trainer: Trainer, sizes: Iterable[int]) -> int | None:
 def take_gradients(trainer: Trainer, size: int, parameters: list[torch.nn.Parameter]) -> None:
     """What a step needs memory for, with a micro-batch of `size` sequences; nothing is kept."""
     # The first update has yet to allocate the optimizer's moments.
-    moments = [] if trainer.optimizer.state else [torch.zeros_like(p) for p in parameters for _ in range(2)]
+    moments = [] if trainer.optimizer.state else [trainer.optimizer.initial_state(p) for p in parameters]
     windows = torch.zeros(size, trainer.config.model.block_size + 1, dtype=torch.long)
     # Not compiled, which takes more memory, but compiling for another size would take minutes.
     with torch.compiler.set_stance("force_eager"), autocast(trainer.world.device, trainer.dtype):

@@ -12,20 +12,26 @@ PyTorch's FSDP2: a block's weights are gathered only while it computes.
 import importlib.util
 import os
 import shutil
+import sys
+import sysconfig
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import UserError
 from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import gather, scatter
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 MIN_TRITON_CAPABILITY = (7, 0)  # Volta; Triton generates no code for older GPUs
 
@@ -67,6 +73,10 @@ def should_compile(name: str, device: torch.device) -> tuple[bool, str]:
         return False, "Triton is not installed"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return False, "Triton finds no C compiler ($CC, gcc, clang)"
+    # The launcher that Triton compiles for each kernel includes it; slim images come without.
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        return False, f"Triton needs {header}: install python3-dev"
     return True, "CUDA with Triton"
 
 
@@ -78,10 +88,10 @@ def allocate(
 
     Raises UserError for shards in float16.
     """
+    if compiled:
+        compile_blocks(model)
     if mesh is None:
         model.allocate(world.device)
-        if compiled:
-            model.compile()
         return
     if dtype == torch.float16:
         # One rank may overflow where the others do not, and only all of them together may skip the
@@ -90,17 +100,30 @@ def allocate(
             "float16 needs parallel.strategy=ddp, as its loss scaling does not look across shards: "
             "set run.dtype=bfloat16 or float32, or parallel.strategy=ddp"
         )
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, as it takes a second
+
     # Autocast would cast a block's matrices to `dtype` before each product: gathered as such, half
     # as many bytes travel. The residual stream stays float32, as without sharding; so what is
     # outside of the blocks is gathered in float32.
     in_blocks = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
-        if compiled:  # the forward pass alone: what FSDP does around it cannot be traced
-            block.forward = torch.compile(block.forward)
         fully_shard(block, mesh=mesh, mp_policy=in_blocks)
     # Embeddings, head and last norm: what no block took.
     fully_shard(model, mesh=mesh)
     model.allocate(world.device)
+
+
+def compile_blocks(model: LanguageModel) -> None:
+    """Compile one block's forward pass, which all others share: for 12 layers that takes seconds where
+    the model as one graph takes a minute, and gradients arrive block by block, so that DDP averages
+    those of one while the next computes.
+    """
+    # DDP's optimizer would split a block once more, where a bucket ends inside of it.
+    torch._dynamo.config.optimize_ddp = False
+    for block in model.blocks:
+        # Not the module: what FSDP does around it cannot be traced.
+        block.forward = torch.compile(block.forward)
+    model.differentiate = torch.compile(model.differentiate)
 
 
 def distribute(complete: LanguageModel | None, model: LanguageModel) -> None:
@@ -118,7 +141,12 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether each rank holds a part of every weight. In the middle of a forward pass the parameters
     themselves do not tell: they are gathered.
     """
-    return isinstance(model, FSDPModule)
+    return _is_fsdp(model)
+
+
+def _is_fsdp(model: nn.Module) -> "TypeGuard[FSDPModule]":
+    module = sys.modules.get("torch.distributed.fsdp")  # which `allocate` imports
+    return module is not None and isinstance(model, module.FSDPModule)
 
 
 def replicate(model: LanguageModel, world: World) -> LanguageModel | DistributedDataParallel:
@@ -151,7 +179,7 @@ def settle_buckets(model: nn.Module, loss: Callable[[], Tensor], device: torch.d
 
 def reduce_gradients(model: nn.Module, now: bool) -> AbstractContextManager[None]:
     """Ranks average their gradients in the backward pass of a step's last micro-batch only."""
-    if isinstance(model, FSDPModule):
+    if _is_fsdp(model):
         model.set_requires_gradient_sync(now)
     if isinstance(model, DistributedDataParallel) and not now:
         return model.no_sync()
@@ -160,7 +188,7 @@ def reduce_gradients(model: nn.Module, now: bool) -> AbstractContextManager[None
 
 def reshard(model: nn.Module) -> None:
     """Free the gathered weights that a forward pass keeps for a backward pass, where none follows."""
-    if isinstance(model, FSDPModule):
+    if _is_fsdp(model):
         model.reshard()
 
 

@@ -20,7 +20,7 @@ from pipeline.errors import EXIT_INTERRUPTED
 from pipeline.files import one_writer, write_atomic
 from pipeline.log import also_to_file, logger
 from pipeline.machine import ranks
-from pipeline.machine.device import device_name, pick_dtype, share_threads
+from pipeline.machine.device import DTYPES, device_name, pick_dtype, share_threads
 from pipeline.machine.gpus import format_peak
 from pipeline.machine.ranks import World
 from pipeline.machine.watch import Fault
@@ -85,9 +85,14 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
     if stage_to is not None:
         mixture = stage(mixture, config, world, into=stage_to, dry_run=dry_run)
     mesh = parallel.mesh_of(config.parallel.strategy, world)
+    kind = None
+    with world.fail_together():
+        if world.is_first:
+            kind = autocast_type(config, world)
+    kind = world.gather(kind)[0]  # a trial may end otherwise on another rank
     with ExitStack() as stack:
         with world.fail_together():
-            trainer, introduction = assemble(config, world, mixture, mesh=mesh, preview=preview)
+            trainer, introduction = assemble(config, world, mixture, mesh=mesh, preview=preview, kind=kind)
             if world.is_first and not dry_run:
                 patience_s = LAST_START_S if launch.was_requeued() else 0.0
                 stack.enter_context(one_writer(folder.path, patience_s=patience_s))
@@ -111,23 +116,35 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
         return train(trainer, folder)
 
 
+def autocast_type(config: Config, world: World) -> tuple[torch.dtype, str]:
+    """The type of the run, and why: on a CPU `auto` is what the run began with, on whichever machine."""
+    status, asks = RunFolder(config.run_dir).read_status(), config.run.dtype == "auto" and world.device.type == "cpu"
+    if asks and status is not None and status.dtype in ("float32", "bfloat16"):
+        return DTYPES[status.dtype], "as the run began"
+    return pick_dtype(config.run.dtype, world.device, config.model.n_embd)
+
+
 def assemble(
-    config: Config, world: World, mixture: Mixture, *, mesh: DeviceMesh | None = None, preview: Preview | None = None
-) -> tuple[Trainer, str]:
-    """The trainer of a run, and the first lines of its log: what it is and what it will do."""
+    config: Config, world: World, mixture: Mixture, *,
+    mesh: DeviceMesh | None = None, preview: Preview | None = None, kind: tuple[torch.dtype, str] | None = None,
+) -> tuple[Trainer, str]:  # fmt: skip
+    """The trainer of a run, and the first lines of its log: what it is and what it will do. `kind`:
+    the autocast type, and why.
+    """
     threads = share_threads(world.local_size)
-    dtype, why_dtype = pick_dtype(config.run.dtype, world.device, config.model.n_embd)
+    dtype, why_dtype = kind or autocast_type(config, world)
     compiled, why_compiled = parallel.should_compile(config.run.compile, world.device)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model = LanguageModel.without_memory(config.model, mixture.tokenizer["vocab_size"])
     parallel.allocate(model, world, mesh, dtype=dtype, compiled=compiled)
     trainer = Trainer(config, world, mixture, model=model, dtype=dtype, preview=preview)
-    trainer.status.update(parameters=parameters(config.model, model.vocab_size))
+    named = str(dtype).removeprefix("torch.")
+    trainer.status.update(parameters=parameters(config.model, model.vocab_size), dtype=named)
     introduction = [
         f"run {config.run_dir}: {world.size} rank(s) on {world.device.type}, {threads} thread(s) each",
         f"parallel {parallel.format_strategy(config.parallel.strategy, mesh, world)}",
-        f"dtype {str(dtype).removeprefix('torch.')}: {why_dtype}; compile {'on' if compiled else 'off'}: {why_compiled}",
+        f"dtype {named}: {why_dtype}; compile {'on' if compiled else 'off'}: {why_compiled}",
         format_peak(device_name(world.device)),
         f"model: {trainer.status.now.parameters:,} parameters, "
         f"vocabulary {model.vocab_size:,} ({mixture.tokenizer['name']})",
@@ -145,7 +162,8 @@ def notes(config: Config, mixture: Mixture) -> list[str]:
         for source in mixture.sources
         if source.manifest.is_foreign
     ]
-    if config.schedule.warmup_steps >= config.decay_steps:
+    cooldown = config.cooldown_steps if config.schedule.kind == "wsd" else 0
+    if config.schedule.warmup_steps >= config.decay_steps - cooldown:
         lines.append(
             f"note: schedule.warmup_steps={config.schedule.warmup_steps:,} leaves no room before step {config.decay_steps:,}, "
             "where the learning rate should reach its minimum: the run ends while it still rises"

@@ -40,7 +40,7 @@ from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import gather
 from pipeline.runs import Position, RunFolder
 from pipeline.vocabulary.tokenizer import Tokenizer
-from train.optimizer.groups import AdamW
+from train.optimizer.groups import Optimizer
 from train.spikes import StepGuard
 from train.stop import FileRequest
 
@@ -200,7 +200,7 @@ class Checkpoints:
     config: Config
     world: World
     model: LanguageModel
-    optimizer: AdamW
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler
     guard: StepGuard
     tokenizer: Tokenizer
@@ -296,7 +296,13 @@ class Checkpoints:
         with self.world.fail_together():
             if self.world.is_first:
                 found = read_description(folder)
-                tensors = open_optimizer(self.optimizer, self.model, folder)
+                before, name = found.config["optimizer"]["name"], self.config.optimizer.name
+                if before == name:
+                    tensors = open_optimizer(self.optimizer, self.model, folder)
+                else:  # in a branch: momentum and moments of the one mean nothing to the other
+                    logger.warning(
+                        "optimizer.name %s -> %s: its state starts from zero, the weights do not", before, name
+                    )
         description: Description
         description, has_state = self.world.gather((found, bool(tensors)))[0]
         if has_state:

@@ -25,6 +25,12 @@ class Outcome(Enum):
     TAKEN = "taken"
     NOT_FINITE = "not finite"
     SPIKE = "spike"
+    RESCALED = "float16 overflow"  # of the scaled gradients alone: the next step has a lower scale
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the step counts towards train.max_bad_steps."""
+        return self not in (Outcome.TAKEN, Outcome.RESCALED)
 
 
 class StepGuard:
@@ -62,10 +68,14 @@ class StepGuard:
         """() bool: what `judge` will say of the next step, decided on the device."""
         return ~(torch.isfinite(loss) & torch.isfinite(grad_norm) & (grad_norm <= self.most_norm))
 
-    def judge(self, loss: float, grad_norm: float) -> Outcome:
-        """Decide on the next step, and remember it."""
+    def judge(self, loss: float, grad_norm: float, scaler: torch.amp.GradScaler | None = None) -> Outcome:
+        """Decide on the next step, and remember it; `scaler` has been updated after it."""
         outcome = Outcome.TAKEN
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            # GradScaler begins at 65,536 and halves until gradients fit float16: up to 16 steps of
+            # a healthy run. Below 1 scaling is not to blame, nor where the loss itself overflows.
+            if scaler is not None and scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1:
+                return Outcome.RESCALED
             outcome = Outcome.NOT_FINITE
         elif grad_norm > self.most_norm:
             outcome = Outcome.SPIKE

@@ -133,7 +133,7 @@ class Trainer:
             reason = next(filter(None, self.world.gather(reason)))
         if reason == MAX_MINUTES:  # evaluated and saved as the last step is
             self.last_step, reason = self.step + 1, ""
-        outcome = self.guard.judge(loss_value, norm_value)
+        outcome = self.guard.judge(loss_value, norm_value, self.scaler)
         return StepResult(loss_value, norm_value, outcome, reason=reason, save_now=save_now > 0, in_haste=in_haste > 0)
 
     def agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, str]:
@@ -254,7 +254,7 @@ class Trainer:
                 result = self.train_step()
                 self.throughput.lap()
                 self.checkpoints.trained_s += self.throughput.last_step_s
-                if result.outcome is not Outcome.TAKEN:
+                if result.outcome.is_bad:
                     self.report_bad_step(result, metrics)
                 self.checkpoints.reserve()
                 self.step += 1

@@ -34,17 +34,13 @@ def ok(check: str, found: str) -> Finding:
     return Finding(check, Status.OK, found)
 
 
-def warn(check: str, found: str, advice: str) -> Finding:
-    return Finding(check, Status.WARN, found, advice)
-
-
 def fail(check: str, found: str, advice: str) -> Finding:
     return Finding(check, Status.FAIL, found, advice)
 
 
 def judge(check: str, found: str, faults: list[tuple[bool, str, str]]) -> Iterator[Finding]:
     """A warning, with its advice, for each fault that is true; `found` if none is."""
-    warnings = [warn(check, fault, advice) for is_true, fault, advice in faults if is_true]
+    warnings = [Finding(check, Status.WARN, fault, advice) for is_true, fault, advice in faults if is_true]
     yield from warnings or [ok(check, found)]
 
 
@@ -85,5 +81,6 @@ class Check:
             for finding in self.find():
                 sending.send(finding)
         except Exception as error:
-            sending.send(warn(self.name, f"could not be checked: {reason_of(error)}", "look at it by hand"))
+            reason = f"could not be checked: {reason_of(error)}"
+            sending.send(Finding(self.name, Status.WARN, reason, "look at it by hand"))
         sending.send(None)

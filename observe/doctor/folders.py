@@ -46,11 +46,8 @@ def check_folder(name: str, folder: Path) -> Iterator[Finding]:
         skew_s, sync_s, locks = _try_all(existing)
         write_s = time.monotonic() - began
     except OSError as error:
-        yield fail(
-            name,
-            f"{where}: {error.strerror or error}",
-            "training cannot save there: make room, or choose another folder",
-        )
+        advice = "training cannot save there: make room, or choose another folder"
+        yield fail(name, f"{where}: {error.strerror or error}", advice)
         return
     free, inodes = space.f_bavail * space.f_frsize, space.f_favail
     speed = WRITTEN_BYTES / write_s

@@ -1,7 +1,8 @@
 """`pipeline doctor`: is this machine fit to train on? Every check in turn, one line each."""
 
-import json
+import itertools
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from observe.doctor import folders, system
 from observe.doctor.findings import Check, Finding, Status, fail
+from observe.tables import print_json
 from pipeline.config.keys import Config
 from pipeline.errors import UserError, one_line
 from pipeline.log import printable
@@ -21,26 +23,18 @@ def measure() -> Iterator[Finding]:
     try:
         from observe.doctor import speed  # and torch, in the process of this check alone
     except (ImportError, OSError) as error:
-        yield fail(
-            "torch", f"cannot be imported: {one_line(error)}", "install it again: pip install --force-reinstall torch"
-        )
-        return
-    yield from speed.examine()
+        advice = "install it again: pip install --force-reinstall torch"
+        yield fail("torch", f"cannot be imported: {one_line(error)}", advice)
+    else:
+        yield from speed.examine()
 
 
 def checks() -> list[Check]:
     config = Config()
+    paths = {"data folder": config.data.data_dir, "run folder": config.run.dir}
     return [
-        Check("versions", system.versions),
-        Check("compiler", system.compiler),
-        Check("cpu", system.cpu),
-        Check("memory", system.memory),
-        Check("limits", system.limits),
-        Check("clock", system.clock),
-        Check("host name", system.host_name),
-        Check("data folder", partial(folders.check_folder, "data folder", Path(config.data.data_dir)), limit_s=60),
-        Check("run folder", partial(folders.check_folder, "run folder", Path(config.run.dir)), limit_s=60),
-        Check("gpu", system.gpus),
+        *(Check(find.__name__.replace("_", " "), find) for find in system.CHECKS),
+        *(Check(name, partial(folders.check_folder, name, Path(path)), limit_s=60) for name, path in paths.items()),
         Check("torch", measure, limit_s=MEASURED_LIMIT_S),
     ]
 
@@ -49,16 +43,16 @@ def run(as_json: bool) -> None:
     """Print what is found. Raises UserError if a check failed."""
     found = []
     # One check at a time: they would disturb each other's speed.
-    for finding in (finding for check in checks() for finding in check.run()):
+    for finding in itertools.chain.from_iterable(check.run() for check in checks()):
         found.append(finding)
         if not as_json:
             advice = f"; {finding.advice}" if finding.advice else ""
             line = f"{finding.status:<5} {finding.check:<17} {finding.found}{advice}"
             sys.stdout.write(printable(" ".join(line.splitlines())) + "\n")
             sys.stdout.flush()
-    count = {status: sum(finding.status is status for finding in found) for status in Status}
+    count = Counter(finding.status for finding in found)
     if as_json:
-        sys.stdout.write(json.dumps([asdict(finding) for finding in found], indent=2) + "\n")
+        print_json([asdict(finding) for finding in found])
     else:
         sys.stdout.write(f"{count[Status.OK]} ok, {count[Status.WARN]} warning(s), {count[Status.FAIL]} failure(s)\n")
     sys.stdout.flush()

@@ -14,10 +14,10 @@ import torch
 
 import pipeline
 from observe.doctor import system
-from observe.doctor.findings import Finding, fail, judge, ok, warn
+from observe.doctor.findings import Finding, fail, judge
 from pipeline.machine import fitness
-from pipeline.machine.device import pick_device, pick_dtype
-from pipeline.machine.gpus import peak_flops
+from pipeline.machine.device import MOST_TRIAL_WIDTH, pick_device, pick_dtype
+from pipeline.machine.gpus import cores_here, peak_flops
 
 MEASURED_S = 1.0  # for each device, type and number of threads
 ROWS = {"cuda": 8192, "cpu": 1024}
@@ -32,6 +32,7 @@ FLOP_PER_CYCLE = {
 LEAST_OF_CORE, LEAST_OF_GPU, LEAST_SHARED, LEAST_OF_TIME = 0.5, 0.5, 0.4, 0.9
 LEAST_GB_PER_S = {"cpu": 0.2, "cuda": 5.0}  # PCIe 3 gives 10
 RANKS_LIMIT_S = 75.0
+OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANK = """
 from pipeline import log
 from pipeline.machine import fitness, ranks
@@ -47,7 +48,7 @@ ranks.stop()
 def examine() -> Iterator[Finding]:
     """What torch sees, right results, speed, and an all-reduce over gloo, and over NCCL on two GPUs."""
     device = pick_device("auto")
-    dtype, why = pick_dtype("auto", device, n_embd=sys.maxsize)
+    dtype, why = pick_dtype("auto", device, n_embd=MOST_TRIAL_WIDTH)
     count = torch.cuda.device_count()
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"  # type: ignore[no-untyped-call]
     found = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, NCCL {nccl}, {count} GPU(s)"
@@ -59,13 +60,12 @@ def examine() -> Iterator[Finding]:
     for each in [torch.device("cpu"), *(torch.device("cuda", number) for number in range(count))]:
         if not fitness.multiplies_right(each):
             yield fail("matrix product", f"wrong on {each}", "do not train on it: exclude the node and report it")
-    if hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(system.cores())
+    torch.set_num_threads(cores_here())
     yield from _cpu_speed(
-        [torch.float32, *([torch.bfloat16] if dtype == torch.bfloat16 and device.type == "cpu" else [])]
+        [torch.float32, dtype] if (dtype, device.type) == (torch.bfloat16, "cpu") else [torch.float32]
     )
     for number in range(count):
-        yield _gpu_speed(torch.device("cuda", number))
+        yield from _gpu_speed(torch.device("cuda", number))
     for kind in ("cpu", "cuda") if count > 1 else ("cpu",):
         yield from _all_reduce(kind)
 
@@ -111,16 +111,14 @@ def _cpu_speed(dtypes: list[torch.dtype]) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _gpu_speed(device: torch.device) -> Finding:
+def _gpu_speed(device: torch.device) -> Iterator[Finding]:
     name = torch.cuda.get_device_name(device)
     speed, peak = _flops(device, torch.bfloat16)[0], peak_flops(name)
-    found = f"{device} {name}: {speed / 1e12:,.0f} TFLOP/s in bfloat16"
-    if peak is None or speed >= LEAST_OF_GPU * peak:
-        return ok("gpu speed", f"{found}, peak {f'{peak / 1e12:,.0f}' if peak else 'unknown'}")
-    return warn(
-        "gpu speed", f"{found}, less than half of its {peak / 1e12:,.0f}: busy or throttled",
-        "see nvidia-smi for its processes, temperature and power limit",
-    )  # fmt: skip
+    known = f"peak {peak / 1e12:,.0f}" if peak else "peak unknown"
+    found = f"{device} {name}: {speed / 1e12:,.0f} TFLOP/s in bfloat16, {known}"
+    slow = (speed < LEAST_OF_GPU * (peak or 0), f"{found}: busy or throttled",
+            "see nvidia-smi for its processes, temperature and power limit")  # fmt: skip
+    yield from judge("gpu speed", found, [slow])
 
 
 def _all_reduce(device: str) -> Iterator[Finding]:
@@ -132,9 +130,8 @@ def _all_reduce(device: str) -> Iterator[Finding]:
     ]  # fmt: skip
     # One thread: two ranks share the cores.
     paths = f"{pipeline.HOME}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        environment.pop(variable, None)
+    kept = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
+    environment = kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True, errors="replace"
     )

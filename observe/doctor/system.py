@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pipeline
 from observe.doctor.findings import Finding, fail, judge, ok
-from pipeline.machine.gpus import peak_flops
+from pipeline.machine.gpus import cores_here, peak_flops
 
 LEAST_TORCH = (2, 9)
 NEEDED = ("torch", "numpy", "safetensors", "xxhash", "click", "rich", "tiktoken", "tokenizers", "regex")
@@ -54,11 +54,6 @@ def text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def cores() -> int:
-    """Those that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_features() -> set[str]:
@@ -120,7 +115,7 @@ def compiler() -> Iterator[Finding]:
 
 
 def cpu() -> Iterator[Finding]:
-    flags, count = cpu_features(), cores()
+    flags, count = cpu_features(), cores_here()
     model = re.search(r"^model name\s*:\s*(.*)$", text_of(PROC / "cpuinfo"), re.MULTILINE)
     features = [name for name in FEATURES if name in flags]
     dtype = "bfloat16" if BFLOAT16 & flags else "float32"
@@ -219,11 +214,12 @@ def host_name() -> Iterator[Finding]:
 def gpus() -> Iterator[Finding]:
     """As NVIDIA's driver reports them, with who holds them."""
     if shutil.which("nvidia-smi") is None:
-        found = "no nvidia-smi on PATH, so no NVIDIA GPU: training runs on the CPU"
-        lost = Path("/dev/nvidia0").exists()
-        yield from judge(
-            "gpu", found, [(lost, "/dev/nvidia0 exists, but nvidia-smi does not", "install the driver's tools")]
+        lost = (
+            Path("/dev/nvidia0").exists(),
+            "/dev/nvidia0 exists, but nvidia-smi does not",
+            "install the driver's tools",
         )
+        yield from judge("gpu", "no nvidia-smi on PATH, so no NVIDIA GPU: training runs on the CPU", [lost])
         return
     tables = (_nvidia_smi(f"--query-gpu={GPU_COLUMNS},{reasons}") for reasons in GPU_REASONS)
     first = next(tables)
@@ -245,10 +241,8 @@ def gpus() -> Iterator[Finding]:
         return
     holding = _nvidia_smi("--query-compute-apps=pid,process_name,used_memory").stdout.splitlines()
     holders = [f"process {row.strip()}{_owner(row.partition(',')[0])}" for row in holding]
-    fault = f"held by {'; '.join(holders)}"
-    yield from judge(
-        "gpu users", "no other process", [(bool(holders), fault, "end it, or use another GPU (CUDA_VISIBLE_DEVICES)")]
-    )
+    held = (bool(holders), f"held by {'; '.join(holders)}", "end it, or use another GPU (CUDA_VISIBLE_DEVICES)")
+    yield from judge("gpu users", "no other process", [held])
 
 
 def _nvidia_smi(query: str) -> "subprocess.CompletedProcess[str]":
@@ -265,3 +259,6 @@ def _owner(pid: str) -> str:
         return f" of {pwd.getpwuid((PROC / pid).stat().st_uid).pw_name}"
     except (OSError, KeyError):
         return ""
+
+
+CHECKS = (versions, compiler, cpu, memory, limits, clock, host_name, gpus)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from observe.tables import format_count
 from pipeline import budget
 from pipeline.checkpoint.layouts import layout_of
 from pipeline.config.keys import KEYS, Config
@@ -44,14 +45,6 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the command line asks for besides the config."""
-
-    price_per_gpu_hour: float | None = None
-    time_limit_s: int | None = None
-
-
-@dataclass(frozen=True)
 class Way:
     """One way to share the model's memory, and what it takes of a rank."""
 
@@ -69,8 +62,9 @@ class Plan:
 
     wanted: Config
     hardware: Hardware
-    wish: Wish
     mixture: Mixture | None = None
+    price_per_gpu_hour: float | None = None
+    time_limit_s: int | None = None
     first_step: int = 0
     measured: tuple[float, float] | None = None
     warnings: list[str] = field(default_factory=list)
@@ -82,11 +76,8 @@ class Plan:
         self.memory = self.footprint.memory()
         self.time = budget.step_time(self.footprint, self.hardware, self.vocab_size)
         if self.measured:
-            forward_backward_s, update_s = self.measured
-            self.time = budget.StepTime(
-                compute_s=forward_backward_s, traffic_s=0.0, launch_s=0.0, update_s=update_s,
-                exchange_s=self.time.exchange_s, exposed_s=self.time.exposed_s,
-            )  # fmt: skip
+            compute_s, update_s = self.measured
+            self.time = replace(self.time, compute_s=compute_s, traffic_s=0.0, launch_s=0.0, update_s=update_s)
 
     @property
     def steps(self) -> int:
@@ -164,10 +155,8 @@ def of_batch(plan: Plan) -> Iterator[Figure]:
         each = {name: epochs for name, (_, epochs) in progress.items()}
         note = ", ".join(f"{epochs:,.2f} of {name}" for name, epochs in each.items())
         yield Figure("epochs", "epochs", round(max(each.values()), 4), Mark.COUNTED, note=note)
-    total, flops = (
-        budget.parameters(plan.config.model, plan.vocab_size),
-        budget.flops_per_token(plan.config.model, plan.vocab_size),
-    )
+    total = budget.parameters(plan.config.model, plan.vocab_size)
+    flops = budget.flops_per_token(plan.config.model, plan.vocab_size)
     note = f"about {OPTIMAL_TOKENS} are compute-optimal (Hoffmann et al. 2022)"
     yield Figure("tokens_per_parameter", "tokens a parameter", round(plan.tokens / total, 4), Mark.COUNTED, note=note)
     # C = 6 N D with D = 20 N; the FLOPs of attention go with those of the weights.
@@ -187,11 +176,11 @@ def of_memory(plan: Plan) -> Iterator[Figure]:
     label = "  with recomputation"
     yield Figure("largest_micro_batch_size_with_recomputation", label, more, Mark.FORMULA, note=note)
     here = plan.hardware.per_node
-    copy = budget.checkpoint_bytes(wanted.model, plan.vocab_size)
+    copy = budget.checkpoint_bytes(wanted, plan.vocab_size)
     process = CPU_PROCESS_BYTES + plan.memory.total if device.is_cpu else PROCESS_BYTES
     note = f"of the first node: {here} process(es), and a copy of the checkpoint being saved"
     yield Figure("host_memory_bytes", "host memory", round(here * process + copy), Mark.ASSUMED, note=note)
-    yield Figure("checkpoint_bytes", "checkpoint", copy, Mark.COUNTED, note="float32 weights and two moments")
+    yield Figure("checkpoint_bytes", "checkpoint", copy, Mark.COUNTED, note="float32 weights and moments")
     kept = budget.most_checkpoints(wanted)
     yield Figure("disk_bytes", "disk", kept * copy, Mark.COUNTED, note=f"{kept} checkpoints at a time, at most")
 
@@ -200,16 +189,12 @@ def of_time(plan: Plan) -> Iterator[Figure]:
     config, hardware, time = plan.config, plan.hardware, plan.time
     known = Mark.MEASURED if plan.measured else Mark.ASSUMED
     step_s, tokens = time.total_s, config.train.tokens_per_step
-    parts = {
-        "FLOPs": time.compute_s,
-        "memory traffic": time.traffic_s,
-        "update": time.update_s,
-        "exchange": time.exposed_s,
-    }
+    parts = {"FLOPs": time.compute_s, "memory traffic": time.traffic_s}
     if plan.measured:
-        parts = {"forward and backward": time.compute_s, "update": time.update_s, "exchange": time.exposed_s}
+        parts = {"forward and backward": time.compute_s}
     elif time.launch_s > time.compute_s + time.traffic_s:
-        parts = {"launching kernels": time.launch_s, "update": time.update_s, "exchange": time.exposed_s}
+        parts = {"launching kernels": time.launch_s}
+    parts |= {"update": time.update_s, "exchange": time.exposed_s}
     note = " + ".join(f"{name} {format_seconds(part)}" for name, part in parts.items())
     yield Figure("step_s", "step", step_s, known, note=note)
     yield Figure("tokens_per_s", "tokens a second", round(tokens / step_s), known)
@@ -221,17 +206,15 @@ def of_time(plan: Plan) -> Iterator[Figure]:
     split = sum(source.manifest.count("val", "tokens") for source in plan.mixture.sources) if plan.mixture else 0
     evaluation_s = (config.eval.tokens or split) / tokens * time.forward_backward_s / 3
     hours = (plan.steps * step_s + evaluations * evaluation_s) / 3600
-    yield Figure(
-        "hours", "hours", hours, known, note=f"{evaluations:,} evaluations included, a third of the work a token"
-    )
+    note = f"{evaluations:,} evaluations included, a third of the work a token"
+    yield Figure("hours", "hours", hours, known, note=note)
     on_gpus = 0.0 if hardware.device.is_cpu else hours * hardware.ranks
     yield Figure("gpu_hours", "GPU-hours", on_gpus, known)
-    price, note = plan.wish.price_per_gpu_hour, "state a rate with --price-per-gpu-hour"
-    if price is not None:
-        note = f"at {price:g} a GPU-hour"
-    cost = None if price is None else on_gpus * price
-    yield Figure("price", "price", cost, Mark.UNKNOWN if price is None else known, note=note)
-    limit_s = plan.wish.time_limit_s or 24 * 3600
+    if (price := plan.price_per_gpu_hour) is None:
+        yield Figure("price", "price", None, Mark.UNKNOWN, note="state a rate with --price-per-gpu-hour")
+    else:
+        yield Figure("price", "price", on_gpus * price, known, note=f"at {price:g} a GPU-hour")
+    limit_s = plan.time_limit_s or 24 * 3600
     jobs = math.ceil(hours * 3600 / max(limit_s - START_S, 1))
     note = f"of {limit_s / 3600:g} hours each, {START_S // 60} minutes of them to start and to save"
     yield Figure("jobs", "SLURM jobs", jobs, known, note=note)
@@ -276,11 +259,3 @@ def format_seconds(seconds: float) -> str:
     if seconds < 1:
         return f"{seconds * 1e3:,.3g} ms"
     return f"{seconds:,.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
-
-
-def format_count(count: float) -> str:
-    """A large count with a prefix: 12.4 M."""
-    for size, prefix in ((1e15, ""), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count:.3g}" if not prefix else f"{count / size:.3g} {prefix}"
-    return f"{count:,.0f}"

@@ -1,9 +1,8 @@
 """What was measured: a few steps on this machine, and a run that has been trained."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +16,22 @@ from pipeline.runs import RunFolder
 BUDGET_S = 10.0
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A figure as planned and as measured, None where the run did not record it."""
-
-    key: str
-    label: str
-    planned: float
-    measured: float | None
-
-    def line(self) -> str:
-        unit = 1e9 if self.key.endswith("_bytes") else 1.0
-        line = f"  {self.label:<26}{self.planned / unit:>14,.4g}"
-        if self.measured is None:
-            return f"{line}{'unknown':>14}"
-        ratio = f"{self.measured / self.planned:>8.2f}x" if self.planned else ""
-        return f"{line}{self.measured / unit:>14,.4g}{ratio}"
-
-
-def comparisons(plan: Plan, run: RunFolder) -> Iterator[Comparison]:
-    """The plan next to what a run recorded, in the same units."""
+def comparisons(plan: Plan, run: RunFolder) -> list[tuple[str, str, float, float | None]]:
+    """Key and label of a figure, planned and measured, None where the run did not record it."""
     found, tokens, step_s = run.summary(), plan.config.train.tokens_per_step, plan.time.total_s
     took_s = tokens / found.tokens_per_s if found.tokens_per_s else None
-    yield Comparison("step_s", "step, s", step_s, took_s)
-    yield Comparison("tokens_per_s", "tokens a second", tokens / step_s, found.tokens_per_s)
     steps = max(0, found.step - plan.first_step)
-    trained_s = getattr(run.read_status(), "trained_s", None) or (took_s and took_s * steps)
-    yield Comparison("hours", f"hours of {steps:,} steps", steps * step_s / 3600, trained_s and trained_s / 3600)
-    yield Comparison("memory_bytes", "memory a rank, GB", plan.memory.total, found.memory_bytes)
+    trained_s = found.trained_s or (took_s and took_s * steps)
     sizes = [_size_of(folder) for folder in checkpoint_folders(run.checkpoints)]
-    size, most = checkpoint_bytes(plan.config.model, plan.vocab_size), most_checkpoints(plan.config)
-    yield Comparison("checkpoint_bytes", "checkpoint, GB", size, sizes[-1] if sizes else None)
-    yield Comparison("disk_bytes", "disk, GB", most * size, sum(sizes))
+    size, most = checkpoint_bytes(plan.config, plan.vocab_size), most_checkpoints(plan.config)
+    return [
+        ("step_s", "step", step_s, took_s),
+        ("tokens_per_s", "tokens a second", tokens / step_s, found.tokens_per_s),
+        ("hours", f"hours of {steps:,} steps", steps * step_s / 3600, trained_s and trained_s / 3600),
+        ("memory_bytes", "memory a rank", plan.memory.total, found.memory_bytes),
+        ("checkpoint_bytes", "checkpoint", size, sizes[-1] if sizes else None),
+        ("disk_bytes", "disk", most * size, sum(sizes)),
+    ]
 
 
 def _size_of(folder: Path) -> int:
@@ -91,15 +74,13 @@ def measure(plan: Plan) -> tuple[float, float]:
             loss = model(ids, ids)
         loss.backward()
 
-    # The largest micro-batch that takes a fifth of the time; of a smaller one the time grows with its size.
     size, began = 1, time.perf_counter()
-    micro_s = min(seconds(micro_batch) for _ in range(2))  # the first one compiles, or warms up
-    while size < plan.config.train.micro_batch_size and 2 * micro_s < BUDGET_S / 5:
-        size = min(2 * size, plan.config.train.micro_batch_size)
-        micro_s = min(seconds(micro_batch) for _ in range(2))
-    seconds(optimizer.step)  # allocates
-    update_s = seconds(optimizer.step)
-    times = [micro_s]
+    one_s = min(seconds(micro_batch) for _ in range(2))  # the first one compiles, or warms up
+    # As many sequences as take a fifth of the time: that of a micro-batch grows with its size.
+    size = max(1, min(plan.config.train.micro_batch_size, int(BUDGET_S / 5 / one_s)))
+    for work in (micro_batch, optimizer.step):  # both allocate
+        seconds(work)
+    update_s, times = seconds(optimizer.step), [seconds(micro_batch)]
     while time.perf_counter() - began < BUDGET_S:
         times.append(seconds(micro_batch))
     typical_s = sorted(times)[len(times) // 2]

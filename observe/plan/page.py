@@ -1,11 +1,11 @@
 """A plan as a page of 80 columns, or as JSON."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from observe.plan.figures import Figure, Plan, assumptions, figures, format_count, format_seconds
-from observe.plan.measured import Comparison
+from observe.plan.figures import Figure, Plan, assumptions, figures, format_seconds
+from observe.tables import format_count
 
 WIDTH = 80
 NOTE_AT = 50  # columns before a figure's note: its label, value and mark
@@ -13,10 +13,14 @@ KINDS = {
     "weights": "weights", "gradients": "grads", "optimizer": "optim", "activations": "activ", "logits": "logits",
     "other": "other",
 }  # fmt: skip
-BYTES, LARGE = ("checkpoint_bytes", "disk_bytes", "host_memory_bytes"), ("flops", "flops_per_token", "tokens_per_s")
+FORMATS: dict[str, Callable[[Any], str]] = {
+    "step_s": format_seconds, "mfu": "{:.1%}".format, "flops": format_count, "flops_per_token": format_count,
+    "tokens_per_s": format_count,
+}  # fmt: skip
+Comparisons = list[tuple[str, str, float, float | None]]  # of `observe.plan.measured`
 
 
-def as_json(plan: Plan, comparisons: list[Comparison]) -> dict[str, Any]:
+def as_json(plan: Plan, comparisons: Comparisons) -> dict[str, Any]:
     """Every figure under its key, and `marks`: how each of them is known."""
     found = [figure for section in figures(plan).values() for figure in section]
     document: dict[str, Any] = {"on": str(plan.hardware), "strategy": plan.config.parallel.strategy}
@@ -29,10 +33,10 @@ def as_json(plan: Plan, comparisons: list[Comparison]) -> dict[str, Any]:
     ]}  # fmt: skip
     marks = {figure.key: figure.mark.value for figure in found} | {"memory_per_rank": "formula"}
     document |= {"marks": marks, "assumptions": assumptions(plan), "warnings": plan.warnings}
-    return document | ({"measured": {row.key: row.measured for row in comparisons}} if comparisons else {})
+    return document | ({"measured": {key: measured for key, _, _, measured in comparisons}} if comparisons else {})
 
 
-def page(plan: Plan, comparisons: list[Comparison]) -> Iterator[str]:
+def page(plan: Plan, comparisons: Comparisons) -> Iterator[str]:
     """The lines for people."""
     hardware, step = plan.hardware, plan.footprint.setting
     nodes = f"{hardware.nodes} node{'s' if hardware.nodes > 1 else ''}"
@@ -48,7 +52,9 @@ def page(plan: Plan, comparisons: list[Comparison]) -> Iterator[str]:
     if comparisons:
         yield ""
         yield f"{'Planned and measured':<28}{'planned':>14}{'measured':>14}{'ratio':>9}"
-        yield from (row.line() for row in comparisons)
+    for key, label, planned, measured in comparisons:
+        ratio = f"{measured / planned:>8.2f}x" if measured is not None and planned else ""
+        yield f"  {label:<26}{format_figure(key, planned):>14}{format_figure(key, measured):>14}{ratio}"
     yield ""
     yield "Assumed"
     for line in assumptions(plan):
@@ -69,35 +75,25 @@ def memory_table(plan: Plan) -> Iterator[str]:
     if plan.hardware.ranks > 1 and plan.footprint.setting.accumulation > 1:
         yield "  Each rank of fsdp and hsdp has all gradients until a step's last micro-batch."
     if plan.memory.overlap:
-        note = (
-            f"total is the peak: {plan.memory.overlap / 1e9:,.2f} GB are never there together, as activations go while "
-        )
-        yield from folded(note + "gradients come", "  ")
+        never = f"{plan.memory.overlap / 1e9:,.2f} GB are never there together"
+        yield from folded(f"total is the peak: {never}, as activations go while gradients come", "  ")
 
 
 def lines_of(figure: Figure) -> Iterator[str]:
     notes = textwrap.wrap(figure.note, WIDTH - NOTE_AT) or [""]
-    yield f"  {figure.label:<22}{format_figure(figure):>15} {figure.mark:<9} {notes[0]}".rstrip()
+    yield f"  {figure.label:<22}{format_figure(figure.key, figure.value):>15} {figure.mark:<9} {notes[0]}".rstrip()
     yield from (" " * NOTE_AT + note for note in notes[1:])
 
 
-def format_figure(figure: Figure) -> str:
+def format_figure(key: str, value: Any) -> str:
     """The value with its unit."""
-    match figure.value:
-        case None:
-            return "unknown"
-        case value if figure.key in BYTES:
-            return f"{value / 1e9:,.2f} GB"
-        case value if figure.key in LARGE:
-            return format_count(value)
-        case value if figure.key == "step_s":
-            return format_seconds(value)
-        case value if figure.key == "mfu":
-            return f"{value:.1%}"
-        case int() as value:
-            return f"{value:,}"
-        case value:
-            return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+    if value is None:
+        return "unknown"
+    if key in FORMATS:
+        return FORMATS[key](value)
+    if key.endswith("_bytes"):
+        return f"{value / 1e9:,.2f} GB"
+    return f"{value:,.2f}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}"
 
 
 def format_gigabytes(size: int) -> str:

@@ -5,32 +5,36 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from observe.plan.figures import MOST_EPOCHS, Plan, Wish, figures
+from observe.plan.figures import MOST_EPOCHS, Plan, figures
 from observe.plan.measured import comparisons, measure
 from observe.plan.page import as_json, page
 from pipeline.checkpoint.pointers import pointed_folder, step_of
 from pipeline.config.keys import Config
-from pipeline.config.load import config_from_arguments, find_config
+from pipeline.config.load import DEFAULT_CONFIG, config_from_arguments, find_config
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
 from pipeline.files import dump_json
 from pipeline.log import logger, printable
 from pipeline.machine.gpus import hardware, hardware_here
-from pipeline.runs import RunFolder, find_runs, is_run
+from pipeline.runs import RunFolder, find_run, is_run
 
 
-def run(arguments: Sequence[str], *, on: str | None, wish: Wish, measured: bool, json: bool) -> None:
-    """Print the plan of a config, or of a run next to what it measured. Raises UserError."""
+def run(arguments: Sequence[str], *, on: str | None, measured: bool, json: bool, **asked: Any) -> None:
+    """Print the plan of a config, or of a run next to what it measured. `asked`: price_per_gpu_hour and
+    time_limit_s of the plan. Raises UserError.
+    """
     config, folder = read(list(arguments))
     machine = hardware(on) if on else hardware_here()
     warnings: list[str] = []
     mixture = open_mixture(config, warnings)
-    plan = Plan(config, machine, wish, mixture=mixture, first_step=first_step(config, warnings), warnings=warnings)
+    first = first_step(config, warnings)
+    plan = Plan(config, machine, mixture=mixture, first_step=first, warnings=warnings, **asked)
     if measured:
         plan = replace(plan, measured=measure(plan))
     warn(plan)
-    beside = list(comparisons(plan, folder)) if folder is not None else []
+    beside = comparisons(plan, folder) if folder is not None else []
     if json:
         sys.stdout.write(dump_json(as_json(plan, beside), indent=2).decode() + "\n")
         for line in plan.warnings:
@@ -43,12 +47,13 @@ def read(arguments: list[str]) -> tuple[Config, RunFolder | None]:
     """The config to plan, and the run that was trained with it, if there is one. The name of a run
     stands for its config, unless a preset or a file has that name.
     """
-    if arguments and "=" not in arguments[0] and not _is_config(arguments[0]):
-        found: list[RunFolder] = []
+    named = arguments[0] if arguments and "=" not in arguments[0] else ""
+    try:
+        find_config(named or DEFAULT_CONFIG)
+    except UserError:
         with suppress(UserError):  # the error of a config's name says more
-            found = find_runs(arguments[:1])
-        if len(found) == 1:
-            return config_from_arguments([str(found[0].config), *arguments[1:]]), found[0]
+            found = find_run(named)
+            return config_from_arguments([str(found.config), *arguments[1:]]), found
     config = config_from_arguments(arguments)
     folder = RunFolder(config.run_dir)
     with suppress(UserError):  # a folder without a config that can be read
@@ -57,13 +62,6 @@ def read(arguments: list[str]) -> tuple[Config, RunFolder | None]:
         if trained and (trained.model, trained.train.tokens_per_step) == (config.model, config.train.tokens_per_step):
             return config, folder
     return config, None
-
-
-def _is_config(name: str) -> bool:
-    try:
-        return bool(find_config(name))
-    except UserError:
-        return False
 
 
 def open_mixture(config: Config, warnings: list[str]) -> Mixture | None:

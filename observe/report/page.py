@@ -18,12 +18,11 @@ from markupsafe import Markup
 
 import pipeline
 from observe.report.figure import loss_range, loss_svg
-from observe.report.read import CURVES, Column, Run, flat
+from observe.report.read import CURVES, Column, Run
 from observe.report.reduce import reduce
 from observe.report.templates import fill, resource, shown
 from pipeline.budget import parameters
 from pipeline.config.load import toml_value
-from pipeline.dataset.shards import Manifest
 
 # Of all runs together: 100,000 rows of each of four runs open in half a second, in 1.7 MB.
 MOST_ROWS, LEAST_ROWS_OF_RUN = 12_000, 400
@@ -52,7 +51,7 @@ def render(runs: Sequence[Run]) -> bytes:
         differences=differences(runs),
         reduced=[(run, len(curve["axes"]["step"])) for run, curve in zip(runs, curves, strict=True) if curve["means"]],
         samples=spread(sorted({step for run in runs for step in run.samples})),
-        datasets=datasets(runs),
+        datasets={name: found for run in runs for name, found in run.datasets.items()},
         references=references,
         spread=spread,
     )
@@ -103,23 +102,18 @@ def spread(values: Sequence[Any], most: int = MOST_LISTED) -> list[Any]:
     return [values[position] for position in positions.round().astype(int).tolist()]
 
 
-def datasets(runs: Sequence[Run]) -> dict[str, Manifest | str]:
-    return {name: found for run in runs for name, found in run.datasets.items()}
-
-
 def reference_losses(runs: Sequence[Run]) -> dict[str, float]:
     """Losses that a reader may compare with. Runs of the same data have the same ones; of others each has
     its run's name.
     """
     same = all(run.references == runs[0].references for run in runs)
-    return {
-        shown(name if same else f"{name}, {run.label}"): value for run in runs for name, value in run.references.items()
-    }
+    losses = [(run, name, value) for run in runs for name, value in run.references.items()]
+    return {shown(name if same else f"{name}, {run.label}"): value for run, name, value in losses}
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Of each config key that is not the same in all runs, the value in each; "–" where it is not set."""
-    configs = [flat(run.document) for run in runs]
+    configs = [run.values for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config if key != "run.name")
     values = {key: [toml_value(config[key]) if key in config else "–" for config in configs] for key in keys}
     return {key: row for key, row in values.items() if len(set(row)) > 1}

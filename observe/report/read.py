@@ -7,10 +7,11 @@ lines that were skipped.
 import json
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,8 @@ from pipeline.config.keys import Config
 from pipeline.config.load import from_dict
 from pipeline.dataset.shards import Manifest, read_manifest
 from pipeline.errors import UserError
-from pipeline.runs import Row, RunFolder, RunSummary, finite, parse_row
+from pipeline.files import finite
+from pipeline.runs import Row, RunFolder, RunSummary, parse_row
 
 Column = npt.NDArray[np.float64]
 CURVES = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "data_wait")
@@ -52,14 +54,6 @@ class Table:
         return Table(self.steps[there], {name: self.columns[name][there]})
 
 
-def flat(document: dict[str, Any], prefix: str = "") -> Row:
-    """Nested dictionaries as one: `section.key`."""
-    found: Row = {}
-    for name, value in document.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
 def read_text(path: Path) -> str:
     """Empty where there is no such file."""
     try:
@@ -84,6 +78,7 @@ class Run:
         self.saves, self.restarts, self.began = saves, starts[1:], min(starts, default=0)
         # The last of each step: one that is repeated after a resume replaces it.
         self.samples = {row["step"]: row["text"] for row in events if isinstance(row.get("text"), str)}
+        self.values = folder.read_config()  # by section.key, of whichever version
         self.config_text, self.version = read_text(folder.config), read_text(folder.version).strip()
 
     def _read(self, path: Path) -> list[Row]:
@@ -98,27 +93,19 @@ class Run:
         return rows
 
     @cached_property
-    def document(self) -> dict[str, Any]:
-        """config.toml as nested dictionaries; empty where it is missing or damaged."""
-        try:
-            return tomllib.loads(self.config_text)
-        except (ValueError, RecursionError):
-            return {}
-
-    @cached_property
     def config(self) -> Config | None:
-        """None where this version does not know one of its keys or values."""
-        try:
-            return from_dict(self.document) if self.document else None
-        except UserError:
-            return None
+        """None where it is missing or damaged, or this version does not know one of its keys or values."""
+        with suppress(UserError, ValueError, RecursionError):
+            return from_dict(tomllib.loads(self.config_text)) if self.config_text else None
+        return None
 
     @cached_property
     def datasets(self) -> dict[str, Manifest | str]:
         """The manifest of each dataset by its name, or why there is none."""
         found: dict[str, Manifest | str] = {}
-        config = self.config or Config()
-        for source in config.datasets if self.config else ():
+        if (config := self.config) is None:
+            return found
+        for source in config.datasets:
             try:
                 found[source.dataset] = read_manifest(config.dataset_dir(source.dataset))
             except (UserError, OSError) as error:
@@ -164,9 +151,8 @@ class Run:
 
     def positions(self, steps: Sequence[int]) -> dict[str, list[float]]:
         """Steps on each axis."""
-        between = {
-            name: np.interp(steps, self.rows.steps, axis).tolist() for name, axis in self.axes.items() if len(axis)
-        }
+        known = {name: axis for name, axis in self.axes.items() if len(axis)}
+        between = {name: np.interp(steps, self.rows.steps, axis).tolist() for name, axis in known.items()}
         return between | {"step": list(map(float, steps))}
 
     @property

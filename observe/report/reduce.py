@@ -17,12 +17,10 @@ class Reduction:
 
     def means(self, column: Column) -> Column:
         """The mean of each kept row's bucket, (kept,): smoothing the extremes would not give it."""
-        count = -(-len(column) // self.bucket)
-        padded = np.full(count * self.bucket, np.nan)
-        padded[: len(column)] = column
-        buckets = padded.reshape(count, self.bucket)
-        numbers = np.isfinite(buckets).sum(axis=1)
-        means = np.where(numbers, np.nansum(buckets, axis=1) / np.maximum(numbers, 1), np.nan)
+        starts, is_number = np.arange(0, len(column), self.bucket), np.isfinite(column)
+        counts = np.add.reduceat(is_number, starts, dtype=int)
+        sums = np.add.reduceat(np.where(is_number, column, 0.0), starts)
+        means: Column = np.where(counts, sums / np.maximum(counts, 1), np.nan)
         return means[self.kept // self.bucket]
 
 

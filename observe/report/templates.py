@@ -6,8 +6,8 @@ from typing import Any
 from jinja2 import Environment
 
 from observe.tables import format_value
+from pipeline.files import finite
 from pipeline.log import LAYOUT, printable
-from pipeline.runs import finite
 
 MOST_CHARACTERS = 2000  # of a text
 

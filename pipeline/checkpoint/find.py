@@ -1,4 +1,4 @@
-"""What `--ckpt` means: a path, `latest` or `best` of a run, or a model on the Hugging Face Hub.
+"""What `--ckpt` means: a path; `latest`, `best` or `average` of a run; a model on the Hugging Face Hub.
 
 Only a config, safetensors and the tokenizer's files are downloaded: neither programs nor pickles.
 What the cache has is used where there is no network.
@@ -18,7 +18,8 @@ from pipeline.errors import UserError, one_line
 from pipeline.log import logger
 from pipeline.runs import LAST_BYTES, RunFolder, all_runs, newest_run
 
-RUNS = Path(RunConfig.dir)  # where `latest` and `best` look for runs
+RUNS = Path(RunConfig.dir)  # where the names of OF_A_RUN look for runs
+OF_A_RUN = ("latest", "best", "average")
 HUB_FILES = (
     "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
@@ -29,22 +30,30 @@ _HUB_NAME = re.compile(r"hf:(?P<repository>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision
 
 
 def find_checkpoint(ckpt: str, run_dir: Path | None, runs: Path = RUNS) -> Path:
-    """The folder of a `--ckpt`: a path, hf:ORG/NAME, or `latest` or `best` of `run_dir`, by default
-    of the newest run under `runs`. A run, by its name there or its folder, stands for its latest.
+    """The folder of a `--ckpt`: a path, hf:ORG/NAME, or `latest`, `best` or `average`, which may be made
+    here, of `run_dir`, by default of the newest run under `runs`. A run, by its name there or its folder, stands for its latest.
     Raises UserError where there is none.
     """
     for path in (runs / ckpt, Path(ckpt)):
-        if ckpt not in ("latest", "best") and (path / "checkpoints").is_dir():
+        if ckpt not in OF_A_RUN and (path / "checkpoints").is_dir():
             ckpt, run_dir = "latest", path
-    if ckpt not in ("latest", "best"):
+    if ckpt not in OF_A_RUN:
         return find_model_folder(ckpt)
     run_dir = run_dir or newest_run(runs)
-    folder = pointed_folder(run_dir / "checkpoints", ckpt) if run_dir else None
+    folder = _folder_of(run_dir / "checkpoints", ckpt) if run_dir else None
     if folder is None:
         raise UserError(f"no checkpoint {ckpt} in {run_dir or runs}: train first, or name a folder with --ckpt PATH")
     if ckpt == "best" and run_dir is not None:
         _compare_best(RunFolder(run_dir), folder, runs)
     return folder
+
+
+def _folder_of(checkpoints: Path, name: str) -> Path | None:
+    if name == "average":
+        from pipeline.checkpoint.average import average_folder  # it imports torch
+
+        return average_folder(checkpoints)
+    return pointed_folder(checkpoints, name)
 
 
 def _compare_best(run: RunFolder, folder: Path, runs: Path) -> None:
@@ -73,7 +82,9 @@ def find_model_folder(name: str) -> Path:
     if name.startswith("hf:"):
         return _hub_folder(name)
     if not Path(name).is_dir():
-        raise UserError(f"no checkpoint at {name}{hub_hint(name)}: expected a folder, hf:ORG/NAME, latest or best")
+        raise UserError(
+            f"no checkpoint at {name}{hub_hint(name)}: expected a folder, hf:ORG/NAME, latest, best or average"
+        )
     return Path(name)
 
 

@@ -7,6 +7,7 @@ it stands.
         training_state.safetensors                            the optimizer's state
         checkpoint.json                                       written last: the description below, all files' hashes, its own
     runs/<name>/checkpoints/latest, best, branch              one line each: a folder's name
+    runs/<name>/checkpoints/average/                          made by --ckpt average: no training_state
 
 There is no random state to save: the order of the data and every dropout mask follow from the seed
 and the step. There is no pickle anywhere, so loading a checkpoint executes nothing.
@@ -60,7 +61,8 @@ MOST_RUN_CONFIG_BYTES = 1 << 18
 class Description:
     """checkpoint.json. `config` is the resolved config of the run, `dataset` the manifest's
     fingerprint, `began_at` the `Position` at which the run began: not zero where it is a branch.
-    `trained_s`: seconds of the steps that led here.
+    `trained_s`: seconds of the steps that led here. `averaged`: in a mean of checkpoints, their names
+    and hashes.
     """
 
     step: int
@@ -74,6 +76,7 @@ class Description:
     bad_steps: int = 0
     grad_norms: list[float] = field(default_factory=list)
     trained_s: float = 0.0
+    averaged: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     program: str = pipeline.__version__
     format: int = FORMAT_VERSION

@@ -24,7 +24,7 @@ from pipeline.vocabulary.tokenizer import Tokenizer
 
 # What may differ between the model that weights come from and the one they go to; block_size may be
 # smaller.
-FREE_KEYS = ("block_size", "dropout", "activation_checkpointing", "init_from")
+FREE_KEYS = ("block_size", "dropout", "activation_checkpointing", "residual_dtype", "init_from")
 
 
 class Restorable(Protocol):

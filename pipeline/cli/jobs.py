@@ -103,9 +103,8 @@ def batch(question: str, arguments: tuple[str, ...]) -> None:
     """What the batch scripts ask on a node, where the exit code is the answer: `site`, `begin RUN_DIR
     JOB RESTARTS`, `end RUN_DIR JOB CODE ENDED`.
     """
-    from pipeline.config import site
     from pipeline.runs import RunFolder
-    from slurm import starts
+    from slurm import site, starts
 
     if question == "site":
         click.echo(site.shell(site.load()), nl=False)

@@ -11,11 +11,9 @@ GROUP = "Looking"
 
 @click.command(cls=Command, group=GROUP, example="pipeline inspect data/openwebtext")
 @click.argument(
-    "path",
-    cls=Argument,
-    type=PATH,
+    "path", cls=Argument, type=PATH,
     help="A dataset or its name, a shard, a checkpoint or Hugging Face folder; with --step a run.",
-)
+)  # fmt: skip
 @click.option("--step", metavar="N", type=click.IntRange(min=0), help="Of a run: the texts of the batch of step N.")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def inspect(path: Path, step: int | None, json: bool) -> None:
@@ -125,15 +123,15 @@ def plan(
 
     Every figure is marked as counted, formula, assumed or measured. Needs no GPU.
     """
-    from observe.plan.figures import Wish
     from observe.plan.run import run
     from slurm.sbatch import seconds
 
     limit_s = None if time is None else seconds(time)
     if time is not None and not limit_s:
         raise click.BadParameter(f"expected minutes, h:mm:ss or d-hh:mm:ss, got {time!r}", param_hint="--time")
-    wish = Wish(price_per_gpu_hour=price_per_gpu_hour, time_limit_s=limit_s)
-    run(arguments, on=on, wish=wish, measured=measure, json=json)
+    run(
+        arguments, on=on, measured=measure, json=json, price_per_gpu_hour=price_per_gpu_hour, time_limit_s=limit_s,
+    )  # fmt: skip
 
 
 @click.command(cls=Command, group=GROUP, example="pipeline doctor\npipeline doctor --slurm job.sbatch")

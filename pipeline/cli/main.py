@@ -15,6 +15,7 @@ from pipeline import launch, log
 from pipeline.cli import data, jobs, looks, models, training
 from pipeline.cli.command import Group
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_USER, as_failure
+from pipeline.machine.cores import share_cores
 
 COMPLETION_VARIABLE = "_PIPELINE_COMPLETE"  # by which a shell asks for completions
 
@@ -23,6 +24,7 @@ def main() -> None:
     """Run one command. Exit codes: 0 done, 2 the user can fix it (one line on stderr), 3 diverged,
     75 the same command may succeed later, 1 our bug.
     """
+    share_cores()
     log.configure()
     _settle_encoding()
     try:

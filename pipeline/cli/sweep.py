@@ -21,6 +21,9 @@ from pipeline.errors import EXIT_DIVERGED, Diverged, UserError
 from pipeline.log import logger
 from pipeline.runs import RunFolder, State
 
+# A comma that no ] follows without a [ before it, nor an odd number of quotes.
+SEPARATOR = re.compile(r',(?![^\[]*\])(?=(?:[^"]*"[^"]*")*[^"]*$)')
+
 
 def refuse(where: str) -> NoReturn:
     raise UserError(f"--sweep starts one process after the other, so it does not work in {where}")
@@ -77,10 +80,7 @@ def variants(sweeps: Sequence[str]) -> list[list[str]]:
 
 def split_values(text: str) -> list[str]:
     """At its commas, but for those inside brackets and double quotes: [0.9,0.95],[0.9,0.99] are two values."""
-    parts = re.findall(r'((?:"[^"]*"|\[[^\]]*\]|[^,])*)(?:,|$)', text)[
-        : -1 if text and not text.endswith(",") else None
-    ]
-    return [part.strip().strip('"') for part in parts]
+    return [part.strip().strip('"') for part in SEPARATOR.split(text)]
 
 
 def named(arguments: list[str], changes: list[str]) -> tuple[list[str], Config]:

@@ -4,9 +4,13 @@ Each choice that `auto` makes is returned with its reason, because a default tha
 machine surprises people who cannot see why.
 """
 
+import ctypes
 import os
 import re
+import sys
+import time
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -15,6 +19,11 @@ from pipeline.errors import Failure, UserError, one_line
 from pipeline.machine.gpus import CPU_BFLOAT16_MIN_WIDTH
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# The trial of bfloat16: a few ms, long enough to time. By how much it must be faster, since a step also
+# casts what it does not multiply. With AVX512-BF16 it was 1.4 to 1.9 times as fast at 384 columns.
+TRIAL_ROWS, MOST_TRIAL_WIDTH, TRIALS, BFLOAT16_GAIN = 256, 768, 5, 1.25
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 # What says so without a type of its own: torch's CPU allocator, Metal, cuBLAS, NCCL.
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED")
@@ -54,11 +63,48 @@ def pick_dtype(name: str, device: torch.device, n_embd: int) -> tuple[torch.dtyp
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU multiplies bfloat16"
         return torch.float16, "the GPU has no bfloat16"
-    if device.type == "cpu" and _cpu_multiplies_bfloat16():
-        if n_embd < CPU_BFLOAT16_MIN_WIDTH:
-            return torch.float32, f"a CPU model narrower than {CPU_BFLOAT16_MIN_WIDTH} is slower in bfloat16"
-        return torch.bfloat16, "the CPU multiplies bfloat16 (AVX512-BF16 or AMX)"
-    return torch.float32, f"no bfloat16 unit on this {device.type}"
+    if device.type != "cpu":
+        return torch.float32, f"bfloat16 is not used on {device.type}"
+    if n_embd < CPU_BFLOAT16_MIN_WIDTH:
+        return torch.float32, f"a CPU model narrower than {CPU_BFLOAT16_MIN_WIDTH} is slower in bfloat16"
+    # Flags of the CPU lie: it may emulate the instructions, and a virtual machine may hide them.
+    float32_s, bfloat16_s = product_seconds(min(n_embd, MOST_TRIAL_WIDTH))
+    figures = f"a product takes {bfloat16_s * 1e3:.2f} ms in bfloat16, {float32_s * 1e3:.2f} ms in float32"
+    return (torch.bfloat16 if BFLOAT16_GAIN * bfloat16_s < float32_s else torch.float32), figures
+
+
+@cache
+def product_seconds(width: int) -> tuple[float, float]:
+    """One thread's fastest time for a product of TRIAL_ROWS rows and a square weight, in float32 and
+    in bfloat16 with the casts of autocast.
+    """
+    threads, tensors = torch.get_num_threads(), [torch.ones(count, width) for count in (TRIAL_ROWS, width)]
+    seconds = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    torch.set_num_threads(1)
+    try:
+        # In turn, and by the time that the thread had a core: on a busy machine a run should find
+        # what it found when it began. The first of each type makes its kernel.
+        for turn in range(1 + TRIALS):
+            for dtype in seconds:
+                began = time.thread_time()
+                rows, weight = (tensor.to(dtype) for tensor in tensors)
+                rows @ weight
+                if turn:
+                    seconds[dtype] = min(seconds[dtype], time.thread_time() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return seconds[torch.float32], seconds[torch.bfloat16]
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next one: else the kernel takes back large blocks, and
+    clears every page of them when they are allocated anew.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        # Above 32 MB older versions refuse it.
+        if not libc.mallopt(M_MMAP_THRESHOLD, 1 << 30):
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -123,9 +169,3 @@ def share_threads(ranks_here: int) -> int:
     threads = min(cores, given) if given else max(1, cores // ranks_here)
     torch.set_num_threads(threads)
     return threads
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    # Private names: their absence in another torch release means "no" and not a crash.
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check() for check in checks if check is not None)

@@ -23,7 +23,7 @@ from pipeline import launch
 from pipeline.errors import UserError, as_failure
 from pipeline.launch import Placement
 from pipeline.log import logger
-from pipeline.machine.device import memory_failure, pick_device
+from pipeline.machine.device import keep_freed_memory, memory_failure, pick_device
 from pipeline.machine.meeting import Meeting, meeting
 from pipeline.machine.watch import START_S, Fault, Watch
 
@@ -130,6 +130,8 @@ def start(device_name: str, timeout_s: float = START_S) -> World:
     device = _own_device(device_name, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if place.size == 1:
         return World(**vars(place), device=device)
     store = _join(place, device, datetime.timedelta(seconds=max(timeout_s, START_S)))

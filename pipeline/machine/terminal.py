@@ -159,7 +159,9 @@ def format_duration(seconds: float | None) -> str:
 def format_number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.2e}"
+    if isinstance(value, int) or abs(value) >= 1e4:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.2e}"
 
 
 def _percent(value: float | None) -> str:

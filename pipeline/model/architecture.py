@@ -9,8 +9,10 @@ Shapes: B sequences, T tokens, C = n_embd, S samples, P = padded vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +59,10 @@ class Block(nn.Module, ABC):
 class Body(nn.Module, ABC):
     """A decoder-only transformer below the output head: ids (B, T) -> hidden states (B, T, C)."""
 
+    # Endings of the names of a block's matrices that are several of equal height, one on the other,
+    # and of how many: Muon updates each apart.
+    fused: ClassVar[Mapping[str, int]] = MappingProxyType({})
+
     def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
         super().__init__()
         self.config = config
@@ -78,13 +84,23 @@ class Body(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Tokens with different numbers in `documents` (B, T) must not see each other, and
-        positions count from 0 in each.
+        """Tokens of different `documents` must not see each other, and positions count from 0 in each:
+        the number of each token's document (B, T), or offsets (n,). `positions_and_scope` and
+        `causal_attention` (attention.py) know both.
         """
 
     @abstractmethod
     def decoding_steps(self, dtype: torch.dtype, rows: int) -> DecodingSteps:
         """The operations in `dtype`, with weights laid out for `rows` rows at a time."""
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Embeddings (B, T, C) as the residual stream that blocks add to: float32, which autocast leaves
+        as it is, or with model.residual_dtype=autocast the type of the matrix products.
+        """
+        kind = x.device.type
+        if self.config.residual_dtype == "float32" or not torch.is_autocast_enabled(kind):
+            return x
+        return x.to(torch.get_autocast_dtype(kind))
 
     def fill_buffers(self) -> None:
         """Write what buffers hold; called again wherever memory was replaced."""

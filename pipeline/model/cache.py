@@ -66,6 +66,32 @@ class FilledCache(Cache):
         self.memory[:, 1:, :, : self.length] = self.memory[:, :1, :, : self.length]
 
 
+class MaskedCache(FilledCache):
+    """Hands out all of its memory, of one shape whatever is filled, as a CUDA graph needs it: one new
+    token is written where a tensor says, and the rest is masked. Longer texts are as in `FilledCache`.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, position: Tensor, visible: Tensor
+    ) -> None:
+        """`position` (1,), int64, of the new token, and `visible` (block_size,), true up to there: all
+        blocks share them, and who decodes sets both.
+        """
+        super().__init__(shape, dtype, device)
+        self.position, self.visible = position, visible
+
+    def extend(self, key: Tensor, value: Tensor) -> Visible:
+        if key.size(2) > 1:
+            return super().extend(key, value)
+        keys, values = self.memory[:, : key.size(0)]
+        keys.index_copy_(2, self.position, key)
+        values.index_copy_(2, self.position, value)
+        return Visible(keys, values, self.visible[None, None, None], is_causal=False)
+
+    def share_first_row(self) -> None:
+        self.memory[:, 1:] = self.memory[:, :1]
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, cache: Cache) -> Tensor:
     """Attention of T new tokens to themselves and to those in the cache: (B, T, H D) of query
     (B, H, T, D), key and value (B, K, T, D).

@@ -6,6 +6,18 @@ INIT_STD = 0.02  # GPT-2's, and most models' since
 LAYER_NORM_EPSILON = 1e-5
 RMS_NORM_EPSILON = 1e-6
 VOCAB_MULTIPLE = 64  # matrix units work in tiles; GPT-2's 50,257 columns become 50,304
+# Of the loss, computed in chunks of rows; each adds to all of the head's gradient. On a CPU, 1,024 rows of
+# 50,304 took 0.88 times as long in chunks of 256 rows as in one, and 1.18 times in chunks of 64; on an H100
+# that adding should take a twentieth of the products' time for chunks of 5,000 rows.
+CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 28}
+
+
+def chunk_count(tokens: int, vocabulary: int, *, on_cpu: bool) -> int:
+    """Chunks of about CHUNK_LOGITS for so many logits; of equal length where that can be, as what is
+    compiled is for one length.
+    """
+    least = -(-tokens * vocabulary // CHUNK_LOGITS["cpu" if on_cpu else "cuda"])
+    return next((count for count in range(least, 2 * least) if tokens % count == 0), least)
 
 
 def swiglu_width(config: ModelConfig) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from pipeline.config.keys import Config
-from pipeline.model.constants import swiglu_width
+from pipeline.model.constants import chunk_count, swiglu_width
 
 F32, INT64 = 4, 8
 BYTES = {"float32": F32, "bfloat16": 2, "float16": 2}
@@ -35,12 +35,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of the whole model, of one rank's shard, of one block, of the token embedding."""
+    """Parameters of the whole model, of one rank's shard, of one block, of the token embedding; and
+    those of the shard that Muon updates, with one moment instead of two.
+    """
 
     all: int
     shard: int
     block: int
     table: int
+    matrices: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,12 @@ class Footprint:
 
     @property
     def stream(self) -> int:
-        """The residual stream (B, T, C), which is float32 under autocast too."""
-        return F32 * self.tokens * self.config.model.n_embd
+        """The residual stream (B, T, C), which is float32 under autocast too, unless configured."""
+        return self.stream_itemsize * self.tokens * self.config.model.n_embd
+
+    @property
+    def stream_itemsize(self) -> int:
+        return self.itemsize if self.config.model.residual_dtype == "autocast" else F32
 
     @property
     def block(self) -> int:
@@ -107,8 +114,9 @@ class Footprint:
     @property
     def ends(self) -> int:
         """Kept outside of the blocks: the last norm's input and output, its mean and deviation."""
-        mask = (self.stream if self.setting.on_cpu else self.stream // F32) if self.config.model.dropout else 0
-        return self.stream + self.stream * self.itemsize // F32 + 2 * F32 * self.tokens + mask
+        numbers = self.tokens * self.config.model.n_embd
+        mask = (self.stream if self.setting.on_cpu else numbers) if self.config.model.dropout else 0
+        return self.stream + numbers * self.itemsize + 2 * F32 * self.tokens + mask
 
     @property
     def activations(self) -> int:
@@ -116,16 +124,15 @@ class Footprint:
 
     @property
     def logits(self) -> int:
-        """Of (B T, P) the backward pass of the loss holds three in float32: log-probabilities, their
-        gradient, the logits' gradient. Compiled with the loss, logits and gradient in `dtype`.
+        """Of one chunk (n, P) the loss holds logits, float32 logarithms of probabilities, and the gradient:
+        in place in float32; compiled without the logarithms. A CPU makes those from float32 logits.
         """
-        copies = 2 * self.itemsize if self.compiled_loss else 3 * F32
-        return copies * self.tokens * self.sizes.table // self.config.model.n_embd
-
-    @property
-    def compiled_loss(self) -> bool:
-        """Of a sharded model only the blocks are compiled."""
-        return self.setting.compiled and self.setting.shards == 1
+        setting, vocabulary = self.setting, self.sizes.table // self.config.model.n_embd
+        rows = -(-self.tokens // chunk_count(self.tokens, vocabulary, on_cpu=setting.on_cpu))
+        copies = 2 * self.itemsize
+        if self.itemsize < F32 and not setting.compiled:
+            copies = 2 * F32 + self.itemsize if setting.on_cpu else F32 + 2 * self.itemsize
+        return copies * rows * vocabulary
 
     @property
     def fresh(self) -> bool:
@@ -144,7 +151,8 @@ class Footprint:
         weights, activations, logits = F32 * self.sizes.shard, self.activations, self.logits
         peak = self.throughout + max(self.moments())
         more = peak - self.gradients - activations - logits
-        return Memory(weights, self.gradients, 2 * weights, activations=activations, logits=logits,
+        moments = 2 * weights - F32 * self.sizes.matrices
+        return Memory(weights, self.gradients, moments, activations=activations, logits=logits,
                       other=max(more, 0), overlap=max(-more, 0))  # fmt: skip
 
     @property
@@ -167,13 +175,17 @@ class Footprint:
         table, block = F32 * sizes.table, F32 * sizes.block
         head = table if tied or self.fresh else 0  # the gradient, until the embedding's is added
         # The gradients of an MLP's inner (B, T, 4 C), in and out, less what its product has freed.
-        work = self.stream * (1 + self.itemsize) + 4 * F32 * self.config.model.n_embd**2
+        numbers = self.tokens * self.config.model.n_embd
+        work = self.stream + 4 * self.itemsize * numbers + 4 * F32 * self.config.model.n_embd**2
         gathered = self.itemsize * sizes.block if sharded else 0
         # Autocast's copies of weights, which the backward pass frees; FSDP2 gathers a block's as such.
         low = self.itemsize < F32
         cast = self.itemsize * sizes.block if low and not sharded else 0
         before = 0 if self.fresh else self.gradients
-        yield before + self.activations + self.logits + gathered + layers * cast + self.itemsize * low * sizes.table
+        # The loss adds up the head's gradient in the forward pass, and multiplies it in the backward pass.
+        forward = before + self.activations + gathered + layers * cast + table
+        yield forward + self.logits + self.itemsize * low * sizes.table
+        yield forward + table + self.stream
         for done in range(layers):  # blocks, the last one first
             gradients = before
             if sharded:
@@ -188,9 +200,8 @@ class Footprint:
             yield there + left + self.block - self.kept + work
             own = gathered if sharded else block if self.fresh else 0
             yield there + left - self.kept + own + 2 * self.stream
-        # The embedding's backward pass adds its gradient to the head's. A new one is copied once more,
-        # as the sum is laid out like the head's, transposed.
-        copies = 1 + tied + (tied and self.fresh and not sharded)
+        # The embedding's backward pass adds its gradient to the head's.
+        copies = 1 + tied
         if sharded:
             outside = F32 * sizes.all - layers * block
             yield (
@@ -206,9 +217,9 @@ class Footprint:
 def gpt2_block(step: Footprint) -> int:
     """Bytes of (B, T, C) and others that GPT-2's block keeps."""
     model, item = step.config.model, step.itemsize
-    # In float32 both norms' inputs, which autocast leaves; in its type 14 C: both norms' outputs, queries,
+    # In the residual stream's type both norms' inputs; in autocast's 14 C: both norms' outputs, queries,
     # keys and values, attention's output, 4 C before GELU and 4 C behind it. Float32 means and deviations.
-    columns = model.n_embd * (2 * F32 + 14 * item) + 4 * F32
+    columns = model.n_embd * (2 * step.stream_itemsize + 14 * item) + 4 * F32
     # A trace of Inductor's min-cut partition kept 42 C: two normalised float32 copies more, less what
     # it computes again. Not measured on a GPU.
     if step.setting.compiled:
@@ -222,7 +233,9 @@ def qwen3_block(step: Footprint) -> int:
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
     # Norms' inputs and outputs as in GPT-2. Queries and keys before their norms and turned, values,
     # attention's output; gate, its SiLU, up, and their product.
-    columns = model.n_embd * (2 * F32 + 2 * item) + item * (3 * queries + 3 * keys + 4 * swiglu_width(model))
+    columns = model.n_embd * (2 * step.stream_itemsize + 2 * item) + item * (
+        3 * queries + 3 * keys + 4 * swiglu_width(model)
+    )
     # Float32 scales of all norms.
     columns += F32 * (2 + model.n_head + model.kv_heads)
     return (columns + _attention(step)) * step.tokens
@@ -239,7 +252,7 @@ def _attention(step: Footprint) -> int:
         columns += model.n_head * (scores * model.block_size - F32) + model.n_embd * (2 * item + item * low)
     elif model.dropout:
         columns += 2 * model.n_embd
-    if step.config.data.document_mask:
+    if step.config.data.document_mask and (setting.on_cpu or model.dropout or not low):
         columns += item * model.block_size  # the mask as a bias, made in each block
     return columns
 

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, C = n_embd, H heads, D = C / H per head, S sample
 
 import math
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -12,20 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.keys import ModelConfig
-from pipeline.model.architecture import Block, Body, DecodingSteps, document_mask
+from pipeline.model.architecture import Block, Body, DecodingSteps
+from pipeline.model.attention import causal_attention, positions_and_scope
 from pipeline.model.cache import Cache, attend
 from pipeline.model.constants import INIT_STD, LAYER_NORM_EPSILON
 from pipeline.model.products import layer_norm, product
 
 
 class LayerNorm(nn.LayerNorm):
-    """Gains and biases in the type of the input: sharded ones may arrive in bfloat16, next to a
-    float32 residual stream.
+    """Gains and biases in no narrower type than the input: sharded ones may arrive in bfloat16, next
+    to a float32 residual stream.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias=bias, eps=self.eps)
+        dtype = torch.promote_types(self.weight.dtype, x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), bias=bias, eps=self.eps)
 
 
 class Attention(nn.Module):
@@ -39,14 +42,13 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, scope: Tensor | None) -> Tensor:
         B, T, C = x.shape
         query, key, value = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2)
         )
         dropout = self.dropout if self.training else 0.0
-        # Flash kernels know `is_causal` and skip half the work; with an explicit mask none is used.
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        y = causal_attention(query, key, value, scope=scope, dropout=dropout)
         out: Tensor = self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
         return out
 
@@ -98,6 +100,8 @@ class Layer(Block):
 class GPT2(Body):
     """Learned positions, pre-norm blocks, and a final norm."""
 
+    fused = MappingProxyType({"c_attn.weight": 3})
+
     def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
         super().__init__(config, padded_vocab_size)
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
@@ -127,15 +131,10 @@ class GPT2(Body):
             nn.init.normal_(module.c_proj.weight, std=INIT_STD / math.sqrt(2 * self.config.n_layer))
 
     def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
-        positions = torch.arange(ids.size(1), device=ids.device)
-        mask = None
-        if documents is not None:
-            mask = document_mask(documents)
-            # A token's position in its document is the number of tokens it sees besides itself.
-            positions = mask.sum(dim=3).squeeze(1) - 1
-        x = self.drop(self.wte(ids) + self.wpe(positions))
+        positions, scope = positions_and_scope(ids, documents)
+        x = self.drop(self.residual(self.wte(ids) + self.wpe(positions)))
         for block in self.h:
-            x = block(x, mask)
+            x = block(x, scope)
         out: Tensor = self.ln_f(x)
         return out
 

@@ -5,21 +5,35 @@ Shapes: B sequences, T tokens, C = n_embd, V = vocabulary, P = V padded to a mul
 """
 
 import math
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.architecture import Body
 from pipeline.model.constants import VOCAB_MULTIPLE
 from pipeline.model.gpt2 import GPT2
+from pipeline.model.loss import loss_and_gradient, mean_loss, token_losses
 from pipeline.model.qwen3 import Qwen3
 
 # By `model.arch`.
 ARCHITECTURES: dict[str, type[Body]] = {"gpt2": GPT2, "qwen3": Qwen3}
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves tensors as they are where torch.nn.init would fill them. On the meta device there is nothing
+    to fill, and the first random number there imports the compiler: 2 s of each command's start.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        fills = getattr(func, "__module__", None) == nn.init.__name__
+        return (kwargs or {})["tensor"] if fills else func(*args, **(kwargs or {}))
 
 
 class LanguageModel(nn.Module):
@@ -33,6 +47,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
+        self.differentiate = loss_and_gradient  # compiled where the blocks are
         self.padded_vocab_size = rows = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.transformer = ARCHITECTURES[config.arch](config, rows)
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
@@ -46,7 +61,7 @@ class LanguageModel(nn.Module):
     @classmethod
     def without_memory(cls, config: ModelConfig, vocab_size: int) -> Self:
         """A model on the meta device: shapes and types alone."""
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             return cls(config, vocab_size)
 
     @classmethod
@@ -67,6 +82,11 @@ class LanguageModel(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The architecture's layers, which are sharded and compiled one by one."""
         return self.transformer.blocks
+
+    @property
+    def fused(self) -> Mapping[str, int]:
+        """Endings of the names of matrices that are several in one, and how many."""
+        return self.transformer.fused
 
     def tie_and_mask(self) -> None:
         """Tie the head, give the padding rows the logit -inf, and fill the body's buffers; again
@@ -90,19 +110,25 @@ class LanguageModel(nn.Module):
         """Mean cross-entropy in nats of predicting `targets` (B, T) from `ids` (B, T): a float32
         scalar.
 
-        Tokens with different numbers in `documents` (B, T) do not see each other, and positions
-        count from 0 in each.
+        Tokens of different `documents`, by number (B, T) or offset (n,), do not see each other, and
+        positions count from 0 in each. Rows of `ids` past the last row of `targets` are not counted.
         """
-        logits = F.linear(self.transformer(ids, documents), self.lm_head.weight, self.logit_bias)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        hidden = self.transformer(ids, documents)[: len(targets)].flatten(0, 1)
+        return mean_loss(
+            hidden, self.lm_head.weight, self.logit_bias, targets.flatten(), differentiate=self.differentiate
+        )
 
-    def logits(self, ids: Tensor, documents: Tensor | None = None, where: Tensor | None = None) -> Tensor:
-        """Float32 logits (B, T, V) after every token of `ids`; with `where` (B, T), (n, V) after
-        those it marks.
+    def token_losses(self, ids: Tensor, targets: Tensor, documents: Tensor | None, where: Tensor) -> Tensor:
+        """(n,) cross-entropy of the n `targets` (B, T) that `where` (B, T) marks, without gradients.
+
+        Raises UserError unless all are finite: then no logit was NaN.
         """
-        hidden = self.transformer(ids, documents)
-        # The head is a third of GPT-2 124M's work: it is spared where nobody asks.
-        logits: Tensor = self.lm_head(hidden if where is None else hidden[where])
+        hidden = self.transformer(ids, documents)[where]
+        return finite(token_losses(hidden, self.lm_head.weight, self.logit_bias, targets[where]))
+
+    def logits(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Float32 logits (B, T, V) after every token of `ids`."""
+        logits: Tensor = self.lm_head(self.transformer(ids, documents))
         return logits[..., : self.vocab_size].float()
 
 
@@ -120,7 +146,16 @@ def finite(logits: Tensor) -> Tensor:
     """The logits themselves. Raises UserError unless all are finite: text sampled from NaN looks
     like a result.
     """
-    # In a tenth of the time that logits.isfinite().all() takes: 0.01 ms for GPT-2's 50,257.
-    if not torch.stack(logits.aminmax()).isfinite().all():
-        raise UserError("the model's logits are not finite, so its weights are damaged: use another checkpoint")
+    if not all_finite(logits):
+        raise damaged_weights()
     return logits
+
+
+def all_finite(logits: Tensor) -> Tensor:
+    """() bool, on the device."""
+    # In a tenth of the time that logits.isfinite().all() takes: 0.01 ms for GPT-2's 50,257.
+    return torch.stack(logits.aminmax()).isfinite().all()
+
+
+def damaged_weights() -> UserError:
+    return UserError("the model's logits are not finite, so its weights are damaged: use another checkpoint")

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.keys import ModelConfig
-from pipeline.model.architecture import Block, Body, DecodingSteps, document_mask
+from pipeline.model.architecture import Block, Body, DecodingSteps
+from pipeline.model.attention import causal_attention, positions_and_scope
 from pipeline.model.cache import Cache, attend
 from pipeline.model.constants import RMS_NORM_EPSILON, swiglu_width
 from pipeline.model.products import Operation, product
@@ -80,7 +81,6 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width, self.dropout = config.head_width, config.dropout
         queries, keys = config.n_head * config.head_width, config.kv_heads * config.head_width
-        self.grouped = keys < queries
         self.q_proj = nn.Linear(config.n_embd, queries, bias=False)
         self.k_proj = nn.Linear(config.n_embd, keys, bias=False)
         self.v_proj = nn.Linear(config.n_embd, keys, bias=False)
@@ -88,15 +88,13 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(config.head_width), RMSNorm(config.head_width)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, scope: Tensor | None) -> Tensor:
         query, key, value = (
             linear(x).unflatten(2, (-1, self.head_width)) for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(self.q_norm(query), rotary), rotate(self.k_norm(key), rotary)
-        y = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None, enable_gqa=self.grouped,
-        )  # fmt: skip
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        y = causal_attention(query, key, value, scope=scope, dropout=self.dropout if self.training else 0.0)
         out: Tensor = self.resid_dropout(self.o_proj(y.transpose(1, 2).flatten(2)))
         return out
 
@@ -200,14 +198,11 @@ class Qwen3(Body):
             nn.init.zeros_((module.o_proj if isinstance(module, Attention) else module.down_proj).weight)
 
     def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
-        rotary, mask = self.rotary[:, : ids.size(1)], None
-        if documents is not None:
-            mask = document_mask(documents)
-            # A token's position in its document is the number of tokens it sees besides itself.
-            rotary = self.rotary[:, mask.sum(dim=3).squeeze(1) - 1]
-        x = self.drop(self.embed_tokens(ids))
+        positions, scope = positions_and_scope(ids, documents)
+        rotary = self.rotary[:, positions]
+        x = self.drop(self.residual(self.embed_tokens(ids)))
         for layer in self.layers:
-            x = layer(x, rotary, mask)
+            x = layer(x, rotary, scope)
         out: Tensor = self.norm(x)
         return out
 

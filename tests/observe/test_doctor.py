@@ -111,7 +111,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in for /proc and /sys: two cores, 64 GB."""
     monkeypatch.setattr(system, "PROC", tmp_path / "proc")
     monkeypatch.setattr(system, "SYS", tmp_path / "sys")
-    monkeypatch.setattr(system, "cores", lambda: 2)
+    monkeypatch.setattr(system, "cores_here", lambda: 2)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.1, 0.1))
     write(tmp_path, "proc/cpuinfo", "model name\t: A CPU\nflags\t\t: fma avx2 avx512f amx_bf16\n")
     write(tmp_path, "proc/meminfo", "MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\n")

@@ -170,6 +170,7 @@ def test_no_runs_are_no_error_and_no_folder_is(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (2, "error: no folder nowhere: expected one with runs in it\n")
 
 
+@pytest.mark.slow
 def test_500_runs_take_less_than_two_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "runs"
     row = json.dumps({"step": 1, "tokens": 128, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 1e6}) + "\n"

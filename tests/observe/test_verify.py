@@ -19,8 +19,8 @@ from conftest import (
     write_nanogpt,
 )
 
-from observe.shared_documents import DocumentIndex, document_keys
-from observe.verify import run
+from observe.verify import Verification, run
+from pipeline.dataset.shards import read_path
 from pipeline.errors import UserError
 from pipeline.files import hash_file
 from pipeline.vocabulary.char_byte_word import ByteTokenizer
@@ -280,31 +280,16 @@ def test_an_id_that_gpt2_does_not_have_is_placed_behind_the_header(
 # ---- documents by content ----
 
 
-def test_documents_with_equal_keys_are_told_apart_by_their_content() -> None:
-    """A key takes 16 ids of a document; these differ in others only."""
-    ids = np.zeros(3000, dtype="<u2")
-    starts, lengths = np.arange(0, 3000, 1000), np.full(3, 1000)
-    ids[1500], ids[2501] = 1, 1
-    assert len(set(document_keys(ids, starts, lengths).tolist())) == 1
-    index = DocumentIndex()
-    index.add("val", ids, starts[:2], lengths[:2])
-    index.sort()
-    assert [(start, *twin) for start, twin in index.find(ids, starts, lengths)] == [
-        (0, "val", 0, 1000), (1000, "val", 1000, 1000),
-    ]  # fmt: skip
-
-
 def test_twins_are_those_of_a_plain_set(tmp_path: Path) -> None:
     rng = random.Random(0)
-    train, val = ([[rng.choice("ab") for _ in range(rng.randint(1, 6))] for _ in range(200)] for _ in range(2))
-    index = DocumentIndex()
-    arrays = [np.array([ord(c) for text in texts for c in text], dtype="<u2") for texts in (train, val)]
-    lengths = [np.array([len(text) for text in texts]) for texts in (train, val)]
-    starts = [np.cumsum(column) - column for column in lengths]
-    index.add("val", arrays[1], starts[1], lengths[1])
-    index.sort()
-    found = [start for start, _ in index.find(arrays[0], starts[0], lengths[0])]
-    assert found == [int(start) for start, text in zip(starts[0], train, strict=True) if text in val]
+    train, val = (["".join(rng.choice("ab") for _ in range(rng.randint(0, 6))) for _ in range(200)] for _ in range(2))
+    verification = Verification(
+        *read_path(write_documents(tmp_path, {"train": [train], "val": [val[:100], val[100:]]}))
+    )
+    verification.run()
+    (fault,) = (fault for fault in verification.faults if "both splits" in fault)
+    shared = [text for text in train if text and text in val]
+    assert f"one of {len(shared[0])} tokens" in fault and fault.endswith(f", and {len(shared) - 1} more of this shard")
 
 
 # ---- the command ----

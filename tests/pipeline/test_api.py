@@ -79,6 +79,7 @@ def test_an_unknown_or_wrong_option_is_named(model: "pipeline.Model") -> None:
         model.generate("A", top_k=-1)
 
 
+@pytest.mark.slow
 def test_the_loss_is_what_eval_measures(model: "pipeline.Model", inside: Path) -> None:
     folder = inside / "data" / "tiny"
     reader = TokenReader(folder, load_manifest(folder), "val")

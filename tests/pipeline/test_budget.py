@@ -14,11 +14,12 @@ from pipeline.budget import (
     flops_per_token,
     most_checkpoints,
     nearest_batch,
+    newton_schulz_flops,
     outlook,
     parameters,
     step_arithmetic,
 )
-from pipeline.config.keys import ModelConfig
+from pipeline.config.keys import Config, ModelConfig, OptimizerConfig
 from pipeline.dataset.shards import load_manifest
 from pipeline.errors import UserError
 from pipeline.model.language_model import LanguageModel
@@ -38,7 +39,11 @@ def test_gpt2_124m() -> None:
     """6 N + 12 L C T (Chowdhery et al. 2022, appendix B) with N = 124,439,808 less the position embeddings."""
     assert parameters(ModelConfig(), 50257) == 124_439_808
     assert flops_per_token(ModelConfig(), 50257) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
-    assert checkpoint_bytes(ModelConfig(), 50257) == 12 * 124_439_808
+    assert checkpoint_bytes(Config(), 50257) == 12 * 124_439_808
+    muon = Config(optimizer=OptimizerConfig(name="muon"))
+    assert checkpoint_bytes(muon, 50257) == 12 * 124_439_808 - 4 * 12 * 12 * 768**2
+    assert newton_schulz_flops(muon) == 12 * 5 * 768**3 * (2 * (4 * 4 + 2) + (4 * 3 + 2) + (4 + 2))
+    assert newton_schulz_flops(Config()) == 0
     untied = replace(ModelConfig(), tie_weights=False)
     assert flops_per_token(untied, 50257) == flops_per_token(ModelConfig(), 50257), "a lookup takes no FLOPs"
 

@@ -72,6 +72,7 @@ def saved(
     return write_checkpoint(folder, state, model, tokenizer, description=about), model
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_the_folder_opens_with_transformers_and_gives_the_same_logits(

@@ -162,6 +162,7 @@ def test_an_option_that_is_not_given_has_the_stages_default_and_a_list_may_be_re
     assert models.evaluate.parse(["--tasks", "a, b,"])["options"].tasks == ("a", "b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_what_runs_on_ranks_checks_the_nodes_before_torch_is_imported(command: str) -> None:
     code = f"from pipeline.machine import meeting\nmeeting.check_nodes = lambda: print('checked')\n{HELP}"

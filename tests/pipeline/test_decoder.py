@@ -1,6 +1,8 @@
 """The decoder against the model it was made from."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch.testing import assert_close
 
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
-from pipeline.model import products
-from pipeline.model.decoder import Decoder
+from pipeline.model import decoder, products
+from pipeline.model.captured import captured
+from pipeline.model.decoder import Decoder, attention_kernels
 from pipeline.model.language_model import LanguageModel
 
 VOCAB_SIZE = 100  # no multiple of 64, so the head has padding
@@ -117,3 +120,102 @@ def test_the_cache_is_memory_that_is_taken_once() -> None:
     steps.step(torch.tensor([1, 2]))
     assert [cache.memory.data_ptr() for cache in steps.caches] == memory
     assert steps.caches[0].memory.shape == (2, 2, 2, 16, 16)
+
+
+# ---- steps of one shape, as a GPU takes them ----
+
+
+@pytest.fixture
+def one_shape(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Here no graph can be captured: the steps themselves are called, and the log says so."""
+    monkeypatch.setattr(decoder, "ONE_SHAPE", ("cpu",))
+    yield
+    assert any("without a CUDA graph" in record.message for record in caplog.get_records("call"))
+
+
+@pytest.mark.parametrize("prompt", [1, 5])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_masked_keys_of_one_shape_give_the_models_logits(samples: int, prompt: int, one_shape: None) -> None:
+    model, ids = model_with_opinions(), texts(samples, 16)
+    with torch.inference_mode():
+        wanted = model.logits(ids)[:, prompt - 1 :]
+    assert_close(decoded(model, ids, prompt), wanted, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_masked_keys_of_an_earlier_text_are_not_seen(one_shape: None, shape: dict[str, Any]) -> None:
+    test_a_prefill_forgets_what_was_before()
+    test_samples_share_one_reading_of_the_prompt_and_then_part(shape)
+
+
+def test_every_step_of_one_shape_has_the_same_memory(one_shape: None) -> None:
+    """What a graph was captured with is what its replays read and write."""
+    seen = set()
+    steps = Decoder(model_with_opinions(), 2)
+    real = steps.caches[0].extend
+
+    def extend(key: Tensor, value: Tensor) -> Any:
+        found = real(key, value)
+        seen.add((found.keys.data_ptr(), found.keys.shape, found.mask.data_ptr() if found.mask is not None else 0))
+        return found
+
+    steps.prefill(texts(1, 3))
+    steps.caches[0].extend = extend  # type: ignore[method-assign]
+    for column in texts(2, 10).unbind(1):
+        steps.step(column)
+    assert len(seen) == 1
+
+
+def test_a_captured_function_is_replayed_on_new_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA's graphs, which records calls and runs them again."""
+    calls: list[Callable[[], None]] = []
+
+    class Graph:
+        def replay(self) -> None:
+            for call in calls:
+                call()
+
+    def function(inputs: Tensor) -> Tensor:
+        out = torch.empty_like(inputs)
+        calls[:] = [lambda: out.copy_(inputs * 2)]  # a capture runs nothing
+        return out
+
+    monkeypatch.setattr(torch.cuda, "device", MagicMock())
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    run = captured(function, torch.zeros(2))
+    assert run(torch.tensor([1.0, 2.0])).tolist() == [2, 4]
+    assert run(torch.tensor([3.0, 4.0])).tolist() == [6, 8]
+
+
+def test_decoding_on_a_gpu_leaves_out_cudnns_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes a plan for each number of keys."""
+    allowed: list[bool] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*arguments: Any, **options: Any) -> Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr("pipeline.model.cache.F.scaled_dot_product_attention", attention)
+    steps = Decoder(model_with_opinions(), 1)
+    outside = torch.backends.cuda.cudnn_sdp_enabled()
+    plain = steps.prefill(texts(1, 5))
+    monkeypatch.setattr(decoder, "attention_kernels", lambda _: attention_kernels(torch.device("cuda")))
+    assert_close(steps.prefill(texts(1, 5)), plain)
+    steps.step(torch.tensor([1]))
+    assert allowed == [outside] * 2 + [False] * 4
+    assert torch.backends.cuda.cudnn_sdp_enabled() == outside
+
+
+def test_logits_that_are_not_finite_never_become_ids() -> None:
+    steps = Decoder(model_with_opinions(), 2)
+    steps.prefill(texts(1, 5))
+    assert steps.to_host(torch.tensor([3, 4])) == [3, 4]
+    steps.caches[0].memory[1, 1, 0, 0, 0] = torch.nan  # of one sample
+    steps.step(torch.tensor([3, 4]))
+    with pytest.raises(UserError, match="logits are not finite"):
+        steps.to_host(torch.tensor([3, 4]))

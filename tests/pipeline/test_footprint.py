@@ -1,7 +1,7 @@
 """The memory of a step by formula, against what is really allocated on this CPU.
 
-Run as a program, this file takes real steps as one rank and prints what they allocated: of ddp as one
-of two processes, of fsdp with a process group that only pretends the others.
+Run as a program, this file takes real steps as one rank and prints what they allocated, in a process
+group that only pretends the others.
 """
 
 import json
@@ -16,6 +16,8 @@ import pytest
 
 from pipeline.budget import footprint
 from pipeline.config.keys import Config, DataConfig, ModelConfig, TrainConfig
+from pipeline.files import one_writer
+from pipeline.model.constants import CHUNK_LOGITS
 from pipeline.model.footprint import Footprint, Setting
 
 VOCABULARY = 1000
@@ -28,6 +30,7 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "recomputed, one micro-batch": (SMALL | {"activation_checkpointing": "block", "n_layer": 6}, 6, 1, "float32"),
     "bfloat16": (SMALL | {"n_embd": 160}, 4, 2, "bfloat16"),
     "bfloat16, recomputed": (SMALL | {"n_embd": 160, "activation_checkpointing": "block"}, 7, 1, "bfloat16"),
+    "bfloat16 residual stream": (SMALL | {"n_embd": 160, "residual_dtype": "autocast"}, 4, 2, "bfloat16"),
     "wide": ({"n_layer": 2, "n_head": 6, "n_embd": 288, "block_size": 40}, 2, 1, "float32"),
     "deep": ({"n_layer": 12, "n_head": 2, "n_embd": 64, "block_size": 72}, 3, 2, "float32"),
     "long": ({"n_layer": 2, "n_head": 2, "n_embd": 48, "block_size": 500}, 2, 1, "float32"),
@@ -45,7 +48,10 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "qwen3, recomputed": (SMALL | {"arch": "qwen3", "activation_checkpointing": "block"}, 6, 1, "float32"),
     "dropout in bfloat16": (SMALL | {"dropout": 0.1}, 4, 2, "bfloat16"),
 }
-FSDP_RANKS, DDP_RANKS = 4, 2
+RANKS = {"one": 1, "ddp": 2, "fsdp": 4}
+# What of a model is different changes little of what ranks add.
+SHARED = ("small", "one micro-batch", "recomputed, one micro-batch", "bfloat16", "wide", "untied, one micro-batch")
+CASES = [(strategy, name) for strategy in RANKS for name in (SHAPES if strategy == "one" else SHARED)]
 
 
 def case(name: str, documents: bool = False) -> tuple[Config, Setting]:
@@ -58,36 +64,29 @@ def case(name: str, documents: bool = False) -> tuple[Config, Setting]:
     return config, Setting(accumulation=accumulation, dtype=dtype)
 
 
-def run_ranks(strategy: str, processes: int, tmp_path: Path) -> dict[str, dict[str, int]]:
-    """What this file prints as a program, of rank 0."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, strategy, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True,
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), outputs[0][1][-3000:]
-    return json.loads(outputs[0][0].splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, int]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = {"one": 1, "ddp": DDP_RANKS, "fsdp": 1}
-    return {strategy: run_ranks(strategy, count, folder) for strategy, count in processes.items()}
+    """What this file prints as a program: once for all workers of xdist, whose folders lie in one."""
+    shared = tmp_path_factory.getbasetemp().parent
+    with one_writer(shared, "footprint.lock", patience_s=300):
+        kept = shared / "footprint.json"
+        if not kept.exists():
+            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+            result = subprocess.run([sys.executable, __file__], capture_output=True, env=environment, text=True)
+            assert result.returncode == 0, result.stderr[-3000:]
+            kept.write_text(result.stdout.splitlines()[-1])
+        found: dict[str, dict[str, dict[str, int]]] = json.loads(kept.read_text())
+        return found
 
 
 def planned(name: str, strategy: str) -> Footprint:
     config, setting = case(name)
-    shared = {"one": (1, 1), "ddp": (DDP_RANKS, 1), "fsdp": (FSDP_RANKS, FSDP_RANKS)}[strategy]
-    return footprint(config, VOCABULARY, replace(setting, ranks=shared[0], shards=shared[1]))
+    ranks = RANKS[strategy]
+    return footprint(config, VOCABULARY, replace(setting, ranks=ranks, shards=ranks if strategy == "fsdp" else 1))
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("strategy", ["one", "ddp", "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "name"), CASES)
 def test_the_peak_is_what_is_allocated(measured: Any, name: str, strategy: str) -> None:
     step, found = planned(name, strategy), measured[strategy][name]
     memory = step.memory()
@@ -98,6 +97,7 @@ def test_the_peak_is_what_is_allocated(measured: Any, name: str, strategy: str) 
     assert memory.total == pytest.approx(states + found["peak"], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_the_backward_pass_needs_is_what_autograd_keeps(measured: Any, name: str) -> None:
     step, found = planned(name, "one"), measured["one"][name]
@@ -110,6 +110,17 @@ def test_a_document_mask_is_kept_in_each_block() -> None:
     with_mask = footprint(config, VOCABULARY, setting)
     found = Measurement(config, setting).measure()
     assert with_mask.activations == pytest.approx(found["activations"], rel=0.02)
+
+
+def test_logits_are_those_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, setting = case("small")
+    at_full_size = footprint(config, VOCABULARY, setting).logits
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", at_full_size // 64)
+    step = footprint(config, VOCABULARY, setting)
+    assert step.logits == at_full_size // 8
+    # Besides them the gradient of what was there before.
+    found = Measurement(config, setting).kept()["logits"] - 4 * step.tokens * config.model.n_embd
+    assert step.logits == pytest.approx(found, rel=0.2)
 
 
 def test_gradients_of_shards_are_complete_while_they_accumulate() -> None:
@@ -141,7 +152,7 @@ class Measurement:
 
         torch.set_num_threads(1)
         self.config, self.setting, self.dtype = config, setting, getattr(torch, setting.dtype)
-        ranks = {"one": 1, "ddp": DDP_RANKS, "fsdp": FSDP_RANKS}[strategy]
+        ranks = RANKS[strategy]
         world = World(device=torch.device("cpu"), rank=0, size=ranks, local_rank=0, local_size=ranks)
         mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",)) if strategy == "fsdp" else None
         self.model = LanguageModel.without_memory(config.model, VOCABULARY)
@@ -149,7 +160,9 @@ class Measurement:
         for parameter in self.model.parameters():
             torch.nn.init.normal_(parameter.detach(), std=0.02)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.wrapped = parallel.replicate(self.model, world)
+        self.wrapped: Any = parallel.replicate(self.model, world)
+        if strategy == "ddp":  # what the pretended ranks would return is there already
+            self.wrapped.register_comm_hook(None, lambda _, bucket: resolved(bucket.buffer()))
         sequences, length = config.train.micro_batch_size, config.model.block_size
         windows = torch.randint(VOCABULARY, (sequences, length + 1))
         documents = torch.arange(length).div(16, rounding_mode="floor").expand(sequences, -1)
@@ -170,8 +183,8 @@ class Measurement:
     def measure(self) -> dict[str, int]:
         from torch.distributed.tensor import DTensor
 
-        self.step()
-        self.step()  # DDP sorts its buckets anew after the first one
+        for _ in range(1 + (self.wrapped is not self.model)):  # DDP sorts its buckets anew after the first one
+            self.step()
         found = {"peak": peak_of(self.step)}
         tensors = [
             *self.model.parameters(),
@@ -191,6 +204,7 @@ class Measurement:
         import torch
 
         from pipeline.machine.device import autocast
+        from pipeline.model.loss import mean_loss
 
         kept: list[torch.Tensor] = []
 
@@ -211,16 +225,19 @@ class Measurement:
             for tensor in kept
             if tuple(tensor.shape) not in shapes and tensor.untyped_storage().data_ptr() not in weights
         }
-        hidden = torch.randn(rows, self.model.config.n_embd)
         del loss
+        hidden = torch.randn(rows, self.model.config.n_embd, dtype=self.dtype).requires_grad_()
+        weight, targets = self.model.lm_head.weight.detach().to(self.dtype), self.inputs[1].flatten()
+        of_loss = peak_of(lambda: mean_loss(hidden, weight, self.model.logit_bias, targets))
+        return {"activations": sum(storages.values()), "logits": of_loss}
 
-        def of_loss() -> None:
-            logits = torch.nn.functional.linear(hidden, self.model.lm_head.weight.detach()).requires_grad_()
-            torch.nn.functional.cross_entropy(logits, self.inputs[1].flatten()).backward()
 
-        # Less the logits themselves: a leaf stays, and the model's are freed before the backward pass.
-        leaf = 4 * rows * self.model.padded_vocab_size
-        return {"activations": sum(storages.values()), "logits": peak_of(of_loss) - leaf}
+def resolved(value: Any) -> Any:
+    import torch
+
+    future: Any = torch.futures.Future()
+    future.set_result(value)
+    return future
 
 
 def peak_of(work: Any) -> int:
@@ -237,18 +254,19 @@ def peak_of(work: Any) -> int:
     return peak
 
 
-def main(strategy: str, rank: int, store: str) -> None:
+def main() -> None:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if strategy == "ddp":
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=DDP_RANKS)
-    elif strategy == "fsdp":
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=FSDP_RANKS)
-    sys.stdout.write(
-        json.dumps({name: Measurement(*case(name), strategy=strategy).measure() for name in SHAPES}) + "\n"
-    )
+    found = {}
+    for strategy, ranks in RANKS.items():
+        # Without the other ranks: what they would send changes no size.
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+        names = [name for ranked, name in CASES if ranked == strategy]
+        found[strategy] = {name: Measurement(*case(name), strategy=strategy).measure() for name in names}
+        dist.destroy_process_group()
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main()

@@ -189,6 +189,7 @@ def test_a_large_file_is_named_by_its_size_and_samples(tmp_path: Path) -> None:
 # ---- training ----
 
 
+@pytest.mark.slow
 @WRITERS
 def test_train_takes_such_a_folder_and_resumes_only_on_the_same(
     write: Callable[[Path], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture

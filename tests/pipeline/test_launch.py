@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +172,20 @@ def test_without_a_c_compiler_nothing_is_compiled_and_the_reason_is_told(monkeyp
     monkeypatch.setenv("PATH", "/nowhere")
     assert should_compile("auto", torch.device("cuda")) == (False, "Triton finds no C compiler ($CC, gcc, clang)")
     monkeypatch.setenv("CC", "/opt/bin/cc")
+    assert should_compile("auto", torch.device("cuda"))[0]
+
+
+def test_without_pythons_headers_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a slim image: the launchers that Triton builds include Python.h."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    monkeypatch.setenv("CC", "/opt/bin/cc")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / name))
+    header = tmp_path / "include" / "Python.h"
+    expected = False, f"Triton needs {header}: install python3-dev"
+    assert should_compile("auto", torch.device("cuda")) == expected
+    header.parent.mkdir()
+    header.touch()
     assert should_compile("auto", torch.device("cuda"))[0]
 
 

@@ -216,6 +216,7 @@ def test_a_node_that_cannot_be_reached_is_named_with_the_port(
     assert "refused" in str(reached.value) and "set MASTER_ADDR" in str(reached.value)
 
 
+@pytest.mark.slow
 def test_a_first_node_that_does_not_resolve_is_named_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

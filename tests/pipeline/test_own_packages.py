@@ -99,6 +99,7 @@ def test_workers_that_a_notebook_starts_take_our_stages(nanogpt: Path) -> None:
     assert sorted(python(code).split()) == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_a_module_of_the_users_that_was_there_before_gives_way_when_the_door_is_used(nanogpt: Path) -> None:
     (nanogpt / "train" / "__init__.py").write_text("name = 'the user'\n")
     (nanogpt / "numpy.py").unlink()

@@ -177,8 +177,8 @@ def test_from_a_run_begins_another_with_its_config(tiny: Path) -> None:
         assert json.loads(result.stdout.splitlines()[-1])["run"] == f"runs/{name}"
         made = from_dict(read(tiny / "runs" / name))
         assert made.model == base.model and made.checkpoint.resume == "auto" and made.run.name == name
-        # The same command goes on with the run that it made.
-        assert "from runs" in run_program("train", "--from", "run", *words, cwd=tiny).stderr
+    # The same command resumes the run that it made.
+    assert "from runs" in run_program("train", "--from", "run", "run.name=x", cwd=tiny).stderr
     assert read(tiny / "runs" / "run-weight_decay-0.2")["optimizer"]["weight_decay"] == 0.2
     assert sorted(path.name for path in (tiny / "runs").iterdir()) == ["run", "run-2", "run-weight_decay-0.2", "x"]
 

@@ -12,6 +12,7 @@ from pipeline.machine import watch
 from pipeline.machine.watch import Watch
 
 
+@pytest.mark.slow
 def test_a_rank_that_calls_the_roll_itself_answers_those_called_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three ranks two lose the third, and both call the roll: neither may take the other one for lost."""
     monkeypatch.setattr(watch, "ANSWER_S", 2.0)
@@ -28,6 +29,7 @@ def test_a_rank_that_calls_the_roll_itself_answers_those_called_before(monkeypat
     assert found == ["rank(s) 2 of 3 did not respond: stopped, killed, or the node is lost"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_answers_answers_those_called_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other order: this one's own roll is the first, and both wait at the same time for the third."""
     monkeypatch.setattr(watch, "ANSWER_S", 2.0)

@@ -159,6 +159,7 @@ def test_a_fraction_of_zero_leaves_val_empty(tmp_path: Path) -> None:
     assert [layout.name for layout in lay_out_shards(parts, made, 10**9)] == ["train_00000"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_tokens", [1, 30, 200, 10**9])
 def test_a_shard_is_closed_by_the_document_that_fills_it(tmp_path: Path, shard_tokens: int) -> None:
     chance = random.Random(0)

@@ -142,6 +142,7 @@ def test_limits_count_documents_that_are_kept(tmp_path: Path) -> None:
     assert sorted(kept_texts(tmp_path / "data" / "x")) == sorted(texts[:12:2])
 
 
+@pytest.mark.slow
 def test_workers_and_tasks_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "SMALLEST_UNIT_BYTES", 1 << 12)
     texts = [prose(200, at) + (f" {QUESTION}" if at % 7 == 3 else "") for at in range(40)]

@@ -355,6 +355,7 @@ def test_what_is_wrong_with_a_source_is_told_in_one_line(
     assert [word for word in words if word not in message] == [], message
 
 
+@pytest.mark.slow
 def test_a_unit_of_very_small_files_has_a_position_for_each() -> None:
     """200,000 notes make a corpus; a position names the file and the byte in it, in one int64."""
     files = [StoredFile(f"{number}.txt", 1) for number in range(100_000)]

@@ -131,6 +131,7 @@ def missing() -> Any:
 # ---- the same bytes --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_dataset_is_the_same_with_and_without_it(
@@ -143,6 +144,7 @@ def test_the_dataset_is_the_same_with_and_without_it(
     assert "starting over" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_fault_that_another_task_met_counts_at_the_end(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gigatoken")
     encode_missing, engines = work._encode_missing, []

@@ -94,6 +94,7 @@ def replace_gigatoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
     monkeypatch.setattr(work, "fast_libraries", lambda name, distrusted: {"gigatoken"} - distrusted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "options"),
     [
@@ -119,6 +120,7 @@ def test_the_bytes_are_those_of_one_process(
     assert len(shared) == 2
 
 
+@pytest.mark.slow
 def test_a_large_document_between_separators_is_shared(
     tmp_path: Path, shared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +135,7 @@ def test_a_large_document_between_separators_is_shared(
     assert len(shared) == 1
 
 
+@pytest.mark.slow
 def test_documents_that_keep_all_workers_busy_are_not_shared(tmp_path: Path, shared: list[str]) -> None:
     for number in range(4):
         write_large(tmp_path / "corpus", TEXT + bytes([48 + number]), suffix=f"{number}.txt")
@@ -140,6 +143,7 @@ def test_documents_that_keep_all_workers_busy_are_not_shared(tmp_path: Path, sha
     assert shared == []
 
 
+@pytest.mark.slow
 def test_more_than_one_process_encodes(tmp_path: Path, shared: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "processes").mkdir()
     replace_gigatoken(tmp_path, monkeypatch, MEET.format(folder=tmp_path / "processes"))
@@ -150,6 +154,7 @@ def test_more_than_one_process_encodes(tmp_path: Path, shared: list[str], monkey
     assert several == prepared(tmp_path, "one", tmp_path / "large.txt", workers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", FAULTS)
 def test_a_fault_in_a_worker_starts_over_without_the_library(
     tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -163,6 +168,7 @@ def test_a_fault_in_a_worker_starts_over_without_the_library(
     assert several == prepared(tmp_path, "one", tmp_path / "large.txt", workers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "damage", "reason"),
     [

@@ -104,6 +104,7 @@ def test_words_are_those_of_a_plain_loop_over_any_text() -> None:
         assert len(fresh.words) == 0 and list(ngrams(fresh.words, [1, 5])) == []
 
 
+@pytest.mark.slow
 def test_ngrams_do_not_depend_on_case_punctuation_or_where_a_text_is_divided() -> None:
     chance = random.Random(3)
     words = make_words(60_000, chance)
@@ -131,6 +132,7 @@ def test_an_estimate_is_near_the_similarity() -> None:
     assert (signature("...") != signature("!!!")).any() and (signature("a b") == signature("A, b")).all()
 
 
+@pytest.mark.slow
 def test_a_signature_does_not_depend_on_the_process() -> None:
     text = " ".join(make_words(300, random.Random(1)))
     script = (

@@ -68,6 +68,7 @@ def remove(corpus: Path) -> None:
     (corpus / "b.jsonl").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "line", "lost"),
     [(correct, "b.jsonl changed", True), (add, "bb.jsonl is new", False), (remove, "b.jsonl was removed", True)],
@@ -138,6 +139,7 @@ def test_a_learned_vocabulary_is_part_of_the_plan(
     assert contents(tmp_path / "data" / "half") == contents(tmp_path / "data" / "afresh")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [correct, add, remove])
 def test_what_changes_while_it_is_read_is_encoded_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,

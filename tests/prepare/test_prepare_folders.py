@@ -164,6 +164,7 @@ def test_a_tokenizer_whose_name_is_not_utf_8(tmp_path: Path, source: Path) -> No
     verify.run(folder)
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf_8_on_the_command_line(tmp_path: Path, source: Path) -> None:
     corpus = tmp_path / os.fsdecode(b"corp\xfcs")
     corpus.mkdir()

@@ -241,6 +241,7 @@ def test_another_option_in_between_is_refused_and_named(
     assert load_manifest(Path(half_done.data_dir) / "half").options.items() >= changes.items()
 
 
+@pytest.mark.slow
 def test_a_plan_of_another_version_is_refused_and_named(half_done: PrepareOptions, tmp_path: Path) -> None:
     plan = tmp_path / "data" / "half" / "unfinished" / "plan.json"
     document = orjson.loads(plan.read_bytes())

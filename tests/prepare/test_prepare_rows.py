@@ -27,6 +27,7 @@ def write(path: Path, count: int, broken: tuple[int, ...] = ()) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_broken_rows_are_skipped_up_to_one_in_a_thousand(tmp_path: Path, workers: int) -> None:
     source = write(tmp_path / "c.jsonl", 2000, broken=(700, 1500))
@@ -50,6 +51,7 @@ def test_broken_rows_are_skipped_up_to_one_in_a_thousand(tmp_path: Path, workers
     assert contents(folder) == contents(tmp_path / "data" / "skip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_stop_ends_at_the_first_broken_row_of_the_corpus(tmp_path: Path, workers: int) -> None:
     source = write(tmp_path / "c.jsonl", 2000, broken=(700, 1500))
@@ -80,6 +82,7 @@ def test_each_source_has_its_own_count(tmp_path: Path) -> None:
         assert total == sum(entry["documents" if split == "documents" else "text_bytes"] for entry in manifest.read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("limit", [1, 7, 90, 250, 400])
 def test_a_limit_counts_documents_that_are_left_by_dedup(tmp_path: Path, limit: int, workers: int) -> None:

@@ -295,6 +295,7 @@ def test_a_vocabulary_is_learnt_from_the_documents_that_are_taken(
     assert contents(limited) == contents(alone)
 
 
+@pytest.mark.slow
 def test_a_character_beyond_the_limit_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Units beyond the limit are encoded ahead, by a vocabulary that was not learnt from them."""
     monkeypatch.setattr(units, "SMALLEST_UNIT_BYTES", 2048)

@@ -86,6 +86,7 @@ def test_what_lies_in_s3_is_read_as_what_lies_here(
     assert len(units(opened(tmp_path, "s3://corpus/corpus/c.parquet"))) > 5
 
 
+@pytest.mark.slow
 def test_what_the_server_tells_is_recorded_and_what_changes_is_seen(tmp_path: Path, bucket: Any) -> None:
     bucket.pipe("corpus/a.txt", b"abc")
     found = opened(tmp_path, "s3://corpus/")

@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.model.decoder import Decoder
 from pipeline.model.language_model import LanguageModel
 from sample.choice import Choice, choose
-from sample.generate import DRAWN_AT_A_TIME, generate, uniforms
+from sample.generate import DRAWN_AT_A_TIME, Tokens, generate, uniforms
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16)
 VOCAB_SIZE = 100
@@ -121,6 +121,7 @@ def test_greedy_samples_are_all_the_likeliest_continuation() -> None:
     assert rows[0][0] == logits.argmax().item()
 
 
+@pytest.mark.slow
 def test_a_penalised_greedy_text_equals_transformers() -> None:
     """The prompt's tokens are penalised too."""
     model = model_with_opinions()
@@ -195,3 +196,20 @@ def test_weights_that_are_not_finite_are_said_to_be_damaged_when_they_are_met(ch
         assert len(list(itertools.islice(steps, 5))) == 5
         with pytest.raises(UserError, match="logits are not finite, so its weights are damaged: use another"):
             next(steps)
+
+
+@pytest.mark.parametrize(
+    "choice", [GREEDY, Choice(), Choice(top_k=0, top_p=0.9), Choice(repetition_penalty=1.3)], ids=str
+)
+def test_steps_of_one_shape_choose_the_same_tokens(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU takes them, past a full window too."""
+
+    def tokens() -> list[Tokens]:
+        decoder = Decoder(model_with_opinions(), 2)
+        return list(generate(decoder, [1, 2], max_new_tokens=40, choice=choice, seed=1, scored=True))
+
+    plain = tokens()
+    monkeypatch.setattr("pipeline.model.decoder.ONE_SHAPE", ("cpu",))
+    for found, expected in zip(tokens(), plain, strict=True):
+        assert found.ids == expected.ids
+        assert found.log_probabilities == pytest.approx(expected.log_probabilities, abs=1e-4)

@@ -7,8 +7,8 @@ import pytest
 from conftest import run_program
 from slurm_cluster import SCRIPTS
 
-from pipeline.config import site
 from pipeline.errors import UserError
+from slurm import site
 
 
 @pytest.fixture

@@ -162,6 +162,7 @@ def environment(folder: Path) -> dict[str, str]:
     return dict(line.partition("=")[::2] for line in (folder / "srun.env").read_text().splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "reason", "back"),
     [
@@ -183,11 +184,13 @@ def test_a_run_that_its_time_limit_stopped_is_requeued_and_no_other(
     assert len(errors.splitlines()) == (1 if state == "done" else 2)  # a log is short
 
 
+@pytest.mark.slow
 def test_a_site_that_does_not_requeue_is_reported(pretend: Pretend, tmp_path: Path) -> None:
     code, errors = ended(pretend(NO_REQUEUE="1"))
     assert code == 75 and "error: this site does not requeue: submit the same command again" in errors
 
 
+@pytest.mark.slow
 def test_the_tasks_get_what_is_set_here_and_the_deadline_whatever_the_sites_and_the_users_formats(
     pretend: Pretend, tmp_path: Path
 ) -> None:
@@ -196,6 +199,7 @@ def test_the_tasks_get_what_is_set_here_and_the_deadline_whatever_the_sites_and_
     assert environment(tmp_path).items() >= {"SLURM_EXPORT_ENV": "ALL", "PIPELINE_DEADLINE": str(deadline)}.items()
 
 
+@pytest.mark.slow
 def test_where_squeue_does_not_answer_the_run_goes_on_without_a_deadline(pretend: Pretend, tmp_path: Path) -> None:
     code, errors = ended(pretend(SQUEUE_FAILS="1", SLURM_RESTART_COUNT="1"))
     assert code == 0 and "warning: squeue does not report when the job ends" in errors
@@ -203,6 +207,7 @@ def test_where_squeue_does_not_answer_the_run_goes_on_without_a_deadline(pretend
     assert requeued(tmp_path) == ["70"]
 
 
+@pytest.mark.slow
 def test_a_job_submitted_from_inside_another_one_is_itself(pretend: Pretend, tmp_path: Path) -> None:
     """From a rank of an array's element that was requeued before."""
     array = {"SLURM_ARRAY_JOB_ID": "60", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "7"}
@@ -216,11 +221,13 @@ def test_a_job_submitted_from_inside_another_one_is_itself(pretend: Pretend, tmp
     assert (tasks["MASTER_ADDR"], tasks.get("MASTER_PORT"), tasks["SLURM_RESTART_COUNT"]) == ("localhost", None, "0")
 
 
+@pytest.mark.slow
 def test_the_users_address_of_the_first_node_is_kept(pretend: Pretend, tmp_path: Path) -> None:
     assert ended(pretend(MASTER_ADDR="10.0.0.7", MASTER_PORT="4000"))[0] == 0
     assert environment(tmp_path).items() >= {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4000"}.items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "ranks", "cores"),
     [
@@ -273,6 +280,7 @@ def test_a_preparation_from_inside_an_array_is_not_an_elements_share(pretend: Pr
     assert (tmp_path / "data" / "whole" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_an_array_element_has_its_own_run_and_requeues_only_itself(pretend: Pretend, tmp_path: Path) -> None:
     """In a folder whose name has spaces, too."""
     element = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3", "ARRAY_INDEX": "3"}
@@ -291,6 +299,7 @@ KILLED = "srun: error: n2: task 1: Killed"
 ENDED_BY_SRUN = "srun: error: n1: tasks 0-3: Terminated"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("says", "srun_code", "code"),
     [
@@ -314,6 +323,7 @@ def test_an_error_of_the_user_and_a_divergence_are_not_requeued_and_keep_their_e
     assert requeued(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("says", "srun_code", "told"),
     [
@@ -339,6 +349,7 @@ def test_a_crash_is_requeued_from_the_last_checkpoint(
     assert exclusions(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_crashes_without_progress_end_with_the_exit_code_of_the_crash(pretend: Pretend, tmp_path: Path) -> None:
     crash = {"SRUN_STATE": "failed", "SRUN_EXIT": "1", "SRUN_STEP": "5"}
     codes = [ended(pretend(STARTS=str(start), **crash))[0] for start in range(3)]
@@ -346,6 +357,7 @@ def test_crashes_without_progress_end_with_the_exit_code_of_the_crash(pretend: P
     assert "2 starts in a row made no checkpoint" in ended(pretend(STARTS="2", **crash))[1]
 
 
+@pytest.mark.slow
 def test_a_node_that_ended_two_starts_is_excluded_from_the_third(pretend: Pretend, tmp_path: Path) -> None:
     for start in range(2):
         _, errors = ended(
@@ -358,6 +370,7 @@ def test_a_node_that_ended_two_starts_is_excluded_from_the_third(pretend: Preten
     assert len(exclusions(tmp_path)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [
@@ -376,6 +389,7 @@ def test_a_node_whose_hardware_is_broken_is_excluded_at_once(pretend: Pretend, t
     assert "excluded for job 70: n2" in errors and requeued(tmp_path) == ["70"]
 
 
+@pytest.mark.slow
 def test_what_a_rank_of_an_earlier_start_logged_excludes_no_node(pretend: Pretend, tmp_path: Path) -> None:
     """The run had more ranks before, or its job had another number."""
     logs = tmp_path / "runs" / "tiny" / "ranks"
@@ -387,6 +401,7 @@ def test_what_a_rank_of_an_earlier_start_logged_excludes_no_node(pretend: Preten
     assert "excluded" not in errors and requeued(tmp_path) == ["70"] and exclusions(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_node_without_which_the_job_could_not_start_is_not_excluded(pretend: Pretend, tmp_path: Path) -> None:
     _, errors = ended(pretend(SRUN_STATE="failed", SRUN_EXIT="1", RANK_SAYS="uncorrectable ECC error", NODES="n1 n2"))
     assert "warning: n2 failed, but partition all has no other node for the job" in errors
@@ -402,6 +417,7 @@ def test_a_job_that_slurm_ends_itself_is_not_said_to_be_over(pretend: Pretend, t
     assert "not requeued" not in errors
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_script_is_seen_before_it_says_that_the_run_is_over(pretend: Pretend, tmp_path: Path) -> None:
     process = pretend(SRUN_STATE="stopped", SRUN_REASON="SIGTERM", SRUN_SLEEP="3")
     deadline = time.monotonic() + 30
@@ -413,6 +429,7 @@ def test_a_signal_to_the_script_is_seen_before_it_says_that_the_run_is_over(pret
     assert "not requeued" not in errors and requeued(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_start_that_trains_for_a_small_part_of_its_time_counts_as_stalled(pretend: Pretend, tmp_path: Path) -> None:
     """One step of a tenth of a second for each start-up of seconds: checkpoints alone would be progress."""
     for start in range(3):
@@ -428,6 +445,7 @@ def test_a_start_that_trains_for_a_small_part_of_its_time_counts_as_stalled(pret
     assert codes[:2] == [0, 0] and codes[2] == 65
 
 
+@pytest.mark.slow
 def test_a_second_job_on_a_run_touches_nothing(pretend: Pretend, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "tiny"
     (tmp_path / "queue").write_text(f"69|69|RUNNING|pipeline:{run_dir}|/elsewhere|(null)\n")

@@ -485,6 +485,7 @@ def test_a_run_is_recognised_whatever_the_name_of_its_folder(site: Path, name: s
     submitted(["tiny.toml", "run.dir=a"], JOB, dry_run=True)
 
 
+@pytest.mark.slow
 def test_a_name_that_is_not_utf8_reaches_the_script(site: Path) -> None:
     source = os.fsdecode(b"caf\xe9.txt")
     Path(source).write_text("To be, or not to be.")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import die_at, overrides, run_program, tiny_config, write_dataset, write_documents
+from safetensors.torch import load_file
 from test_train_run import assert_identical, copy_of, curve, final_tensors, renamed, rows, status
 
 from pipeline.checkpoint.folder import hash_of_description, read_description
@@ -63,6 +64,7 @@ def stopped_at(config: Config, step: int) -> None:
 # ---- back inside a run ----
 
 
+@pytest.mark.slow
 def test_a_checkpoint_named_by_resume_is_gone_back_to_once(trunk: Config, caplog: pytest.LogCaptureFixture) -> None:
     """As a job that SLURM queues again: each start makes a few steps, and none takes them back."""
     caplog.set_level("INFO", "pipeline")
@@ -80,6 +82,7 @@ def test_a_checkpoint_named_by_resume_is_gone_back_to_once(trunk: Config, caplog
     assert [path.name for path in left] == ["left_behind_step_00000010"]
 
 
+@pytest.mark.slow
 def test_another_step_goes_back_again_and_the_first_one_after_its_mark_is_removed(trunk: Config) -> None:
     config = changed(copy_of(trunk, "twice"), checkpoint={"every_steps": 1, "keep": 20})
     for resume, first in (("step_00000005", 6), ("step_00000007", 8), ("step_00000005", 6)):
@@ -164,6 +167,7 @@ def test_a_checkpoint_of_the_version_before_eval_tokens_is_resumed(trunk: Config
     assert steps(config) == [5, 10, 12]
 
 
+@pytest.mark.slow
 def test_going_back_may_be_killed_at_any_moment(trunk: Config) -> None:
     """The next start of the same command finds the run at the step or goes back to it, and loses nothing of the rest."""
     straight = changed(copy_of(trunk, "unkilled"), checkpoint={"resume": "step_00000005"})
@@ -273,6 +277,42 @@ def test_a_branch_with_the_same_data_is_the_trunk_s_own_continuation(trunk: Conf
     }  # fmt: skip
 
 
+def test_a_cooldown_is_a_branch_while_the_trunk_goes_on_as_it_was(trunk: Config) -> None:
+    """The rate falls linearly from where the branch begins; the trunk's is the same as without one, to the bit."""
+    constant = {"kind": "wsd", "warmup_steps": 2, "decay_steps": 1000, "cooldown_steps": 500}
+    straight = renamed(changed(trunk, schedule=constant, optimizer={"name": "muon"}), "wsd-straight")
+    run(straight)
+    going = renamed(straight, "wsd-trunk")
+    stopped_at(going, 5)
+    cooldown = branch_of(
+        going,
+        "cooldown",
+        train={"max_steps": 9},
+        schedule={"decay_steps": 0, "cooldown_steps": 4},
+        optimizer={"min_lr": 0.0},
+    )
+    run(cooldown)
+    assert [row["lr"] for row in rows(cooldown)] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
+    run(going)
+    assert [row["lr"] for row in rows(going)][2:] == [1e-2] * 8
+    for name, tensor in final_tensors(straight).items():
+        assert torch.equal(final_tensors(going)[name], tensor), name
+
+
+def test_another_optimizer_begins_its_state_anew_in_a_branch_and_is_no_resume(
+    trunk: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    resumed = changed(copy_of(trunk, "muon"), optimizer={"name": "muon"}, train={"max_steps": 12})
+    with pytest.raises(UserError, match="cannot resume with optimizer.name 'adamw' -> 'muon': set them back"):
+        run(resumed)
+    config = branch_of(trunk, "muon-branch", optimizer={"name": "muon"})
+    run(config)
+    assert "optimizer.name adamw -> muon: its state starts from zero, the weights do not" in caplog.text
+    assert rows(config)[0]["loss"] == rows(trunk)[5]["loss"], "the trunk's weights and samples"
+    names = load_file(checkpoint(config, 10) / "training_state.safetensors")
+    assert {name.split(".")[0] for name in names} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+
+
 def annealing(trunk: Config, name: str) -> Config:
     """Another mixture, twice the batch, a schedule of its own."""
     mixture = (WeightedDataset("tiny", 1.0), WeightedDataset("other", 3.0))
@@ -293,6 +333,7 @@ def test_everything_but_the_shapes_may_change_and_tokens_are_counted_on(trunk: C
     assert evaluated["tokens_tiny"] + evaluated["tokens_other"] == 7 * 256, "the new mixture from its first sample on"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [branch_of, annealing])
 def test_a_branch_stopped_after_any_step_ends_the_same(trunk: Config, make: Any) -> None:
     straight, chopped = make(trunk, "whole"), make(trunk, "chopped")
@@ -306,6 +347,7 @@ def test_a_branch_stopped_after_any_step_ends_the_same(trunk: Config, make: Any)
     assert read_description(checkpoint(chopped, straight.train.max_steps)).began_at["step"] == 5
 
 
+@pytest.mark.slow
 def test_a_branch_resumes_without_its_trunk_and_goes_back_inside_itself(trunk: Config) -> None:
     gone = copy_of(trunk, "gone")
     config = branch_of(gone, "orphan", checkpoint={"every_steps": 1, "keep": 20})
@@ -321,6 +363,7 @@ def test_a_branch_resumes_without_its_trunk_and_goes_back_inside_itself(trunk: C
     assert steps(config)[-1] == 14 and not list((config.run_dir / "checkpoints").glob("damaged_*"))
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_branch_counts_from_the_first_trunk(trunk: Config) -> None:
     first = annealing(trunk, "first")
     run(first)

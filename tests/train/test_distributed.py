@@ -102,20 +102,23 @@ def test_two_ranks_stopped_and_resumed_equal_straight_through_bit_for_bit(two: t
 
 
 @pytest.mark.parametrize(
-    ("ranks", "strategy"),
+    ("ranks", "strategy", "optimizer"),
     [
-        (4, "ddp"),
-        pytest.param(3, "ddp", marks=pytest.mark.campaign),
-        pytest.param(3, "fsdp", marks=pytest.mark.campaign),
-        pytest.param(4, "fsdp", marks=pytest.mark.campaign),
+        (4, "ddp", "adamw"),
+        pytest.param(3, "fsdp", "muon", marks=pytest.mark.campaign),
+        pytest.param(4, "ddp", "muon", marks=pytest.mark.campaign),
+        pytest.param(3, "ddp", "adamw", marks=pytest.mark.campaign),
+        pytest.param(3, "fsdp", "adamw", marks=pytest.mark.campaign),
+        pytest.param(4, "fsdp", "adamw", marks=pytest.mark.campaign),
     ],
 )
-def test_more_ranks_resume_bit_for_bit(tiny: Path, ranks: int, strategy: str) -> None:
+def test_more_ranks_resume_bit_for_bit(tiny: Path, ranks: int, strategy: str, optimizer: str) -> None:
     """With accumulation: four micro-batches each on three ranks, three on four. DDP's buckets are others after its first
     backward pass, and sums of three or more numbers depend on their order."""
     config = tiny_config(
-        tiny, model={"dropout": 0.1, "n_layer": 4}, train={"tokens_per_step": 384}, parallel={"strategy": strategy}
-    )
+        tiny, model={"dropout": 0.1, "n_layer": 4}, train={"tokens_per_step": 384}, parallel={"strategy": strategy},
+        optimizer={"name": optimizer},
+    )  # fmt: skip
     straight, resumed = renamed(config, "straight"), renamed(config, "resumed")
     rows, weights = trained(straight, tiny, ranks)
     shutil.copytree(straight.run_dir, resumed.run_dir)

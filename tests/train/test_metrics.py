@@ -155,6 +155,7 @@ def test_a_run_resumed_within_the_same_second_keeps_one_curve(tmp_path: Path) ->
 # ---- curves, figures by layer, what they compare with ----
 
 
+@pytest.mark.slow
 def test_curves_are_in_groups_with_hyperparameters_texts_and_reference_lines(tiny: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -34,6 +34,7 @@ def trained_s(config: Config) -> float:
     return read_description(latest).trained_s
 
 
+@pytest.mark.slow
 def test_a_run_ends_done_once_its_minutes_are_used_up(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = timed_config(tiny, eval={"every_steps": 100_000}, checkpoint={"every_steps": 100_000})
     assert run(config) == ""
@@ -60,6 +61,7 @@ def test_a_run_ends_done_once_its_minutes_are_used_up(tiny: Path, caplog: pytest
     assert status(more)["step"] > ended["step"]
 
 
+@pytest.mark.slow
 def test_the_starts_of_a_run_share_its_minutes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped three times; what it trained before is not given to it again."""
     config = timed_config(tiny, 5 * MINUTES)
@@ -79,6 +81,7 @@ def test_the_starts_of_a_run_share_its_minutes(tiny: Path, monkeypatch: pytest.M
     assert 300 * MINUTES <= trained_s(config) < 300 * MINUTES + 1
 
 
+@pytest.mark.slow
 def test_evaluations_and_saves_take_none_of_the_minutes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from train.evaluation import Evaluation
 
@@ -129,6 +132,7 @@ def test_ranks_agree_on_the_last_step_and_one_of_them_prints_the_result(tiny: Pa
     assert "are used up" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_no_result_and_a_stopped_one_says_so(tiny: Path) -> None:
     config = tiny_config(tiny)
     dry = run_program("train", "quickstart", *overrides(config), "--dry-run", cwd=tiny)

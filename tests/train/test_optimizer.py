@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from pipeline.config.keys import Config, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from pipeline.config.load import from_dict
+from pipeline.errors import UserError
 from pipeline.model.language_model import LanguageModel
 from train.optimizer.groups import build_optimizer
 from train.optimizer.schedule import learning_rate
@@ -40,6 +42,46 @@ def test_decay_may_end_before_the_run_and_warmup_may_be_left_out() -> None:
     config = replace(CONFIG, schedule=ScheduleConfig(warmup_steps=0, decay_steps=50))
     assert learning_rate(0, config) == 1e-3
     assert learning_rate(50, config) == learning_rate(109, config) == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("cooldown", "decay", "rates"),
+    [
+        # The last fifth of 110 steps, and exactly min_lr after the last of them.
+        (0, 0, {0: 1e-4, 9: 1e-3, 10: 1e-3, 88: 1e-3, 99: 5.5e-4, 109: 1e-4 + 9e-4 / 22, 110: 1e-4, 10_000: 1e-4}),
+        (50, 0, {59: 1e-3, 60: 1e-3, 85: 5.5e-4, 110: 1e-4}),
+        (20, 70, {50: 1e-3, 60: 5.5e-4, 70: 1e-4, 109: 1e-4}),
+        (100, 0, {5: 6e-4, 10: 1e-3, 60: 5.5e-4}),  # right after the warmup
+    ],
+)
+def test_wsd_is_constant_and_then_falls_linearly(cooldown: int, decay: int, rates: dict[int, float]) -> None:
+    schedule = ScheduleConfig(kind="wsd", warmup_steps=10, decay_steps=decay, cooldown_steps=cooldown)
+    config = replace(CONFIG, schedule=schedule)
+    assert [learning_rate(step, config) for step in rates] == pytest.approx(list(rates.values()), rel=1e-12)
+
+
+def test_a_run_of_few_steps_has_no_cooldown_by_itself() -> None:
+    config = replace(CONFIG, schedule=ScheduleConfig(kind="wsd", warmup_steps=0), train=TrainConfig(max_steps=4))
+    assert [learning_rate(step, config) for step in range(5)] == [1e-3, 1e-3, 1e-3, 1e-3, 1e-4]
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (
+            {"kind": "wsd", "warmup_steps": 60, "cooldown_steps": 51},
+            "=60 and schedule.cooldown_steps=51 are more than the 110",
+        ),
+        ({"kind": "wsd", "warmup_steps": 5, "cooldown_steps": 16, "decay_steps": 20}, "are more than the 20 steps"),
+        (
+            {"kind": "cosine", "warmup_steps": 5, "cooldown_steps": 16},
+            "schedule.cooldown_steps=16 needs schedule.kind=wsd",
+        ),
+    ],
+)
+def test_contradictions_of_a_schedule_are_refused(keys: dict[str, int | str], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        from_dict({"schedule": keys, "train": {"max_steps": 110}})
 
 
 def test_only_matrices_decay_and_every_parameter_is_there_once() -> None:

@@ -44,13 +44,16 @@ def under(config: Config, strategy: str) -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [{"arch": "gpt2"}, {"arch": "qwen3", "head_dim": 10, "n_kv_head": 1}], ids=str)
+@pytest.mark.parametrize(
+    ("optimizer", "arch"),
+    [("adamw", {}), ("muon", {}), ("muon", {"arch": "qwen3", "head_dim": 10, "n_kv_head": 1})], ids=str,
+)  # fmt: skip
 def test_a_run_moves_between_strategies_and_rank_counts_and_stays_the_same_run(
-    tiny: Path, arch: dict[str, Any]
+    tiny: Path, optimizer: str, arch: dict[str, Any]
 ) -> None:
     """Losses, norms and weights are those of one undisturbed rank, with accumulation, dropout and uneven parts."""
     (tiny / "sitecustomize.py").write_text(TWO_NODES)
-    config = sharded_config(tiny, checkpoint={"every_steps": 3})
+    config = sharded_config(tiny, checkpoint={"every_steps": 3}, optimizer={"name": optimizer})
     config = replace(config, model=replace(config.model, **arch))
     straight = trained(renamed(config, "straight"), tiny, ranks=1)
     moving = renamed(config, "moving")

@@ -206,6 +206,7 @@ print(peak_bytes_per_parameter(replace(config, model=replace(config.model, n_lay
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak of memory")
 def test_a_save_takes_the_memory_of_one_copy(tmp_path: Path) -> None:
     """Weights and two moments are 12 bytes a parameter; the folder's layout takes no second copy."""

@@ -54,6 +54,7 @@ def bad_steps(config: Config) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (config.run_dir / "bad_steps.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_also_when_stopped_after_every_step(
     tiny: Path, bad_batches: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

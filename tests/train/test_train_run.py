@@ -24,7 +24,9 @@ from pipeline.config.keys import Config
 from pipeline.config.load import from_dict, to_dict
 from pipeline.errors import UserError
 from pipeline.files import one_writer
-from train.run import run
+from pipeline.machine.ranks import World
+from pipeline.runs import RunFolder, State, Status
+from train.run import autocast_type, run
 from train.stop import StopRequest
 
 
@@ -69,6 +71,7 @@ def copy_of(config: Config, name: str) -> Config:
     return copied
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_contract_says(tiny: Path) -> None:
     config = tiny_config(tiny, log={"tensorboard": True, "every_steps": 2})
     result = run_program("train", "quickstart", *overrides(config), cwd=tiny)
@@ -103,6 +106,7 @@ def test_tensorboard_holds_the_same_curve(tiny: Path) -> None:
     assert [e.step for e in events.Scalars("val/loss")] == [5, 10]
 
 
+@pytest.mark.slow
 def test_stopped_after_every_single_step_equals_straight_through(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten starts, each stopped by its stop-file after one step, dropout on: the same bits as one start."""
     straight = tiny_config(tiny, model={"dropout": 0.2}, log={"every_steps": 5})
@@ -126,6 +130,20 @@ def test_resumed_in_the_middle_equals_straight_through(tiny: Path) -> None:
     run(replace(halved, train=replace(halved.train, max_steps=5), schedule=replace(halved.schedule, decay_steps=10)))
     run(halved)
     assert_identical(halved, straight)
+
+
+def test_a_run_on_a_cpu_stays_in_the_type_it_began_with(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial may end otherwise at another start, or on another machine."""
+    monkeypatch.setattr("train.run.pick_dtype", lambda name, device, n_embd: (torch.float32, f"trial of {name}"))
+    config, world = tiny_config(tiny, run={"dtype": "auto"}), World(device=torch.device("cpu"))
+    assert autocast_type(config, world) == (torch.float32, "trial of auto")
+    RunFolder(config.run_dir).path.mkdir(parents=True)
+    RunFolder(config.run_dir).write_status(Status(State.RUNNING, 0, dtype="bfloat16"))
+    assert autocast_type(config, world) == (torch.bfloat16, "as the run began")
+    configured = replace(config, run=replace(config.run, dtype="float32"))
+    assert autocast_type(configured, world) == (torch.float32, "trial of float32"), "what is configured wins"
+    RunFolder(config.run_dir).write_status(Status(State.RUNNING, 0, dtype="float16"))
+    assert autocast_type(config, world) == (torch.float32, "trial of auto"), "a run that began on a GPU"
 
 
 def mixed_config(folder: Path, **sections: dict[str, Any]) -> Config:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.config.keys import Config
 from pipeline.dataset.mixture import Mixture
+from pipeline.model.attention import document_offsets, takes_offsets
 from pipeline.model.language_model import document_numbers
 
 AHEAD = 2  # one is waiting while the next is made
@@ -68,9 +69,14 @@ def model_inputs(
     windows: Tensor, config: Config, mixture: Mixture, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Inputs and targets (B, T) of windows (B, T + 1), which are the inputs one token later, and
-    the document of each token (B, T), None where attention may cross documents.
+    their documents as the model takes them, None where attention may cross them. Call it under the
+    autocast of the forward pass.
     """
-    windows = windows.to(device, non_blocking=True)
+    on_host, windows = windows, windows.to(device, non_blocking=True)
     inputs, targets = windows[:, :-1], windows[:, 1:]
+    if not config.data.document_mask:
+        return inputs, targets, None
     end_of_text = mixture.tokenizer["end_of_text"]
-    return inputs, targets, document_numbers(inputs, end_of_text) if config.data.document_mask else None
+    if takes_offsets(device, config.model.dropout):
+        return inputs, targets, document_offsets(on_host[:, :-1], end_of_text).to(device, non_blocking=True)
+    return inputs, targets, document_numbers(inputs, end_of_text)

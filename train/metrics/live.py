@@ -15,6 +15,7 @@ import torch
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import code_of, reason_of
 from pipeline.log import logger
+from pipeline.machine.cores import CoreWatch
 from pipeline.runs import Row, RunFolder, RunSummary, State, Status, summarize
 from train.metrics.record import bits_per_byte
 
@@ -109,6 +110,7 @@ class Throughput:
         self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
         self.last_step_s = 0.0
         self._steps, self._seconds, self._lap_began = 0, 0.0, 0.0
+        self._cores = CoreWatch()
 
     def start(self) -> None:
         """The first step begins."""
@@ -153,6 +155,7 @@ class Throughput:
         data_wait = waited_s / max(self._seconds, 1e-9)
         row = {"tokens_per_s": self.tokens_per_s, "mfu": self.mfu, "data_wait": data_wait}
         self._steps, self._seconds = 0, 0.0
+        self._cores.look()
         return row
 
 

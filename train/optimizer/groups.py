@@ -1,43 +1,40 @@
-"""Which parameters decay, and which optimizer updates them."""
+"""Which optimizer updates which parameters, and which of them decay."""
 
-import torch
+from collections import defaultdict
+
 from torch import Tensor, nn
 
 from pipeline.config.keys import OptimizerConfig
+from pipeline.model.language_model import LanguageModel
+from train.optimizer.adamw import AdamW
+from train.optimizer.muon import Muon
+
+Optimizer = AdamW | Muon
 
 
-class AdamW(torch.optim.AdamW):
-    """Fused AdamW (Loshchilov and Hutter 2019), and what a checkpoint has to know of its state."""
-
-    def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The parameter's state before its first step, as torch creates it: same strides, sharding
-        and device.
-        """
-        # The fused kernel counts steps on the device, in float32.
-        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        return {"step": step, **moments}
-
-    def step_unless(self, rejected: Tensor) -> None:
-        """Update the parameters unless `rejected`, () on their device, is true: the kernel looks at it,
-        and the host does not wait.
-        """
-        if rejected.device.type not in ("cpu", "cuda"):  # Metal's kernel cannot read the flag
-            if not rejected:
-                self.step()
-            return
-        # Where gradient scaling reports an overflow to a fused kernel, which then leaves all as it is.
-        self.found_inf = rejected.float()
-        self.step()
-        del self.found_inf
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW. Matrices decay; biases and the gains of norms, which are vectors, do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest. Matrices decay; biases and the
+    gains of norms, which are vectors, do not.
+    """
+    stacks = matrix_stacks(model) if config.name == "muon" and isinstance(model, LanguageModel) else []
+    taken = {matrix for stack, _ in stacks for matrix in stack}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in taken]
     # As in GPT-3 and nanoGPT: decay is a prior on matrices, gains and biases are few.
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    rest = AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return Muon(stacks, config.weight_decay, rest) if stacks else rest
+
+
+def matrix_stacks(model: LanguageModel) -> list[tuple[list[Tensor], int]]:
+    """The matrices of the blocks, those of one shape together, with the number of matrices that each
+    is fused from. Embeddings and the head are tables of rows that tokens update one by one: not among them.
+    """
+    stacks: dict[tuple[tuple[int, ...], int], list[Tensor]] = defaultdict(list)
+    for name, parameter in model.blocks.named_parameters():
+        if parameter.ndim == 2:
+            count = next((count for ending, count in model.fused.items() if name.endswith(ending)), 1)
+            stacks[tuple(parameter.shape), count].append(parameter)
+    return [(stack, count) for (_, count), stack in stacks.items()]
