@@ -199,7 +199,8 @@ class Qwen3(Body):
 
     def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         positions, scope = positions_and_scope(ids, documents)
-        rotary = self.rotary[:, positions]
+        # A view where positions are those of the table: no copy to keep for the backward pass.
+        rotary = self.rotary[:, : ids.size(1)] if documents is None else self.rotary[:, positions]
         x = self.drop(self.residual(self.embed_tokens(ids)))
         for layer in self.layers:
             x = layer(x, rotary, scope)
