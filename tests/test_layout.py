@@ -93,7 +93,7 @@ ONE_ARCHITECTURE = {
     r"\b(wte|wpe|c_attn|c_proj|c_fc|ln_1|ln_2|ln_f)\b|transformer\.h\b": ARCHITECTURE_FILES,
     r"\b(self_attn|[qkvo]_proj|[qk]_norm|(gate|up|down)_proj|embed_tokens|input_layernorm)\b": ARCHITECTURE_FILES,
     r"\blm_head\b|\.transformer\b": (*ARCHITECTURE_FILES, "pipeline/model/"),
-    r"\b(GPT2|GPT2Layout|layout_gpt2|Qwen3|Qwen3Layout|layout_qwen3)\b": (
+    r"\b(GPT2|GPT2Layout|layout_gpt2|Qwen3Layout|layout_qwen3)\b|\bimport Qwen3\b": (
         *ARCHITECTURE_FILES, "pipeline/model/language_model.py", "pipeline/checkpoint/layouts.py",
     ),
 }  # fmt: skip

@@ -45,7 +45,7 @@ def llama_cpp() -> Path:
         pytest.skip("npm is not installed")
     folder = Path(tempfile.gettempdir()) / f"node-llama-cpp-{os.getuid()}"
     script = folder / "continue.mjs"
-    if not script.is_file():
+    if not (folder / "node_modules").is_dir():
         # Optional ones are the same for GPUs, 700 MB of them.
         options = ("--omit=optional", "--ignore-scripts", "--no-audit", "--no-fund")
         installed = subprocess.run(
@@ -53,7 +53,7 @@ def llama_cpp() -> Path:
         )
         if installed.returncode:
             pytest.skip(f"npm cannot install {PACKAGES[0]}: {installed.stderr.strip().splitlines()[:1]}")
-        script.write_text(SCRIPT)
+    script.write_text(SCRIPT)
     return script
 
 

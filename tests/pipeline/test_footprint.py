@@ -44,7 +44,6 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         1,
         "float32",
     ),
-    "qwen3, grouped, bfloat16": (SMALL | {"arch": "qwen3", "n_kv_head": 1, "n_embd": 160}, 4, 2, "bfloat16"),
     "qwen3, recomputed": (SMALL | {"arch": "qwen3", "activation_checkpointing": "block"}, 6, 1, "float32"),
     "dropout in bfloat16": (SMALL | {"dropout": 0.1}, 4, 2, "bfloat16"),
 }
