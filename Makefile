@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-fast test-campaign test-sample check bench
+.PHONY: setup quickstart test test-fast test-campaign test-sample check bench bench-compare
 
 setup: $(VENV)/.installed
 
@@ -44,12 +44,12 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/shellcheck slurm/*.sbatch
 
-# SHAKESPEARE and NANOGPT are paths of the text and of a nanoGPT checkout; without them that comparison is skipped.
+# Writes docs/benchmarks.md. SHAKESPEARE and NANOGPT are paths of the text and of a nanoGPT checkout, without which that
+# comparison is not measured; ONLY=eval,decoding runs some groups and replaces their rows alone.
+BENCH = $(BIN)/python -m benchmarks
 bench: setup
-	$(BIN)/python benchmarks/cli_startup.py
-	$(BIN)/python benchmarks/prepare_throughput.py
-	$(BIN)/python benchmarks/train_throughput.py
-	$(BIN)/python benchmarks/sample_throughput.py
-	$(BIN)/python benchmarks/checkpoint_stall.py
-	$(BIN)/python benchmarks/logging_cost.py
-	$(BIN)/python benchmarks/shakespeare_char.py $(if $(SHAKESPEARE),--text $(SHAKESPEARE)) $(if $(NANOGPT),--nanogpt $(NANOGPT))
+	$(BENCH) --only '$(ONLY)' $(if $(SHAKESPEARE),--text $(SHAKESPEARE)) $(if $(NANOGPT),--nanogpt $(NANOGPT))
+
+# Fails where the working tree is slower than the commit REV by more than the noise.
+bench-compare: setup
+	$(BENCH).compare $(if $(REV),$(REV),$(error expected REV=COMMIT)) --only '$(ONLY)'

@@ -125,13 +125,13 @@ class Footprint:
     @property
     def logits(self) -> int:
         """Of one chunk (n, P) the loss holds logits, float32 logarithms of probabilities, and the gradient:
-        in place in float32; compiled without the logarithms. A CPU makes those from float32 logits.
+        in place in float32; compiled without the logarithms. On a CPU `scatter_` works in float32.
         """
         setting, vocabulary = self.setting, self.sizes.table // self.config.model.n_embd
         rows = -(-self.tokens // chunk_count(self.tokens, vocabulary, on_cpu=setting.on_cpu))
         copies = 2 * self.itemsize
         if self.itemsize < F32 and not setting.compiled:
-            copies = 2 * F32 + self.itemsize if setting.on_cpu else F32 + 2 * self.itemsize
+            copies += 2 * F32 if setting.on_cpu else F32
         return copies * rows * vocabulary
 
     @property

@@ -58,8 +58,9 @@ class RMSNorm(nn.Module):
         if device == "cpu":
             out: Tensor = NormOnCPU.apply(x, self.weight, dtype)  # type: ignore[no-untyped-call]
             return out
-        # Sharded gains may arrive in bfloat16, next to a float32 residual stream.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), RMS_NORM_EPSILON).to(dtype)
+        # In no narrower type than x: sharded gains may arrive in bfloat16, next to a float32 residual stream.
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype))
+        return F.rms_norm(x, weight.shape, weight, RMS_NORM_EPSILON).to(dtype)
 
     def operation(self, dtype: torch.dtype) -> Operation:
         weight = self.weight.detach().to(dtype)
@@ -94,7 +95,8 @@ class Attention(nn.Module):
         )
         query, key = rotate(self.q_norm(query), rotary), rotate(self.k_norm(key), rotary)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        y = causal_attention(query, key, value, scope=scope, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y = causal_attention(query, key, value, scope=scope, dropout=dropout)
         out: Tensor = self.resid_dropout(self.o_proj(y.transpose(1, 2).flatten(2)))
         return out
 

@@ -143,6 +143,7 @@ def test_a_number_has_a_lower_bound(key: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key, entry in KEYS.items() if len(entry.metadata["choices"]) != 1])
 def test_a_key_is_read_by_somebody(key: str) -> None:
     """As `config.train.max_steps`, as `train.max_steps`, or in a file that takes a TrainConfig, as `config.max_steps`.

@@ -146,7 +146,7 @@ def test_masked_keys_of_one_shape_give_the_models_logits(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_masked_keys_of_an_earlier_text_are_not_seen(shape: dict[str, Any], one_shape: None) -> None:
+def test_masked_keys_of_an_earlier_text_are_not_seen(one_shape: None, shape: dict[str, Any]) -> None:
     test_a_prefill_forgets_what_was_before()
     test_samples_share_one_reading_of_the_prompt_and_then_part(shape)
 
