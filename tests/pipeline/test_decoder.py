@@ -135,8 +135,11 @@ def one_shape(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture)
 
 @pytest.mark.parametrize("prompt", [1, 5])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_masked_keys_of_one_shape_give_the_models_logits(samples: int, prompt: int, one_shape: None) -> None:
-    model, ids = model_with_opinions(), texts(samples, 16)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_masked_keys_of_one_shape_give_the_models_logits(
+    shape: dict[str, Any], samples: int, prompt: int, one_shape: None
+) -> None:
+    model, ids = model_with_opinions(**shape), texts(samples, 16)
     with torch.inference_mode():
         wanted = model.logits(ids)[:, prompt - 1 :]
     assert_close(decoded(model, ids, prompt), wanted, atol=1e-4, rtol=1e-5)
