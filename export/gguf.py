@@ -14,9 +14,10 @@ import gguf
 import torch
 from gguf.quants import quantize
 
-from pipeline.checkpoint.layout_gpt2 import POSITIONS, GPT2Layout
+from pipeline.checkpoint.layouts import layout_of
+from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.constants import LAYER_NORM_EPSILON
+from pipeline.model.constants import LAYER_NORM_EPSILON, RMS_NORM_EPSILON
 from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.huggingface_files import tokenizer_json
 from pipeline.vocabulary.merges import PUBLISHED
@@ -40,16 +41,16 @@ def write(path: Path, model: LanguageModel, tokenizer: Tokenizer, *, name: str, 
     """Write model and vocabulary. Raises UserError for a vocabulary that GGUF cannot describe."""
     vocabulary = vocabulary_of(tokenizer)
     kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[str(dtype).removeprefix("torch.")]
-    writer = gguf.GGUFWriter(path, "gpt2")
-    config = model.config
+    config = layout_of(model.config).explicit(model.config)
+    writer = gguf.GGUFWriter(path, config.arch)
     writer.add_name(name)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
     # GPT-2's multilayer perceptron is four times as wide as the model.
-    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(LAYER_NORM_EPSILON)
+    _OTHERS[config.arch](writer, config)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     _add_vocabulary(writer, vocabulary, tokenizer.end_of_text)
     _add_tensors(writer, model, kind)
@@ -57,6 +58,22 @@ def write(path: Path, model: LanguageModel, tokenizer: Tokenizer, *, name: str, 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_gpt2(writer: Any, config: ModelConfig) -> None:
+    writer.add_layer_norm_eps(LAYER_NORM_EPSILON)
+
+
+def _add_qwen3(writer: Any, config: ModelConfig) -> None:
+    writer.add_layer_norm_rms_eps(RMS_NORM_EPSILON)
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+
+
+# By `model.arch`, which llama.cpp calls the same: what only one of them has.
+_OTHERS = {"gpt2": _add_gpt2, "qwen3": _add_qwen3}
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
@@ -96,15 +113,17 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, end_of_text: int) -> No
 
 
 def _add_tensors(writer: Any, model: LanguageModel, kind: str) -> None:
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
-    parameters = dict(model.named_parameters())
-    layout = GPT2Layout()
-    for name, shape in layout.shapes(model.config, model.vocab_size).items():
-        tensor = parameters[name].detach() if name in parameters else torch.zeros(shape)
+    layout = layout_of(model.config)
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == model.config.arch)
+    names = gguf.get_tensor_name_map(arch, model.config.n_layer)
+    parameters = {layout.stored_name(name): (name, value) for name, value in model.named_parameters()}
+    for stored, shape in layout.shapes(model.config, model.vocab_size).items():
+        name, parameter = parameters.get(stored, ("", None))
+        tensor = torch.zeros(shape) if parameter is None else parameter.detach()
         # Rows that pad the vocabulary for the sake of matrix units are not part of it.
         if name in layout.vocabulary_rows:
             tensor = tensor[: model.vocab_size]
-        half = tensor.ndim == 2 and name != POSITIONS
+        half = tensor.ndim == 2 and name not in layout.position_rows
         stored_as = gguf.GGMLQuantizationType[kind if half else "F32"]
         data = quantize(tensor.float().contiguous().numpy(), stored_as)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=stored_as)
+        writer.add_tensor(names.get_name(stored, try_suffixes=(".weight", ".bias")), data, raw_dtype=stored_as)

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from pipeline import __version__
 from pipeline.budget import parameters
 from pipeline.checkpoint.folder import Description
+from pipeline.checkpoint.layouts import layout_of
 from pipeline.config.keys import Config, DataConfig, RunConfig
 from pipeline.config.load import from_dict, to_toml
 from pipeline.dataset.shards import Manifest, read_manifest
@@ -22,8 +23,9 @@ def model_card(
     name: str, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str, saved: Description | None, file: str
 ) -> str:
     """model_card.md filled in. `saved`: None for a foreign model; `file`: the GGUF's name or ""."""
-    data = ModelCardData(library_name="gguf" if file else "transformers", pipeline_tag="text-generation", tags=["gpt2"])
-    facts: dict[str, Any] = {"name": name, "shape": model.config, "tokenizer": tokenizer}
+    library, shape = "gguf" if file else "transformers", layout_of(model.config).explicit(model.config)
+    data = ModelCardData(library_name=library, pipeline_tag="text-generation", tags=[shape.arch])
+    facts: dict[str, Any] = {"name": name, "shape": shape, "tokenizer": tokenizer}
     facts |= {"parameters": parameters(model.config, tokenizer.vocab_size)}
     facts |= {"version": __version__, "show": printable, "code": _code, "number": "{:,}".format}
     if saved is not None:

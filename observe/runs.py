@@ -30,7 +30,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "parameters": ("parameters", format_count), "hours": ("hours", "{:,.3g}".format), "tokens": ("tokens", format_count),
     "dataset": ("dataset", str),
 }  # fmt: skip
-LEAST_COLUMNS, LEAST_NAME = 7, 8
+LEAST_COLUMNS, LEAST_NAME = 7, 6
 # They differ between any two runs and say nothing about them.
 NO_DIFFERENCES = ("run.name", "run.dir")
 

@@ -88,13 +88,17 @@ def parameters(model: ModelConfig, vocab_size: int) -> int:
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int) -> int:
-    """Forward and backward: 6 for each weight that is multiplied, 12 L C T for attention (Chowdhery
+    """Forward and backward: 6 for each weight that is multiplied, 12 L H D T for attention (Chowdhery
     et al. 2022).
     """
     # Rows of a table are looked up; a tied token embedding is multiplied too, as the head.
     rows = len(layout_of(model).position_rows) * model.block_size + (0 if model.tie_weights else vocab_size)
     multiplied = parameters(model, vocab_size) - rows * model.n_embd
-    return 6 * multiplied + 12 * model.n_layer * model.n_embd * model.block_size
+    return 6 * multiplied + _attention_flops(model)
+
+
+def _attention_flops(model: ModelConfig) -> int:
+    return 12 * model.n_layer * model.n_head * model.head_width * model.block_size
 
 
 def most_checkpoints(config: Config) -> int:
@@ -201,7 +205,7 @@ def step_time(step: Footprint, hardware: Hardware, vocab_size: int) -> StepTime:
     if setting.dtype == "float32" and not device.is_cpu:
         flops /= 2  # TF32, which has half of bfloat16's peak on all of NVIDIA's data sheets
     tokens, again = step.tokens * setting.accumulation, 4 / 3 if step.recomputes else 1.0
-    attention = 12 * model.n_layer * model.n_embd * model.block_size
+    attention = _attention_flops(model)
     matrices = flops_per_token(model, vocab_size) - attention
     # Of attention a causal kernel skips half, and its backward pass computes a sixth again.
     per_token_s = matrices / (flops * MATRICES_REACH) + 7 / 12 * attention / (flops * ATTENTION_REACHES)

@@ -34,8 +34,9 @@ from train.optimizer.schedule import learning_rate
 # The order of the data and the shapes of the weights follow from these: they cannot change between
 # two starts of a run.
 FIXED_KEYS = (
-    "run.seed", "train.tokens_per_step", "optimizer.name", "model.arch", "model.n_layer", "model.n_head", "model.n_embd",
-    "model.block_size", "model.bias", "model.tie_weights", "data.document_mask", "run.branch_from",
+    "run.seed", "train.tokens_per_step", "optimizer.name", "model.arch", "model.n_layer", "model.n_head", "model.n_kv_head",
+    "model.head_dim", "model.n_inner", "model.rope_theta", "model.n_embd", "model.block_size", "model.bias",
+    "model.tie_weights", "data.document_mask", "run.branch_from",
 )  # fmt: skip
 
 # Earlier versions went back a few steps after a spike, and recorded here the samples to pass over.

@@ -168,6 +168,8 @@ def notes(config: Config, mixture: Mixture) -> list[str]:
             f"note: schedule.warmup_steps={config.schedule.warmup_steps:,} leaves no room before step {config.decay_steps:,}, "
             "where the learning rate should reach its minimum: the run ends while it still rises"
         )
+    if config.model.arch == "qwen3" and config.model.bias:
+        lines.append("note: model.bias=true is ignored: qwen3 has no biases")
     return lines
 
 

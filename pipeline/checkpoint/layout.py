@@ -40,6 +40,12 @@ class Layout(ABC):
     def shapes(self, config: ModelConfig, vocab_rows: int) -> Shapes:
         """Stored name and shape of every tensor in the folder's model.safetensors."""
 
+    def explicit(self, config: ModelConfig) -> ModelConfig:
+        """The config with what its zeros stand for, and what the architecture ignores at one value: equal
+        for equal models.
+        """
+        return config
+
     def stored_name(self, name: str) -> str:
         return name
 

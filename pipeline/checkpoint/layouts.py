@@ -5,11 +5,12 @@ from typing import Any
 
 from pipeline.checkpoint.layout import Layout
 from pipeline.checkpoint.layout_gpt2 import GPT2Layout
+from pipeline.checkpoint.layout_qwen3 import Qwen3Layout
 from pipeline.config.keys import ModelConfig
 from pipeline.errors import UserError
 
 # By `model.arch`.
-LAYOUTS: dict[str, Layout] = {"gpt2": GPT2Layout()}
+LAYOUTS: dict[str, Layout] = {"gpt2": GPT2Layout(), "qwen3": Qwen3Layout()}
 
 
 def layout_of(config: ModelConfig) -> Layout:

@@ -120,7 +120,7 @@ def _read_weights(model: LanguageModel, tensors: dict[str, Stored]) -> None:
 
 def _check_same_model(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
     """Raises UserError with what to paste where a config does not describe a folder's model."""
-    there, here = asdict(theirs), asdict(ours)
+    there, here = (asdict(layout_of(config).explicit(config)) for config in (theirs, ours))
     differing = [key for key in here if key not in FREE_KEYS and there[key] != here[key]]
     if ours.block_size > theirs.block_size:
         differing.append("block_size")

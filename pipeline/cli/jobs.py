@@ -62,7 +62,7 @@ def train(options: Any, arguments: tuple[str, ...], dry_run: bool) -> None:
     parsed = training.train.parse(arguments)
     if parsed["sweeps"]:
         sweep.refuse("a job: use --array, or submit a script that runs it")
-    changes = training.config_arguments(parsed["arguments"], parsed["resume"], parsed["from_run"])
+    changes = training.config_arguments(parsed["arguments"], parsed["resume"], parsed["from_run"], parsed["depth"])
     stage = None if parsed["stage"] is None else str(parsed["stage"])
     submit_run(list(arguments), config_arguments=changes, stage=stage, job=options, dry_run=dry_run)
 

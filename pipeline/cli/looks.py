@@ -5,6 +5,8 @@ from pathlib import Path
 import click
 
 from pipeline.cli.command import PATH, Argument, Command
+from pipeline.cli.training import depth_option
+from pipeline.config.depth import with_depth
 
 GROUP = "Looking"
 
@@ -112,12 +114,14 @@ def runs(folder: Path | None, where: tuple[str, ...], sort: str, json: bool) -> 
 @click.option(
     "--on", metavar="KIND[xN]", help="Hardware, N ranks: h100x8, a100-40x16, 4090, cpu. [default: this machine]"
 )
+@depth_option
 @click.option("--measure", is_flag=True, help="Measure for ten seconds how long a step takes on this machine.")
 @click.option("--price-per-gpu-hour", metavar="X", type=click.FloatRange(min=0), help="For the price of the run.")
 @click.option("--time", metavar="LIMIT", help="Time limit of a SLURM job, as for submit. [default: 24:00:00]")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def plan(
-    arguments: tuple[str, ...], on: str | None, measure: bool, price_per_gpu_hour: float | None, time: str | None, json: bool
+    arguments: tuple[str, ...], on: str | None, depth: int | None, measure: bool, *,
+    price_per_gpu_hour: float | None, time: str | None, json: bool,
 ) -> None:  # fmt: skip
     """Estimate memory, time, disk and price of a run before it starts.
 
@@ -129,9 +133,8 @@ def plan(
     limit_s = None if time is None else seconds(time)
     if time is not None and not limit_s:
         raise click.BadParameter(f"expected minutes, h:mm:ss or d-hh:mm:ss, got {time!r}", param_hint="--time")
-    run(
-        arguments, on=on, measured=measure, json=json, price_per_gpu_hour=price_per_gpu_hour, time_limit_s=limit_s,
-    )  # fmt: skip
+    changes = list(arguments) if depth is None else with_depth(arguments, depth)
+    run(changes, on=on, measured=measure, json=json, price_per_gpu_hour=price_per_gpu_hour, time_limit_s=limit_s)
 
 
 @click.command(cls=Command, group=GROUP, example="pipeline doctor\npipeline doctor --slurm job.sbatch")

@@ -11,6 +11,7 @@ from click.shell_completion import CompletionItem
 from pipeline import launch, log
 from pipeline.cli import sweep
 from pipeline.cli.command import PATH, Argument, Command, write_lines
+from pipeline.config.depth import MOST_LAYERS, with_depth
 from pipeline.config.keys import KEYS, SECTIONS, help_rows
 from pipeline.config.load import DEFAULT_CONFIG, config_from_arguments, load_config, preset_files
 from pipeline.config.other_names import did_you_mean, keys_for
@@ -51,10 +52,21 @@ config_argument = click.argument(
     help=f"A preset's name or a TOML file [default: {DEFAULT_CONFIG}], then changes to it.",
 )  # fmt: skip
 
+depth_option = click.option(
+    "--depth", metavar="N", type=click.IntRange(min=1, max=MOST_LAYERS),
+    help="One dial: N layers set width, heads, learning rate, decay, batch and steps; keys that are given win.",
+)  # fmt: skip
 
-def config_arguments(arguments: Sequence[str], resume: str | None, from_run: str | None = None) -> list[str]:
+
+def config_arguments(
+    arguments: Sequence[str], resume: str | None, from_run: str | None = None, depth: int | None = None
+) -> list[str]:
     """The arguments of `train` that make its config; with `from_run`, that of a new run like this one."""
     changes = [*arguments, *([] if resume is None else [f"checkpoint.resume={resume}"])]
+    if depth is not None:
+        if from_run is not None:
+            raise UserError(f"got --from {from_run} and --depth {depth}, which both set the model: give one of them")
+        return with_depth(changes, depth)
     if from_run is None:
         return changes
     if arguments and "=" not in arguments[0]:
@@ -95,6 +107,7 @@ def key_hint(error: click.NoSuchOption) -> str:
     help="Copy the datasets to this folder on each node's own disk, such as '$SLURM_TMPDIR', and read them there.",
 )  # fmt: skip
 @click.option("--from", "from_run", metavar="RUN", help="Begin a new run with the config of this one, and the changes.")
+@depth_option
 @click.option(
     "--sweep", "sweeps", metavar="KEY=V1,V2,...", multiple=True,
     help="One run for each value, in turn, then a table of them; several options make a grid.",
@@ -102,7 +115,7 @@ def key_hint(error: click.NoSuchOption) -> str:
 @click.option("--print-run-dir", is_flag=True, help="Print the run's folder, for scripts, and exit.")
 def train(
     arguments: tuple[str, ...], resume: str | None, dry_run: bool, stage: Path | None, *,
-    from_run: str | None, sweeps: tuple[str, ...], print_run_dir: bool,
+    from_run: str | None, depth: int | None, sweeps: tuple[str, ...], print_run_dir: bool,
 ) -> None:  # fmt: skip
     """Train a model on a prepared dataset.
 
@@ -110,7 +123,7 @@ def train(
     resumed by the same command.
     """
     try:
-        changes = config_arguments(arguments, resume, from_run)
+        changes = config_arguments(arguments, resume, from_run, depth)
         if sweeps:
             options = ["--dry-run"] * dry_run + ([] if stage is None else ["--stage", str(stage)])
             if print_run_dir:

@@ -6,7 +6,7 @@ import re
 from dataclasses import Field
 from typing import Any
 
-from pipeline.config.keys import CHECKPOINT_NAME, KEYS, TRACKERS, Config, WeightedDataset
+from pipeline.config.keys import CHECKPOINT_NAME, KEYS, TRACKERS, Config, ModelConfig, WeightedDataset
 
 RUN_NAME = re.compile(r"[\w-][\w.-]{0,63}")  # becomes a folder: "." would hide it, ".." lead elsewhere
 COMPARE = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
@@ -61,8 +61,10 @@ def _contradictions(config: Config) -> list[str]:
         if not 0 < source.weight < math.inf
     ]
     # Each only where the single values are valid: one mistake is reported once.
-    if model.n_head > 0 and model.n_embd % model.n_head:
+    if model.n_head > 0 and not model.head_dim and model.n_embd % model.n_head:
         faults.append(f"model.n_embd={model.n_embd} is not a multiple of model.n_head={model.n_head}")
+    elif model.n_head > 0 and min(model.n_kv_head, model.head_dim, model.n_inner) >= 0:
+        faults += _unfit_heads(model)
     if 0 < optimizer.lr < optimizer.min_lr:
         faults.append(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
     if 0 < schedule.decay_steps < schedule.warmup_steps:
@@ -86,3 +88,22 @@ def _contradictions(config: Config) -> list[str]:
     if (name := config.run.name) and not RUN_NAME.fullmatch(name):
         faults.append(f"run.name={name!r}: expected letters, digits, '.', '_' and '-', at most 64 characters")
     return faults
+
+
+def _unfit_heads(model: ModelConfig) -> list[str]:
+    if model.arch == "gpt2":
+        # GPT-2's folder has no room for them.
+        derived = {"n_kv_head": model.n_head, "head_dim": model.n_embd // model.n_head, "n_inner": 4 * model.n_embd}
+        given = {name: getattr(model, name) for name in derived}
+        return [
+            f"model.{name}={value} needs model.arch=qwen3: gpt2 expects {derived[name]}, or 0 for it"
+            for name, value in given.items()
+            if value not in (0, derived[name])
+        ]
+    if model.n_head % model.kv_heads:
+        return [f"model.n_head={model.n_head} is not a multiple of model.n_kv_head={model.n_kv_head}"]
+    if model.head_width % 2:
+        return [
+            f"rotary positions expect heads of an even width, got {model.head_width}: change model.n_head or n_embd"
+        ]
+    return []

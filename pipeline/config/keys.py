@@ -64,25 +64,38 @@ class DataConfig:
 class ModelConfig:
     """Defaults are GPT-2 124M (Radford et al. 2019)."""
 
-    arch: str = key("gpt2", "architecture", ("gpt2",))
+    arch: str = key("gpt2", "architecture", ("gpt2", "qwen3"))
     n_layer: int = key(12, "transformer blocks", at_least=1)
     n_head: int = key(12, "attention heads; must divide n_embd", at_least=1)
+    # The four are for arch="qwen3"; 0 stands for what follows from n_head and n_embd.
+    n_kv_head: int = key(0, "qwen3: heads of keys and values; 0: n_head", at_least=0)
+    head_dim: int = key(0, "qwen3: width of a head; 0: n_embd / n_head", at_least=0)
+    n_inner: int = key(0, "qwen3: width of the MLP; 0: 8/3 n_embd", at_least=0)
+    rope_theta: float = key(10_000.0, "qwen3: base of the rotary positions", above=0)
     n_embd: int = key(768, "width of the residual stream", at_least=1)
     block_size: int = key(1024, "context length in tokens", at_least=1)
     dropout: float = key(0.0, "probability; 0 is usual for pretraining", at_least=0, below=1)
-    bias: bool = key(True, "biases in linear layers and layer norms")
+    bias: bool = key(True, "gpt2: biases in linear layers and layer norms")
     tie_weights: bool = key(True, "share the token embedding with the output head")
     # "block" keeps each block's input and recomputes the rest in the backward pass: about a third
     # more work.
     activation_checkpointing: str = key("none", "save memory, recompute activations", ("none", "block"))
     # 7 % of a step of GPT-2 124M on a GPU goes into moving float32 ones. Additions round to 8 bits.
-    residual_dtype: str = key("float32", "residual stream; autocast: as the matrix products", ("float32", "autocast"))
+    residual_dtype: str = key("float32", "of the residual stream", ("float32", "autocast"))
     init_from: str = key("", "start from these weights: a folder or hf:ORG/NAME")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = key("adamw", "muon: of the blocks' matrices, AdamW of the rest", ("adamw", "muon"))
+    name: str = key("adamw", "muon: for the blocks' matrices", ("adamw", "muon"))
     lr: float = key(6e-4, "peak learning rate, after schedule.warmup_steps", above=0)
     min_lr: float = key(6e-5, "learning rate from schedule.decay_steps on", at_least=0)
     betas: tuple[float, float] = key((0.9, 0.95), "AdamW's decay rates of the two moments", at_least=0, below=1)
@@ -92,10 +105,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    kind: str = key("cosine", "after the warmup: cosine decay, or constant, then linear", ("cosine", "wsd"))
+    kind: str = key("cosine", "after the warmup", ("cosine", "wsd"))
     warmup_steps: int = key(2000, "steps of linear warmup", at_least=0)
     decay_steps: int = key(0, "step that reaches min_lr; 0: train.max_steps", at_least=0)
-    cooldown_steps: int = key(0, "linear steps that end wsd; 0: a fifth of train.max_steps", at_least=0)
+    cooldown_steps: int = key(0, "linear end of wsd; 0: a fifth of max_steps", at_least=0)
 
 
 @dataclass(frozen=True)

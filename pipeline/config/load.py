@@ -145,7 +145,7 @@ def preset_files() -> dict[str, Path]:
     package = Path(__file__).parents[1]
     checkout = package.parent / "configs"
     folder = checkout if checkout.is_dir() else package / "configs"
-    return {preset.stem: preset for preset in sorted(folder.glob("*.toml"))}
+    return {preset.stem: preset for preset in sorted(folder.glob("*.toml"), key=lambda preset: preset.stem)}
 
 
 def override(name: str, value: Any) -> str:

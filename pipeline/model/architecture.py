@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.keys import ModelConfig
 from pipeline.model.cache import Cache
@@ -34,6 +35,25 @@ class DecodingSteps:
     embed: Callable[[Tensor, Tensor], Tensor]
     blocks: Sequence[Callable[[Tensor, Cache, Tensor], Tensor]]
     norm: Callable[[Tensor], Tensor]
+
+
+class Block(nn.Module, ABC):
+    """Pre-norm: each branch reads a normalised copy of the residual stream and adds to it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.recompute = config.activation_checkpointing == "block"
+
+    def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:
+        # Keeps x alone and runs `branches` again in the backward pass, with the same dropout masks.
+        if self.recompute and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self.branches, x, *context, use_reentrant=False)
+            return out
+        return self.branches(x, *context)
+
+    @abstractmethod
+    def branches(self, x: Tensor, *context: Tensor | None) -> Tensor:
+        """x (B, T, C) with both branches added; `context`: what all blocks share, such as a mask."""
 
 
 class Body(nn.Module, ABC):
@@ -81,6 +101,9 @@ class Body(nn.Module, ABC):
         if self.config.residual_dtype == "float32" or not torch.is_autocast_enabled(kind):
             return x
         return x.to(torch.get_autocast_dtype(kind))
+
+    def fill_buffers(self) -> None:
+        """Write what buffers hold; called again wherever memory was replaced."""
 
     def init_weights(self, module: nn.Module) -> None:
         """Initialise one module of the model: N(0, 0.02), biases zero. Called for every module,

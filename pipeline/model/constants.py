@@ -1,7 +1,10 @@
 """Numbers that trained weights presuppose, or that the memory of a step follows from. No torch."""
 
+from pipeline.config.keys import ModelConfig
+
 INIT_STD = 0.02  # GPT-2's, and most models' since
 LAYER_NORM_EPSILON = 1e-5
+RMS_NORM_EPSILON = 1e-6
 VOCAB_MULTIPLE = 64  # matrix units work in tiles; GPT-2's 50,257 columns become 50,304
 # Of the loss, computed in chunks of rows; each adds to all of the head's gradient. On a CPU, 1,024 rows of
 # 50,304 took 0.88 times as long in chunks of 256 rows as in one, and 1.18 times in chunks of 64; on an H100
@@ -15,3 +18,10 @@ def chunk_count(tokens: int, vocabulary: int, *, on_cpu: bool) -> int:
     """
     least = -(-tokens * vocabulary // CHUNK_LOGITS["cpu" if on_cpu else "cuda"])
     return next((count for count in range(least, 2 * least) if tokens % count == 0), least)
+
+
+def swiglu_width(config: ModelConfig) -> int:
+    """Three matrices of 8/3 n_embd have the parameters of two of 4 n_embd; up to a multiple of 64, for
+    matrix units.
+    """
+    return config.n_inner or -(-8 * config.n_embd // (3 * 64)) * 64

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from pipeline.config.keys import Config
-from pipeline.model.constants import chunk_count
+from pipeline.model.constants import chunk_count, swiglu_width
 
 F32, INT64 = 4, 8
 BYTES = {"float32": F32, "bfloat16": 2, "float16": 2}
@@ -125,13 +125,13 @@ class Footprint:
     @property
     def logits(self) -> int:
         """Of one chunk (n, P) the loss holds logits, float32 logarithms of probabilities, and the gradient:
-        in place in float32; compiled without the logarithms. A CPU makes those from float32 logits.
+        in place in float32; compiled without the logarithms. On a CPU `scatter_` works in float32.
         """
         setting, vocabulary = self.setting, self.sizes.table // self.config.model.n_embd
         rows = -(-self.tokens // chunk_count(self.tokens, vocabulary, on_cpu=setting.on_cpu))
         copies = 2 * self.itemsize
         if self.itemsize < F32 and not setting.compiled:
-            copies = 2 * F32 + self.itemsize if setting.on_cpu else F32 + 2 * self.itemsize
+            copies += 2 * F32 if setting.on_cpu else F32
         return copies * rows * vocabulary
 
     @property
@@ -216,16 +216,36 @@ class Footprint:
 
 def gpt2_block(step: Footprint) -> int:
     """Bytes of (B, T, C) and others that GPT-2's block keeps."""
-    model, setting, tokens = step.config.model, step.setting, step.tokens
-    low, item = step.itemsize < F32, step.itemsize
+    model, item = step.config.model, step.itemsize
     # In the residual stream's type both norms' inputs; in autocast's 14 C: both norms' outputs, queries,
     # keys and values, attention's output, 4 C before GELU and 4 C behind it. Float32 means and deviations.
     columns = model.n_embd * (2 * step.stream_itemsize + 14 * item) + 4 * F32
     # A trace of Inductor's min-cut partition kept 42 C: two normalised float32 copies more, less what
     # it computes again. Not measured on a GPU.
-    if setting.compiled:
+    if step.setting.compiled:
         columns += 6 * model.n_embd
-    columns += model.n_head * F32  # logarithms of attention's sums
+    return (columns + _attention(step)) * step.tokens
+
+
+def qwen3_block(step: Footprint) -> int:
+    """Bytes of (B, T, C) and others that a block of model.arch=qwen3 keeps. Not measured on a GPU, nor compiled."""
+    model, item = step.config.model, step.itemsize
+    queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
+    # Norms' inputs and outputs as in GPT-2. Queries and keys before their norms and turned, values,
+    # attention's output; gate, its SiLU, up, and their product.
+    columns = model.n_embd * (2 * step.stream_itemsize + 2 * item) + item * (
+        3 * queries + 3 * keys + 4 * swiglu_width(model)
+    )
+    # Float32 scales of all norms.
+    columns += F32 * (2 + model.n_head + model.kv_heads)
+    return (columns + _attention(step)) * step.tokens
+
+
+def _attention(step: Footprint) -> int:
+    """Bytes a token that attention, masks and dropout keep besides queries, keys, values and output."""
+    model, setting, item = step.config.model, step.setting, step.itemsize
+    low = item < F32
+    columns = model.n_head * F32  # logarithms of attention's sums
     if model.dropout and setting.on_cpu:
         # No flash kernel: probabilities, mask and product (B, H, T, T); the masks of two outputs.
         scores = 3 * F32 + 2 * low
@@ -234,8 +254,8 @@ def gpt2_block(step: Footprint) -> int:
         columns += 2 * model.n_embd
     if step.config.data.document_mask and (setting.on_cpu or model.dropout or not low):
         columns += item * model.block_size  # the mask as a bias, made in each block
-    return columns * tokens
+    return columns
 
 
 # By `model.arch`.
-KEPT = {"gpt2": gpt2_block}
+KEPT = {"gpt2": gpt2_block, "qwen3": qwen3_block}

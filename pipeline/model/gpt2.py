@@ -11,10 +11,9 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.keys import ModelConfig
-from pipeline.model.architecture import Body, DecodingSteps
+from pipeline.model.architecture import Block, Body, DecodingSteps
 from pipeline.model.attention import causal_attention, positions_and_scope
 from pipeline.model.cache import Cache, attend
 from pipeline.model.constants import INIT_STD, LAYER_NORM_EPSILON
@@ -67,26 +66,16 @@ class MLP(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """Pre-norm: each branch reads a normalised copy of the residual stream and adds to it."""
-
+class Layer(Block):
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.recompute = config.activation_checkpointing == "block"
+        super().__init__(config)
         self.ln_1 = LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
         self.attn = Attention(config)
         self.ln_2 = LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        # Keeps x alone and runs `branches` again in the backward pass, with the same dropout masks.
-        if self.recompute and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self.branches, x, mask, use_reentrant=False)
-            return out
-        return self.branches(x, mask)
-
-    def branches(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask)
+    def branches(self, x: Tensor, *context: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), *context)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -118,7 +107,7 @@ class GPT2(Body):
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
 
     @property
@@ -156,5 +145,5 @@ class GPT2(Body):
         def embed(ids: Tensor, positions: Tensor) -> Tensor:
             return F.embedding(ids, tokens) + F.embedding(positions, places)
 
-        blocks = [cast(Block, block).decoding_step(dtype, rows) for block in self.h]
+        blocks = [cast(Layer, block).decoding_step(dtype, rows) for block in self.h]
         return DecodingSteps(embed, blocks, layer_norm(self.ln_f, dtype))

@@ -18,9 +18,10 @@ from pipeline.model.architecture import Body
 from pipeline.model.constants import VOCAB_MULTIPLE
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.loss import loss_and_gradient, mean_loss, token_losses
+from pipeline.model.qwen3 import Qwen3
 
 # By `model.arch`.
-ARCHITECTURES: dict[str, type[Body]] = {"gpt2": GPT2}
+ARCHITECTURES: dict[str, type[Body]] = {"gpt2": GPT2, "qwen3": Qwen3}
 
 
 class Unfilled(TorchFunctionMode):
@@ -88,9 +89,10 @@ class LanguageModel(nn.Module):
         return self.transformer.fused
 
     def tie_and_mask(self) -> None:
-        """Tie the head, and give the padding rows the logit -inf; again wherever memory was
-        replaced.
+        """Tie the head, give the padding rows the logit -inf, and fill the body's buffers; again
+        wherever memory was replaced.
         """
+        self.transformer.fill_buffers()
         if self.config.tie_weights:
             self.lm_head.weight = self.transformer.token_embedding.weight
         if self.logit_bias is not None:

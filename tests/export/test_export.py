@@ -35,10 +35,13 @@ def logits_of(twin: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits.float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_lean_copy_is_the_same_model_here_and_in_transformers(tmp_path: Path, dtype: str, bias: bool) -> None:
-    folder, model = saved(tmp_path / "run", replace(SMALL, bias=bias))
+@pytest.mark.parametrize("kind", [{"bias": True}, {"bias": False}, {"arch": "qwen3", "n_kv_head": 1}], ids=str)
+def test_the_lean_copy_is_the_same_model_here_and_in_transformers(
+    tmp_path: Path, dtype: str, kind: dict[str, Any]
+) -> None:
+    folder, model = saved(tmp_path / "run", replace(SMALL, **kind))
     run(ExportOptions(tmp_path / "out", str(folder), dtype))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
@@ -219,6 +222,7 @@ def test_weights_that_are_damaged_are_not_said_to_be_out_of_range(tmp_path: Path
 # ---- GGUF ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("plain", "block_size"), [(True, 1024), (False, 24)])
 def test_transformers_own_gguf_reader_gives_the_same_logits(

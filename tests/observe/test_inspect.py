@@ -51,6 +51,7 @@ def shown(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_a_plain_count(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = described(dataset, capsys)["splits"]["train"]
     contents = [text.encode() for shard in TEXTS for text in shard]
@@ -80,6 +81,7 @@ def test_quantiles_of_lengths_are_those_of_the_documents() -> None:
     assert describe_lengths(Counter()) == {}
 
 
+@pytest.mark.slow
 def test_beginnings_are_the_first_documents_with_their_places(
     dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,6 +91,7 @@ def test_beginnings_are_the_first_documents_with_their_places(
     assert [entry["text"] for entry in found["val"]["beginnings"]] == [HOSTILE]
 
 
+@pytest.mark.slow
 def test_a_long_document_is_cut_between_two_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_documents(tmp_path, {"train": [["x" + "ü" * 1000]], "val": [["y" * 1000]]})
     found = described(tmp_path, capsys)["splits"]
@@ -96,6 +99,7 @@ def test_a_long_document_is_cut_between_two_characters(tmp_path: Path, capsys: p
     assert found["train"]["beginnings"][0]["tokens"] == 2001
 
 
+@pytest.mark.slow
 def test_what_the_manifest_tells_is_shown(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = described(dataset, capsys)
     manifest = orjson.loads((dataset / "manifest.json").read_bytes())
@@ -106,6 +110,7 @@ def test_what_the_manifest_tells_is_shown(dataset: Path, capsys: pytest.CaptureF
     assert "empty count 2, example texts/a.jsonl line 7" in text and "bigram_entropy_nats 1.25" in text
 
 
+@pytest.mark.slow
 def test_no_control_character_of_a_text_or_manifest_is_printed(
     dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +170,7 @@ def test_a_folder_of_others_is_described(write: Any, tmp_path: Path, capsys: pyt
     assert found["train"]["document_lengths"]["min"] == found["train"]["document_lengths"]["max"] == 39
 
 
+@pytest.mark.slow
 def test_ids_that_are_no_text_are_shown_as_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids = ids_of(2)
     ids[1] = 60_000
@@ -215,6 +221,7 @@ def test_a_hugging_face_folder_is_described(tmp_path: Path, capsys: pytest.Captu
 # ---- the command ----
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_or_one_json_object_without_torch(dataset: Path) -> None:
     done = run_program("inspect", "data", cwd=dataset.parent)
     assert (done.returncode, done.stderr) == (0, "") and "Once upon a time" in done.stdout

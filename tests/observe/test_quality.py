@@ -109,6 +109,7 @@ def test_without_the_packages_a_line_says_how_to_get_them(monkeypatch: pytest.Mo
     assert found["near_duplicates"] == "needs the package rensa: pip install 'gpt-pipeline[quality]'"
 
 
+@pytest.mark.slow
 def test_a_bare_shard_and_an_empty_one_have_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids = [id for text in prose()[:5] for id in (*BytePairTokenizer("gpt2").encode(text[:500]), GPT2_END)]
     np.array(ids, "<u2").tofile(tmp_path / "part.bin")

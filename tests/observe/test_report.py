@@ -289,6 +289,7 @@ def last(page: Page, series: int, chart: int = 0) -> float:
     return page.run(f"Array.from(charts[{chart}].data[{series}]).filter(v => v != null).at(-1)")
 
 
+@pytest.mark.slow
 def test_a_browser_draws_every_curve_and_asks_for_nothing(two: Path, chromium: Page) -> None:
     chromium.open(two)
     assert chromium.run("charts.length") == 6, "five panels and one of evals.jsonl"

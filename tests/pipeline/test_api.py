@@ -48,6 +48,7 @@ def model(inside: Path) -> "pipeline.Model":
     return pipeline.load("latest", device="cpu")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_found_by_every_name(inside: Path) -> None:
     folder = find_checkpoint("latest", None)
     for name in ("latest", folder, str(folder), "runs/run", Path("runs/run")):

@@ -85,10 +85,12 @@ def test_attention_by_offsets_is_attention_by_mask(heads: tuple[int, int], flash
     assert_close(found, causal_attention(query, key, value, scope=mask, dropout=0.0))
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
-def test_loss_and_gradients_by_offsets_are_those_by_mask(recompute: str, flash: None) -> None:
+@pytest.mark.parametrize(
+    "keys", [{}, {"activation_checkpointing": "block"}, {"arch": "qwen3", "n_kv_head": 1}], ids=str
+)
+def test_loss_and_gradients_by_offsets_are_those_by_mask(keys: dict[str, Any], flash: None) -> None:
     small, ids = small_model(), ids_with_documents()
-    config = dataclasses.replace(small.config, block_size=16, activation_checkpointing=recompute)
+    config = dataclasses.replace(small.config, block_size=16, **keys)
     torch.manual_seed(0)
     model = LanguageModel(config, small.vocab_size)
     found = []

@@ -36,6 +36,8 @@ from pipeline.vocabulary.tokenizer import Tokenizer
 from train.optimizer.groups import build_optimizer
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24)
+KINDS: list[dict[str, Any]] = [{"bias": True}, {"bias": False}, {"arch": "qwen3", "n_kv_head": 1}, {"arch": "qwen3"}]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=["biases", "no biases", "qwen3 grouped", "qwen3"])
 
 
 def trained_model(config: ModelConfig = SMALL, vocab_size: int = 257) -> tuple[LanguageModel, torch.optim.Optimizer]:
@@ -71,13 +73,13 @@ def saved(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bias", [True, False])
+@every_kind
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_the_folder_opens_with_transformers_and_gives_the_same_logits(
-    tmp_path: Path, bias: bool, tie_weights: bool
+    tmp_path: Path, kind: dict[str, Any], tie_weights: bool
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, bias=bias, tie_weights=tie_weights)
+    config = replace(SMALL, **kind, tie_weights=tie_weights)
     folder, model = saved(tmp_path, config)
     twin, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -85,10 +87,10 @@ def test_the_folder_opens_with_transformers_and_gives_the_same_logits(
     torch.testing.assert_close(twin.eval()(ids).logits, model.logits(ids), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@every_kind
 @pytest.mark.parametrize("tie_weights", [True, False])
-def test_weights_come_back_bit_for_bit(tmp_path: Path, bias: bool, tie_weights: bool) -> None:
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, bias=bias, tie_weights=tie_weights)
+def test_weights_come_back_bit_for_bit(tmp_path: Path, kind: dict[str, Any], tie_weights: bool) -> None:
+    config = replace(SMALL, **kind, tie_weights=tie_weights)
     folder, model = saved(tmp_path, config)
     loaded, tokenizer = load_model(folder)
     assert tokenizer.name == "byte" and loaded.config == config
@@ -96,7 +98,7 @@ def test_weights_come_back_bit_for_bit(tmp_path: Path, bias: bool, tie_weights: 
         assert torch.equal(found, wanted), name
     ids = torch.randint(0, 257, (1, 24))
     assert torch.equal(loaded.eval().logits(ids), model.logits(ids))
-    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tie_weights
+    assert (loaded.lm_head.weight is loaded.transformer.token_embedding.weight) == tie_weights
 
 
 def test_a_foreign_folder_written_by_transformers_loads(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_the_programs_help_has_each_command_in_a_group_with_a_complete_sentence(
         assert line.endswith(".") and len(line.split()) > 4
 
 
+@pytest.mark.slow
 def test_bare_program_bare_group_and_the_word_help_show_a_page() -> None:
     for words, page in (((), ()), (("submit",), ("submit",)), (("help",), ()), (("help", "merge"), ("merge",))):
         bare, asked = run(*words), run(*page, "--help")
@@ -116,6 +117,7 @@ def test_trains_help_has_a_line_for_each_key_under_its_section_and_for_each_pres
         assert any(line.split()[:1] == [preset] and len(line.split()) > 3 for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_knows_commands_options_and_config_keys_without_a_heavy_import(shell: str) -> None:
     script = python("-c", HELP, "--show-completion", shell).stdout
@@ -127,6 +129,7 @@ def test_completion_knows_commands_options_and_config_keys_without_a_heavy_impor
             assert f"plain,{wanted}" in python("-m", "pipeline", **asked).stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["train mine", "prepare my-te", "inspect da", "sample --ckpt ru", "export --to ou"])
 def test_completion_leaves_paths_to_the_shell(words: str) -> None:
     count = str(len(words.split()))
@@ -199,7 +202,7 @@ def test_what_runs_on_ranks_checks_the_nodes_before_torch_is_imported(command: s
             "Invalid value for '--top-k': 'many' is",
             "pipeline sample",
         ),
-        (["train", "gpt3"], "no config 'gpt3': expected a TOML file or one of the presets gpt2-124m, ", ""),
+        (["train", "gpt3"], "no config 'gpt3': expected a TOML file or one of the presets 1x24g, ", ""),
         (["train", "zzz.key=1"], "unknown key zzz.key (see pipeline train --help)", ""),
         (["train", "run.seed=1", "model.n_head=7"], "model.n_embd=768 is not a multiple of model.n_head=7", ""),
         (["train", "quickstart", "model.n_layers=1"], "unknown key model.n_layers (did you mean model.n_layer?)", ""),

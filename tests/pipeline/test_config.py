@@ -27,6 +27,7 @@ PINNED = {
     "run.name", "run.dir", "run.seed", "run.device", "run.dtype", "run.compile", "run.branch_from",
     "data.dataset", "data.data_dir", "data.mixture", "data.document_mask",
     "model.arch", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.dropout", "model.bias",
+    "model.n_kv_head", "model.head_dim", "model.n_inner", "model.rope_theta", "model.residual_dtype",
     "model.tie_weights", "model.activation_checkpointing", "model.init_from",
     "optimizer.name", "optimizer.lr", "optimizer.min_lr", "optimizer.betas", "optimizer.weight_decay",
     "optimizer.grad_clip",
@@ -142,6 +143,7 @@ def test_a_number_has_a_lower_bound(key: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key, entry in KEYS.items() if len(entry.metadata["choices"]) != 1])
 def test_a_key_is_read_by_somebody(key: str) -> None:
     """As `config.train.max_steps`, as `train.max_steps`, or in a file that takes a TrainConfig, as `config.max_steps`.
@@ -424,9 +426,12 @@ def test_a_mixture_takes_the_place_of_the_dataset_and_survives_both_written_form
         ("data.mixture=[{dataset='a', weight=inf}]", "data.mixture gives 'a' the weight inf: expected a number > 0"),
         ("run.dtype=fp16", "run.dtype='fp16': expected one of auto, float32, bfloat16, float16"),
         ("run.compile=true", "run.compile='true': expected one of auto, on, off"),
-        ("model.arch=llama", "model.arch='llama': expected one of gpt2"),
+        ("model.arch=llama", "model.arch='llama': expected one of gpt2, qwen3"),
         ("checkpoint.resume=yes", "checkpoint.resume='yes': expected auto, must, never or a name"),
         ("model.n_head=7", "model.n_embd=768 is not a multiple of model.n_head=7"),
+        ("model.n_kv_head=4", "model.n_kv_head=4 needs model.arch=qwen3: gpt2 expects 12, or 0 for it"),
+        ("model.n_inner=1024", "model.n_inner=1024 needs model.arch=qwen3: gpt2 expects 3072, or 0 for it"),
+        ("model.head_dim=128", "model.head_dim=128 needs model.arch=qwen3: gpt2 expects 64, or 0 for it"),
         ("model.dropout=1", "model.dropout=1.0: expected a number >= 0 and < 1"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas=[0.9, 1.0]: expected two numbers >= 0 and < 1"),
         ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas=[-0.1, 0.9]: expected two numbers >= 0 and < 1"),

@@ -17,18 +17,21 @@ from pipeline.model.decoder import Decoder, attention_kernels
 from pipeline.model.language_model import LanguageModel
 
 VOCAB_SIZE = 100  # no multiple of 64, so the head has padding
+SHAPES: list[dict[str, Any]] = [
+    {}, {"arch": "qwen3", "tie_weights": False}, {"arch": "qwen3", "n_head": 4, "n_kv_head": 2, "head_dim": 12},
+]  # fmt: skip
 
 
-def model_with_opinions(bias: bool = True, tie_weights: bool = True) -> LanguageModel:
+def model_with_opinions(**shape: Any) -> LanguageModel:
     """Random weights large enough that the next token depends on all the tokens before it; no bias or gain is trivial."""
     torch.manual_seed(0)
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=bias, tie_weights=tie_weights)
+    config = ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16} | shape)
     model = LanguageModel(config, VOCAB_SIZE)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.mul_(8) if parameter.ndim == 2 else parameter.add_(torch.randn_like(parameter))
-            if name in ("transformer.wte.weight", "lm_head.weight"):
-                parameter[VOCAB_SIZE:] = 0
+        for parameter in model.parameters():
+            # Qwen3's projections into the residual stream begin at zero.
+            parameter.normal_(std=0.16) if parameter.ndim == 2 else parameter.add_(torch.randn_like(parameter))
+    model.zero_padding()
     return model.eval()
 
 
@@ -45,14 +48,14 @@ def decoded(model: LanguageModel, ids: Tensor, prompt: int, dtype: torch.dtype =
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize(("bias", "tie_weights"), [(True, True), (False, False)])
+@pytest.mark.parametrize("shape", [*SHAPES, {"bias": False, "tie_weights": False}], ids=str)
 @pytest.mark.parametrize("onednn", [True, False])
 def test_every_logit_is_the_models(
-    samples: int, bias: bool, tie_weights: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
+    samples: int, shape: dict[str, Any], onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not onednn:
         monkeypatch.setattr(products, "_onednn_multiplies", lambda dtype: False)
-    model, ids = model_with_opinions(bias, tie_weights), texts(samples, 16)
+    model, ids = model_with_opinions(**shape), texts(samples, 16)
     with torch.inference_mode():
         wanted = model.logits(ids)[:, 4:]
     assert wanted.std() > 1, "logits that hardly differ would equal anything"
@@ -75,8 +78,9 @@ def test_a_private_operator_of_another_signature_is_not_used(
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_in_bfloat16_the_logits_are_as_near_to_float32_as_the_models_own(samples: int) -> None:
-    model, ids = model_with_opinions(), texts(samples, 16)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_bfloat16_the_logits_are_as_near_to_float32_as_the_models_own(samples: int, shape: dict[str, Any]) -> None:
+    model, ids = model_with_opinions(**shape), texts(samples, 16)
     with torch.inference_mode():
         exact = model.logits(ids)[:, 4:]
         error = (decoded(model, ids, 5, torch.bfloat16) - exact).abs().mean()
@@ -84,8 +88,9 @@ def test_in_bfloat16_the_logits_are_as_near_to_float32_as_the_models_own(samples
     assert 0 < error < 1.5 * own_error
 
 
-def test_samples_share_one_reading_of_the_prompt_and_then_part() -> None:
-    model, prompt, ends = model_with_opinions(), texts(1, 6), texts(3, 4)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_samples_share_one_reading_of_the_prompt_and_then_part(shape: dict[str, Any]) -> None:
+    model, prompt, ends = model_with_opinions(**shape), texts(1, 6), texts(3, 4)
     shared, apart = Decoder(model, 3), Decoder(model, 3)
     assert_close(shared.prefill(prompt), apart.prefill(prompt.repeat(3, 1)))
     for column in ends.unbind(1):
@@ -137,9 +142,10 @@ def test_masked_keys_of_one_shape_give_the_models_logits(samples: int, prompt: i
     assert_close(decoded(model, ids, prompt), wanted, atol=1e-4, rtol=1e-5)
 
 
-def test_masked_keys_of_an_earlier_text_are_not_seen(one_shape: None) -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_masked_keys_of_an_earlier_text_are_not_seen(one_shape: None, shape: dict[str, Any]) -> None:
     test_a_prefill_forgets_what_was_before()
-    test_samples_share_one_reading_of_the_prompt_and_then_part()
+    test_samples_share_one_reading_of_the_prompt_and_then_part(shape)
 
 
 def test_every_step_of_one_shape_has_the_same_memory(one_shape: None) -> None:

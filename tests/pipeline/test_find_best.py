@@ -56,6 +56,7 @@ def test_a_run_under_runs_is_a_checkpoint_by_its_name(several: Path) -> None:
     assert find_checkpoint("a", None) == find_checkpoint("runs/a", None) == find_checkpoint("latest", Path("runs/a"))
 
 
+@pytest.mark.slow
 def test_config_prints_a_file_that_gives_the_same_config_and_says_where_each_value_is_from(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("[optimizer]\nlr = 1e-3\n[run]\nseed = 7\n")
     words = ["mine.toml", "train.max_steps=5", " optimizer.weight_decay = 0.2"]

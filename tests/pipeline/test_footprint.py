@@ -37,6 +37,14 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "untied, without biases": (SMALL | {"tie_weights": False, "bias": False}, 4, 2, "float32"),
     "untied, one micro-batch": (SMALL | {"tie_weights": False, "n_embd": 160}, 3, 1, "float32"),
     "dropout": (SMALL | {"dropout": 0.1}, 4, 2, "float32"),
+    "qwen3": (SMALL | {"arch": "qwen3"}, 4, 2, "float32"),
+    "qwen3, grouped, one micro-batch": (
+        SMALL | {"arch": "qwen3", "n_kv_head": 2, "n_embd": 160, "tie_weights": False},
+        4,
+        1,
+        "float32",
+    ),
+    "qwen3, recomputed": (SMALL | {"arch": "qwen3", "activation_checkpointing": "block"}, 6, 1, "float32"),
     "dropout in bfloat16": (SMALL | {"dropout": 0.1}, 4, 2, "bfloat16"),
 }
 RANKS = {"one": 1, "ddp": 2, "fsdp": 4}
@@ -206,7 +214,8 @@ class Measurement:
         device, rows = self.inputs[0].device, self.inputs[0].numel()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, self.dtype):
             loss = self.model(*self.inputs)
-        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        states = (*self.model.parameters(), *self.model.buffers())  # rotary tables are no activations
+        weights = {tensor.untyped_storage().data_ptr() for tensor in states}
         shapes = {tuple(parameter.shape) for parameter in self.model.parameters()}
         shapes |= {shape[::-1] for shape in shapes}  # autocast's copies are no activations, and transposed
         shapes.add((rows, self.model.padded_vocab_size))

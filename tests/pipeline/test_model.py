@@ -1,6 +1,7 @@
-"""The model against transformers' GPT-2, and what the padded vocabulary and the cache promise."""
+"""Each architecture against transformers', and what the padded vocabulary and the cache promise."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,12 +10,19 @@ import torch.nn.functional as F
 
 from pipeline.budget import parameters
 from pipeline.checkpoint.folder import from_folder, to_folder
-from pipeline.checkpoint.layout_gpt2 import GPT2Layout
+from pipeline.checkpoint.layouts import layout_of
 from pipeline.config.keys import ModelConfig
 from pipeline.config.load import load_config
 from pipeline.model.language_model import LanguageModel
+from pipeline.model.qwen3 import NormOnCPU
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=48)
+SHAPES = {
+    "gpt2": SMALL,
+    "qwen3": replace(SMALL, arch="qwen3"),
+    "qwen3 grouped": replace(SMALL, arch="qwen3", n_kv_head=2, head_dim=24, n_inner=80, rope_theta=500.0),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 VOCAB_SIZE = 1000  # padded to 1024 inside
 
 
@@ -31,21 +39,22 @@ def small_model(config: ModelConfig = SMALL, vocab_size: int = VOCAB_SIZE) -> La
 
 def transformers_twin(model: LanguageModel) -> Any:
     transformers = pytest.importorskip("transformers")
-    twin = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            **GPT2Layout().config_json(model.config, model.vocab_size, 0, "float32"), attn_implementation="eager"
-        )
-    )
-    weights = {name: to_folder(model, name, parameter) for name, parameter in model.named_parameters()}
+    layout = layout_of(model.config)
+    document = layout.config_json(model.config, model.vocab_size, 0, "float32")
+    config = transformers.AutoConfig.for_model(**document)
+    twin = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    named = model.named_parameters()
+    weights = {layout.stored_name(name): to_folder(model, name, parameter) for name, parameter in named}
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     twin.tie_weights()
     return twin.eval()
 
 
+@every_shape
 @pytest.mark.parametrize("tie_weights", [True, False])
-def test_logits_loss_and_gradients_equal_transformers(tie_weights: bool) -> None:
-    model = small_model(ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=48, tie_weights=tie_weights))
+def test_logits_loss_and_gradients_equal_transformers(shape: ModelConfig, tie_weights: bool) -> None:
+    model = small_model(replace(shape, tie_weights=tie_weights))
     twin = transformers_twin(model)
     ids = torch.randint(0, VOCAB_SIZE, (2, 48), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(model.logits(ids), twin(ids).logits, atol=1e-5, rtol=0)
@@ -58,7 +67,8 @@ def test_logits_loss_and_gradients_equal_transformers(tie_weights: bool) -> None
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         gradient = to_folder(model, name, parameter.grad)
-        torch.testing.assert_close(gradient, twin_gradients[name], atol=1e-5, rtol=0, msg=name)
+        stored = layout_of(shape).stored_name(name)
+        torch.testing.assert_close(gradient, twin_gradients[stored], atol=1e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +98,29 @@ def test_initial_weights_are_normal_with_scaled_residual_projections() -> None:
             assert abs(parameter[:5000].mean().item()) < wanted / 20, name
 
 
+def test_initial_blocks_of_qwen3_add_nothing() -> None:
+    model = LanguageModel(SHAPES["qwen3 grouped"], VOCAB_SIZE)
+    ids = torch.randint(0, VOCAB_SIZE, (2, 48))
+    hidden, table = model.transformer(ids), model.transformer.embed_tokens.weight
+    torch.testing.assert_close(hidden, F.rms_norm(F.embedding(ids, table), (64,), eps=1e-6))
+    assert table[:VOCAB_SIZE].std().item() == pytest.approx(0.02, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_on_a_cpu_is_torchs(dtype: torch.dtype) -> None:
+    x, weight, grad = torch.randn(4, 7, 40, dtype=dtype) + 1, torch.randn(40), torch.randn(4, 7, 40, dtype=dtype)
+    x.requires_grad_(), weight.requires_grad_()
+    ours = NormOnCPU.apply(x, weight, dtype)
+    torchs = F.rms_norm(x.float(), (40,), weight, 1e-6).to(dtype)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
+    for found, wanted in zip(
+        (ours, *torch.autograd.grad(ours, (x, weight), grad)),
+        (torchs, *torch.autograd.grad(torchs, (x, weight), grad)), strict=True,
+    ):  # fmt: skip
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted, **tolerance)
+
+
 def test_initial_loss_is_that_of_a_uniform_guess_over_the_real_vocabulary() -> None:
     torch.manual_seed(0)
     model = LanguageModel(SMALL, VOCAB_SIZE)
@@ -95,8 +128,9 @@ def test_initial_loss_is_that_of_a_uniform_guess_over_the_real_vocabulary() -> N
     assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(VOCAB_SIZE), abs=0.05)
 
 
-def test_padding_changes_neither_loss_nor_gradients_and_never_moves() -> None:
-    model = small_model()
+@every_shape
+def test_padding_changes_neither_loss_nor_gradients_and_never_moves(shape: ModelConfig) -> None:
+    model = small_model(shape)
     ids = torch.randint(0, VOCAB_SIZE, (4, 49))
     hidden = model.transformer(ids[:, :-1])
     exact = F.cross_entropy((hidden @ model.lm_head.weight[:VOCAB_SIZE].t()).flatten(0, 1), ids[:, 1:].flatten())
@@ -110,8 +144,9 @@ def test_padding_changes_neither_loss_nor_gradients_and_never_moves() -> None:
     assert model.logits(ids[:, :48]).shape[-1] == VOCAB_SIZE
 
 
-def test_a_token_sees_itself_and_the_past_only() -> None:
-    model = small_model()
+@every_shape
+def test_a_token_sees_itself_and_the_past_only(shape: ModelConfig) -> None:
+    model = small_model(shape)
     ids = torch.randint(0, VOCAB_SIZE, (1, 20))
     changed = ids.clone()
     changed[0, 12] = (changed[0, 12] + 1) % VOCAB_SIZE
@@ -120,10 +155,9 @@ def test_a_token_sees_itself_and_the_past_only() -> None:
     assert (before[:, 12:] != after[:, 12:]).any(dim=-1).all()
 
 
-def test_dropout_acts_in_training_and_not_in_evaluation() -> None:
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, dropout=0.5)
-    torch.manual_seed(0)
-    model = LanguageModel(config, 100)
+@every_shape
+def test_dropout_acts_in_training_and_not_in_evaluation(shape: ModelConfig) -> None:
+    model = small_model(replace(shape, dropout=0.5))
     ids = torch.randint(0, 100, (2, 16))
     model.train()
     assert model(ids, ids) != model(ids, ids)
@@ -131,13 +165,15 @@ def test_dropout_acts_in_training_and_not_in_evaluation() -> None:
     assert model(ids, ids) == model(ids, ids)
 
 
-def test_without_bias_no_bias_parameter_is_left() -> None:
-    model = LanguageModel(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False), 100)
+@pytest.mark.parametrize("shape", [replace(SMALL, bias=False), SHAPES["qwen3"]], ids=["gpt2", "qwen3"])
+def test_without_bias_no_bias_parameter_is_left(shape: ModelConfig) -> None:
+    model = LanguageModel(shape, 100)
     assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
 
 
-def test_folder_layout_is_its_own_inverse() -> None:
-    model = small_model()
+@every_shape
+def test_folder_layout_is_its_own_inverse(shape: ModelConfig) -> None:
+    model = small_model(shape)
     for name, parameter in model.named_parameters():
         stored = to_folder(model, name, parameter)
         assert torch.equal(from_folder(model, name, stored), parameter), name
@@ -150,8 +186,9 @@ def packed(*documents: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, numbers
 
 
-def test_documents_packed_into_a_window_have_the_logits_of_each_alone() -> None:
-    model = small_model()
+@every_shape
+def test_documents_packed_into_a_window_have_the_logits_of_each_alone(shape: ModelConfig) -> None:
+    model = small_model(shape)
     documents = [[7, 8, 9, 10], [1], [5, 6, 5, 6, 5, 6, 5], list(range(100, 130))]
     ids, numbers = packed(*documents)
     together = model.logits(ids, numbers)
@@ -163,18 +200,20 @@ def test_documents_packed_into_a_window_have_the_logits_of_each_alone() -> None:
     assert not torch.allclose(together, model.logits(ids), atol=1e-3), "without the numbers, documents see each other"
 
 
-def test_one_document_is_the_plain_model() -> None:
-    model = small_model()
+@every_shape
+def test_one_document_is_the_plain_model(shape: ModelConfig) -> None:
+    model = small_model(shape)
     ids, numbers = packed(list(range(40)))
     torch.testing.assert_close(model.logits(ids, numbers), model.logits(ids), atol=1e-5, rtol=0)
 
 
-def test_no_gradient_crosses_a_document_or_a_row() -> None:
-    model = small_model()
+@every_shape
+def test_no_gradient_crosses_a_document_or_a_row(shape: ModelConfig) -> None:
+    model = small_model(shape)
     ids, numbers = packed([11, 12, 13], [21, 22, 23, 24])
     ids, numbers = torch.cat([ids, ids + 30]), torch.cat([numbers, 0 * numbers])
     model.logits(ids, numbers)[0, 4].sum().backward()
-    gradient = model.transformer.wte.weight.grad
+    gradient = model.transformer.token_embedding.weight.grad
     assert gradient is not None
     # Logits of every token are summed, so the tied head gives every row the same gradient; inputs stand out from it.
     plain = gradient[500]

@@ -18,13 +18,17 @@ from pipeline.checkpoint.find import HUB_FILES, find_checkpoint, find_model_fold
 from pipeline.checkpoint.load import load_initial_weights, load_model
 from pipeline.checkpoint.safetensors_files import INDEX
 from pipeline.config.keys import ModelConfig
+from pipeline.config.load import load_config
 from pipeline.errors import UserError, as_failure
 from pipeline.files import hash_bytes
+from pipeline.model.decoder import Decoder
 from pipeline.model.language_model import LanguageModel
 from pipeline.vocabulary.byte_pair import BytePairTokenizer
 from pipeline.vocabulary.huggingface_files import tokenizer_files, tokenizer_json
 from pipeline.vocabulary.tokenizer_json import JsonTokenizer
 from prepare.encoding.vocabulary import open_vocabulary
+from sample.choice import Choice
+from sample.generate import generate
 
 transformers = pytest.importorskip("transformers")
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24)
@@ -37,6 +41,85 @@ def foreign(folder: Path, shard_size: str = "1GB", **changes: Any) -> Any:
     twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**sizes, **changes})).eval()
     twin.save_pretrained(folder, max_shard_size=shard_size)
     return twin
+
+
+def foreign_qwen3(folder: Path, **changes: Any) -> Any:
+    """The same for Qwen3, with heads wider than the residual stream's parts, as in Qwen3-0.6B."""
+    torch.manual_seed(1)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    sizes |= {"head_dim": 16, "intermediate_size": 72, "max_position_embeddings": 64, "vocab_size": 512}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    config = transformers.Qwen3Config(**{**sizes, **rope, "initializer_range": 0.3, **changes})
+    twin = transformers.Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    twin.save_pretrained(folder)
+    return twin
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_qwen3_folder_gives_its_own_logits_and_text(tmp_path: Path, tied: bool) -> None:
+    twin = foreign_qwen3(tmp_path, tie_word_embeddings=tied)
+    with_vocabulary(tmp_path)
+    model, _ = load_model(tmp_path)
+    same_logits(model, twin, 64)
+    prompt = list(range(20, 30))
+    found = [
+        s.ids[0] for s in generate(Decoder(model, 1), prompt, max_new_tokens=20, choice=Choice(temperature=0), seed=0)
+    ]
+    wanted = twin.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert found == wanted[0, 10:].tolist()
+    # As transformers 4 wrote it.
+    path = tmp_path / "config.json"
+    document = json.loads(path.read_text())
+    del document["rope_parameters"], document["layer_types"]
+    path.write_text(json.dumps(document | {"rope_theta": 1000000, "rope_scaling": None, "torch_dtype": "float32"}))
+    same_logits(load_model(tmp_path)[0], twin, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"attention_bias": True}, "attention_bias=True, expected False"),
+        ({"use_sliding_window": True}, "use_sliding_window=True, expected False"),
+        ({"layer_types": ["sliding_attention"]}, "other layer_types than 'full_attention'"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling=.* expected None"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "only rope_type 'default' is implemented"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta='x', expected a number above 0"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05, expected 1e-06"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu', expected 'silu'"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4, which is not a multiple of num_key_value_heads=3"),
+        ({"head_dim": 7}, "head_dim=7: rotary positions expect an even number"),
+        ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe', expected 'gpt2' or 'qwen3'"),
+    ],
+)  # fmt: skip
+def test_what_qwen3_has_not_here_is_refused_in_a_line(tmp_path: Path, change: dict[str, Any], wanted: str) -> None:
+    foreign_qwen3(tmp_path)
+    with_vocabulary(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=wanted) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_trains_on_from_a_qwen3_folder_with_what_the_one_line_says_to_paste(tmp_path: Path) -> None:
+    twin = foreign_qwen3(tmp_path)
+    with_vocabulary(tmp_path)
+    spec = open_vocabulary(str(tmp_path)).spec()
+    model = LanguageModel(replace(SHAPE, arch="qwen3", n_head=4, tie_weights=True), 512)
+    with pytest.raises(UserError) as caught:
+        load_initial_weights(model, spec, tmp_path)
+    paste = str(caught.value).split(": add ")[1].split()
+    assert paste == [
+        "model.n_kv_head=2", "model.head_dim=16", "model.n_inner=72", "model.rope_theta=1000000.0", "model.tie_weights=false",
+    ]  # fmt: skip
+    base = ["model.arch=qwen3", "model.n_layer=2", "model.n_head=4", "model.n_embd=32", "model.block_size=24"]
+    model = LanguageModel(load_config("quickstart", [*base, *paste]).model, 512)
+    load_initial_weights(model, spec, tmp_path)
+    same_logits(model, twin, 24)
 
 
 def with_vocabulary(folder: Path, name: str = "bpe:512") -> None:

@@ -116,12 +116,13 @@ class ToyLayout(Layout):
 
 
 @pytest.fixture
-def toy(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+def toy(request: pytest.FixtureRequest, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setitem(ARCHITECTURES, "toy", Toy)
     monkeypatch.setitem(LAYOUTS, "toy", ToyLayout())
-    monkeypatch.setattr(ARCH, "metadata", {**ARCH.metadata, "choices": ("gpt2", "toy")})
+    monkeypatch.setattr(ARCH, "metadata", {**ARCH.metadata, "choices": ("gpt2", "qwen3", "toy")})
     monkeypatch.chdir(tiny)
-    return tiny_config(tiny, model={"arch": "toy", "tie_weights": False}, data={"document_mask": True})
+    arch = getattr(request, "param", "toy")
+    return tiny_config(tiny, model={"arch": arch, "tie_weights": False}, data={"document_mask": True})
 
 
 def test_what_the_config_accepts_has_a_model_and_a_layout() -> None:
@@ -129,7 +130,7 @@ def test_what_the_config_accepts_has_a_model_and_a_layout() -> None:
     assert set(ARCH.metadata["choices"]) == ARCHITECTURES.keys() == LAYOUTS.keys()
 
 
-@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize(("toy", "tie_weights"), [("toy", True), ("toy", False), ("qwen3", False)], indirect=["toy"])
 def test_it_trains_and_resumes_bit_for_bit(toy: Config, tie_weights: bool) -> None:
     straight = replace(toy, model=replace(toy.model, tie_weights=tie_weights))
     assert run(straight) == ""

@@ -186,6 +186,7 @@ def test_a_fault_in_a_worker_arrives_as_the_same_error_and_leaves_no_part(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_few_units_are_under_way(tmp_path: Path) -> None:
     started = 0
 

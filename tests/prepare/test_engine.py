@@ -301,6 +301,7 @@ def test_a_fault_is_told_and_an_interrupt_is_not_one(monkeypatch: pytest.MonkeyP
 # ---- where it is not used --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_the_package_all_is_as_before(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for library in LIBRARIES:
         monkeypatch.setitem(sys.modules, library, None)

@@ -192,6 +192,7 @@ def test_bytes_that_are_not_utf8_and_a_column_of_nulls(tmp_path: Path, suffix: s
     assert [each[:2] for each in found] == [("not UTF-8", "broken"), ("null", ""), ("null", "")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["none", "gzip"])
 def test_rows_behind_a_damaged_page_are_lost_alike_for_any_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str

@@ -127,6 +127,7 @@ def test_a_file_system_without_hard_links(
     load_manifest(tmp_path / "data" / "mine")
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf_8(tmp_path: Path, source: Path) -> None:
     corpus = tmp_path / os.fsdecode(b"corp\xfcs")
     corpus.mkdir()

@@ -259,6 +259,7 @@ def test_a_plan_of_another_version_is_refused_and_named(half_done: PrepareOption
     assert contents(folder) == contents(tmp_path / "data" / "afresh")
 
 
+@pytest.mark.slow
 def test_a_source_that_was_only_touched_is_the_same(half_done: PrepareOptions, tmp_path: Path) -> None:
     source = tmp_path / "c.jsonl"
     Journal(tmp_path / "data" / "half").note_hashes(0, [(local_file(source), hash_file(source))])
@@ -277,6 +278,7 @@ def test_without_a_finished_unit_nothing_is_lost_and_nobody_asked(tmp_path: Path
     run(options_for(tmp_path, source, "mended"))
 
 
+@pytest.mark.slow
 def test_the_fault_of_a_library_is_remembered(half_done: PrepareOptions, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "data" / "half")
     done = unfinished_parts(half_done)
@@ -314,6 +316,7 @@ def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_too_little_room_is_told_before_anything_is_done(tmp_path: Path, small_disk: Path) -> None:
     source = write_jsonl(tmp_path, make_texts(30_000))
     result = pipeline("prepare", str(source), "--data-dir", str(small_disk))

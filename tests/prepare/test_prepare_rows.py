@@ -102,6 +102,7 @@ def test_a_limit_counts_documents_that_are_left_by_dedup(tmp_path: Path, limit: 
     assert manifest.fingerprint == other.fingerprint
 
 
+@pytest.mark.slow
 def test_the_limit_moves_when_an_earlier_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()

@@ -388,6 +388,7 @@ def test_other_options_are_refused_and_named(tmp_path: Path, jsonl: Path, change
     assert contents(tmp_path / "data" / "corpus") == before
 
 
+@pytest.mark.slow
 def test_changed_sources_are_refused_and_force_starts_over(tmp_path: Path, jsonl: Path) -> None:
     folder = prepare(tmp_path, jsonl, shard_tokens=1000)
     (folder / "notes.bin").write_text("the user's own")

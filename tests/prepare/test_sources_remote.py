@@ -140,6 +140,7 @@ def test_faults_name_the_address(tmp_path: Path, bucket: Any, source: str, words
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_network_is_tried_again_and_then_one_line(
     tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,7 @@ def test_going_back_may_be_killed_at_any_moment(trunk: Config) -> None:
 # ---- what a start says ----
 
 
+@pytest.mark.slow
 def test_a_longer_run_says_where_the_rate_jumps_to_and_how_it_would_not(
     trunk: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -206,6 +207,7 @@ def test_a_longer_run_says_where_the_rate_jumps_to_and_how_it_would_not(
     assert "learning rate" not in caplog.text and rows(config)[10]["lr"] == pytest.approx(1e-3)
 
 
+@pytest.mark.slow
 def test_what_was_kept_before_giving_up_is_on_the_disk(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two planned checkpoints; the run resumes there."""
     from train.trainer import Trainer
@@ -253,6 +255,7 @@ def spoil(trainer: Any) -> None:
 # ---- checkpoints that stay ----
 
 
+@pytest.mark.slow
 def test_permanent_checkpoints_stay_beside_the_newest_and_the_best(tiny: Path) -> None:
     config = tiny_config(tiny, train={"max_steps": 17}, checkpoint={"every_steps": 2, "keep": 2, "keep_every_steps": 5})
     run(config)
@@ -264,6 +267,7 @@ def test_permanent_checkpoints_stay_beside_the_newest_and_the_best(tiny: Path) -
 # ---- a new run from a checkpoint ----
 
 
+@pytest.mark.slow
 def test_a_branch_with_the_same_data_is_the_trunk_s_own_continuation(trunk: Config) -> None:
     config = branch_of(trunk, "same")
     run(config)
@@ -472,6 +476,7 @@ def test_two_ranks_branch_as_one_does(trunk: Config) -> None:
 # ---- while the trunk trains on ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["verify_files", "load_weights", "open_optimizer"])
 def test_the_trunk_prunes_no_checkpoint_that_a_branch_is_reading(
     trunk: Config, moment: str, monkeypatch: pytest.MonkeyPatch

@@ -43,8 +43,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
         {"model": {"dropout": 0.1}},
         {"model": {"activation_checkpointing": "block"}},
         {"data": {"document_mask": True}},
+        {"model": {"arch": "qwen3", "n_head": 4, "n_kv_head": 2}},
     ],
-    ids=["plain", "dropout", "recompute", "documents"],
+    ids=["plain", "dropout", "recompute", "documents", "qwen3"],
 )
 def test_all_blocks_are_one_graph_in_training_and_one_in_evaluation(
     tiny: Path, graphs: CompileCounterWithBackend, sections: dict[str, Any]

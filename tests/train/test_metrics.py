@@ -133,6 +133,7 @@ def test_a_part_that_only_shares_a_name_has_no_peak(name: str) -> None:
     assert format_peak(name) == f"device {name}: peak FLOP/s unknown, so no mfu"
 
 
+@pytest.mark.slow
 def test_a_run_resumed_within_the_same_second_keeps_one_curve(tmp_path: Path) -> None:
     """The killed start's events sort last by their name: they must not hide what the resumed one wrote."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -215,6 +216,7 @@ def test_the_best_val_loss_is_that_of_the_rows_that_are_left(tmp_path: Path) -> 
     assert live.summary().state is State.RUNNING, "the age of the last start's file is not this one's"
 
 
+@pytest.mark.slow
 def test_a_profile_has_the_steps_that_were_asked_for(tiny: Path) -> None:
     config = tiny_config(tiny, log={"profile_steps": 2})
     run(config)

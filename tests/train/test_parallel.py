@@ -44,11 +44,18 @@ def under(config: Config, strategy: str) -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_moves_between_strategies_and_rank_counts_and_stays_the_same_run(tiny: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [({"arch": "gpt2"}, "adamw"), ({"arch": "qwen3", "head_dim": 10, "n_kv_head": 1}, "muon")],
+    ids=["gpt2", "qwen3"],
+)
+def test_a_run_moves_between_strategies_and_rank_counts_and_stays_the_same_run(
+    tiny: Path, model: dict[str, Any], optimizer: str
+) -> None:
     """Losses, norms and weights are those of one undisturbed rank, with accumulation, dropout and uneven parts."""
     (tiny / "sitecustomize.py").write_text(TWO_NODES)
     config = sharded_config(tiny, checkpoint={"every_steps": 3}, optimizer={"name": optimizer})
+    config = replace(config, model=replace(config.model, **model))
     straight = trained(renamed(config, "straight"), tiny, ranks=1)
     moving = renamed(config, "moving")
     for max_steps, strategy, ranks in ((3, "ddp", 1), (6, "fsdp", 2), (9, "hsdp", 4), (12, "ddp", 1)):

@@ -157,6 +157,7 @@ def test_a_planned_save_answers_save_now_too(tiny: Path) -> None:
     assert not trainer.checkpoints.run.save_now.exists()
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_when_it_was_saved(tiny: Path) -> None:
     often, seldom = (
         tiny_config(tiny, run={"name": f"every{n}"}, checkpoint={"every_steps": n}, eval={"every_steps": 0})

@@ -143,6 +143,7 @@ def test_data_that_changed_has_another_copy(tiny: Path) -> None:
     assert load_manifest(first).fingerprint != load_manifest(second).fingerprint
 
 
+@pytest.mark.slow
 def test_killed_at_any_change_of_the_disk_it_leaves_a_whole_copy_or_none(tiny: Path) -> None:
     config = tiny_config(tiny)
     local = tiny / "local"
@@ -241,6 +242,7 @@ def test_a_dry_run_says_what_it_would_copy_and_writes_nothing(tiny: Path, caplog
 # --- a run ---
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_or_without_copies_bit_for_bit(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "pipeline")
     weights = []

@@ -62,6 +62,7 @@ def test_every_row_arrives_under_the_names_of_tensorboard(name: str, tiny: Path,
     assert "mine" in json.dumps(calls[:2]) and "model.n_layer" in json.dumps(calls[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "reason"),
     [("raises", "ConnectionError"), ("asks", "EOFError"), ("dies", ""), ("hangs", "no answer in 1 s")],

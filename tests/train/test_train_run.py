@@ -123,6 +123,7 @@ def test_stopped_after_every_single_step_equals_straight_through(tiny: Path, mon
         assert torch.equal(tensor, final_tensors(straight)[name]), name
 
 
+@pytest.mark.slow
 def test_resumed_in_the_middle_equals_straight_through(tiny: Path) -> None:
     straight = tiny_config(tiny, model={"dropout": 0.2})
     run(straight)
@@ -169,6 +170,7 @@ def test_a_mixture_is_trained_and_reported_by_source(tiny: Path, caplog: pytest.
     assert evaluated[-1]["epochs_other"] == pytest.approx(768 / 16 / 30)
 
 
+@pytest.mark.slow
 def test_a_mixture_resumed_in_the_middle_equals_straight_through(tiny: Path) -> None:
     straight = mixed_config(tiny, data={"document_mask": True}, eval={"every_steps": 0})
     run(straight)

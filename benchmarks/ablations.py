@@ -1,0 +1,143 @@
+"""What each choice of a recipe is worth: val loss at equal wall-clock time, over several seeds.
+
+Every variant is one recipe with some keys changed. Its steps are those that fit into the time of the
+recipe's: first each variant takes a few steps in turns with the recipe, one process at a time, and the
+medians of their step times set its `train.max_steps`. Then all train with each seed, and the loss over the
+complete val split after the last step is compared with the recipe's of the same seed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+PROBE_STEPS, PROBE_TURNS = 24, 3
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """How its dataset is made, and the recipe that trains on it."""
+
+    prepare: list[str]
+    recipe: list[str]
+
+
+CORPORA = {
+    "shakespeare-char": Corpus(
+        ["TEXT", "--name", "shakespeare-char", "--tokenizer", "char", "--val-fraction", "0.1"], ["shakespeare-fast"]
+    ),
+    "stdlib-bytes": Corpus(["stdlib", "--name", "stdlib-bytes", "--tokenizer", "byte"], ["quickstart"]),
+    "stdlib-bpe": Corpus(
+        ["stdlib", "--name", "stdlib-bpe", "--tokenizer", "bpe:2048"], ["quickstart", "data.dataset=stdlib-bpe"]
+    ),
+}
+ADAMW = ["optimizer.name=adamw", "optimizer.lr=4e-3", "schedule.warmup_steps=20"]
+VARIANTS: dict[str, list[str]] = {
+    "the recipe": [],
+    "AdamW": ADAMW,
+    "GPT-2's blocks": ["model.arch=gpt2", "model.bias=false"],
+    "GPT-2's blocks, AdamW": [*ADAMW, "model.arch=gpt2", "model.bias=false"],
+    "cosine": ["schedule.kind=cosine"],
+    "tied head": ["model.tie_weights=true"],
+    "half the key heads": ["model.n_kv_head=2"],
+    "lr x 0.5": ["optimizer.lr*0.5"],
+    "lr x 2": ["optimizer.lr*2"],
+    "weight decay 0": ["optimizer.weight_decay=0"],
+    "no clipping": ["optimizer.grad_clip=0"],
+}
+
+
+class Bench:
+    """A folder with a corpus, in which variants are trained."""
+
+    def __init__(self, corpus: Corpus, text: Path | None, folder: Path) -> None:
+        self.folder, self.recipe = folder, corpus.recipe
+        self.pipeline("prepare", *(str(text) if word == "TEXT" else word for word in corpus.prepare))
+        self.config = json.loads(self.pipeline("config", *self.recipe, "--json"))
+
+    def pipeline(self, *words: str) -> str:
+        """stdout of a command, with one thread, so that several may run."""
+        command = [sys.executable, "-m", "pipeline", *words]
+        result = subprocess.run(
+            command, cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
+        return result.stdout
+
+    def value(self, key: str) -> float:
+        return float(self.config[key]["value"])
+
+    def settings(self, variant: str, steps: int) -> list[str]:
+        """The keys of a variant, with those that follow from its number of steps."""
+        scaled = [setting.partition("*") for setting in VARIANTS[variant] if "*" in setting]
+        plain = [setting for setting in VARIANTS[variant] if "*" not in setting]
+        cooldown = round(self.value("schedule.cooldown_steps") * steps / self.value("train.max_steps"))
+        return [
+            *self.recipe, f"train.max_steps={steps}", f"schedule.cooldown_steps={cooldown}", *plain,
+            *(f"{key}={self.value(key) * float(factor)}" for key, _, factor in scaled),
+            "log.tensorboard=false", "eval.sample_prompt=",
+        ]  # fmt: skip
+
+    def train(self, variant: str, steps: int, *more: str) -> dict[str, float]:
+        """The last line of a run: its val loss and seconds of training."""
+        found: dict[str, float] = json.loads(self.pipeline("train", *self.settings(variant, steps), *more).splitlines()[-1])
+        return found
+
+    def step_s(self, variant: str, turn: int) -> float:
+        name = f"run.name=probe-{list(VARIANTS).index(variant)}-{turn}"
+        return self.train(variant, PROBE_STEPS, name, "eval.every_steps=0")["seconds"] / PROBE_STEPS
+
+    def loss(self, variant: str, steps: int, seed: int) -> float:
+        number = list(VARIANTS).index(variant)
+        whole = ["eval.tokens=0", f"eval.every_steps={steps}", f"checkpoint.every_steps={steps}"]
+        return self.train(variant, steps, f"run.name=v{number}-{seed}", f"run.seed={seed}", *whole)["val_loss"]
+
+
+def compare(bench: Bench, variants: list[str], seeds: int, jobs: int) -> dict[str, dict[str, object]]:
+    """By variant: its steps, the losses of its seeds."""
+    recipe_steps, ratios = round(bench.value("train.max_steps")), {}
+    turns = [[bench.step_s(variant, turn) for variant in variants] for turn in range(PROBE_TURNS)]
+    for number, variant in enumerate(variants):
+        ratios[variant] = statistics.median(times[0] / times[number] for times in turns)
+    steps = {variant: round(recipe_steps * ratio) for variant, ratio in ratios.items()}
+    tasks = [(variant, seed) for seed in range(seeds) for variant in variants]
+    with ThreadPoolExecutor(jobs) as pool:
+        losses = list(pool.map(lambda task: bench.loss(task[0], steps[task[0]], task[1]), tasks))
+    by_variant = {variant: [loss for task, loss in zip(tasks, losses, strict=True) if task[0] == variant] for variant in variants}
+    return {variant: {"steps": steps[variant], "losses": found} for variant, found in by_variant.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("corpus", choices=CORPORA)
+    parser.add_argument("--text", type=Path, help="the tinyshakespeare text, for shakespeare-char")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
+    parser.add_argument("--only", help="variants, with commas; the recipe is always there")
+    parser.add_argument("--json", type=Path, help="also write the figures of every run to this file")
+    options = parser.parse_args()
+    variants = [name for name in VARIANTS if not options.only or name in ("the recipe", *options.only.split(","))]
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(CORPORA[options.corpus], options.text and options.text.resolve(), Path(name))
+        found = compare(bench, variants, options.seeds, options.jobs)
+    base = found["the recipe"]["losses"]
+    print(f"| {options.corpus}, {options.seeds} seeds | steps | val loss, mean | sd | against the recipe, mean | sd |")
+    print("|---|---|---|---|---|---|")
+    for variant, row in found.items():
+        apart = [loss - own for loss, own in zip(row["losses"], base, strict=True)]
+        figures = [statistics.mean(row["losses"]), statistics.stdev(row["losses"])]
+        difference = "| | |" if variant == "the recipe" else f"| {statistics.mean(apart):+.4f} | {statistics.stdev(apart):.4f} |"
+        print(f"| {variant} | {row['steps']} | {figures[0]:.4f} | {figures[1]:.4f} {difference}")
+    if options.json:
+        options.json.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
