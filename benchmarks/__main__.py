@@ -12,6 +12,8 @@ from benchmarks.page import PAGE, TITLES, read_rows, with_results
 
 def main() -> int:
     arguments = parser().parse_args()
+    if arguments.tiny and arguments.results is None:
+        sys.exit("--tiny measures nothing that docs/benchmarks.json should keep: set --results to another file")
     results = arguments.results or RESULTS
     wanted = {name.partition(".")[0] for name in arguments.only.split(",") if name} or set(TITLES)
     if unknown := wanted - set(TITLES):

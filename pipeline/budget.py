@@ -219,8 +219,13 @@ def step_time(step: Footprint, hardware: Hardware, vocab_size: int) -> StepTime:
     exchange_s = _exchange_s(step, hardware)
     compute_s = tokens * per_token_s * again
     orthogonalise_s = newton_schulz_flops(step.config) / setting.ranks / (flops * MATRICES_REACH)
-    # A sharded model is gathered and reduced while others compute; whole gradients at the end.
-    exposed_s = max(0.0, exchange_s - compute_s) if setting.shards > 1 else exchange_s
+    # A sharded model is gathered and reduced while others compute. Gradients of replicas are sent during the last
+    # micro-batch's backward pass, two thirds of its work; those outside of the blocks are complete at its end alone.
+    last_s, hides_s = 0.0, compute_s
+    if setting.shards == 1:
+        last_s = exchange_s * (1 - model.n_layer * step.sizes.block / step.sizes.all)
+        hides_s = 2 / 3 * compute_s / setting.accumulation
+    exposed_s = last_s + max(0.0, exchange_s - last_s - hides_s)
     return StepTime(
         compute_s, traffic_s=(tokens * moved * again + weights) / bandwidth, launch_s=launches * LAUNCH_S,
         update_s=UPDATE_BYTES * step.sizes.shard / bandwidth + orthogonalise_s, exchange_s=exchange_s, exposed_s=exposed_s,
