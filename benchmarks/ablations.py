@@ -43,7 +43,7 @@ VARIANTS: dict[str, list[str]] = {
     "AdamW": ADAMW,
     "GPT-2's blocks": ["model.arch=gpt2", "model.bias=false"],
     "GPT-2's blocks, AdamW": [*ADAMW, "model.arch=gpt2", "model.bias=false"],
-    "cosine": ["schedule.kind=cosine"],
+    "cosine": ["schedule.kind=cosine", "schedule.cooldown_steps=0"],
     "tied head": ["model.tie_weights=true"],
     "half the key heads": ["model.n_kv_head=2"],
     "lr x 0.5": ["optimizer.lr*0.5"],
@@ -65,7 +65,12 @@ class Bench:
         """stdout of a command, with one thread, so that several may run."""
         command = [sys.executable, "-m", "pipeline", *words]
         result = subprocess.run(
-            command, cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+            command,
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if result.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
@@ -87,7 +92,9 @@ class Bench:
 
     def train(self, variant: str, steps: int, *more: str) -> dict[str, float]:
         """The last line of a run: its val loss and seconds of training."""
-        found: dict[str, float] = json.loads(self.pipeline("train", *self.settings(variant, steps), *more).splitlines()[-1])
+        found: dict[str, float] = json.loads(
+            self.pipeline("train", *self.settings(variant, steps), *more).splitlines()[-1]
+        )
         return found
 
     def step_s(self, variant: str, turn: int) -> float:
@@ -110,7 +117,9 @@ def compare(bench: Bench, variants: list[str], seeds: int, jobs: int) -> dict[st
     tasks = [(variant, seed) for seed in range(seeds) for variant in variants]
     with ThreadPoolExecutor(jobs) as pool:
         losses = list(pool.map(lambda task: bench.loss(task[0], steps[task[0]], task[1]), tasks))
-    by_variant = {variant: [loss for task, loss in zip(tasks, losses, strict=True) if task[0] == variant] for variant in variants}
+    by_variant = {
+        variant: [loss for task, loss in zip(tasks, losses, strict=True) if task[0] == variant] for variant in variants
+    }
     return {variant: {"steps": steps[variant], "losses": found} for variant, found in by_variant.items()}
 
 
@@ -133,7 +142,9 @@ def main() -> None:
     for variant, row in found.items():
         apart = [loss - own for loss, own in zip(row["losses"], base, strict=True)]
         figures = [statistics.mean(row["losses"]), statistics.stdev(row["losses"])]
-        difference = "| | |" if variant == "the recipe" else f"| {statistics.mean(apart):+.4f} | {statistics.stdev(apart):.4f} |"
+        difference = (
+            "| | |" if variant == "the recipe" else f"| {statistics.mean(apart):+.4f} | {statistics.stdev(apart):.4f} |"
+        )
         print(f"| {variant} | {row['steps']} | {figures[0]:.4f} | {figures[1]:.4f} {difference}")
     if options.json:
         options.json.write_text(json.dumps(found))

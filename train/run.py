@@ -162,8 +162,12 @@ def notes(config: Config, mixture: Mixture) -> list[str]:
         for source in mixture.sources
         if source.manifest.is_foreign
     ]
-    cooldown = config.cooldown_steps if config.schedule.kind == "wsd" else 0
-    if config.schedule.warmup_steps >= config.decay_steps - cooldown:
+    if config.schedule.cooldown_steps > config.cooldown_steps:
+        lines.append(
+            f"note: schedule.cooldown_steps={config.schedule.cooldown_steps:,} are more than the {config.cooldown_steps:,} "
+            f"steps before step {config.decay_steps:,} that the warmup leaves: the learning rate falls over all of these"
+        )
+    if config.schedule.warmup_steps >= config.decay_steps:
         lines.append(
             f"note: schedule.warmup_steps={config.schedule.warmup_steps:,} leaves no room before step {config.decay_steps:,}, "
             "where the learning rate should reach its minimum: the run ends while it still rises"

@@ -72,12 +72,6 @@ def _contradictions(config: Config) -> list[str]:
         faults.append(f"schedule.warmup_steps={warmup} is above schedule.decay_steps={decay}")
     if schedule.cooldown_steps > 0 and schedule.kind != "wsd":
         faults.append(f"schedule.cooldown_steps={schedule.cooldown_steps} needs schedule.kind=wsd")
-    elif 0 < schedule.cooldown_steps > config.decay_steps - schedule.warmup_steps:
-        warmup, cooldown = schedule.warmup_steps, schedule.cooldown_steps
-        faults.append(
-            f"schedule.warmup_steps={warmup} and schedule.cooldown_steps={cooldown} are more than the {config.decay_steps} "
-            "steps of schedule.decay_steps or, without it, train.max_steps"
-        )
     if set(config.log.also).difference(TRACKERS):
         faults.append(f"log.also={shown(config.log.also)}: expected {expected(KEYS['log.also'])}")
     if config.eval.sample_prompt and not config.eval.every_steps:

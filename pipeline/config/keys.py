@@ -202,7 +202,9 @@ class Config:
 
     @property
     def cooldown_steps(self) -> int:
-        return self.schedule.cooldown_steps or self.train.max_steps // 5
+        """Of wsd: at most all that the warmup leaves, so that a run may be shortened by its steps alone."""
+        wanted = self.schedule.cooldown_steps or self.train.max_steps // 5
+        return max(0, min(wanted, self.decay_steps - self.schedule.warmup_steps))
 
 
 SECTIONS: dict[str, type] = {section.name: section.type for section in fields(Config)}  # type: ignore[misc]

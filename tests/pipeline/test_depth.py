@@ -1,6 +1,7 @@
 """`--depth N`: one number for shape, optimizer, batch and steps, by the rules of docs/recipes.md."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from click.testing import CliRunner
@@ -36,7 +37,7 @@ def test_every_depth_is_a_run_of_twenty_tokens_a_parameter_on_one_to_eight_ranks
 
 def test_deeper_is_wider_takes_more_tokens_a_step_and_a_lower_rate() -> None:
     configs = [config_of(depth) for depth in DEPTHS]
-    for smaller, larger in zip(configs, configs[1:], strict=False):
+    for smaller, larger in pairwise(configs):
         assert larger.model.n_embd > smaller.model.n_embd
         assert larger.train.tokens_per_step >= smaller.train.tokens_per_step
         assert larger.optimizer.lr < smaller.optimizer.lr
