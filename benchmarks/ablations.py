@@ -45,7 +45,8 @@ VARIANTS: dict[str, list[str]] = {
     "GPT-2's blocks, AdamW": [*ADAMW, "model.arch=gpt2", "model.bias=false"],
     "cosine": ["schedule.kind=cosine", "schedule.cooldown_steps=0"],
     "tied head": ["model.tie_weights=true"],
-    "half the key heads": ["model.n_kv_head=2"],
+    "one head of keys": ["model.n_kv_head=1"],
+    "cooldown of a fifth": ["schedule.cooldown_steps=0"],
     "lr x 0.5": ["optimizer.lr*0.5"],
     "lr x 2": ["optimizer.lr*2"],
     "weight decay 0": ["optimizer.weight_decay=0"],
@@ -107,9 +108,9 @@ class Bench:
         return self.train(variant, steps, f"run.name=v{number}-{seed}", f"run.seed={seed}", *whole)["val_loss"]
 
 
-def compare(bench: Bench, variants: list[str], seeds: int, jobs: int) -> dict[str, dict[str, object]]:
+def compare(bench: Bench, variants: list[str], recipe_steps: int, *, seeds: int, jobs: int) -> dict[str, dict[str, object]]:
     """By variant: its steps, the losses of its seeds."""
-    recipe_steps, ratios = round(bench.value("train.max_steps")), {}
+    ratios = {}
     turns = [[bench.step_s(variant, turn) for variant in variants] for turn in range(PROBE_TURNS)]
     for number, variant in enumerate(variants):
         ratios[variant] = statistics.median(times[0] / times[number] for times in turns)
@@ -127,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", choices=CORPORA)
     parser.add_argument("--text", type=Path, help="the tinyshakespeare text, for shakespeare-char")
+    parser.add_argument("--steps", type=int, help="of the recipe, instead of its own")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
     parser.add_argument("--only", help="variants, with commas; the recipe is always there")
@@ -135,7 +137,8 @@ def main() -> None:
     variants = [name for name in VARIANTS if not options.only or name in ("the recipe", *options.only.split(","))]
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(CORPORA[options.corpus], options.text and options.text.resolve(), Path(name))
-        found = compare(bench, variants, options.seeds, options.jobs)
+        steps = options.steps or round(bench.value("train.max_steps"))
+        found = compare(bench, variants, steps, seeds=options.seeds, jobs=options.jobs)
     base = found["the recipe"]["losses"]
     print(f"| {options.corpus}, {options.seeds} seeds | steps | val loss, mean | sd | against the recipe, mean | sd |")
     print("|---|---|---|---|---|---|")

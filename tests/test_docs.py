@@ -32,7 +32,8 @@ from pipeline.config.load import config_from_arguments
 from pipeline.config.other_names import NANOGPT
 
 README = ROOT / "README.md"
-LISTED = re.findall(r"^\| \[docs/[\w-]+\.md\]\((docs/[\w-]+\.md)\)", README.read_text(encoding="utf-8"), re.MULTILINE)
+ROWS = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| [docs/")]
+LISTED = [page for row in ROWS for page in re.findall(r"\]\((docs/[\w-]+\.md)\)", row)]
 PAGES = [README, *(ROOT / name for name in LISTED)]
 KEYS_BEGIN, KEYS_END = "<!-- keys -->", "<!-- end of keys -->"
 SHELL = ("", "sh", "bash", "console")  # a block without a language is commands, so that none escapes
