@@ -26,8 +26,10 @@ def with_depth(arguments: Sequence[str], depth: int) -> list[str]:
     """`[CONFIG] [section.key=value]...` with the keys that `depth` sets, before the given ones, which
     win.
     """
-    config = config_from_arguments(list(arguments))
     named = bool(arguments) and "=" not in arguments[0]
+    # The other changes may fit the depth alone, such as model.n_kv_head=4 to its heads.
+    contexts = [change for change in arguments[named:] if change.partition("=")[0].strip() == "model.block_size"]
+    config = config_from_arguments([*arguments[:named], *contexts])
     name = f"{config.run.name}-depth-{depth}" if named else f"depth-{depth}"
     return [*arguments[:named], override("run.name", name), *settings(depth, config), *arguments[named:]]
 
@@ -46,8 +48,9 @@ def settings(depth: int, config: Config) -> list[str]:
     steps = max(1, round(tokens / tokens_per_step))
     lr = REFERENCE_LR * math.sqrt(REFERENCE_DEPTH / depth)
     keys = {
-        "model.arch": "qwen3", "model.n_layer": depth, "model.n_head": depth, "model.n_kv_head": 0, "model.n_embd": width,
-        "model.tie_weights": False, "optimizer.name": "muon", "optimizer.lr": float(f"{lr:.2g}"), "optimizer.min_lr": 0.0,
+        "model.arch": "qwen3", "model.n_layer": depth, "model.n_head": depth, "model.n_kv_head": 0, "model.head_dim": 0,
+        "model.n_inner": 0, "model.n_embd": width, "model.tie_weights": False,
+        "optimizer.name": "muon", "optimizer.lr": float(f"{lr:.2g}"), "optimizer.min_lr": 0.0,
         "optimizer.weight_decay": float(f"{FORGETTING / (lr * steps):.2g}"),
         "schedule.kind": "wsd", "schedule.warmup_steps": 0, "schedule.decay_steps": 0,
         "schedule.cooldown_steps": max(1, round(COOLDOWN * steps)),

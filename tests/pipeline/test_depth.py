@@ -1,6 +1,7 @@
 """`--depth N`: one number for shape, optimizer, batch and steps, by the rules of docs/recipes.md."""
 
 import json
+import operator
 from itertools import pairwise
 
 import pytest
@@ -57,6 +58,20 @@ def test_given_keys_win_and_the_rest_of_the_config_stays() -> None:
     # A depth and a preset have a folder of their own, so that neither resumes the other.
     assert config_of(4, "quickstart").run.name == "quickstart-depth-4"
     assert config_of(4).run.name == "depth-4"
+
+
+@pytest.mark.parametrize("change", ["model.n_kv_head=4", "model.n_embd=1024", "schedule.cooldown_steps=100"])
+def test_a_change_has_to_fit_the_depth_and_not_what_it_replaces(change: str) -> None:
+    key, value = change.split("=")
+    assert operator.attrgetter(key)(config_of(8, change)) == int(value)
+
+
+def test_a_value_may_have_the_number_of_an_array_job() -> None:
+    assert with_depth(["optimizer.lr=%ae-3", "model.block_size = 256"], 8)[-2] == "optimizer.lr=%ae-3"
+
+
+def test_shapes_of_the_config_do_not_stay() -> None:
+    assert "model.head_dim=0" in with_depth([], 8) and "model.n_inner=0" in with_depth([], 8)
 
 
 def test_a_depth_and_another_run_contradict_each_other() -> None:
