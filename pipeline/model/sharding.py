@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MESSAGE_ELEMENTS = 1 << 24
 
 
-def _is_shard(tensor: Tensor) -> "TypeGuard[DTensor]":
+def is_shard(tensor: Tensor) -> "TypeGuard[DTensor]":
     # Importing the type takes half of a second, which is spared where FSDP2 has not imported it.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -27,7 +27,7 @@ def whole(tensor: Tensor) -> Tensor:
     """The complete tensor. A sharded one is gathered, so every rank must call this, in the same
     order.
     """
-    return tensor.full_tensor() if _is_shard(tensor) else tensor
+    return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def gather(tensor: Tensor, target: Tensor | None) -> None:
@@ -36,7 +36,7 @@ def gather(tensor: Tensor, target: Tensor | None) -> None:
 
     Unlike `whole` it leaves the complete tensor on rank 0 alone, and on its device one message.
     """
-    if not _is_shard(tensor):
+    if not is_shard(tensor):
         if target is not None:
             target.copy_(tensor, non_blocking=tensor.is_cuda)
         return
@@ -68,12 +68,12 @@ def _messages(shard: Tensor) -> tuple[Tensor, ...]:
 
 def part(tensor: Tensor) -> Tensor:
     """What this rank holds of `tensor`."""
-    return tensor.to_local() if _is_shard(tensor) else tensor
+    return tensor.to_local() if is_shard(tensor) else tensor
 
 
 def parts(tensor: Tensor) -> int:
     """How many parts `tensor` is sharded into: rank r holds the part with the number r modulo this."""
-    return int(tensor.device_mesh.shape[-1]) if _is_shard(tensor) else 1
+    return int(tensor.device_mesh.shape[-1]) if is_shard(tensor) else 1
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def scatter(target: Tensor, tensor: Tensor | None) -> None:
     """Fill `target` on every rank, its shard where it is sharded, from the complete `tensor`, which
     rank 0 passes and no other rank does. Every rank must call this, in the same order.
     """
-    if _is_shard(target):
+    if is_shard(target):
         from torch.distributed.tensor import distribute_tensor
 
         # The others pass a tensor as well, but only its shape is looked at.

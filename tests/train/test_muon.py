@@ -56,6 +56,13 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     return x
 
 
+def test_one_rank_does_not_import_sharded_tensors() -> None:
+    """They take half of a second of each start."""
+    code = "import sys, train.run; print('torch.distributed.tensor' in sys.modules)"
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert printed == "False\n"
+
+
 def test_steps_equal_torchs_muon_within_bfloat16_rounding() -> None:
     """torch computes Newton-Schulz in bfloat16, so an entry of an update is off by a few of its roundings."""
     ours, theirs = matrices(*SHAPES), matrices(*SHAPES)

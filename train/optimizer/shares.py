@@ -5,12 +5,17 @@
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
+
+from pipeline.model.sharding import is_shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Compute = Callable[[Tensor], Tensor]
 
@@ -20,7 +25,7 @@ def over_ranks(stack: Tensor, like: Tensor, compute: Compute) -> Tensor:
     them: complete, or its shard of the rows where `like`, one of their parameters, is sharded. All
     ranks call it together, and each computes every matrix of its share from the same bits.
     """
-    if isinstance(like, DTensor):
+    if is_shard(like):
         return _over_shards(stack, like, compute)
     if dist.is_initialized() and dist.get_world_size() > 1:
         return _over_replicas(stack, compute)
@@ -37,7 +42,7 @@ def _over_replicas(stack: Tensor, compute: Compute) -> Tensor:
     return everyones[:count]
 
 
-def _over_shards(stack: Tensor, like: DTensor, compute: Compute) -> Tensor:
+def _over_shards(stack: Tensor, like: "DTensor", compute: Compute) -> Tensor:
     """A rank gets the rows of its share alone: an all-gather would send every rank all of them."""
     mesh, rows, count = like.device_mesh, like.shape[0], len(stack)
     group, ranks = mesh.get_group(mesh.ndim - 1), mesh.shape[-1]
