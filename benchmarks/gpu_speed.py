@@ -100,7 +100,7 @@ def training_speed(check: Check) -> dict[str, Any]:
             end_of_text = check.vocabulary - 1
             ids[:, ::DOCUMENT_TOKENS] = end_of_text
             with check.autocast():
-                by_offset = takes_offsets(check.device, config.model.dropout)
+                by_offset = takes_offsets(check.device, config.model)
             documents = (document_offsets if by_offset else document_numbers)(ids[:, :-1].cpu(), end_of_text).to(
                 check.device
             )

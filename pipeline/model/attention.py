@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config.keys import ModelConfig
 from pipeline.model.architecture import document_mask
 
 FLASH_CAPABILITY = (8, 0)  # Ampere
+# Of a head; scaled_dot_product_attention pads others, and varlen_attn refuses them.
+FLASH_WIDTH_MULTIPLE, MOST_FLASH_WIDTH = 8, 256
 
 
 def document_offsets(ids: Tensor, end_of_text: int) -> Tensor:
@@ -32,14 +35,16 @@ def document_offsets(ids: Tensor, end_of_text: int) -> Tensor:
     return F.pad(offsets, (0, (1 << len(offsets).bit_length()) - len(offsets)), value=ids.numel())
 
 
-def takes_offsets(device: torch.device, dropout: float) -> bool:
-    """Whether attention under the current autocast takes offsets: a flash kernel, which has no dropout
-    and no float32.
+def takes_offsets(device: torch.device, model: ModelConfig) -> bool:
+    """Whether attention under the current autocast takes offsets: a flash kernel, which has no dropout,
+    no float32 and not every width of a head.
     """
     return (
         device.type == "cuda"
         and torch.is_autocast_enabled("cuda")
-        and not dropout
+        and not model.dropout
+        and model.head_width % FLASH_WIDTH_MULTIPLE == 0
+        and model.head_width <= MOST_FLASH_WIDTH
         and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
         and _flash_of_documents() is not None
     )

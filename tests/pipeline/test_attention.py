@@ -11,6 +11,7 @@ from test_model import small_model
 from torch import Tensor
 from torch.testing import assert_close
 
+from pipeline.config.keys import ModelConfig
 from pipeline.dataset.mixture import Mixture
 from pipeline.model import attention
 from pipeline.model.architecture import document_mask
@@ -109,24 +110,27 @@ def test_training_takes_offsets_where_a_kernel_does(tiny: Any, monkeypatch: pyte
     windows = torch.from_numpy(mixture.batch(0, 4))
     before = windows.clone()
     assert model_inputs(windows, config, mixture, cpu)[2].shape == (4, 16)
-    monkeypatch.setattr("train.data.batches.takes_offsets", lambda device, dropout: not dropout)
+    monkeypatch.setattr("train.data.batches.takes_offsets", lambda device, model: not model.dropout)
     ids, _, offsets = model_inputs(windows, config, mixture, cpu)
     assert offsets is not None and offsets.ndim == 1 and torch.equal(windows, before)
     assert torch.equal(mask_of(offsets, 4, 16), document_mask(document_numbers(ids, mixture.tokenizer["end_of_text"])))
 
 
-@pytest.mark.parametrize(("low", "dropout", "capability", "expected"), [
-    (True, 0.0, (9, 0), True), (False, 0.0, (9, 0), False), (True, 0.1, (9, 0), False), (True, 0.0, (7, 5), False),
+@pytest.mark.parametrize(("low", "model", "capability", "expected"), [
+    (True, {}, (9, 0), True), (False, {}, (9, 0), False), (True, {"dropout": 0.1}, (9, 0), False), (True, {}, (7, 5), False),
+    (True, {"n_embd": 100, "n_head": 5}, (9, 0), False), (True, {"n_embd": 1024, "n_head": 2}, (9, 0), False),
 ])  # fmt: skip
 def test_which_kernels_take_offsets(
-    low: bool, dropout: float, capability: tuple[int, int], expected: bool, flash: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    low: bool, model: dict[str, Any], capability: tuple[int, int], expected: bool,
+    flash: None, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = ModelConfig(**model)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
     monkeypatch.setattr("torch.is_autocast_enabled", lambda _: low)
-    assert attention.takes_offsets(torch.device("cuda"), dropout) is expected
-    assert not attention.takes_offsets(torch.device("cpu"), dropout)
+    assert attention.takes_offsets(torch.device("cuda"), config) is expected
+    assert not attention.takes_offsets(torch.device("cpu"), config)
     monkeypatch.setattr(attention, "_flash_of_documents", lambda: None)
-    assert not attention.takes_offsets(torch.device("cuda"), dropout)
+    assert not attention.takes_offsets(torch.device("cuda"), config)
 
 
 def test_torchs_kernel_is_used_only_with_the_parameters_it_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None:

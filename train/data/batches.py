@@ -77,6 +77,6 @@ def model_inputs(
     if not config.data.document_mask:
         return inputs, targets, None
     end_of_text = mixture.tokenizer["end_of_text"]
-    if takes_offsets(device, config.model.dropout):
+    if takes_offsets(device, config.model):
         return inputs, targets, document_offsets(on_host[:, :-1], end_of_text).to(device, non_blocking=True)
     return inputs, targets, document_numbers(inputs, end_of_text)
