@@ -250,8 +250,14 @@ def log_changes(saved: Description, config: Config) -> None:
     old = from_dict(saved.config)
     rate, rate_now = learning_rate(saved.step, old), learning_rate(saved.step, config)
     if not math.isclose(rate, rate_now):
-        kept = f": set schedule.decay_steps={old.decay_steps} to keep the schedule"
-        hint = kept if old.decay_steps != config.decay_steps else ""
+        # Both follow from train.max_steps where they are 0.
+        names = (
+            ["decay_steps", "cooldown_steps"] if old.schedule.kind == config.schedule.kind == "wsd" else ["decay_steps"]
+        )
+        kept = [
+            f"schedule.{name}={getattr(old, name)}" for name in names if getattr(old, name) != getattr(config, name)
+        ]
+        hint = f": set {' '.join(kept)} to keep the schedule" if kept else ""
         logger.warning("at step %d the learning rate changes from %.2e to %.2e%s", saved.step, rate, rate_now, hint)
 
 

@@ -14,13 +14,14 @@ from conftest import die_at, overrides, run_program, tiny_config, write_dataset,
 from safetensors.torch import load_file
 from test_train_run import assert_identical, copy_of, curve, final_tensors, renamed, rows, status
 
-from pipeline.checkpoint.folder import hash_of_description, read_description
+from pipeline.checkpoint.folder import Description, hash_of_description, read_description
 from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder
 from pipeline.checkpoint.prune import prune_checkpoints
 from pipeline.config.keys import Config, WeightedDataset
+from pipeline.config.load import to_dict
 from pipeline.errors import Diverged, UserError
 from pipeline.runs import RunFolder
-from train.resume import enter
+from train.resume import enter, log_changes
 from train.run import run
 from train.saving import choose_best
 
@@ -205,6 +206,19 @@ def test_a_longer_run_says_where_the_rate_jumps_to_and_how_it_would_not(
     config = changed(copy_of(trunk, "longer"), train={"max_steps": 20}, schedule={"decay_steps": 10})
     run(config)
     assert "learning rate" not in caplog.text and rows(config)[10]["lr"] == pytest.approx(1e-3)
+
+
+def test_a_longer_wsd_says_the_cooldown_too_as_that_follows_from_the_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wsd = tiny_config(tmp_path, schedule={"kind": "wsd"}, train={"max_steps": 1000})
+    saved = Description(step=950, tokens=0, config=to_dict(wsd), tokenizer={}, dataset="")
+    longer = changed(wsd, train={"max_steps": 2000})
+    log_changes(saved, longer)
+    assert "set schedule.decay_steps=1000 schedule.cooldown_steps=200 to keep the schedule" in caplog.messages[-1]
+    caplog.clear()
+    log_changes(saved, changed(longer, schedule={"decay_steps": 1000, "cooldown_steps": 200}))
+    assert "learning rate" not in caplog.text
 
 
 @pytest.mark.slow
