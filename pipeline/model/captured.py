@@ -26,7 +26,9 @@ def captured(function: Callable[[Tensor], Outputs], example: Tensor) -> Callable
     try:
         graph, outputs = _capture(function, inputs)
     except (RuntimeError, ValueError) as error:  # ValueError: of a device that is no GPU
-        logger.warning("decoding without a CUDA graph, at a quarter of the speed: %s", one_line(error))
+        # Where a kernel refused, what ends the capture raises again, and says only that it is invalid.
+        cause = error.__context__ or error
+        logger.warning("decoding without a CUDA graph, at a quarter of the speed: %s", one_line(cause))
         return function
 
     def replay(given: Tensor) -> Outputs:
@@ -38,7 +40,8 @@ def captured(function: Callable[[Tensor], Outputs], example: Tensor) -> Callable
 
 
 def _capture(function: Callable[[Tensor], Outputs], inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, Outputs]:
-    with torch.cuda.device(inputs.device):
+    # The current stream as a context, as a capture that fails leaves its own one behind.
+    with torch.cuda.device(inputs.device), torch.cuda.stream(torch.cuda.current_stream()):
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -1,6 +1,7 @@
 """The decoder against the model it was made from."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -192,6 +193,45 @@ def test_a_captured_function_is_replayed_on_new_inputs(monkeypatch: pytest.Monke
     run = captured(function, torch.zeros(2))
     assert run(torch.tensor([1.0, 2.0])).tolist() == [2, 4]
     assert run(torch.tensor([3.0, 4.0])).tolist() == [6, 8]
+
+
+def test_a_capture_that_fails_says_why_and_leaves_the_stream_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a stand-in for torch's `graph`, which stays on its stream where the end of a capture raises."""
+    current = ["training's"]
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.name
+
+        def __exit__(self, *_: object) -> None:
+            current[0] = self.before
+
+    @contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        current[0] = "the capture's"
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def function(inputs: Tensor) -> Tensor:
+        if current[0] == "the capture's":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return inputs * 2
+
+    monkeypatch.setattr(torch.cuda, "device", MagicMock())
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: Stream(current[0]))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock())
+    assert captured(function, torch.zeros(2)) is function
+    assert current == ["training's"] and "not permitted when stream is capturing" in caplog.text
 
 
 def test_decoding_on_a_gpu_leaves_out_cudnns_attention(monkeypatch: pytest.MonkeyPatch) -> None:
