@@ -18,7 +18,6 @@ from pipeline.model.decoder import Decoder
 from pipeline.model.language_model import LanguageModel, document_numbers
 from sample.choice import Choice
 from sample.generate import generate
-from train import parallel
 from train.optimizer.adamw import AdamW
 from train.optimizer.groups import build_optimizer
 from train.optimizer.muon import Muon
@@ -32,7 +31,7 @@ def our_model(check: Check, config: Config) -> LanguageModel:
     torch.manual_seed(0)
     model = LanguageModel(config.model, check.vocabulary).to(check.device)
     if not check.tiny:
-        parallel.compile_blocks(model)
+        model.compile_blocks()
     return model
 
 

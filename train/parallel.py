@@ -89,7 +89,7 @@ def allocate(
     Raises UserError for shards in float16.
     """
     if compiled:
-        compile_blocks(model)
+        model.compile_blocks()
     if mesh is None:
         model.allocate(world.device)
         return
@@ -111,19 +111,6 @@ def allocate(
     # Embeddings, head and last norm: what no block took.
     fully_shard(model, mesh=mesh)
     model.allocate(world.device)
-
-
-def compile_blocks(model: LanguageModel) -> None:
-    """Compile one block's forward pass, which all others share: for 12 layers that takes seconds where
-    the model as one graph takes a minute, and gradients arrive block by block, so that DDP averages
-    those of one while the next computes.
-    """
-    # DDP's optimizer would split a block once more, where a bucket ends inside of it.
-    torch._dynamo.config.optimize_ddp = False
-    for block in model.blocks:
-        # Not the module: what FSDP does around it cannot be traced.
-        block.forward = torch.compile(block.forward)
-    model.differentiate = torch.compile(model.differentiate)
 
 
 def distribute(complete: LanguageModel | None, model: LanguageModel) -> None:

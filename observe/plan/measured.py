@@ -98,5 +98,5 @@ def _model(plan: Plan, device: Any) -> tuple[Any, Any]:
     with torch.device(device):
         model = LanguageModel(plan.config.model, plan.vocab_size)
     if plan.footprint.setting.compiled:
-        model.compile()
+        model.compile_blocks()
     return model, torch.optim.AdamW(model.parameters(), fused=True)
