@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.model.constants import chunk_count
 
+HEADROOM = 64  # in float16, of the gradient of the head's weight
+
 
 def loss_and_gradient(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """() sum of the losses of `ids` (n, 1) under `logits` (n, P), and its gradient by the logits, in their
@@ -109,6 +111,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, a sum of chunks that stays float32 where the factors are not."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif left.dtype == torch.float16:
+        # A sum over a frequent token's many rows may pass the largest number, 65,504, and no loss scale is in
+        # it that could fall. A power of two rounds nothing.
+        total.add_(left @ (right / HEADROOM), alpha=HEADROOM)
     else:
         total.add_(left @ right)
 

@@ -71,6 +71,19 @@ def test_autocast_differs_by_rounding(dtype: torch.dtype) -> None:
     assert not gradients(mean_loss, dtype=dtype)[2][VOCABULARY:].any()
 
 
+def test_a_sum_of_many_tokens_fits_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one chunk: no loss scale is in it that could fall."""
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 40_000 * PADDED)
+    weight = torch.zeros(PADDED, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        loss = mean_loss(torch.full((40_000, 4), 2.0), weight, None, torch.zeros(40_000, dtype=torch.long))
+    loss.backward()
+    assert weight.grad is not None
+    expected = torch.full((PADDED, 4), 2 / PADDED)
+    expected[0] -= 2
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_only_what_is_asked_for_gets_a_gradient() -> None:
     hidden, weight, bias, targets = inputs()
     (found,) = torch.autograd.grad(mean_loss(hidden, weight.detach(), bias, targets), [hidden])
