@@ -1,9 +1,9 @@
 """What each choice of a recipe is worth: val loss at equal wall-clock time, over several seeds.
 
-Every variant is one recipe with some keys changed. Its steps are those that fit into the time of the
-recipe's: first each variant takes a few steps in turns with the recipe, one process at a time, and the
-medians of their step times set its `train.max_steps`. Then all train with each seed, and the loss over the
-complete val split after the last step is compared with the recipe's of the same seed.
+Every variant is one recipe with some keys changed. One that changes the work of a step is given the steps
+that fit into the time of the recipe's: it takes a few steps in turns with the recipe, one process at a time,
+and the ratio of the fastest turns sets its `train.max_steps`. Then all train with each seed, and the loss over
+the complete val split after the last step is compared with the recipe's of the same seed.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-PROBE_STEPS, PROBE_TURNS = 24, 3
+PROBE_STEPS, PROBE_TURNS = 40, 4
+WORK = ("model.", "optimizer.name", "optimizer.grad_clip")  # keys that change what a step takes
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ VARIANTS: dict[str, list[str]] = {
     "AdamW": ADAMW,
     "GPT-2's blocks": ["model.arch=gpt2", "model.bias=false"],
     "GPT-2's blocks, AdamW": [*ADAMW, "model.arch=gpt2", "model.bias=false"],
-    "cosine": ["schedule.kind=cosine", "schedule.cooldown_steps=0"],
+    "cosine": ["schedule.kind=cosine"],
     "tied head": ["model.tie_weights=true"],
     "one head of keys": ["model.n_kv_head=1"],
     "cooldown of a fifth": ["schedule.cooldown_steps=0"],
@@ -108,13 +109,15 @@ class Bench:
         return self.train(variant, steps, f"run.name=v{number}-{seed}", f"run.seed={seed}", *whole)["val_loss"]
 
 
-def compare(bench: Bench, variants: list[str], recipe_steps: int, *, seeds: int, jobs: int) -> dict[str, dict[str, object]]:
+def compare(
+    bench: Bench, variants: list[str], recipe_steps: int, *, seeds: int, jobs: int
+) -> dict[str, dict[str, object]]:
     """By variant: its steps, the losses of its seeds."""
-    ratios = {}
-    turns = [[bench.step_s(variant, turn) for variant in variants] for turn in range(PROBE_TURNS)]
-    for number, variant in enumerate(variants):
-        ratios[variant] = statistics.median(times[0] / times[number] for times in turns)
-    steps = {variant: round(recipe_steps * ratio) for variant, ratio in ratios.items()}
+    probed = [variant for variant in variants if any(key.startswith(WORK) for key in VARIANTS[variant])]
+    turns = [[bench.step_s(variant, turn) for variant in ("the recipe", *probed)] for turn in range(PROBE_TURNS)]
+    recipe_s, *fastest = (min(times) for times in zip(*turns, strict=True))
+    steps = dict.fromkeys(variants, recipe_steps)
+    steps |= {variant: round(recipe_steps * recipe_s / step_s) for variant, step_s in zip(probed, fastest, strict=True)}
     tasks = [(variant, seed) for seed in range(seeds) for variant in variants]
     with ThreadPoolExecutor(jobs) as pool:
         losses = list(pool.map(lambda task: bench.loss(task[0], steps[task[0]], task[1]), tasks))

@@ -162,7 +162,9 @@ def notes(config: Config, mixture: Mixture) -> list[str]:
         for source in mixture.sources
         if source.manifest.is_foreign
     ]
-    if config.schedule.cooldown_steps > config.cooldown_steps:
+    if config.schedule.kind != "wsd" and config.schedule.cooldown_steps:
+        lines.append(f"note: schedule.cooldown_steps is ignored: schedule.kind={config.schedule.kind} has no cooldown")
+    elif config.schedule.cooldown_steps > config.cooldown_steps:
         lines.append(
             f"note: schedule.cooldown_steps={config.schedule.cooldown_steps:,} are more than the {config.cooldown_steps:,} "
             f"steps before step {config.decay_steps:,} that the warmup leaves: the learning rate falls over all of these"

@@ -70,8 +70,6 @@ def _contradictions(config: Config) -> list[str]:
     if 0 < schedule.decay_steps < schedule.warmup_steps:
         warmup, decay = schedule.warmup_steps, schedule.decay_steps
         faults.append(f"schedule.warmup_steps={warmup} is above schedule.decay_steps={decay}")
-    if schedule.cooldown_steps > 0 and schedule.kind != "wsd":
-        faults.append(f"schedule.cooldown_steps={schedule.cooldown_steps} needs schedule.kind=wsd")
     if set(config.log.also).difference(TRACKERS):
         faults.append(f"log.also={shown(config.log.also)}: expected {expected(KEYS['log.also'])}")
     if config.eval.sample_prompt and not config.eval.every_steps:

@@ -150,7 +150,7 @@ def test_a_run_is_set_next_to_its_plan(folder: Path, capsys: pytest.CaptureFixtu
     run_folder.config.write_text(to_toml(load_config("quickstart", ["run.name=mine"])))
     run_folder.write_status(Status(State.DONE, 100, tokens_per_s=4096.0))
     for name in ("mine", "runs/mine"):
-        assert plan(capsys, name)["measured"]["step_s"] == pytest.approx(0.5)
+        assert plan(capsys, name)["measured"]["step_s"] == pytest.approx(1.0)
     assert "Planned and measured" in page(capsys, "mine")
     assert "Planned and measured" in page(capsys, "quickstart", "run.name=mine")
     assert "Planned and measured" not in page(capsys, "quickstart", "run.name=mine", "model.n_layer=2")

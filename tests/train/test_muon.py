@@ -59,7 +59,9 @@ def newton_schulz(matrix: Tensor) -> Tensor:
 def test_one_rank_does_not_import_sharded_tensors() -> None:
     """They take half of a second of each start."""
     code = "import sys, train.run; print('torch.distributed.tensor' in sys.modules)"
-    printed = subprocess.check_output([sys.executable, "-c", code], text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    printed = subprocess.check_output(
+        [sys.executable, "-c", code], text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     assert printed == "False\n"
 
 
