@@ -49,7 +49,7 @@ def settings(depth: int, config: Config) -> list[str]:
     lr = REFERENCE_LR * math.sqrt(REFERENCE_DEPTH / depth)
     keys = {
         "model.arch": "qwen3", "model.n_layer": depth, "model.n_head": depth, "model.n_kv_head": 0, "model.head_dim": 0,
-        "model.n_inner": 0, "model.n_embd": width, "model.tie_weights": False,
+        "model.n_inner": 0, "model.n_embd": width, "model.bias": False, "model.tie_weights": False,
         "optimizer.name": "muon", "optimizer.lr": float(f"{lr:.2g}"), "optimizer.min_lr": 0.0,
         "optimizer.weight_decay": float(f"{FORGETTING / (lr * steps):.2g}"),
         "schedule.kind": "wsd", "schedule.warmup_steps": 0, "schedule.decay_steps": 0,
