@@ -3,7 +3,7 @@
 Every variant is one recipe with some keys changed. One that changes the work of a step is given the steps
 that fit into the time of the recipe's: it takes a few steps in turns with the recipe, one process at a time,
 and the ratio of the fastest turns sets its `train.max_steps`. Then all train with each seed, and the loss over
-the complete val split after the last step is compared with the recipe's of the same seed.
+the val split after the last step is compared with the recipe's of the same seed.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-PROBE_STEPS, PROBE_TURNS = 40, 4
+PROBE_STEPS, PROBE_TURNS = 12, 3
+VAL_TOKENS = 200_000  # all of tinyshakespeare's
 WORK = ("model.", "optimizer.name", "optimizer.grad_clip")  # keys that change what a step takes
 
 
@@ -105,7 +106,7 @@ class Bench:
 
     def loss(self, variant: str, steps: int, seed: int) -> float:
         number = list(VARIANTS).index(variant)
-        whole = ["eval.tokens=0", f"eval.every_steps={steps}", f"checkpoint.every_steps={steps}"]
+        whole = [f"eval.tokens={VAL_TOKENS}", f"eval.every_steps={steps}", f"checkpoint.every_steps={steps}"]
         return self.train(variant, steps, f"run.name=v{number}-{seed}", f"run.seed={seed}", *whole)["val_loss"]
 
 
