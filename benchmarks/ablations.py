@@ -10,14 +10,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-PROBE_STEPS, PROBE_TURNS = 12, 3
+from benchmarks.measure import PIPELINE, run
+
+PROBE_STEPS, PROBE_TURNS = 40, 4
 VAL_TOKENS = 200_000  # all of tinyshakespeare's
 WORK = ("model.", "optimizer.name", "optimizer.grad_clip")  # keys that change what a step takes
 
@@ -66,18 +66,7 @@ class Bench:
 
     def pipeline(self, *words: str) -> str:
         """stdout of a command, with one thread, so that several may run."""
-        command = [sys.executable, "-m", "pipeline", *words]
-        result = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if result.returncode:
-            sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
-        return result.stdout
+        return run([*PIPELINE, *words], self.folder, OMP_NUM_THREADS="1")
 
     def value(self, key: str) -> float:
         return float(self.config[key]["value"])
