@@ -43,8 +43,10 @@ ADAMW = ["optimizer.name=adamw", "optimizer.lr=4e-3", "schedule.warmup_steps=20"
 VARIANTS: dict[str, list[str]] = {
     "the recipe": [],
     "AdamW": ADAMW,
+    "AdamW at lr x 0.5": [*ADAMW, "optimizer.lr=2e-3"],
+    "AdamW at lr x 2": [*ADAMW, "optimizer.lr=8e-3"],
     "GPT-2's blocks": ["model.arch=gpt2", "model.bias=false"],
-    "GPT-2's blocks, AdamW": [*ADAMW, "model.arch=gpt2", "model.bias=false"],
+    "GPT-2's blocks with AdamW": [*ADAMW, "model.arch=gpt2", "model.bias=false"],
     "cosine": ["schedule.kind=cosine"],
     "tied head": ["model.tie_weights=true"],
     "one head of keys": ["model.n_kv_head=1"],
@@ -127,6 +129,8 @@ def main() -> None:
     parser.add_argument("--only", help="variants, with commas; the recipe is always there")
     parser.add_argument("--json", type=Path, help="also write the figures of every run to this file")
     options = parser.parse_args()
+    if unknown := set(filter(None, (options.only or "").split(","))) - set(VARIANTS):
+        parser.error(f"no variant {', '.join(sorted(unknown))}: expected {', '.join(VARIANTS)}")
     variants = [name for name in VARIANTS if not options.only or name in ("the recipe", *options.only.split(","))]
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(CORPORA[options.corpus], options.text and options.text.resolve(), Path(name))

@@ -32,7 +32,7 @@ from pipeline.machine.ranks import World
 from pipeline.model.decoder import Decoder
 from pipeline.model.language_model import LanguageModel
 from train import parallel
-from train.run import assemble, initialise
+from train.run import assemble, autocast_type, initialise
 
 OPTIONAL = (
     "orjson", "xxhash", "tiktoken", "tokenizers", "rich", "safetensors", "tensorboard", "pyarrow", "zstandard", "transformers",
@@ -185,7 +185,7 @@ def curve(
     """Losses of a run, a hash of its weights, its validation loss where it has one."""
     config = config_of(check, "curve", device, steps, sections)
     world = World(rank=0, size=1, local_size=1, device=check.device if device == "cuda" else torch.device(device))
-    trainer, _ = assemble(config, world, Mixture(config))
+    trainer, _ = assemble(config, world, Mixture(config), autocast_type(config, world))
     torch.set_float32_matmul_precision("highest")  # `assemble` turns TF32 on
     initialise(trainer)
     trainer.replicate()

@@ -22,7 +22,7 @@ from pipeline.model.language_model import LanguageModel
 from train import trainer as trainer_module
 from train.metrics.record import Metrics
 from train.optimizer.schedule import learning_rate
-from train.run import assemble, initialise
+from train.run import assemble, autocast_type, initialise
 from train.trainer import Trainer
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}, 12
@@ -78,8 +78,8 @@ def training(recipe: tuple[dict[str, int], int], options: Options, max_steps: in
             "train": {"max_steps": max_steps, "tokens_per_step": size * model["block_size"], "micro_batch_size": size},
             "checkpoint": {"every_steps": 10**6},
         }  # fmt: skip
-        config = from_dict(sections)
-        trainer, _ = assemble(config, World(device=torch.device("cpu")), Mixture(config))
+        config, world = from_dict(sections), World(device=torch.device("cpu"))
+        trainer, _ = assemble(config, world, Mixture(config), autocast_type(config, world))
         torch.set_num_threads(torch_threads)
         initialise(trainer)
         trainer.throughput.start()

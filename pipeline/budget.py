@@ -3,6 +3,8 @@ No torch.
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -14,7 +16,7 @@ from pipeline.dataset.windows import window_count
 from pipeline.errors import UserError
 from pipeline.machine.gpus import CPU_BFLOAT16_MIN_WIDTH, Hardware, hardware_named
 from pipeline.model.constants import VOCAB_MULTIPLE
-from pipeline.model.footprint import Footprint, Setting, Sizes
+from pipeline.model.footprint import BYTES, F32, Footprint, Setting, Sizes
 
 # Float32 weights, and AdamW's two moments of each; Muon has one.
 CHECKPOINT_BYTES_PER_PARAMETER, MUON_BYTES_LESS = 12, 4
@@ -115,18 +117,19 @@ def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     return CHECKPOINT_BYTES_PER_PARAMETER * parameters(config.model, vocab_size) - MUON_BYTES_LESS * matrices
 
 
-def muon_matrices(config: Config) -> list[tuple[int, ...]]:
-    """Shapes of what Muon updates: the matrices of the blocks; none with AdamW. A fused one is one here."""
+def muon_matrices(config: Config) -> list[tuple[int, int]]:
+    """Rows and columns of what Muon updates: the matrices of the blocks, a fused one as one; none with AdamW."""
     layout, model = layout_of(config.model), config.model
     shapes, outside = (layout.shapes(each, VOCAB_MULTIPLE) for each in (model, replace(model, n_layer=0)))
-    updated = config.optimizer.name == "muon"
-    return [shape for name, shape in shapes.items() if updated and name not in outside and len(shape) == 2]
+    if config.optimizer.name != "muon":
+        return []
+    matrices = {name: shape for name, shape in shapes.items() if name not in outside and len(shape) == 2}
+    return [(c, r) if name.endswith(layout.transposed) else (r, c) for name, (r, c) in matrices.items()]
 
 
 def newton_schulz_flops(config: Config) -> int:
     """Of one step, all ranks together: 5 iterations of 3 products on each matrix, r the shorter side."""
-    sides = [(min(shape), max(shape)) for shape in muon_matrices(config)]
-    return sum(5 * (4 * r * r * c + 2 * r**3) for r, c in sides)
+    return sum(5 * (4 * min(shape) ** 2 * max(shape) + 2 * min(shape) ** 3) for shape in muon_matrices(config))
 
 
 # ---- the memory and the time of a step ----
@@ -150,8 +153,10 @@ def footprint(config: Config, vocab_size: int, setting: Setting) -> Footprint:
     shard = sum(_shards(model, padded, setting.shards))
     complete = parameters(model, padded)
     block = complete - parameters(replace(model, n_layer=model.n_layer - 1), padded)
-    matrices = sum(map(math.prod, muon_matrices(config))) // setting.shards
-    return Footprint(config, Sizes(complete, shard, block, table=padded * model.n_embd, matrices=matrices), setting)
+    stacks = [count * rows * columns for (rows, columns), count in Counter(muon_matrices(config)).items()]
+    matrices, stack = (found // setting.shards for found in (sum(stacks), max(stacks, default=0)))
+    sizes = Sizes(complete, shard, block, table=padded * model.n_embd, matrices=matrices, stack=stack)
+    return Footprint(config, sizes, setting)
 
 
 def _shards(model: ModelConfig, padded: int, shards: int) -> list[int]:
@@ -216,7 +221,7 @@ def step_time(step: Footprint, hardware: Hardware, vocab_size: int) -> StepTime:
     # Casts of weights, and adding gradients, in each micro-batch.
     weights = setting.accumulation * step.sizes.all * (18 if setting.dtype != "float32" else 12)
     launches = setting.accumulation * model.n_layer * (30 if setting.compiled else 100)
-    exchange_s = _exchange_s(step, hardware)
+    exchange_s = _exchange_s(gradient_exchanges(step), hardware)
     compute_s = tokens * per_token_s * again
     orthogonalise_s = newton_schulz_flops(step.config) / setting.ranks / (flops * MATRICES_REACH)
     # A sharded model is gathered and reduced while others compute. Gradients of replicas are sent during the last
@@ -225,10 +230,12 @@ def step_time(step: Footprint, hardware: Hardware, vocab_size: int) -> StepTime:
     if setting.shards == 1:
         last_s = exchange_s * (1 - model.n_layer * step.sizes.block / step.sizes.all)
         hides_s = 2 / 3 * compute_s / setting.accumulation
-    exposed_s = last_s + max(0.0, exchange_s - last_s - hides_s)
+    update_exchange_s = _exchange_s(update_exchanges(step), hardware)
+    exposed_s = last_s + max(0.0, exchange_s - last_s - hides_s) + update_exchange_s
     return StepTime(
         compute_s, traffic_s=(tokens * moved * again + weights) / bandwidth, launch_s=launches * LAUNCH_S,
-        update_s=UPDATE_BYTES * step.sizes.shard / bandwidth + orthogonalise_s, exchange_s=exchange_s, exposed_s=exposed_s,
+        update_s=UPDATE_BYTES * step.sizes.shard / bandwidth + orthogonalise_s,
+        exchange_s=exchange_s + update_exchange_s, exposed_s=exposed_s,
     )  # fmt: skip
 
 
@@ -241,7 +248,7 @@ class Span(Enum):
 @dataclass(frozen=True)
 class Exchange:
     """`count` collectives of one step that each rank takes part in, with `size` bytes in all: of the
-    complete tensor for all_gather and reduce_scatter, of a rank's for all_reduce.
+    complete tensor for all_gather and reduce_scatter, of a rank's for all_reduce and all_to_all.
     """
 
     collective: str
@@ -251,28 +258,49 @@ class Exchange:
 
 
 def exchanges(step: Footprint) -> list[Exchange]:
-    """All collectives of a step with AdamW; tests/train/test_exchange.py counts them on real ranks."""
+    """All collectives of a step; tests/train/test_exchange.py counts them on real ranks."""
+    return [*gradient_exchanges(step), *update_exchanges(step)]
+
+
+def update_exchanges(step: Footprint) -> Iterator[Exchange]:
+    """Those of Muon, whose ranks compute some matrices each of every stack of one shape: replicas gather
+    all of them, shards of rows become matrices and these shards again.
+    """
+    setting = step.setting
+    computed = F32 if setting.on_cpu else BYTES["bfloat16"]
+    for (rows, columns), count in Counter(muon_matrices(step.config)).items():
+        if setting.shards > 1:
+            size = setting.shards * -(-count // setting.shards) * -(-rows // setting.shards) * columns
+            span = Span.ALL if setting.shards == setting.ranks else Span.NODE
+            yield Exchange("all_to_all", span, 2, size=(F32 + computed) * size)
+        elif setting.ranks > 1:
+            size = setting.ranks * -(-count // setting.ranks) * rows * columns
+            yield Exchange("all_gather", Span.ALL, 1, size=computed * size)
+
+
+def gradient_exchanges(step: Footprint) -> list[Exchange]:
+    """Those of weights, gradients, and what the ranks agree on."""
     model, setting, layers = step.config.model, step.setting, step.config.model.n_layer
     if setting.ranks == 1:
         return []
     rows = step.sizes.table // model.n_embd
     tensors, fewer = (_shards(each, rows, setting.shards) for each in (model, replace(model, n_layer=layers - 1)))
-    agreed = Exchange("all_reduce", Span.ALL, 1, size=4 * AGREED_VALUES)
+    agreed = Exchange("all_reduce", Span.ALL, 1, size=F32 * AGREED_VALUES)
     if setting.shards == 1:
-        return [Exchange("all_reduce", Span.ALL, _buckets(tensors), size=4 * sum(tensors)), agreed]
+        return [Exchange("all_reduce", Span.ALL, _buckets(tensors), size=F32 * sum(tensors)), agreed]
     blocks = setting.shards * layers * (sum(tensors) - sum(fewer))
     outside = setting.shards * sum(tensors) - blocks
     span = Span.ALL if setting.shards == setting.ranks else Span.NODE
     # A block is gathered forward and backward, what is around the blocks once, in float32.
-    gathered = setting.accumulation * (2 * step.itemsize * blocks + 4 * outside)
+    gathered = setting.accumulation * (2 * step.itemsize * blocks + F32 * outside)
     found = [
         Exchange("all_gather", span, setting.accumulation * (2 * layers + 1), size=gathered),
-        Exchange("reduce_scatter", span, layers + 1, size=4 * (blocks + outside)),
-        Exchange("all_reduce", span, 1, size=4 * len(tensors)),  # the norm of each gradient
+        Exchange("reduce_scatter", span, layers + 1, size=F32 * (blocks + outside)),
+        Exchange("all_reduce", span, 1, size=F32 * len(tensors)),  # the norm of each gradient
         agreed,
     ]
     if span is Span.NODE:
-        found.append(Exchange("all_reduce", Span.REPLICAS, layers + 1, size=4 * sum(tensors)))
+        found.append(Exchange("all_reduce", Span.REPLICAS, layers + 1, size=F32 * sum(tensors)))
     return found
 
 
@@ -280,20 +308,20 @@ def _buckets(tensors: list[int]) -> int:
     """DDP's all-reduces: gradients, from the last layer's to the first's, in buckets that are sent when full."""
     count, held = 0, 0
     for size in reversed(tensors):
-        held += 4 * size
+        held += F32 * size
         if held >= BUCKET_BYTES[min(count, 1)]:
             count, held = count + 1, 0
     return count + (held > 0)
 
 
-def _exchange_s(step: Footprint, hardware: Hardware) -> float:
+def _exchange_s(found: Iterable[Exchange], hardware: Hardware) -> float:
     """A rank's bytes over its links: inside nodes, then between them; an all-reduce sends twice (Thakur et
     al. 2005). Without latency, which ranks by the hundred add.
     """
     per_node, nodes = hardware.per_node, hardware.nodes
     inside, between = (per_node - 1) / per_node / hardware.device.link, (nodes - 1) / nodes / hardware.device.net
     a_byte_s = {Span.ALL: inside + between / per_node, Span.NODE: inside, Span.REPLICAS: between}
-    sent = (a_byte_s[each.span] * each.size * (1 + (each.collective == "all_reduce")) for each in exchanges(step))
+    sent = (a_byte_s[each.span] * each.size * (1 + (each.collective == "all_reduce")) for each in found)
     return sum(sent) / LINK_REACHED
 
 
@@ -309,9 +337,8 @@ def outlook(config: Config, vocab_size: int, device_name: str, ranks: int) -> li
         f"memory a rank: about {found.total / 1e9:,.2f} GB of {hardware.device.memory_bytes / 1e9:,.0f} GB ({kinds}), by formula"
     ]
     if found.total > usable_bytes(hardware):
-        lines.append(
-            f"warning: that does not fit {hardware.device.kind}: see pipeline plan --on {hardware} for what does"
-        )
+        kind = hardware.device.kind
+        lines.append(f"warning: that does not fit {kind}: see pipeline plan --on {hardware} for what does")
     step_s = step_time(step, hardware, vocab_size).total_s
     hours = step_s * config.train.max_steps / 3600
     return [*lines, f"time: about {step_s:,.3g} s a step, {hours:,.1f} hours in all on {hardware}, assumed"]

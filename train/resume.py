@@ -21,12 +21,13 @@ from pipeline.checkpoint.pointers import (
     step_of,
 )
 from pipeline.checkpoint.prune import in_use
-from pipeline.config.keys import CHECKPOINT_NAME, Config
+from pipeline.config.keys import CHECKPOINT_NAME, Config, ModelConfig
 from pipeline.config.load import from_dict, to_dict
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
 from pipeline.files import unused_name, write_atomic
 from pipeline.log import logger
+from pipeline.model.constants import swiglu_width
 from pipeline.runs import Position, RunFolder
 from pipeline.vocabulary.specs import check_same_vocabulary
 from train.optimizer.schedule import learning_rate
@@ -224,8 +225,8 @@ def check_same_run(saved: Description, config: Config, mixture: Mixture) -> None
         fixed += weights
     if fixed:
         raise UserError(
-            f"{config.run_dir} cannot resume with {', '.join(fixed)}: set them back, or choose another run.name; "
-            "with run.branch_from a new run may go on from a checkpoint of this one"
+            f"{config.run_dir} cannot resume with {', '.join(fixed)}: set them back, choose another run.name, or move the "
+            "folder away; with run.branch_from a new run may go on from a checkpoint of this one"
         )
 
 
@@ -240,7 +241,17 @@ def changes(saved: Description, config: Config) -> dict[str, str]:
         for each, values in ((before, weights), (now, weights_now)):
             each.pop("data.mixture")
             each |= {f"the weight of {name!r} in data.mixture": weight for name, weight in values.items()}
+    # 0 stands for a width that follows from others.
+    widths, widths_now = _widths(old.model), _widths(config.model)
+    now |= {key: before[key] for key in widths if widths[key] == widths_now[key]}
     return {key: f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items() if before.get(key) != value}
+
+
+def _widths(model: ModelConfig) -> dict[str, int]:
+    """What model keys stand for that may be 0."""
+    return {
+        "model.n_kv_head": model.kv_heads, "model.head_dim": model.head_width, "model.n_inner": swiglu_width(model),
+    }  # fmt: skip
 
 
 def log_changes(saved: Description, config: Config) -> None:

@@ -4,6 +4,7 @@ import os
 import shlex
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -85,14 +86,10 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
     if stage_to is not None:
         mixture = stage(mixture, config, world, into=stage_to, dry_run=dry_run)
     mesh = parallel.mesh_of(config.parallel.strategy, world)
-    kind = None
-    with world.fail_together():
-        if world.is_first:
-            kind = autocast_type(config, world)
-    kind = world.gather(kind)[0]  # a trial may end otherwise on another rank
+    kind = autocast_type(config, world)
     with ExitStack() as stack:
         with world.fail_together():
-            trainer, introduction = assemble(config, world, mixture, mesh=mesh, preview=preview, kind=kind)
+            trainer, introduction = assemble(config, world, mixture, kind, mesh=mesh, preview=preview)
             if world.is_first and not dry_run:
                 patience_s = LAST_START_S if launch.was_requeued() else 0.0
                 stack.enter_context(one_writer(folder.path, patience_s=patience_s))
@@ -117,22 +114,28 @@ def run_on(world: World, config: Config, *, dry_run: bool, stage_to: Path | None
 
 
 def autocast_type(config: Config, world: World) -> tuple[torch.dtype, str]:
-    """The type of the run, and why: on a CPU `auto` is what the run began with, on whichever machine."""
-    status, asks = RunFolder(config.run_dir).read_status(), config.run.dtype == "auto" and world.device.type == "cpu"
-    if asks and status is not None and status.dtype in ("float32", "bfloat16"):
-        return DTYPES[status.dtype], "as the run began"
-    return pick_dtype(config.run.dtype, world.device, config.model.n_embd)
+    """The type of the run, and why: on a CPU `auto` is what the run began with, on whichever machine.
+    All ranks call it together, as a trial may end otherwise on another one.
+    """
+    kind = None
+    with world.fail_together():
+        if world.is_first:
+            status = RunFolder(config.run_dir).read_status()
+            asks = config.run.dtype == "auto" and world.device.type == "cpu"
+            kind = pick_dtype(config.run.dtype, world.device, config.model.n_embd)
+            if asks and status is not None and status.dtype in ("float32", "bfloat16"):
+                kind = DTYPES[status.dtype], "as the run began"
+    return cast(tuple[torch.dtype, str], world.gather(kind)[0])
 
 
 def assemble(
-    config: Config, world: World, mixture: Mixture, *,
-    mesh: DeviceMesh | None = None, preview: Preview | None = None, kind: tuple[torch.dtype, str] | None = None,
+    config: Config, world: World, mixture: Mixture, kind: tuple[torch.dtype, str], *,
+    mesh: DeviceMesh | None = None, preview: Preview | None = None,
 ) -> tuple[Trainer, str]:  # fmt: skip
-    """The trainer of a run, and the first lines of its log: what it is and what it will do. `kind`:
-    the autocast type, and why.
+    """The trainer of a run, and the first lines of its log: what it is and what it will do. `kind`: as
+    of `autocast_type`.
     """
-    threads = share_threads(world.local_size)
-    dtype, why_dtype = kind or autocast_type(config, world)
+    threads, (dtype, why_dtype) = share_threads(world.local_size), kind
     compiled, why_compiled = parallel.should_compile(config.run.compile, world.device)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from observe.plan.figures import Plan
-from pipeline.budget import checkpoint_bytes, most_checkpoints
+from pipeline.budget import checkpoint_bytes, flops_per_token, most_checkpoints, newton_schulz_flops
 from pipeline.checkpoint.pointers import checkpoint_folders
 from pipeline.errors import UserError
 from pipeline.machine.gpus import CPU, cores_here, kind_of
@@ -57,9 +57,8 @@ def measure(plan: Plan) -> tuple[float, float]:
         )
     if here == CPU:
         torch.set_num_threads(max(1, cores_here() // plan.hardware.ranks))
-    step = plan.footprint
-    model, optimizer = _model(plan, device)
-    dtype = DTYPES[step.setting.dtype]
+    (model, optimizer), setting = _model(plan, device), plan.footprint.setting
+    dtype = DTYPES[setting.dtype]
 
     def seconds(work: Callable[[], None]) -> float:
         began = time.perf_counter()
@@ -84,7 +83,10 @@ def measure(plan: Plan) -> tuple[float, float]:
     while time.perf_counter() - began < BUDGET_S:
         times.append(seconds(micro_batch))
     typical_s = sorted(times)[len(times) // 2]
-    return step.setting.accumulation * typical_s * plan.config.train.micro_batch_size / size, update_s
+    # Measured with AdamW: the products that Muon adds take as long as the micro-batch's.
+    flops = size * plan.config.model.block_size * flops_per_token(plan.config.model, plan.vocab_size)
+    update_s += newton_schulz_flops(plan.config) / plan.hardware.ranks / flops * typical_s
+    return setting.accumulation * typical_s * plan.config.train.micro_batch_size / size, update_s
 
 
 def _model(plan: Plan, device: Any) -> tuple[Any, Any]:

@@ -90,9 +90,9 @@ def warn(plan: Plan) -> None:
     wanted, train, hardware = plan.wanted.train, plan.config.train, plan.hardware
     if train != wanted:
         plan.warnings.append(
-            f"train.tokens_per_step={wanted.tokens_per_step} train.micro_batch_size={wanted.micro_batch_size} does not divide "
-            f"over {hardware.ranks} rank(s): planned with "
-            f"train.tokens_per_step={train.tokens_per_step} train.micro_batch_size={train.micro_batch_size}"
+            f"train.tokens_per_step={wanted.tokens_per_step} micro_batch_size={wanted.micro_batch_size} does not divide over "
+            f"{hardware.ranks} rank(s): planned with train.tokens_per_step={train.tokens_per_step} "
+            f"train.micro_batch_size={train.micro_batch_size}"
         )
     found = {figure.key: figure.value for section in figures(plan).values() for figure in section}
     if (epochs := found["epochs"]) and epochs > MOST_EPOCHS:

@@ -36,7 +36,7 @@ class Setting:
 @dataclass(frozen=True)
 class Sizes:
     """Parameters of the whole model, of one rank's shard, of one block, of the token embedding; and
-    those of the shard that Muon updates, with one moment instead of two.
+    those of the shard that Muon updates, with one moment instead of two, in all and at once.
     """
 
     all: int
@@ -44,6 +44,7 @@ class Sizes:
     block: int
     table: int
     matrices: int = 0
+    stack: int = 0
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ class Footprint:
             yield there + left + self.block - self.kept + work
             own = gathered if sharded else block if self.fresh else 0
             yield there + left - self.kept + own + 2 * self.stream
+        # Momentum, gradient and three more of what Muon updates at once.
+        yield self.gradients + 5 * F32 * sizes.stack
         # The embedding's backward pass adds its gradient to the head's.
         copies = 1 + tied
         if sharded:

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.budget import footprint
-from pipeline.config.keys import Config, DataConfig, ModelConfig, TrainConfig
-from pipeline.files import one_writer
+from pipeline.config.keys import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from pipeline.model.constants import CHUNK_LOGITS
 from pipeline.model.footprint import Footprint, Setting
 
@@ -45,11 +44,13 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         "float32",
     ),
     "qwen3, recomputed": (SMALL | {"arch": "qwen3", "activation_checkpointing": "block"}, 6, 1, "float32"),
+    "muon, few tokens": (SMALL | {"block_size": 20}, 2, 1, "float32"),
     "dropout in bfloat16": (SMALL | {"dropout": 0.1}, 4, 2, "bfloat16"),
 }
 RANKS = {"one": 1, "ddp": 2, "fsdp": 4}
 # What of a model is different changes little of what ranks add.
-SHARED = ("small", "one micro-batch", "recomputed, one micro-batch", "bfloat16", "wide", "untied, one micro-batch")
+SHARED = ("small", "one micro-batch", "recomputed, one micro-batch", "bfloat16", "wide", "untied, one micro-batch",
+          "muon, few tokens")  # fmt: skip
 CASES = [(strategy, name) for strategy in RANKS for name in (SHAPES if strategy == "one" else SHARED)]
 
 
@@ -57,6 +58,7 @@ def case(name: str, documents: bool = False) -> tuple[Config, Setting]:
     model, sequences, accumulation, dtype = SHAPES[name]
     config = Config(
         model=ModelConfig(**model),
+        optimizer=OptimizerConfig(name="muon" if "muon" in name else "adamw"),
         train=TrainConfig(micro_batch_size=sequences),
         data=DataConfig(document_mask=documents),
     )
@@ -64,18 +66,13 @@ def case(name: str, documents: bool = False) -> tuple[Config, Setting]:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, int]]]:
-    """What this file prints as a program: once for all workers of xdist, whose folders lie in one."""
-    shared = tmp_path_factory.getbasetemp().parent
-    with one_writer(shared, "footprint.lock", patience_s=300):
-        kept = shared / "footprint.json"
-        if not kept.exists():
-            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-            result = subprocess.run([sys.executable, __file__], capture_output=True, env=environment, text=True)
-            assert result.returncode == 0, result.stderr[-3000:]
-            kept.write_text(result.stdout.splitlines()[-1])
-        found: dict[str, dict[str, dict[str, int]]] = json.loads(kept.read_text())
-        return found
+def measured() -> dict[str, dict[str, dict[str, int]]]:
+    """What this file prints as a program."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, __file__], capture_output=True, env=environment, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found: dict[str, dict[str, dict[str, int]]] = json.loads(result.stdout.splitlines()[-1])
+    return found
 
 
 def planned(name: str, strategy: str) -> Footprint:
@@ -168,6 +165,8 @@ class Measurement:
         self.inputs = windows[:, :-1], windows[:, 1:], documents if config.data.document_mask else None
 
     def step(self) -> None:
+        import torch
+
         from pipeline.machine.device import autocast
         from train.parallel import reduce_gradients
 
@@ -176,7 +175,7 @@ class Measurement:
                 with autocast(self.inputs[0].device, self.dtype):
                     loss = self.wrapped(*self.inputs)
                 loss.backward()
-        self.optimizer.step()
+        self.optimizer.step_unless(torch.tensor(False))
         self.optimizer.zero_grad(set_to_none=True)
 
     def measure(self) -> dict[str, int]:

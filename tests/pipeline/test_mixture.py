@@ -97,7 +97,7 @@ def test_the_global_batch_is_the_same_on_every_number_of_ranks(tmp_path: Path, s
     found = torch.empty_like(wanted)
     for rank in range(size):
         world = World(rank, size, local_size=1, device=torch.device("cpu"))  # more would take threads from later tests
-        trainer, _ = assemble(config, world, Mixture(config))
+        trainer, _ = assemble(config, world, Mixture(config), (torch.float32, "as configured"))
         trainer.step = 3
         for number in range(trainer.accumulation):
             first = (number * size + rank) * 2

@@ -25,13 +25,14 @@ from pipeline.machine import ranks
 from pipeline.machine.gpus import hardware_named
 from pipeline.model.footprint import Setting
 from train import parallel
-from train.run import assemble, initialise
+from train.run import assemble, autocast_type, initialise
 
 PER_NODE = 2
 VOCABULARY = 257
 # Torch's operators by our names, and which of their arguments is the complete tensor, or an all-reduce's own.
 COLLECTIVES = {"allgather_base_": ("all_gather", 0), "reduce_scatter_base_": ("reduce_scatter", 1),
-               "allreduce_": ("all_reduce", 0), "all_reduce": ("all_reduce", 0)}  # fmt: skip
+               "allreduce_": ("all_reduce", 0), "all_reduce": ("all_reduce", 0),
+               "alltoall_base_": ("all_to_all", 0)}  # fmt: skip
 
 
 def cases(folder: Path, count: int) -> dict[str, Config]:
@@ -45,6 +46,8 @@ def cases(folder: Path, count: int) -> dict[str, Config]:
         found["fsdp recomputed"] = replace(small, model=replace(small.model, activation_checkpointing="block"))
     else:  # two nodes; of one, each rank would be its own replica
         found["hsdp"] = small
+    muon = replace(small, optimizer=replace(small.optimizer, name="muon"))
+    found |= {f"{name} muon": muon for name in ("ddp", "fsdp" if count == 2 else "hsdp")}
     return {
         name: replace(config, parallel=replace(config.parallel, strategy=name.split()[0]))
         for name, config in found.items()
@@ -75,7 +78,8 @@ def record(folder: Path) -> dict[str, Any]:
     world = replace(ranks.start("cpu"), local_size=PER_NODE)
     found = {}
     for name, config in cases(folder, world.size).items():
-        trainer, _ = assemble(config, world, Mixture(config), mesh=parallel.mesh_of(config.parallel.strategy, world))
+        mesh = parallel.mesh_of(config.parallel.strategy, world)
+        trainer, _ = assemble(config, world, Mixture(config), autocast_type(config, world), mesh=mesh)
         initialise(trainer)
         trainer.replicate()
         # As `fit` does: DDP's buckets are those of all further steps only after it.

@@ -26,7 +26,7 @@ from pipeline.machine.ranks import World
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sharding import whole
 from train import parallel
-from train.run import assemble, initialise, run
+from train.run import assemble, autocast_type, initialise, run
 from train.trainer import Trainer
 
 TWO_NODES = "import os\nif 'RANK' in os.environ: os.environ['LOCAL_WORLD_SIZE'] = '2'\n"
@@ -96,7 +96,7 @@ def tell(config: Config) -> dict[str, Any]:
     world = distributed.start("cpu")
     mixture = Mixture(config)
     mesh = parallel.mesh_of("fsdp", world)
-    trainer, _ = assemble(config, world, mixture, mesh=mesh)
+    trainer, _ = assemble(config, world, mixture, autocast_type(config, world), mesh=mesh)
     initialise(trainer)
     trainer.replicate()
     with ReductionCount() as reductions:
@@ -111,7 +111,7 @@ def tell(config: Config) -> dict[str, Any]:
     findings["bad_step"] = bad_step(trainer)
     findings["val_loss"] = trainer.evaluation.run(trainer.model).mean
     findings["sharded_after_evaluation"] = [parameter.to_local().numel() for parameter in trainer.model.parameters()]
-    rounded, _ = assemble(replace(config, run=replace(config.run, dtype="bfloat16")), world, mixture, mesh=mesh)
+    rounded, _ = assemble(config, world, mixture, (torch.bfloat16, "for once"), mesh=mesh)
     initialise(rounded)
     findings["bfloat16"] = [
         rounded.train_step().loss,
@@ -201,7 +201,7 @@ def test_all_ranks_get_one_val_loss_and_one_bfloat16_loss(told: Any) -> None:
     (first, second), config = told
     assert first["val_loss"] == second["val_loss"]
     world = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
-    alone, _ = assemble(config, world, Mixture(config))
+    alone, _ = assemble(config, world, Mixture(config), autocast_type(config, world))
     initialise(alone)
     assert first["bfloat16"] == second["bfloat16"] == [pytest.approx(alone.train_step().loss, rel=5e-3), True]
 

@@ -23,7 +23,7 @@ from pipeline.errors import Diverged
 from pipeline.machine.ranks import World
 from pipeline.runs import RunFolder
 from train.metrics.record import FileMetrics, Metrics
-from train.run import assemble, initialise
+from train.run import assemble, autocast_type, initialise
 from train.spikes import Outcome
 from train.stop import StopRequest
 from train.trainer import Trainer
@@ -35,7 +35,7 @@ ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 def trainer_of(config: Config) -> Trainer:
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    trainer, _ = assemble(config, ALONE, Mixture(config))
+    trainer, _ = assemble(config, ALONE, Mixture(config), autocast_type(config, ALONE))
     initialise(trainer)
     return trainer
 
