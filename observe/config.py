@@ -17,14 +17,13 @@ def run(arguments: Sequence[str], as_json: bool) -> None:
     """
     config, found = to_dict(config_from_arguments(list(arguments))), origins(list(arguments))
     if as_json:
-        rows = {
+        print_json({
             name: {
                 "value": config[name.partition(".")[0]][entry.name], "origin": found[name],
                 "meaning": entry.metadata["text"], "expected": expected(entry),
             }
             for name, entry in KEYS.items()
-        }  # fmt: skip
-        print_json(rows)
+        })  # fmt: skip
         return
     for section in SECTIONS:
         lines = [

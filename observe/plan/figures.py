@@ -175,12 +175,11 @@ def of_memory(plan: Plan) -> Iterator[Figure]:
     note = f"saves {saved / 1e9:,.2f} GB as configured, for a third more compute"
     label = "  with recomputation"
     yield Figure("largest_micro_batch_size_with_recomputation", label, more, Mark.FORMULA, note=note)
+    here = plan.hardware.per_node
     copy = budget.checkpoint_bytes(wanted, plan.vocab_size)
     process = CPU_PROCESS_BYTES + plan.memory.total if device.is_cpu else PROCESS_BYTES
-    note = f"of the first node: {plan.hardware.per_node} process(es), and a copy of the checkpoint being saved"
-    yield Figure(
-        "host_memory_bytes", "host memory", round(plan.hardware.per_node * process + copy), Mark.ASSUMED, note=note
-    )
+    note = f"of the first node: {here} process(es), and a copy of the checkpoint being saved"
+    yield Figure("host_memory_bytes", "host memory", round(here * process + copy), Mark.ASSUMED, note=note)
     yield Figure("checkpoint_bytes", "checkpoint", copy, Mark.COUNTED, note="float32 weights and moments")
     kept = budget.most_checkpoints(wanted)
     yield Figure("disk_bytes", "disk", kept * copy, Mark.COUNTED, note=f"{kept} checkpoints at a time, at most")
