@@ -63,7 +63,7 @@ class Clock:
 
 
 @contextmanager
-def training(recipe: tuple[dict[str, int], int], options: Options, max_steps: int = 10**6) -> Iterator[Trainer]:
+def training(recipe: tuple[dict[str, int], int], options: Options, dtype: str = "auto") -> Iterator[Trainer]:
     """A trainer on the standard library's bytes, or in tiny on some of them."""
     (model, size), torch_threads = TINY if options.tiny else recipe, torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,10 +72,10 @@ def training(recipe: tuple[dict[str, int], int], options: Options, max_steps: in
             folder,
         )
         sections = {
-            "run": {"name": "bench", "dir": f"{folder}/runs", "device": "cpu"},
+            "run": {"name": "bench", "dir": f"{folder}/runs", "device": "cpu", "dtype": dtype},
             "data": {"dataset": "stdlib", "data_dir": f"{folder}/data"}, "model": model,
             "optimizer": {"lr": 1e-3, "min_lr": 1e-4}, "schedule": {"warmup_steps": 10}, "eval": {"every_steps": 0},
-            "train": {"max_steps": max_steps, "tokens_per_step": size * model["block_size"], "micro_batch_size": size},
+            "train": {"max_steps": 10**6, "tokens_per_step": size * model["block_size"], "micro_batch_size": size},
             "checkpoint": {"every_steps": 10**6},
         }  # fmt: skip
         config, world = from_dict(sections), World(device=torch.device("cpu"))
@@ -148,8 +148,8 @@ def turn(clock: Clock, step: Callable[[], float], count: int, losses: list[float
 
 
 @contextmanager
-def sides(options: Options, recipe: tuple[dict[str, int], int], count: int) -> Iterator[Sides]:
-    with training(recipe, options) as trainer:
+def sides(options: Options, recipe: tuple[dict[str, int], int], count: int, dtype: str = "auto") -> Iterator[Sides]:
+    with training(recipe, options, dtype=dtype) as trainer:
         plain, ours, theirs = PlainLoop(trainer), Clock(), Clock()
         for owner, name, part in (
             (trainer, "micro_batch", "data"), (torch.autograd, "backward", "backward"),
@@ -177,7 +177,11 @@ FIGURES = dict.fromkeys(("step", *PARTS), "ms") | {"loss curves apart, at most":
 MEASUREMENTS = [
     Measurement("step.small", "4 layers, 128 wide, 12 x 64 tokens", FIGURES, partial(sides, recipe=SMALL, count=50), 9),
     Measurement("step.6x384", "6 layers, 384 wide, 16 x 256 tokens", FIGURES, partial(sides, recipe=LARGE, count=5), 7),
-]
+    Measurement(
+        "step.6x384-float32", "the same in float32, as without units for bfloat16", {"step": "ms"},
+        partial(sides, recipe=LARGE, count=5, dtype="float32"), 7,
+    ),
+]  # fmt: skip
 
 if __name__ == "__main__":
     main(MEASUREMENTS)

@@ -224,9 +224,11 @@ def check_same_run(saved: Description, config: Config, mixture: Mixture) -> None
             )
         fixed += weights
     if fixed:
+        shapes = any(change.startswith("model.") for change in fixed)  # which a branch cannot change either
+        branch = "" if shapes else "; with run.branch_from a new run may go on from a checkpoint of this one"
         raise UserError(
             f"{config.run_dir} cannot resume with {', '.join(fixed)}: set them back, choose another run.name, or move the "
-            "folder away; with run.branch_from a new run may go on from a checkpoint of this one"
+            f"folder away{branch}"
         )
 
 

@@ -96,6 +96,6 @@ def _unfit_heads(model: ModelConfig) -> list[str]:
         return [f"model.n_head={model.n_head} is not a multiple of model.n_kv_head={model.n_kv_head}"]
     if model.head_width % 2:
         return [
-            f"rotary positions expect heads of an even width, got {model.head_width}: change model.n_head or n_embd"
+            f"rotary positions expect heads of an even width, got {model.head_width}: change model.head_dim, n_head or n_embd"
         ]
     return []
