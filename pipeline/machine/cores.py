@@ -15,8 +15,9 @@ def share_cores() -> None:
     loads OpenMP.
     """
     # By default they look 300,000 times, for milliseconds: where another program has a core, they keep
-    # the other one from the thread they wait for. Measured on two cores with three busy programs, a
-    # step of 0.8M parameters: 1,232 ms; with 10,000 looks 582 ms, with 1,000 281 ms, with none 313 ms.
+    # the other one from the thread they wait for. Measured on two cores, a step of 0.8M parameters that
+    # takes 45 ms on a quiet machine: with one busy program 184 ms, with 1,000 looks 94 ms, which is its
+    # share; with two 206 and 135 ms; with three 1,232 and 281 ms, with 10,000 looks 582, with none 313.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
