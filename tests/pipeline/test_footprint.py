@@ -44,6 +44,7 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         "float32",
     ),
     "qwen3, recomputed": (SMALL | {"arch": "qwen3", "activation_checkpointing": "block"}, 6, 1, "float32"),
+    "qwen3 in bfloat16": (SMALL | {"arch": "qwen3", "n_embd": 160}, 4, 2, "bfloat16"),
     "muon, few tokens": (SMALL | {"block_size": 20}, 2, 1, "float32"),
     "dropout in bfloat16": (SMALL | {"dropout": 0.1}, 4, 2, "bfloat16"),
 }
