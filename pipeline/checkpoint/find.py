@@ -31,15 +31,16 @@ _HUB_NAME = re.compile(r"hf:(?P<repository>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision
 
 def find_checkpoint(ckpt: str, run_dir: Path | None, runs: Path = RUNS) -> Path:
     """The folder of a `--ckpt`: a path, hf:ORG/NAME, or `latest`, `best` or `average`, which may be made
-    here, of `run_dir`, by default of the newest run under `runs`. A run, by its name there or its folder, stands for its latest.
-    Raises UserError where there is none.
+    here, of `run_dir` or of the newest run under it, by default under `runs`. A run, by its name there
+    or its folder, stands for its latest. Raises UserError where there is none.
     """
     for path in (runs / ckpt, Path(ckpt)):
         if ckpt not in OF_A_RUN and (path / "checkpoints").is_dir():
             ckpt, run_dir = "latest", path
     if ckpt not in OF_A_RUN:
         return find_model_folder(ckpt)
-    run_dir = run_dir or newest_run(runs)
+    if run_dir is None or not (run_dir / "checkpoints").is_dir():  # a folder of runs
+        run_dir = newest_run(run_dir or runs) or run_dir
     folder = _folder_of(run_dir / "checkpoints", ckpt) if run_dir else None
     if folder is None:
         raise UserError(f"no checkpoint {ckpt} in {run_dir or runs}: train first, or name a folder with --ckpt PATH")

@@ -82,7 +82,7 @@ def report(runs: tuple[str, ...], out: Path, png: Path | None, svg: Path | None)
 
 @click.command(cls=Command, group=GROUP, example="pipeline runs --where optimizer.lr=3e-4 --sort best_val_loss")
 @click.argument(
-    "folder", cls=Argument, type=PATH, required=False, help="Folder with runs at any depth [default: runs]."
+    "folder", cls=Argument, type=PATH, required=False, help="Folder with runs, up to four levels down [default: runs]."
 )
 @click.option(
     "--where", metavar="KEY=VALUE", multiple=True,

@@ -11,9 +11,9 @@ from pipeline.config.keys import KEYS
 GROUP = "Models"
 CKPT: Shown = {
     "metavar": "CKPT", "type": click.Path(),
-    "help": "latest, best, average, the folder of a run, a checkpoint or a Hugging Face model, or hf:ORG/NAME.",
+    "help": "latest, best, average, a run, the folder of a checkpoint or a Hugging Face model, or hf:ORG/NAME.",
 }  # fmt: skip
-RUN_DIR: Shown = {"metavar": "DIR", "help": "Run that latest, best and average are of; by default the newest."}
+RUN_DIR: Shown = {"metavar": "DIR", "help": "Run of latest, best and average, or folder of runs. [default: runs]"}
 DEVICE = f"{KEYS['run.device'].metadata['text']}."
 DTYPE = f"{', '.join(KEYS['run.dtype'].metadata['choices'])}."
 

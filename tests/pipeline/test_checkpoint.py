@@ -283,6 +283,7 @@ def test_resolve_finds_the_newest_run_and_says_what_is_missing(tmp_path: Path) -
         os.utime(pointer, (time, time))
     assert find_checkpoint("latest", None, tmp_path) == tmp_path / "new" / "checkpoints" / folder.name
     assert find_checkpoint("latest", tmp_path / "old", tmp_path).parts[-3] == "old"
+    assert find_checkpoint("latest", tmp_path, tmp_path / "elsewhere").parts[-3] == "new"
     with pytest.raises(UserError, match="no checkpoint best in .*old: train first"):
         find_checkpoint("best", tmp_path / "old", tmp_path)
     with pytest.raises(UserError, match="no checkpoint at nowhere"):
