@@ -37,7 +37,7 @@ def varlen(
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_flash_of_documents", lambda: varlen)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
 
 
 def ids_with_documents(rows: int = 3, length: int = 16) -> Tensor:
@@ -129,17 +129,17 @@ def test_which_kernels_take_offsets(
     monkeypatch.setattr("torch.is_autocast_enabled", lambda _: low)
     assert attention.takes_offsets(torch.device("cuda"), config) is expected
     assert not attention.takes_offsets(torch.device("cpu"), config)
-    monkeypatch.setattr(attention, "_flash_of_documents", lambda: None)
+    monkeypatch.setattr(attention, "_has_flash_of_documents", lambda: False)
     assert not attention.takes_offsets(torch.device("cuda"), config)
 
 
 def test_torchs_kernel_is_used_only_with_the_parameters_it_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
     varlen_module = pytest.importorskip("torch.nn.attention.varlen")
-    attention._flash_of_documents.cache_clear()
-    assert attention._flash_of_documents() is varlen_module.varlen_attn
+    attention._has_flash_of_documents.cache_clear()
+    assert attention._has_flash_of_documents()
     monkeypatch.setattr(
         varlen_module, "varlen_attn", lambda query, key, value, cu_seq_q, is_causal: query
     )  # torch 2.10's
-    attention._flash_of_documents.cache_clear()
-    assert attention._flash_of_documents() is None
-    attention._flash_of_documents.cache_clear()
+    attention._has_flash_of_documents.cache_clear()
+    assert not attention._has_flash_of_documents()
+    attention._has_flash_of_documents.cache_clear()
