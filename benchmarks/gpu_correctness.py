@@ -33,6 +33,7 @@ from pipeline.model.decoder import Decoder
 from pipeline.model.language_model import LanguageModel
 from train import parallel
 from train.run import assemble, autocast_type, initialise
+from train.spikes import Outcome
 
 OPTIONAL = (
     "orjson", "xxhash", "tiktoken", "tokenizers", "rich", "safetensors", "tensorboard", "pyarrow", "zstandard", "transformers",
@@ -88,6 +89,7 @@ def attention(check: Check) -> dict[str, Any]:
     mask = torch.ones(B, 1, T, T, dtype=torch.bool, device=check.device).tril()
 
     def train(mask: torch.Tensor | None) -> None:
+        qkv.grad = None  # adding to it would count as attention
         q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in qkv.split(H * D, dim=2))
         F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).sum().backward()
 
@@ -192,7 +194,10 @@ def curve(
     losses: list[float] = []
     val = None
     for step in range(steps):
-        losses.append(trainer.train_step().loss)
+        # float16 begins with too large a scale: until it fits, a step is not taken, and there is nothing to compare.
+        while (result := trainer.train_step()).outcome is Outcome.RESCALED:
+            pass
+        losses.append(result.loss)
         trainer.step += 1
         if config.eval.every_steps and step == steps // 2:
             val = round(trainer.evaluation.run(trainer.model).mean, 4)

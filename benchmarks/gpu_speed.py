@@ -1,6 +1,7 @@
 """The steps of gpu_check.py that tell how fast training and decoding are, next to nanoGPT's model and transformers."""
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from gpu_harness import Check, NotMeasured, target
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 
@@ -41,7 +43,7 @@ def nanogpt_model(check: Check, config: Config) -> nn.Module:
         raise NotMeasured(f"no {check.nanogpt}: pass --nanogpt")
     spec = importlib.util.spec_from_file_location("nanogpt", check.nanogpt)
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
     spec.loader.exec_module(module)
     shape = {key: getattr(config.model, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
     padded = -(-check.vocabulary // 64) * 64
@@ -212,7 +214,10 @@ def profile(check: Check) -> dict[str, Any]:
         check.synchronize()
     trace.export_chrome_trace(str(check.out / "trace.json.gz"))
     key = "self_device_time_total" if check.cuda else "self_cpu_time_total"
-    rows = sorted(trace.key_averages(), key=lambda row: -getattr(row, key))
+    # Of a GPU the kernels alone: the operations that launched them have the same time once more.
+    kind = DeviceType.CUDA if check.cuda else DeviceType.CPU
+    found = (row for row in trace.key_averages() if row.device_type == kind and not row.is_user_annotation)
+    rows = sorted(found, key=lambda row: -getattr(row, key))
     total = sum(getattr(row, key) for row in rows) or 1
     return {
         row.key[:110]: [
