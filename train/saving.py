@@ -98,7 +98,7 @@ class Saver:
         copy = self._copy(state)
         if before_failed:
             return
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # not by a run on the CPU of a machine with a GPU
             torch.cuda.synchronize()  # copies from the GPU have only been queued
         self._save = self._thread.submit(self._write, copy, write, time.monotonic() - started)
 
