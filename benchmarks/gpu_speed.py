@@ -1,7 +1,6 @@
 """The steps of gpu_check.py that tell how fast training and decoding are, next to nanoGPT's model and transformers."""
 
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +42,7 @@ def nanogpt_model(check: Check, config: Config) -> nn.Module:
         raise NotMeasured(f"no {check.nanogpt}: pass --nanogpt")
     spec = importlib.util.spec_from_file_location("nanogpt", check.nanogpt)
     assert spec and spec.loader
-    module = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     shape = {key: getattr(config.model, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
     padded = -(-check.vocabulary // 64) * 64
