@@ -98,7 +98,8 @@ class Saver:
         copy = self._copy(state)
         if before_failed:
             return
-        if torch.cuda.is_initialized():  # not by a run on the CPU of a machine with a GPU
+        # Not by a run on the CPU of a machine with a GPU.
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # copies from the GPU have only been queued
         self._save = self._thread.submit(self._write, copy, write, time.monotonic() - started)
 

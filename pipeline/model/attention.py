@@ -79,9 +79,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scope: Tensor
     if grouped:
         key, value = (part.repeat_interleave(H // part.size(1), dim=1) for part in (key, value))
     # Norms of queries and keys leave float32, which autocast casts back for torch's own functions only.
-    rows = [part.transpose(1, 2).flatten(0, 1).to(value.dtype) for part in (query, key, value)]
-    y = cast(Tensor, varlen_attn(*rows, cu_seq_q=scope, cu_seq_k=scope, max_q=T, max_k=T, window_size=(-1, 0)))
-    return y.view(B, T, H, -1).transpose(1, 2)
+    query, key, value = (part.transpose(1, 2).flatten(0, 1).to(value.dtype) for part in (query, key, value))
+    y = varlen_attn(query, key, value, cu_seq_q=scope, cu_seq_k=scope, max_q=T, max_k=T, window_size=(-1, 0))
+    return cast(Tensor, y).view(B, T, H, -1).transpose(1, 2)
 
 
 @cache
