@@ -96,24 +96,26 @@ class Check:
 
     def rows(self, name: str, plan: dict[str, Callable[[], Any]]) -> dict[str, Any]:
         """Measure one row after the other; what was measured stays where a later one fails. Those for which the
-        step's time is short are not measured: there is `--only`, and there are more `--seconds`.
+        step's time is short, by the usual row, are not measured: there is `--only`, and there are more `--seconds`.
         """
         found: dict[str, Any] = {}
         self.report[name]["result"] = found
-        longest = 0.0
+        took: list[float] = []
         for row, work in plan.items():
             started = time.monotonic()
             try:
-                if self.step_ends - started < longest:
+                # Not by the longest: a peer that compiles for a minute would leave no row after it.
+                if took and self.step_ends - started < statistics.median(took):
                     raise NotMeasured("no time left")
                 found[row] = work()
+                took.append(time.monotonic() - started)
             except NotMeasured as reason:
                 found[row] = {"not measured": str(reason)}
-            except Exception as error:
+            except (Late, Exception) as error:  # late: the step still says what it has found
                 found[row] = {"error": described(error)}
+                took.append(time.monotonic() - started)
             finally:
                 self.clear()
-            longest = max(longest, time.monotonic() - started)
             self.write()
             print(f"  {row}: {json.dumps(found[row], default=str)[:300]}", flush=True)
         return found

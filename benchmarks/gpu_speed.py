@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from gpu_harness import Check, NotMeasured, target
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 
@@ -212,7 +213,10 @@ def profile(check: Check) -> dict[str, Any]:
         check.synchronize()
     trace.export_chrome_trace(str(check.out / "trace.json.gz"))
     key = "self_device_time_total" if check.cuda else "self_cpu_time_total"
-    rows = sorted(trace.key_averages(), key=lambda row: -getattr(row, key))
+    # Of a GPU the kernels alone: the operations that launched them have the same time once more.
+    kind = DeviceType.CUDA if check.cuda else DeviceType.CPU
+    found = (row for row in trace.key_averages() if row.device_type == kind and not row.is_user_annotation)
+    rows = sorted(found, key=lambda row: -getattr(row, key))
     total = sum(getattr(row, key) for row in rows) or 1
     return {
         row.key[:110]: [

@@ -189,6 +189,8 @@ def whole_model(model: LanguageModel, world: World) -> LanguageModel | None:
     copies = dict(copy.named_parameters()) if copy else {}
     for name, parameter in model.named_parameters():
         gather(parameter.detach(), copies[name].detach() if copy else None)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()  # copies from the GPU have only been queued
     return copy
 
 

@@ -139,6 +139,8 @@ def assemble(
     compiled, why_compiled = parallel.should_compile(config.run.compile, world.device)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        # With a mask cuDNN's gradients are NaN at some lengths (https://github.com/pytorch/pytorch/issues/196678).
+        torch.backends.cuda.enable_cudnn_sdp(not config.data.document_mask)
     model = LanguageModel.without_memory(config.model, mixture.tokenizer["vocab_size"])
     parallel.allocate(model, world, mesh, dtype=dtype, compiled=compiled)
     trainer = Trainer(config, world, mixture, model=model, dtype=dtype, preview=preview)

@@ -98,7 +98,8 @@ class Saver:
         copy = self._copy(state)
         if before_failed:
             return
-        if torch.cuda.is_available():
+        # Not by a run on the CPU of a machine with a GPU.
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # copies from the GPU have only been queued
         self._save = self._thread.submit(self._write, copy, write, time.monotonic() - started)
 
@@ -153,8 +154,9 @@ def _new_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Uninitialised tensors of the same shapes and types, all in one piece of CPU memory."""
     ends = list(accumulate(-(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for tensor in tensors.values()))
     memory = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        _pin(memory)
+    if device := next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None):
+        with torch.cuda.device(device):  # by default a thread's is GPU 0, whose memory a CUDA context would take
+            _pin(memory)
     return {
         name: memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for (name, tensor), begin in zip(tensors.items(), (0, *ends), strict=False)

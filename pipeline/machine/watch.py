@@ -227,7 +227,8 @@ class Watch:
                 reason += f"; rank {odd[0]} of {self.place.size} is not where the others wait"
         for stack in {} if lost else {answer["stack"]: None for answer in answers.values()}:
             same = [str(rank) for rank, answer in answers.items() if answer["stack"] == stack]
-            logger.warning("rank(s) %s, in %s:\n%s", ", ".join(same), answers[int(same[0])]["doing"], stack)
+            first = answers[int(same[0])]
+            logger.warning("rank(s) %s, in %s:\n%s%s", ", ".join(same), first["doing"], stack, first["collectives"])
         return reason
 
     def _answer_new_rolls(self) -> int | None:
@@ -239,10 +240,9 @@ class Watch:
 
     def _answer(self, roll: int) -> None:
         stack = "".join(traceback.format_stack(sys._current_frames()[self._main_thread]))
-        if dist.is_initialized() and dist.get_backend() == "nccl" and hasattr(distributed_c, "_dump_fr_trace_json"):
-            # The collectives that began and did not end, of NCCL's flight recorder.
-            stack += distributed_c._dump_fr_trace_json(onlyActive=True).decode(errors="replace")[:MOST_TRACE_CHARACTERS]
-        answer = json.dumps(asdict(self.phase) | {"late": self.phase.is_late, "stack": stack})
+        # The collectives apart: with their times in it, no two ranks would have the same stack.
+        found = {"late": self.phase.is_late, "stack": stack, "collectives": active_collectives()}
+        answer = json.dumps(asdict(self.phase) | found)
 
         def answer_all(store: Store) -> None:
             # Ranks that lose one call rolls together: who answers the last answers those before.
@@ -279,3 +279,13 @@ class Watch:
             return self._asking.submit(question, self._store).result(ANSWER_S)
         except (TimeoutError, RuntimeError):  # of which torch's DistError is one
             return None
+
+
+def active_collectives() -> str:
+    """Those that began and did not end, of NCCL's flight recorder; nothing with another backend."""
+    # Only builds with NCCL have it; _dump_fr_trace_json, which all have, is of another recorder, gloo's.
+    dump = getattr(distributed_c, "_dump_nccl_trace_json", None)
+    if dump is None or not dist.is_initialized() or dist.get_backend() != "nccl":
+        return ""
+    trace: bytes = dump(onlyActive=True)
+    return trace.decode(errors="replace")[:MOST_TRACE_CHARACTERS]

@@ -8,7 +8,6 @@ Shapes: B sequences, T tokens, H heads of queries, K of keys and values, D per h
 """
 
 import inspect
-from collections.abc import Callable
 from functools import cache
 from typing import cast
 
@@ -46,7 +45,7 @@ def takes_offsets(device: torch.device, model: ModelConfig) -> bool:
         and model.head_width % FLASH_WIDTH_MULTIPLE == 0
         and model.head_width <= MOST_FLASH_WIDTH
         and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
-        and _flash_of_documents() is not None
+        and _has_flash_of_documents()
     )
 
 
@@ -73,22 +72,23 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scope: Tensor
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=scope, dropout_p=dropout, is_causal=scope is None, enable_gqa=grouped
         )
-    flash, (B, H, T, _) = _flash_of_documents(), query.shape
-    assert flash is not None
+    # Not `_has_flash_of_documents` again: what is compiled traces all of it, with a warning about its cache.
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, H, T, _ = query.shape
     if grouped:
         key, value = (part.repeat_interleave(H // part.size(1), dim=1) for part in (key, value))
     # Norms of queries and keys leave float32, which autocast casts back for torch's own functions only.
-    rows = [part.transpose(1, 2).flatten(0, 1).to(value.dtype) for part in (query, key, value)]
-    y = flash(*rows, cu_seq_q=scope, cu_seq_k=scope, max_q=T, max_k=T, window_size=(-1, 0))
-    return y.view(B, T, H, -1).transpose(1, 2)
+    query, key, value = (part.transpose(1, 2).flatten(0, 1).to(value.dtype) for part in (query, key, value))
+    y = varlen_attn(query, key, value, cu_seq_q=scope, cu_seq_k=scope, max_q=T, max_k=T, window_size=(-1, 0))
+    return cast(Tensor, y).view(B, T, H, -1).transpose(1, 2)
 
 
 @cache
-def _flash_of_documents() -> Callable[..., Tensor] | None:
-    """torch's since 2.11; None where it is missing or has other parameters."""
+def _has_flash_of_documents() -> bool:
+    """torch has it since 2.11, and before that with other parameters, or not at all."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return None
-    known = "window_size" in inspect.signature(varlen_attn).parameters
-    return cast(Callable[..., Tensor], varlen_attn) if known else None
+        return False
+    return "window_size" in inspect.signature(varlen_attn).parameters

@@ -58,9 +58,10 @@ class RMSNorm(nn.Module):
         if device == "cpu":
             out: Tensor = NormOnCPU.apply(x, self.weight, dtype)  # type: ignore[no-untyped-call]
             return out
-        # In no narrower type than x: sharded gains may arrive in bfloat16, next to a float32 residual stream.
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype))
-        return F.rms_norm(x, weight.shape, weight, RMS_NORM_EPSILON).to(dtype)
+        # Both in the wider type: sharded gains may arrive in bfloat16 next to a float32 residual stream, queries
+        # and keys next to float32 gains. Of two types torch makes half a dozen kernels where it has one.
+        wide = torch.promote_types(self.weight.dtype, x.dtype)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), RMS_NORM_EPSILON).to(dtype)
 
     def operation(self, dtype: torch.dtype) -> Operation:
         weight = self.weight.detach().to(dtype)

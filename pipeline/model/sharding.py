@@ -3,7 +3,8 @@ complete ones only.
 """
 
 import sys
-from typing import TYPE_CHECKING, TypeGuard
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ def gather(tensor: Tensor, target: Tensor | None) -> None:
     local = tensor.to_local().flatten()
     if target is None:
         for message in _messages(local):
-            dist.send(message, ranks[0], group)
+            _pass_on(dist.isend, message, ranks[0], group)
         return
     # FSDP2 shards rows, as torch.chunk divides them: the last shards may be smaller, or empty.
     rows = -(-tensor.shape[0] // len(ranks))
@@ -57,8 +58,16 @@ def gather(tensor: Tensor, target: Tensor | None) -> None:
     for rank, shard in zip(ranks[1:], shards[1:], strict=True):
         for piece in _messages(shard):
             message = torch.empty_like(piece, device=local.device)
-            dist.recv(message, rank, group)
+            _pass_on(dist.irecv, message, rank, group)
             piece.copy_(message, non_blocking=local.is_cuda)
+
+
+def _pass_on(operation: Callable[..., Any], message: Tensor, rank: int, group: dist.ProcessGroup) -> None:
+    """To or from another rank. As a batch of one, which NCCL sends over the group's communicator: alone it would
+    get one for each pair of ranks, of hundreds of MB on rank 0's GPU, and first for a run's first checkpoint.
+    """
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, message, rank, group)]):
+        work.wait()
 
 
 def _messages(shard: Tensor) -> tuple[Tensor, ...]:

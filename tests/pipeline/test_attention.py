@@ -37,7 +37,7 @@ def varlen(
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_flash_of_documents", lambda: varlen)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
 
 
 def ids_with_documents(rows: int = 3, length: int = 16) -> Tensor:
@@ -104,6 +104,25 @@ def test_loss_and_gradients_by_offsets_are_those_by_mask(keys: dict[str, Any], f
         assert_close(by_offset, masked, atol=1e-6, rtol=1e-4)
 
 
+def test_attention_by_offsets_compiles_as_one_graph(recwarn: pytest.WarningsRecorder) -> None:
+    """And no warning tells a user of it. Traced alone: torch's kernel is for GPUs."""
+    query, key, value = torch.randn(3, 3, 4, 16, 8).unbind()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return lambda *_: (torch.empty_like(query),)
+
+    torch._dynamo.reset()
+    offsets = document_offsets(ids_with_documents(), END)
+    torch.compile(causal_attention, fullgraph=True, backend=backend)(query, key, value, scope=offsets, dropout=0.0)
+    assert [str(node.target) for node in graphs[0].graph.nodes if "varlen" in str(node.target)] == [
+        "torch_attn._varlen_attn"
+    ]
+    assert len(graphs) == 1 and not [str(warning.message) for warning in recwarn if "cache" in str(warning.message)]
+    torch._dynamo.reset()
+
+
 def test_training_takes_offsets_where_a_kernel_does(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tiny, data={"document_mask": True})
     mixture, cpu = Mixture(config), torch.device("cpu")
@@ -129,17 +148,17 @@ def test_which_kernels_take_offsets(
     monkeypatch.setattr("torch.is_autocast_enabled", lambda _: low)
     assert attention.takes_offsets(torch.device("cuda"), config) is expected
     assert not attention.takes_offsets(torch.device("cpu"), config)
-    monkeypatch.setattr(attention, "_flash_of_documents", lambda: None)
+    monkeypatch.setattr(attention, "_has_flash_of_documents", lambda: False)
     assert not attention.takes_offsets(torch.device("cuda"), config)
 
 
 def test_torchs_kernel_is_used_only_with_the_parameters_it_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
     varlen_module = pytest.importorskip("torch.nn.attention.varlen")
-    attention._flash_of_documents.cache_clear()
-    assert attention._flash_of_documents() is varlen_module.varlen_attn
+    attention._has_flash_of_documents.cache_clear()
+    assert attention._has_flash_of_documents()
     monkeypatch.setattr(
         varlen_module, "varlen_attn", lambda query, key, value, cu_seq_q, is_causal: query
     )  # torch 2.10's
-    attention._flash_of_documents.cache_clear()
-    assert attention._flash_of_documents() is None
-    attention._flash_of_documents.cache_clear()
+    attention._has_flash_of_documents.cache_clear()
+    assert not attention._has_flash_of_documents()
+    attention._has_flash_of_documents.cache_clear()

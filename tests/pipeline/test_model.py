@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from pipeline.checkpoint.layouts import layout_of
 from pipeline.config.keys import ModelConfig
 from pipeline.config.load import load_config
 from pipeline.model.language_model import LanguageModel
-from pipeline.model.qwen3 import NormOnCPU
+from pipeline.model.qwen3 import NormOnCPU, RMSNorm
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=48)
 SHAPES = {
@@ -119,6 +120,22 @@ def test_the_norm_on_a_cpu_is_torchs(dtype: torch.dtype) -> None:
     ):  # fmt: skip
         assert found.dtype == wanted.dtype
         torch.testing.assert_close(found, wanted, **tolerance)
+
+
+def test_the_norm_elsewhere_gets_one_type_for_which_torch_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def kernel(x: torch.Tensor, shape: Any, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        taken.append((x.dtype, weight.dtype))
+        return x
+
+    monkeypatch.setattr(F, "rms_norm", kernel)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+    for dtype, gains in product((torch.float32, torch.bfloat16), repeat=2):
+        norm = RMSNorm(8).to("meta", gains)
+        assert norm(torch.empty(2, 8, dtype=dtype, device="meta")).dtype == torch.bfloat16
+    assert taken == [(torch.float32, torch.float32)] * 3 + [(torch.bfloat16, torch.bfloat16)]
 
 
 def test_initial_loss_is_that_of_a_uniform_guess_over_the_real_vocabulary() -> None:

@@ -47,7 +47,8 @@ def test_a_rank_that_waits_for_answers_answers_those_called_meanwhile(monkeypatc
 
 
 def answer(store: HashStore, rank: int, stack: str) -> None:
-    doing = {"doing": "step 7", "limit_s": 5.0, "waits": True, "since": 0.0, "late": True, "stack": stack}
+    doing = {"doing": "step 7", "limit_s": 5.0, "waits": True, "since": 0.0, "late": True}
+    doing |= {"stack": stack, "collectives": f"of rank {rank}"}
     store.set(f"answer 1 {rank}", json.dumps(doing))
 
 
@@ -64,3 +65,24 @@ def test_a_rank_that_computes_while_the_others_wait_is_named(
         answer(store, rank, stack)
     monkeypatch.setattr(caller, "_answer", lambda roll: None)
     assert caller._call_roll() == f"all ranks have spent more than 5 s in step 7 (parallel.timeout_s){named}"
+
+
+def test_what_nccl_has_not_finished_is_told_but_does_not_tell_ranks_apart(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a CPU: torch's function is there in builds with NCCL alone."""
+    assert watch.active_collectives() == ""
+    monkeypatch.setattr(watch.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(watch.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(watch.distributed_c, "_dump_nccl_trace_json", lambda **_: b"all_reduce 7", raising=False)
+    store, caller = HashStore(), Watch(Placement(0, 4))
+    caller._store = store
+    caller._answer(1)
+    own = json.loads(store.get("answer 1 0"))
+    assert own["collectives"] == "all_reduce 7" and "all_reduce 7" not in own["stack"]
+    for rank in range(4):
+        answer(store, rank, "forward" if rank == 3 else "all_reduce")
+    monkeypatch.setattr(caller, "_answer", lambda roll: None)
+    assert "rank 3 of 4 is not where the others wait" in caller._call_roll()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["rank(s) 0, 1, 2, in step 7:\nall_reduceof rank 0", "rank(s) 3, in step 7:\nforwardof rank 3"]

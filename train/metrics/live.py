@@ -133,7 +133,8 @@ class Throughput:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What runs inside is not training."""
-        if torch.cuda.is_available():
+        # Not by a run on the CPU of a machine with a GPU.
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # what is queued still is
         began = time.perf_counter()
         yield
