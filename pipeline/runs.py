@@ -278,7 +278,7 @@ def find_run(name: str, runs: Path = Path(RunConfig.dir)) -> RunFolder:
 
 
 def newest_run(runs: Path) -> Path | None:
-    """The run under `runs` that saved a checkpoint last; None where none has one."""
+    """The run under `runs`, or in folders there, that saved a checkpoint last; None where none has one."""
+    found = [pointer for level in range(MOST_LEVELS) for pointer in runs.glob("*/" * level + "*/checkpoints/latest")]
     # By the pointer's time: a folder's own changes with whatever is created in it.
-    pointers = sorted(runs.glob("*/checkpoints/latest"), key=lambda pointer: pointer.stat().st_mtime)
-    return pointers[-1].parents[1] if pointers else None
+    return max(found, key=lambda pointer: pointer.stat().st_mtime).parents[1] if found else None

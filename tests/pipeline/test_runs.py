@@ -37,6 +37,10 @@ def test_the_newest_run_is_the_one_that_saved_last(tmp_path: Path) -> None:
         os.utime(checkpoints / "latest", (1e9 - age_s, 1e9 - age_s))
     (tmp_path / "without-checkpoints").mkdir()
     assert newest_run(tmp_path) == tmp_path / "a"
+    deeper = tmp_path / "ablations/lr/c"  # run.dir may be runs/ablations
+    (deeper / "checkpoints").mkdir(parents=True)
+    (deeper / "checkpoints/latest").write_text("step_00000001")
+    assert newest_run(tmp_path) == deeper
 
 
 # ---- a run at a glance ----
