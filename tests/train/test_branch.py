@@ -457,9 +457,7 @@ def test_a_trunk_that_is_damaged_absent_or_without_its_state_is_one_line(trunk: 
 
 def test_a_run_cannot_become_a_branch_nor_a_branch_another_one(trunk: Config) -> None:
     config = changed(copy_of(trunk, "itself"), run={"branch_from": str(trunk.run_dir)}, train={"max_steps": 12})
-    with pytest.raises(
-        UserError, match="cannot resume with run.branch_from '' -> .*: set them back, choose another"
-    ):
+    with pytest.raises(UserError, match="cannot resume with run.branch_from '' -> .*: set them back, choose another"):
         run(config)
     own = changed(config, run={"branch_from": str(config.run_dir)})
     with pytest.raises(UserError, match="cannot resume with run.branch_from"):
