@@ -36,7 +36,7 @@ test-campaign: setup
 SEED ?= $(shell date +%s)
 test-sample: setup
 	@echo "campaign sample: make test-sample SEED=$(SEED)"
-	$(BIN)/python -m pytest -m campaign --campaign-share 0.12 --campaign-seed $(SEED)
+	$(BIN)/python -m pytest -m campaign --campaign-share 0.08 --campaign-seed $(SEED)
 
 check: setup
 	$(BIN)/ruff check .

@@ -43,6 +43,7 @@ def test_text_is_prepared_trained_on_sampled_and_scored_without_optional_librari
         assert ended.returncode == 0, (command, ended.stderr[-2000:])
 
 
+@pytest.mark.slow
 def test_no_module_imports_an_optional_library_at_its_top() -> None:
     """Also those that no command of the test above reaches, such as what `eval --follow` runs."""
     found = {str(path): sorted(imports_outside_functions(path) & set(ABSENT)) for path in SOURCES}

@@ -45,6 +45,7 @@ def test_a_step_that_is_late_fails_alone(tmp_path: Path) -> None:
     assert report["profile"]["error"].startswith("Late:") and report["failed"][-1] == "profile"
 
 
+@pytest.mark.slow
 def test_unknown_steps_are_refused(tmp_path: Path) -> None:
     done = check(tmp_path, "--only", "speed")
     assert done.returncode == 2 and "unknown steps ['speed']" in done.stderr

@@ -108,6 +108,7 @@ def test_training_never_resumes_from_it(config: Config) -> None:
         run(replace(config, run=branch, train=longer))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_averaged_is_one_line(config: Config) -> None:
     checkpoints = config.run_dir / "checkpoints"
     prune_checkpoints(checkpoints, keep=1)
@@ -133,6 +134,7 @@ def test_a_folder_that_is_read_only_is_one_line_unless_it_has_its_average(config
     checkpoints.chmod(0o700)
 
 
+@pytest.mark.slow
 def test_it_may_be_killed_at_any_moment(config: Config) -> None:
     """The folder of before, or of now, or none: never half of one; the same command then makes it."""
     find_checkpoint("average", config.run_dir)

@@ -109,6 +109,7 @@ def test_logits_never_exist_at_full_size(monkeypatch: pytest.MonkeyPatch) -> Non
     assert peak_of(lambda: mean_loss(hidden, weight, bias, targets).backward()) < most
 
 
+@pytest.mark.slow
 def test_the_compiler_takes_it_as_one_graph() -> None:
     found = gradients(torch.compile(mean_loss, backend="aot_eager", fullgraph=True))
     for one, other in zip(found, gradients(mean_loss), strict=True):

@@ -131,6 +131,7 @@ def test_a_port_in_use_tries_the_next_and_a_listener_that_is_not_ours_is_not_tak
     assert f"port {ports[0]} of node n7 is unavailable (Address already in use)" in caplog.text
 
 
+@pytest.mark.slow
 def test_two_jobs_whose_ports_are_the_same_find_their_own(monkeypatch: pytest.MonkeyPatch, ports: list[int]) -> None:
     """As on two clusters of one machine, or where the numbers of jobs are 750 apart."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

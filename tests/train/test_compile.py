@@ -36,6 +36,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     return counter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [

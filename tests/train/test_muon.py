@@ -56,6 +56,7 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     return x
 
 
+@pytest.mark.slow
 def test_one_rank_does_not_import_sharded_tensors() -> None:
     """They take half of a second of each start."""
     code = "import sys, train.run; print('torch.distributed.tensor' in sys.modules)"
