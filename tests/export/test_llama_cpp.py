@@ -17,16 +17,19 @@ from export.gguf import write
 from pipeline.config.keys import Config, ModelConfig
 from pipeline.model.decoder import Decoder
 from pipeline.model.language_model import LanguageModel
+from sample.choice import Choice
+from sample.generate import generate
 from train.optimizer.groups import build_optimizer
 
 PACKAGES = ("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")
-TIE = 0.02  # nats by which our likeliest token may be ahead of theirs: llama.cpp keeps keys and values in float16
 SCRIPT = """
 import {getLlama} from "node-llama-cpp";
 const {path, prompt, count} = JSON.parse(process.argv[2]);
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error", maxThreads: 1});
 const model = await llama.loadModel({modelPath: path});
-const sequence = (await model.createContext({contextSize: 64, threads: 1})).getSequence();
+// Both are float16 by default, which chooses otherwise where two tokens are 1e-4 apart.
+const exact = {flashAttention: false, experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
+const sequence = (await model.createContext({contextSize: 64, threads: 1, ...exact})).getSequence();
 const ids = [];
 for await (const token of sequence.evaluate(prompt, {temperature: 0, yieldEogToken: true})) {
     ids.push(token);
@@ -62,7 +65,7 @@ def llama_cpp() -> Path:
 def test_llama_cpp_continues_a_text_as_we_do(
     llama_cpp: Path, tmp_path: Path, shape: dict[str, Any], tie_weights: bool
 ) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     tokenizer = tokenizer_named("bpe:512")
     ids = torch.from_numpy(tokenizer.encode("\n".join(prose())).astype("int64"))
     config = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=64, tie_weights=tie_weights, **shape)
@@ -80,13 +83,12 @@ def test_llama_cpp_continues_a_text_as_we_do(
     assert loss < 0.75 * math.log(512)
     write(tmp_path / "model.gguf", model.eval(), tokenizer, name="tiny", dtype=torch.float32)
     prompt = ids[:8].tolist()
+    ours = [
+        step.ids[0]
+        for step in generate(Decoder(model, 1), prompt, max_new_tokens=40, choice=Choice(temperature=0), seed=0)
+    ]
     request = {"path": str(tmp_path / "model.gguf"), "prompt": prompt, "count": 40}
     answer = subprocess.run(["node", str(llama_cpp), json.dumps(request)], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
-    theirs = json.loads(answer.stdout.splitlines()[-1])
-    assert len(theirs) == 40 and len(set(theirs)) > 5
-    decoder = Decoder(model, 1)
-    logits = decoder.prefill(torch.tensor([prompt]))[0]
-    for number, token in enumerate(theirs):
-        assert logits.max() - logits[token] < TIE, number
-        logits = decoder.step(torch.tensor([token]))[0]
+    assert json.loads(answer.stdout.splitlines()[-1]) == ours
+    assert len(set(ours)) > 5
