@@ -7,11 +7,12 @@ and run.branch_from begins a new run, in which all but the shapes may change.
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.folder import DESCRIPTION, TRAINING_STATE, Description, read_description, verify_files
+from pipeline.checkpoint.layouts import layout_of
 from pipeline.checkpoint.pointers import (
     checkpoint_folders,
     pointed_folder,
@@ -21,13 +22,12 @@ from pipeline.checkpoint.pointers import (
     step_of,
 )
 from pipeline.checkpoint.prune import in_use
-from pipeline.config.keys import CHECKPOINT_NAME, Config, ModelConfig
+from pipeline.config.keys import CHECKPOINT_NAME, Config
 from pipeline.config.load import from_dict, to_dict
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
 from pipeline.files import unused_name, write_atomic
 from pipeline.log import logger
-from pipeline.model.constants import swiglu_width
 from pipeline.runs import Position, RunFolder
 from pipeline.vocabulary.specs import check_same_vocabulary
 from train.optimizer.schedule import learning_rate
@@ -243,17 +243,10 @@ def changes(saved: Description, config: Config) -> dict[str, str]:
         for each, values in ((before, weights), (now, weights_now)):
             each.pop("data.mixture")
             each |= {f"the weight of {name!r} in data.mixture": weight for name, weight in values.items()}
-    # 0 stands for a width that follows from others.
-    widths, widths_now = _widths(old.model), _widths(config.model)
-    now |= {key: before[key] for key in widths if widths[key] == widths_now[key]}
+    # Keys that say the same in other words: 0 stands for what follows from others.
+    model, model_now = (asdict(layout_of(each.model).explicit(each.model)) for each in (old, config))
+    now |= {f"model.{name}": before[f"model.{name}"] for name in model if model[name] == model_now[name]}
     return {key: f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items() if before.get(key) != value}
-
-
-def _widths(model: ModelConfig) -> dict[str, int]:
-    """What model keys stand for that may be 0."""
-    return {
-        "model.n_kv_head": model.kv_heads, "model.head_dim": model.head_width, "model.n_inner": swiglu_width(model),
-    }  # fmt: skip
 
 
 def log_changes(saved: Description, config: Config) -> None:

@@ -5,6 +5,7 @@ The folder has every bias: a model without biases is stored with zeros, which is
 
 import re
 import reprlib
+from dataclasses import replace
 from typing import Any
 
 from pipeline.checkpoint.layout import Layout, Shapes, check_options, size_of
@@ -29,6 +30,9 @@ class GPT2Layout(Layout):
     vocabulary_rows = ("transformer.wte.weight", HEAD)
     position_rows = (POSITIONS,)
     transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+    def explicit(self, config: ModelConfig) -> ModelConfig:
+        return replace(config, n_kv_head=0, head_dim=0, n_inner=0, rope_theta=ModelConfig.rope_theta)
 
     def config_json(self, config: ModelConfig, vocab_size: int, end_of_text: int, dtype: str) -> dict[str, Any]:
         return {

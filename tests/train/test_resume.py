@@ -14,9 +14,9 @@ from test_train_run import assert_identical, copy_of, curve, renamed, rows, stat
 from pipeline.checkpoint.folder import read_description
 from pipeline.checkpoint.pointers import checkpoint_folders, pointed_folder
 from pipeline.config.keys import Config
+from pipeline.config.load import to_dict
 from pipeline.dataset.mixture import Mixture
 from pipeline.errors import UserError
-from pipeline.model.constants import swiglu_width
 from pipeline.runs import RunFolder
 from train import resume
 from train.run import run
@@ -164,13 +164,19 @@ def test_a_checkpoint_of_another_config_is_set_aside(finished: Config, caplog: p
     assert_identical(config, finished)
 
 
-def test_a_width_that_is_written_out_is_no_change(finished: Config) -> None:
-    saved, model = read_description(finished.run_dir / "checkpoints/step_00000010"), finished.model
-    written = replace(model, n_kv_head=model.n_head, head_dim=model.n_embd // model.n_head, n_inner=swiglu_width(model))
-    assert model.n_kv_head == model.head_dim == model.n_inner == 0 and not resume.changes(
-        saved, replace(finished, model=written)
-    )
-    assert list(resume.changes(saved, replace(finished, model=replace(written, n_kv_head=1)))) == ["model.n_kv_head"]
+@pytest.mark.parametrize(("arch", "n_inner"), [("gpt2", 4 * 32), ("qwen3", 128)])
+def test_a_width_that_is_written_out_is_no_change(finished: Config, arch: str, n_inner: int) -> None:
+    model = replace(finished.model, arch=arch, n_embd=32, n_head=2)
+    config = replace(finished, model=model)
+    saved = read_description(finished.run_dir / "checkpoints/step_00000010")
+    saved = replace(saved, config=to_dict(config))
+    written = replace(model, n_kv_head=2, head_dim=16, n_inner=n_inner)
+    assert model.n_kv_head == model.head_dim == model.n_inner == 0
+    assert resume.changes(saved, replace(config, model=written)) == {}
+    other = replace(written, n_layer=model.n_layer + 1)
+    assert list(resume.changes(saved, replace(config, model=other))) == ["model.n_layer"]
+    if arch == "qwen3":
+        assert list(resume.changes(saved, replace(config, model=replace(written, n_kv_head=1)))) == ["model.n_kv_head"]
 
 
 def test_dry_run_says_what_it_would_set_aside_and_leaves_it(finished: Config, caplog: pytest.LogCaptureFixture) -> None:
